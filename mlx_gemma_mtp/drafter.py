@@ -1,0 +1,104 @@
+"""Google's MTP drafter: a small stack that owns only queries and reads the target's K/V.
+
+A stateless call: embedding of the newest token and the hidden state that predicted it go in, the next token's scores
+and a hidden state to carry on with come out. Reference: transformers, models/gemma4_assistant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import Cache, Span
+from .config import DrafterConfig
+from .gemma4 import Block, Ropes
+from .sampling import Rules, sample
+
+
+class CentroidHead(nn.Module):
+    """The head of the E2B/E4B drafters: score the centroids, then only the tokens of the best ones."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.top_k = config.centroid_top_k
+        self.centroids = nn.Linear(config.hidden_size, config.centroids, bias=False)
+        self.token_ordering = mx.arange(config.vocab_size, dtype=mx.int32)
+        self.freeze(keys=["token_ordering"])
+
+    def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, mx.array]:
+        """y: [B, 1, hidden] -> (float32 logits [B, 1, C], token ids [B, 1, C])."""
+        scores = self.centroids(y)
+        best = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        tokens = self.token_ordering.reshape(scores.shape[-1], -1)[best]  # [B, 1, top_k, V / centroids]
+        tokens = tokens.reshape(*y.shape[:2], -1)
+        logits = (embedding(tokens) @ y[..., None])[..., 0]
+        return logits.astype(mx.float32), tokens
+
+
+class DenseHead(nn.Module):
+    """The tied head over the whole vocabulary. Drafters have no soft-cap."""
+
+    def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, None]:
+        """y: [B, 1, hidden] -> (float32 logits [B, 1, V], None)."""
+        return embedding.as_linear(y).astype(mx.float32), None
+
+
+class Drafter(nn.Module):
+    """Parameters carry the checkpoint's names; embed_tokens, layers and norm lie below `model.` there."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.config = config
+        size, backbone = config.hidden_size, config.backbone_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.layers = [Block(layer, size, config.eps) for layer in config.layers]
+        self.norm = nn.RMSNorm(size, config.eps)
+        self.pre_projection = nn.Linear(2 * backbone, size, bias=False)
+        self.post_projection = nn.Linear(size, backbone, bias=False)
+        self.masked_embedding = CentroidHead(config) if config.centroids else DenseHead()
+        self.ropes = Ropes(config.layers)
+
+    def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, rotations: dict) -> tuple[mx.array, mx.array]:
+        """One draft step.
+        embedded, hidden: [B, 1, backbone] -> (y [B, 1, size], the hidden to carry [B, 1, backbone]).
+        """
+        x = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))
+        for layer in self.layers:
+            x = layer(x, span, rotations[layer.kind])
+        y = self.norm(x)
+        return y, self.post_projection(y)
+
+    def scores(self, y: mx.array) -> tuple[mx.array, mx.array | None]:
+        """y: [B, 1, size] -> (float32 logits, the token ids they stand for, None: all, in order)."""
+        return self.masked_embedding(y, self.embed_tokens)
+
+
+def draft(
+    drafter: Drafter,
+    embed: Callable[[mx.array], mx.array],
+    cache: Cache,
+    rows: slice,
+    token: mx.array,
+    hidden: mx.array,
+    rules: Rules,
+    steps: int,
+    query_offset: int = 0,
+) -> mx.array:
+    """Drafts `steps` tokens for every row; one batched call a step. Reads the cache, writes nothing.
+
+    embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, 1, backbone]
+    the target's hidden state that predicted it. The query position is the same for all steps: the newest token's index
+    plus query_offset (0 as in transformers, -1 as in vLLM). Returns int32 [B, steps].
+    """
+    span = Span(cache, rows, 0, query_offset)
+    rotations = drafter.ropes.at(span.positions)
+    newest = span.lengths[:, None]
+    drafts = []
+    for i in range(steps):
+        y, hidden = drafter(embed(token[:, None]), hidden, span, rotations)
+        logits, ids = drafter.scores(y)
+        token = sample(logits, rules, newest + (i + 1), ids)[:, 0]
+        drafts.append(token)
+    return mx.stack(drafts, axis=1) if drafts else mx.zeros((newest.shape[0], 0), mx.int32)

@@ -1,0 +1,155 @@
+"""The Gemma 4 text model: tokens -> hidden states; logits are a second call.
+
+Reference: transformers, models/gemma4/modeling_gemma4.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import Span
+from .config import LayerSpec, MoESpec, TargetConfig
+from .layers import MLP, Attention, FastRotation, Rope, Rotation
+from .moe import Experts, Router
+
+
+class Block(nn.Module):
+    """A decoder layer with a dense MLP; also every layer of the drafter."""
+
+    def __init__(self, spec: LayerSpec, hidden_size: int, eps: float):
+        super().__init__()
+        self.kind = spec.kind
+        self.input_layernorm = nn.RMSNorm(hidden_size, eps)
+        self.self_attn = Attention(spec, hidden_size, eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(hidden_size, eps)
+        self.mlp = MLP(hidden_size, spec.mlp_size)
+        self.post_feedforward_layernorm = nn.RMSNorm(hidden_size, eps)
+        self.layer_scalar = mx.ones((1,))
+
+    def __call__(
+        self, x: mx.array, span: Span, rotate: Rotation | FastRotation, per_layer_input: mx.array | None = None
+    ) -> mx.array:
+        """x: [B, T, hidden] -> [B, T, hidden]."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), span, rotate))
+        x = x + self.post_feedforward_layernorm(self.feedforward(x))
+        return self.inject(x, per_layer_input) * self.layer_scalar
+
+    def feedforward(self, x: mx.array) -> mx.array:
+        return self.mlp(self.pre_feedforward_layernorm(x))
+
+    def inject(self, x: mx.array, per_layer_input: mx.array | None) -> mx.array:
+        return x
+
+
+class MoEBlock(Block):
+    """A layer whose feed-forward is the dense MLP plus the chosen experts (26B-A4B)."""
+
+    def __init__(self, spec: LayerSpec, hidden_size: int, eps: float, moe: MoESpec):
+        super().__init__(spec, hidden_size, eps)
+        self.router = Router(hidden_size, moe, eps)
+        self.experts = Experts(hidden_size, moe)
+        self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden_size, eps)
+        self.post_feedforward_layernorm_1 = nn.RMSNorm(hidden_size, eps)
+        self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden_size, eps)
+
+    def feedforward(self, x: mx.array) -> mx.array:
+        dense = self.post_feedforward_layernorm_1(super().feedforward(x))
+        flat = x.reshape(-1, x.shape[-1])  # the router reads the residual itself
+        chosen = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
+        return dense + self.post_feedforward_layernorm_2(chosen).reshape(x.shape)
+
+
+class PerLayerBlock(Block):
+    """A layer that also mixes in its own slice of the per-layer inputs (E2B, E4B)."""
+
+    def __init__(self, spec: LayerSpec, hidden_size: int, eps: float, per_layer_size: int):
+        super().__init__(spec, hidden_size, eps)
+        self.per_layer_input_gate = nn.Linear(hidden_size, per_layer_size, bias=False)
+        self.per_layer_projection = nn.Linear(per_layer_size, hidden_size, bias=False)
+        self.post_per_layer_input_norm = nn.RMSNorm(hidden_size, eps)
+
+    def inject(self, x: mx.array, per_layer_input: mx.array | None) -> mx.array:
+        gated = nn.gelu_approx(self.per_layer_input_gate(x)) * per_layer_input
+        return x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+
+
+class Gemma4(nn.Module):
+    """A Gemma 4 target. Make it with `build`; parameters carry the checkpoint's names below `language_model.model.`"""
+
+    def __init__(self, config: TargetConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [self.block(layer) for layer in config.layers]
+        self.norm = nn.RMSNorm(config.hidden_size, config.eps)
+        self.embed_scale = config.hidden_size**0.5
+        self.ropes = Ropes(config.layers)
+
+    def block(self, spec: LayerSpec) -> Block:
+        config = self.config
+        if config.moe is not None:
+            return MoEBlock(spec, config.hidden_size, config.eps, config.moe)
+        return Block(spec, config.hidden_size, config.eps)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """tokens: [B, T] -> [B, T, hidden], times sqrt(hidden) rounded to the weights' type."""
+        return self.embed_tokens(tokens) * self.embed_scale
+
+    def __call__(self, tokens: mx.array, span: Span) -> mx.array:
+        """tokens: [B, T], T == span.tokens. Writes K/V; returns hidden states after the last norm, [B, T, hidden]."""
+        x = self.embed(tokens)
+        inputs = self.per_layer_inputs(tokens, x)
+        rotations = self.ropes.at(span.positions)
+        for layer, per_layer_input in zip(self.layers, inputs, strict=True):
+            x = layer(x, span, rotations[layer.kind], per_layer_input)
+        return self.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden: [..., hidden] -> float32 [..., vocabulary], soft-capped as the config says."""
+        logits = self.embed_tokens.as_linear(hidden).astype(mx.float32)
+        cap = self.config.softcap
+        return logits if cap is None else mx.tanh(logits / cap) * cap
+
+    def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[mx.array | None]:
+        return [None] * len(self.layers)
+
+
+class PerLayerGemma4(Gemma4):
+    """E2B and E4B: each layer gets its own small embedding of the token, mixed with a projection of the embedding."""
+
+    def __init__(self, config: TargetConfig):
+        super().__init__(config)
+        count, size = len(config.layers), config.per_layer_size
+        self.embed_tokens_per_layer = nn.Embedding(config.per_layer_vocab, count * size)
+        self.per_layer_model_projection = nn.Linear(config.hidden_size, count * size, bias=False)
+        self.per_layer_projection_norm = nn.RMSNorm(size, config.eps)
+
+    def block(self, spec: LayerSpec) -> Block:
+        return PerLayerBlock(spec, self.config.hidden_size, self.config.eps, self.config.per_layer_size)
+
+    def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[mx.array]:
+        config = self.config
+        shape = (*tokens.shape, len(self.layers), config.per_layer_size)
+        looked_up = (self.embed_tokens_per_layer(tokens) * config.per_layer_size**0.5).reshape(shape)
+        projected = self.per_layer_model_projection(embedded) * config.hidden_size**-0.5
+        mixed = (self.per_layer_projection_norm(projected.reshape(shape)) + looked_up) * 2**-0.5
+        return [mixed[:, :, i] for i in range(len(self.layers))]
+
+
+class Ropes:
+    """The rotary embeddings of a model, one a layer kind."""
+
+    def __init__(self, layers: Sequence[LayerSpec]):
+        self.ropes = {layer.kind: Rope(layer.rope) for layer in layers}
+
+    def at(self, positions: mx.array) -> dict[str, Rotation | FastRotation]:
+        return {kind: rope.at(positions) for kind, rope in self.ropes.items()}
+
+
+def build(config: TargetConfig) -> Gemma4:
+    """The model of a config, with random weights."""
+    return PerLayerGemma4(config) if config.per_layer_size else Gemma4(config)

@@ -1,0 +1,120 @@
+"""The mixture of experts beside the dense MLP of Gemma 4 26B-A4B: routing, and the chosen experts."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import MoESpec
+from .layers import Stack, geglu, rms_norm
+
+SORT_FROM = 64  # pairs; below it MLX reads one expert matrix a pair, sorted or not
+
+
+def route(logits: mx.array, top_k: int, expert_scale: mx.array) -> tuple[mx.array, mx.array]:
+    """logits: [N, E] -> (experts [N, k] uint32, weights [N, k] float32).
+
+    Softmax over all experts, the k best, renormalised, equals softmax over the k best logits. Then the per-expert
+    scale.
+    """
+    experts = mx.argpartition(logits, kth=-top_k, axis=-1)[:, -top_k:]
+    chosen = mx.take_along_axis(logits, experts, axis=-1).astype(mx.float32)
+    return experts, mx.softmax(chosen, axis=-1, precise=True) * expert_scale[experts].astype(mx.float32)
+
+
+class Router(nn.Module):
+    """Reads the residual stream: norm without weight, times scale, times hidden ** -0.5, projection."""
+
+    def __init__(self, hidden_size: int, moe: MoESpec, eps: float):
+        super().__init__()
+        self.top_k, self.eps = moe.top_k, eps
+        self.root = hidden_size**-0.5
+        self.proj = nn.Linear(hidden_size, moe.num_experts, bias=False)
+        self.scale = mx.ones((hidden_size,))
+        self.per_expert_scale = mx.ones((moe.num_experts,))
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x: [N, hidden] -> (experts [N, k], weights [N, k])."""
+        return route(self.proj(rms_norm(x, self.eps, self.scale * self.root)), self.top_k, self.per_expert_scale)
+
+
+class ExpertLinear(nn.Module):
+    """One linear for each expert. weight: [experts, out, in]."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        scale = math.sqrt(1 / inputs)
+        self.weight = mx.random.uniform(-scale, scale, (experts, outputs, inputs))
+
+    def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
+        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
+        weight = self.weight.swapaxes(-1, -2)
+        return mx.gather_mm(x, weight, lhs_indices=rows, rhs_indices=experts, sorted_indices=ordered)
+
+    def to_quantized(self, group_size: int, bits: int, mode: str = "affine") -> QuantizedExpertLinear:
+        return QuantizedExpertLinear(self.weight, group_size, bits, mode)
+
+
+class QuantizedExpertLinear(nn.Module):
+    """The same from MLX-quantised weights."""
+
+    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
+        super().__init__()
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
+        if biases:
+            self.biases = biases[0]
+
+    def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
+        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
+        return mx.gather_qmm(
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            lhs_indices=rows,
+            rhs_indices=experts,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=ordered,
+        )
+
+
+class SwitchGLU(nn.Module):
+    """gate, up and down of every expert, under the checkpoint's names."""
+
+    def __init__(self, hidden_size: int, moe: MoESpec):
+        super().__init__()
+        self.gate_up = Stack(
+            gate_proj=ExpertLinear(moe.num_experts, hidden_size, moe.size),
+            up_proj=ExpertLinear(moe.num_experts, hidden_size, moe.size),
+        )
+        self.down_proj = ExpertLinear(moe.num_experts, moe.size, hidden_size)
+
+    def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
+        """x: [N, hidden] -> one row for each pair, [P, hidden]."""
+        inner = geglu(self.gate_up(x[:, None], rows, experts, ordered))  # [P, 1, size]
+        return self.down_proj(inner, mx.arange(experts.size, dtype=mx.uint32), experts, ordered)[:, 0]
+
+
+class Experts(nn.Module):
+    """Applies each token's chosen experts: all (token, expert) pairs of all rows of the batch in one product."""
+
+    def __init__(self, hidden_size: int, moe: MoESpec):
+        super().__init__()
+        self.switch_glu = SwitchGLU(hidden_size, moe)
+
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """x: [N, hidden]; experts, weights: [N, k] -> [N, hidden]."""
+        (tokens, top_k), pairs = experts.shape, experts.reshape(-1)
+        if pairs.size >= SORT_FROM:
+            order = mx.argsort(pairs)
+            y = self.switch_glu(x, order // top_k, pairs[order], True)[mx.argsort(order)]
+        else:
+            y = self.switch_glu(x, mx.arange(tokens * top_k, dtype=mx.uint32) // top_k, pairs, False)
+        y = y.reshape(tokens, top_k, -1) * weights[..., None]
+        return y.sum(axis=1).astype(x.dtype)

@@ -1,0 +1,169 @@
+"""Small random models and an oracle drafter: what the loop's tests are made with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_gemma_mtp import gemma4
+from mlx_gemma_mtp.cache import Cache, Span
+from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
+from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp.gemma4 import Gemma4
+from mlx_gemma_mtp.layers import Stack
+from mlx_gemma_mtp.sampling import Rules, SamplingParams
+from mlx_gemma_mtp.speculative import Speculation, prefill
+
+VOCAB = 97
+ROPES = {
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=20, seed=7)
+
+
+def target_dict(kind: str) -> dict:
+    """The raw config of a small model of a kind: moe (26B), dense (31B), e2b, e4b."""
+    shared = {"e2b": 3, "e4b": 2}.get(kind, 0)
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2 if kind != "e2b" else 1,
+        "num_global_key_value_heads": 1 if kind in ("moe", "dense") else None,
+        "attention_k_eq_v": kind in ("moe", "dense"),
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 8,
+        "num_kv_shared_layers": shared,
+        "use_double_wide_mlp": kind == "e2b",
+        "hidden_size_per_layer_input": 6 if shared else 0,
+        "vocab_size_per_layer_input": VOCAB,
+        "enable_moe_block": kind == "moe",
+        "num_experts": 8 if kind == "moe" else None,
+        "top_k_experts": 2 if kind == "moe" else None,
+        "moe_intermediate_size": 16 if kind == "moe" else None,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "final_logit_softcapping": 30.0,
+        "rope_parameters": ROPES,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+    }
+    return {"model_type": "gemma4", "text_config": text, "vision_config": {}, "eos_token_id": [1]}
+
+
+def drafter_dict(kind: str, centroids: bool = False) -> dict:
+    """The raw config of the drafter of `target_dict(kind)`;
+    centroids must divide the vocabulary, so they take 97 of 1.
+    """
+    text = target_dict(kind)["text_config"] | {
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_kv_shared_layers": 4,
+        "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "enable_moe_block": False,
+        "final_logit_softcapping": None,
+    }
+    return {
+        "model_type": "gemma4_assistant",
+        "text_config": text,
+        "backbone_hidden_size": 32,
+        "use_ordered_embeddings": centroids,
+        "num_centroids": VOCAB,
+        "centroid_intermediate_top_k": 24,
+        "tie_word_embeddings": True,
+    }
+
+
+def _randomise(model, seed: int):
+    """Weights that make the text vary: norms of either sign keep a tied head from repeating its input."""
+    mx.random.seed(seed)
+
+    def fill(a: mx.array) -> mx.array:
+        if mx.issubdtype(a.dtype, mx.integer):
+            return mx.random.permutation(a.size).astype(a.dtype)
+        if a.ndim == 1:
+            return mx.random.normal(a.shape) if a.size > 1 else 1 + 0.1 * mx.random.normal(a.shape)
+        return mx.random.normal(a.shape) * 1.2 / a.shape[-1] ** 0.5
+
+    model.update(tree_map(fill, model.parameters()))
+    for _, module in model.named_modules():
+        if isinstance(module, Stack):
+            module.fuse()
+    mx.eval(model.parameters())
+    return model
+
+
+def target(kind: str = "moe", seed: int = 0) -> Gemma4:
+    return _randomise(gemma4.build(TargetConfig.from_dict(target_dict(kind))), seed)
+
+
+def drafter(model: Gemma4, kind: str = "moe", centroids: bool = False, seed: int = 1) -> Drafter:
+    return _randomise(Drafter(DrafterConfig.from_dict(drafter_dict(kind, centroids), model.config)), seed)
+
+
+class OracleDrafter:
+    """Drafts the known continuation where `hit` is true, and another token where it is false.
+
+    texts: [B, N] prompt and continuation of each row; hit: bool [B, N] by absolute position. It stands in for a
+    Drafter.
+    """
+
+    def __init__(self, texts: mx.array, hit: mx.array):
+        self.texts, self.hit = texts, hit
+        self.ropes = self
+        self._span: Span | None = None
+
+    def at(self, positions: mx.array) -> dict:
+        return {}
+
+    def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, rotations: dict) -> tuple[mx.array, mx.array]:
+        self._step = self._step + 1 if span is self._span else 1
+        self._span = span
+        place = mx.minimum(span.lengths[:, None] + self._step, self.texts.shape[1] - 1)  # the token to be drafted
+        right = mx.take_along_axis(self.texts, place, axis=1)
+        hit = mx.take_along_axis(self.hit, place, axis=1)
+        return mx.where(hit, right, (right + 1) % VOCAB), hidden
+
+    def scores(self, y: mx.array) -> tuple[mx.array, None]:
+        return (mx.arange(VOCAB)[None, None] == y[..., None]).astype(mx.float32), None
+
+
+def decode(
+    model: Gemma4,
+    drafts: Drafter | OracleDrafter | None,
+    prompts: Sequence[Sequence[int]],
+    num_draft: int,
+    count: int,
+    params: SamplingParams = GREEDY,
+    block: int = 16,
+) -> tuple[list[list[int]], Speculation]:
+    """`count` tokens for every prompt through the bare loop, and the loop."""
+    longest = max(map(len, prompts))
+    cache = Cache(model.config.kv, len(prompts), longest, max(block, num_draft + 1), mx.float32)
+    rules = Rules.of([params] * len(prompts), model.config.vocab_size)
+    hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
+    loop = Speculation(model, drafts if num_draft else None, cache, rules, hidden)
+    texts = [list(row) for row in loop.start(num_draft, longest).tokens]
+    while min(map(len, texts)) < count:
+        for text, tokens in zip(texts, loop.step(num_draft).tokens, strict=True):
+            text += tokens
+    return [text[:count] for text in texts], loop
+
+
+def prompts(count: int, seed: int = 3) -> list[list[int]]:
+    """Ragged prompts, shorter and longer than the window of 8 and the block of 16."""
+    lengths = [3, 17, 9, 1, 30, 8, 12, 41]
+    mx.random.seed(seed)
+    return [mx.random.randint(2, VOCAB, (lengths[i % 8],)).tolist() for i in range(count)]
