@@ -1,0 +1,183 @@
+"""The loop: prefill, then rounds of draft, verify, accept, commit. Plain decoding is the same loop with no drafts.
+
+Order of a round: VERIFY runs while ACCEPT, COMMIT and the next DRAFT are queued behind it and the next VERIFY is built;
+one readback fetches what was emitted; then the next VERIFY is dispatched. So every read of the cache has finished when
+a verify writes it, and the write is in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .cache import Cache
+from .drafter import Drafter, draft
+from .gemma4 import Gemma4
+from .sampling import Rules, accept, sample
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round gave: the tokens emitted by each row, and how many drafts a row were verified."""
+
+    tokens: list[list[int]]
+    drafted: int
+
+
+@dataclass
+class _Verify:
+    """A verify pass that is built but not dispatched, and the cache's buffers as they were before it."""
+
+    drafts: mx.array
+    hidden: mx.array
+    positions: mx.array
+    before: list[tuple[mx.array, mx.array]]
+
+
+def prefill(
+    target: Gemma4,
+    cache: Cache,
+    rows: slice,
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> mx.array:
+    """Feeds ragged prompts in chunks of the cache's block; each row commits its own tokens alone.
+
+    progress is told after each chunk how many columns are done. Returns each row's hidden state at its last token, [B,
+    1, H].
+    """
+    counts = mx.array([len(p) for p in prompts])
+    width = max(len(p) for p in prompts)
+    padded = mx.array([list(p) + [0] * (width - len(p)) for p in prompts])
+    cache.reserve(int(width + max(cache.block, 1)))
+    hidden = None
+    for start in range(0, width, cache.block):
+        tokens = padded[:, start : start + cache.block]
+        step = tokens.shape[1]
+        out = target(tokens, cache.span(rows, step))
+        cache.commit(rows, mx.clip(counts - start, 0, step))
+        last = counts - 1 - start  # [B], the last token's column in this chunk, if it is in it
+        here = mx.take_along_axis(out, mx.clip(last, 0, step - 1)[:, None, None], axis=1)
+        inside = ((last >= 0) & (last < step))[:, None, None]
+        hidden = here if hidden is None else mx.where(inside, here, hidden)
+        mx.eval(hidden, cache.lengths)
+        progress(start + step)
+    return hidden
+
+
+def compact(live: Sequence[bool]) -> list[int]:
+    """Which row goes into which place when the dead ones leave: the last live rows fill the holes, the others stay."""
+    count = sum(live)
+    movers = [row for row in range(count, len(live)) if live[row]]
+    return [place if live[place] else movers.pop() for place in range(count)]
+
+
+class Speculation:
+    """The loop's state between rounds, for rows 0 to B - 1 of a cache.
+
+    hidden: [B, 1, H] of each row's last token, from `prefill`. drafter: None decodes plainly.
+    draft_position: the drafter's query position, relative to the newest token's index (0: transformers; -1: vLLM).
+    """
+
+    def __init__(
+        self,
+        target: Gemma4,
+        drafter: Drafter | None,
+        cache: Cache,
+        rules: Rules,
+        hidden: mx.array,
+        draft_position: int = 0,
+    ):
+        self.target, self.drafter, self.cache, self.rules = target, drafter, cache, rules
+        self.draft_position = draft_position
+        self.hidden = hidden
+        self.rows = slice(0, hidden.shape[0])
+        self.host_syncs = 0
+        self._verify: _Verify | None = None
+        self._launched = False
+        self._longest = 0  # an upper bound of the committed lengths
+
+    def start(self, num_draft: int, longest: int) -> Round:
+        """Draws every row's first token and drafts `num_draft` more. longest: the longest row's committed tokens."""
+        self._longest = longest
+        positions = self.cache.lengths[self.rows][:, None]
+        tokens = sample(self.target.logits(self.hidden), self.rules, positions)
+        self._next = tokens[:, 0]
+        self._draft(num_draft)
+        return self._read(tokens, None, 0)
+
+    def launch(self) -> None:
+        """Dispatches the next verify, so that it runs while the caller uses the last round.
+        `step` does it if nobody did.
+        """
+        if self._launched:
+            return
+        self._verify = self._verify or self._build()
+        self._verify.before.clear()  # the last handles of the old buffers: from here on the write can be in place
+        mx.async_eval(self._verify.hidden)
+        self._launched = True
+
+    def step(self, num_draft: int) -> Round:
+        """One round: verifies the drafts there are; num_draft: how many to draft for the next."""
+        self.launch()
+        verify, self._launched = self._verify, False
+        targets = sample(self.target.logits(verify.hidden), self.rules, verify.positions + 1)
+        n, self._next = accept(verify.drafts, targets)
+        self.cache.commit(self.rows, n + 1)
+        self.hidden = mx.take_along_axis(verify.hidden, n[:, None, None], axis=1)
+        width = verify.drafts.shape[1]
+        self._longest += width + 1
+        self._draft(num_draft)
+        return self._read(targets, n, width)
+
+    def retain(self, rows: Sequence[int], rules: Rules) -> None:
+        """Goes on with these rows alone, row rows[i] in place i (see `compact`); rules: theirs, in this order."""
+        assert not self._launched, "rows leave between rounds, before the next verify is launched"
+        if self._verify is not None:  # built for the old rows and not dispatched: forget it
+            self.cache.buffers = self._verify.before
+            self._verify = None
+        for place, row in enumerate(rows):
+            if place != row:
+                self.cache.move(row, place)
+        index = mx.array(list(rows))
+        self.hidden, self._next, self._drafts = self.hidden[index], self._next[index], self._drafts[index]
+        self.rows, self.rules = slice(0, len(rows)), rules
+
+    def _draft(self, count: int) -> None:
+        if self.drafter is None or count < 1:
+            self._drafts = mx.zeros((self.rows.stop, 0), mx.int32)
+            return
+        self._drafts = draft(
+            self.drafter,
+            self.target.embed,
+            self.cache,
+            self.rows,
+            self._next,
+            self.hidden,
+            self.rules,
+            count,
+            self.draft_position,
+        )
+
+    def _build(self) -> _Verify:
+        tokens = mx.concatenate([self._next[:, None], self._drafts], axis=1)
+        self.cache.reserve(self._longest + tokens.shape[1])
+        before = self.cache.buffers
+        span = self.cache.span(self.rows, tokens.shape[1])
+        return _Verify(self._drafts, self.target(tokens, span), span.positions, before)
+
+    def _read(self, tokens: mx.array, n: mx.array | None, drafted: int) -> Round:
+        """Queues everything, builds the next verify meanwhile, and reads back once."""
+        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, self._drafts)
+        self._verify = self._build()
+        rows, kept = self._readback(tokens, n, self._drafts)
+        return Round([row[: k + 1] for row, k in zip(rows, kept, strict=True)], drafted)
+
+    def _readback(self, tokens: mx.array, n: mx.array | None, drafts: mx.array) -> tuple[list[list[int]], list[int]]:
+        """The round's one host synchronisation."""
+        self.host_syncs += 1
+        mx.eval(tokens, drafts, self.hidden)
+        kept = [0] * tokens.shape[0] if n is None else n.tolist()
+        return tokens.tolist(), kept

@@ -1,0 +1,195 @@
+"""The loop:
+MTP gives plain decoding's tokens, for every draft length, batch, drafter and model kind; one readback a round.
+"""
+
+import ast
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import tiny
+
+import mlx_gemma_mtp
+from mlx_gemma_mtp.cache import Cache
+from mlx_gemma_mtp.sampling import Rules
+from mlx_gemma_mtp.speculative import Speculation, compact, prefill
+
+COUNT = 40  # five times the window of 8
+
+
+@pytest.fixture(scope="module")
+def moe():
+    return tiny.target("moe")
+
+
+def naive(model, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding without a cache to speak of: the whole text anew for every token."""
+    text = list(prompt)
+    for _ in range(count):
+        cache = Cache(model.config.kv, 1, len(text), len(text), mx.float32)
+        hidden = model(mx.array([text]), cache.span(slice(0, 1), len(text)))
+        text.append(int(mx.argmax(model.logits(hidden[:, -1]))))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense", "e2b", "e4b"])
+def test_plain_decoding_is_the_model(kind):
+    """Chunked prefill of ragged prompts and one-token rounds, past wrapped windows, equal the model run anew each
+    time.
+    """
+    model = tiny.target(kind)
+    batch = tiny.prompts(4)
+    texts, _ = tiny.decode(model, None, batch, 0, 30)
+    assert texts == [naive(model, prompt, 30) for prompt in batch]
+    assert len({token for text in texts for token in text}) > 20  # text that varies
+
+
+@pytest.mark.parametrize("params", [tiny.GREEDY, tiny.SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind, centroids", [("moe", False), ("dense", True), ("e2b", True), ("e4b", False)])
+def test_mtp_equals_plain_decoding(kind, centroids, params):
+    model = tiny.target(kind)
+    drafter = tiny.drafter(model, kind, centroids)
+    batch = tiny.prompts(8)
+    plain, _ = tiny.decode(model, None, batch, 0, COUNT, params)
+    for num_draft in (1, 3, 7):
+        assert tiny.decode(model, drafter, batch, num_draft, COUNT, params)[0] == plain, num_draft
+    for row in (1, 3):
+        assert tiny.decode(model, drafter, [batch[row]], 4, COUNT, params)[0] == [plain[row]]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_oracle_drafters(moe, rate, rows):
+    """Always wrong, 70 % right, always right: the same tokens; and the drafts that can be kept are kept."""
+    batch = tiny.prompts(rows)
+    plain, _ = tiny.decode(moe, None, batch, 0, COUNT)
+    texts = [prompt + text for prompt, text in zip(batch, plain, strict=True)]
+    width = max(map(len, texts)) + 16
+    mx.random.seed(5)
+    hit = mx.random.uniform(shape=(rows, width)) < rate
+    oracle = tiny.OracleDrafter(mx.array([text + [0] * (width - len(text)) for text in texts]), hit)
+    for num_draft in range(1, 8):
+        drafted, loop = tiny.decode(moe, oracle, batch, num_draft, COUNT)
+        assert drafted == plain, num_draft
+        if rate == 0:
+            assert loop.host_syncs == COUNT  # a token a round
+        if rate == 1:
+            assert loop.host_syncs == 1 + -(-(COUNT - 1) // (num_draft + 1))
+
+
+def test_always_right_drafts_are_all_kept_past_the_window(moe):
+    """The K/V that verify writes are those that plain decoding writes, or acceptance would break."""
+    batch = tiny.prompts(2)
+    plain, _ = tiny.decode(moe, None, batch, 0, 90)
+    texts = mx.array([(p + t)[:90] for p, t in zip(batch, plain, strict=True)])
+    oracle = tiny.OracleDrafter(texts, mx.ones(texts.shape, mx.bool_))
+    _, loop = tiny.decode(moe, oracle, batch, 4, 60)
+    lengths = loop.cache.lengths.tolist()
+    assert lengths == [len(p) + 60 - 1 + (5 - 59 % 5) % 5 for p in batch]
+
+
+def test_chunk_sizes_do_not_change_the_text(moe):
+    batch = tiny.prompts(8)
+    drafter = tiny.drafter(moe)
+    whole, _ = tiny.decode(moe, drafter, batch, 3, 30, block=64)
+    for block in (1, 5, 16):
+        assert tiny.decode(moe, drafter, batch, 3, 30, block=block)[0] == whole
+
+
+def test_the_draft_position_is_a_setting(moe):
+    """Another query position drafts other tokens and emits the same."""
+    batch, drafter = tiny.prompts(2), tiny.drafter(moe)
+    emitted, drafts = [], []
+    for position in (0, -1):
+        cache = Cache(moe.config.kv, 2, 64, 16, mx.float32)
+        rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
+        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 2), batch), position)
+        rows = loop.start(3, 17).tokens
+        drafts.append(loop._drafts.tolist())
+        for _ in range(30):
+            rows = [row + more for row, more in zip(rows, loop.step(3).tokens, strict=True)]
+        emitted.append([row[:20] for row in rows])
+    assert emitted[0] == emitted[1] and drafts[0] != drafts[1]
+
+
+def test_rows_leave_between_rounds(moe):
+    """After rows left, the others go on with the same text, and a built verify of the old rows does not leak."""
+    batch, drafter = tiny.prompts(8), tiny.drafter(moe)
+    plain, _ = tiny.decode(moe, None, batch, 0, COUNT)
+    cache = Cache(moe.config.kv, 8, 48, 16, mx.float32)
+    rules = Rules.of([tiny.GREEDY] * 8, tiny.VOCAB)
+    loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 8), batch))
+    names = list(range(8))
+    texts = dict(enumerate(loop.start(3, 41).tokens))
+    for leavers in ([], [2], [0, 7], [], [5], [1, 3, 4]):
+        for _ in range(4):
+            for name, tokens in zip(names, loop.step(3).tokens, strict=True):
+                texts[name] = texts[name] + tokens
+        rows = compact([name not in leavers for name in names])
+        if len(rows) < len(names):
+            names = [names[row] for row in rows]
+            loop.retain(rows, Rules.of([tiny.GREEDY] * len(rows), tiny.VOCAB))
+    while len(texts[6]) < COUNT:
+        texts[6] = texts[6] + loop.step(3).tokens[0]
+    for name, text in texts.items():
+        assert text[:COUNT] == plain[name][: len(text)], name
+
+
+@pytest.mark.parametrize(
+    "live, places",
+    [([True] * 3, [0, 1, 2]), ([False, True, True], [2, 1]), ([True, False, False, True], [0, 3]), ([False] * 2, [])],
+)
+def test_the_last_live_row_fills_the_hole(live, places):
+    assert compact(live) == places
+
+
+def test_one_readback_a_round(moe):
+    """Counted where it happens; and nowhere else in the loop can the host wait for the device."""
+    for drafter, num_draft in ((None, 0), (tiny.drafter(moe), 3)):
+        batch = tiny.prompts(4)
+        cache = Cache(moe.config.kv, 4, 64, 16, mx.float32)
+        rules = Rules.of([tiny.SAMPLED] * 4, tiny.VOCAB)
+        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 4), batch))
+        loop.start(num_draft, 41)
+        for done in range(5):
+            assert loop.host_syncs == 1 + done
+            loop.step(num_draft)
+    waits = {name: _waits(name) for name in ("cache", "layers", "moe", "gemma4", "drafter", "sampling", "speculative")}
+    # Rope's tables are evaluated once, at construction; prefill waits for each chunk.
+    assert waits.pop("speculative") == {"prefill": ["eval"], "_readback": ["eval", "tolist", "tolist"]}
+    assert waits.pop("layers") == {"__init__": ["eval"]}
+    assert not any(waits.values()), waits
+
+
+def _waits(module: str) -> dict[str, list[str]]:
+    """Calls in a module that wait for the device, by function."""
+    source = (Path(mlx_gemma_mtp.__file__).parent / f"{module}.py").read_text()
+    found: dict[str, list[str]] = {}
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef):
+            for call in ast.walk(function):
+                name = call.func.attr if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) else None
+                if name in ("eval", "item", "tolist", "synchronize"):
+                    found.setdefault(function.name, []).append(name)
+    return found
+
+
+@pytest.mark.parametrize("num_draft", [0, 3])
+def test_a_long_cache_is_written_in_place(num_draft):
+    """A round's peak stays far below a copy of the cache's buffers."""
+    model = tiny.target("dense")
+    drafter = tiny.drafter(model, "dense") if num_draft else None
+    cache = Cache(model.config.kv, 1, 200_000, 64, mx.float32)
+    rules = Rules.of([tiny.GREEDY], tiny.VOCAB)
+    loop = Speculation(model, drafter, cache, rules, prefill(model, cache, slice(0, 1), tiny.prompts(1)))
+    loop.start(num_draft, 3)
+    for _ in range(2):
+        loop.step(num_draft)
+    one_buffer = max(layer.keys.nbytes for layer in cache.layers)  # 12.8 MB
+    masks_and_scores = 6 * 4 * (num_draft + 1) * 200_000  # a float32 score a head, and masks
+    mx.eval(cache.lengths, *[array for pair in cache.buffers for array in pair])
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(3):
+        loop.step(num_draft)
+    assert mx.get_peak_memory() - before < one_buffer + masks_and_scores
