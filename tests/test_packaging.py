@@ -1,0 +1,126 @@
+"""What is shipped, and which way imports point."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TORCH = {"torch", "torchvision", "torchaudio"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute dotted names imported anywhere in a file, relative ones resolved."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def test_the_import_reader_sees_relative_imports(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "mlx_gemma_mtp" / "kernels" / "x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("import a.b\ndef f():\n    from .. import convert\n    from .y import z\n")
+    found = set(imports(path))
+    assert {"a.b", "mlx_gemma_mtp.convert", "mlx_gemma_mtp.kernels.y.z"} <= found
+
+
+@pytest.mark.parametrize("path", sources("mlx_gemma_mtp"), ids=lambda p: p.stem)
+def test_the_package_imports_neither_convert_nor_torch(path):
+    forbidden = TORCH | {"convert", "mlx_gemma_mtp.convert"}
+    assert [name for name in imports(path) if within(name, forbidden)] == []
+
+
+@pytest.mark.parametrize("path", sources("convert"), ids=lambda p: p.stem)
+def test_convert_needs_only_the_errors_of_the_package(path):
+    for name in imports(path):
+        assert not within(name, TORCH | {"mlx_gemma_mtp.convert"}), name
+        if within(name, {"mlx_gemma_mtp"}):
+            assert within(name, {"mlx_gemma_mtp.errors"}), name
+
+
+def test_every_folder_with_code_is_listed():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in sources("mlx_gemma_mtp")}
+    assert listed == {".".join(folder.parts) for folder in folders} | {"mlx_gemma_mtp.convert"}
+
+
+def test_no_dependency_is_torch():
+    project = PROJECT["project"]
+    installed = project["dependencies"] + project["optional-dependencies"]["test"]
+    assert [line for line in installed if line.startswith("torch")] == []
+
+
+def tree() -> list[str]:
+    """Files that a wheel must hold: all code, the typing marker and the bundled pair."""
+    code = [str(path.relative_to(ROOT)) for path in sources("mlx_gemma_mtp")]
+    converter = [f"mlx_gemma_mtp/{path.relative_to(ROOT)}" for path in sources("convert")]
+    demo = ROOT / "mlx_gemma_mtp" / "demo"
+    data = [str(path.relative_to(ROOT)) for path in demo.rglob("*") if path.is_file()]
+    return [*code, *converter, *data, "mlx_gemma_mtp/py.typed"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built once, without network, from a copy, so that no build/ folder lands in the checkout."""
+    copy, out = tmp_path_factory.mktemp("copy") / "tree", tmp_path_factory.mktemp("dist")
+    ignore = shutil.ignore_patterns(
+        ".*", "venv", "__pycache__", "*.egg-info", "build", "dist", "tests", "benchmarks", "shared"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_tree_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert found == set(tree())
+
+
+def test_wheel_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
+        scripts = archive.read(next(n for n in names if n.endswith("/entry_points.txt"))).decode()
+    version = ast.parse((ROOT / "mlx_gemma_mtp" / "_version.py").read_text()).body[-1].value.value
+    assert f"\nVersion: {version}\n" in metadata
+    assert "mlx-gemma-mtp-convert = mlx_gemma_mtp.convert.cli:main" in scripts
+    assert "mlx-gemma-mtp-generate = mlx_gemma_mtp.generate:main" in scripts
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert any(n.endswith("PSF-LICENSE.txt") and "licenses/" in n for n in names)
+
+
+def test_converter_runs_from_the_unpacked_wheel(wheel, tmp_path):
+    """`mlx_gemma_mtp.convert` resolves as shipped, from a folder that is not the checkout."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    command = [sys.executable, "-m", "mlx_gemma_mtp.convert", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--hf-path SOURCE" in done.stdout, done.stderr
