@@ -1,0 +1,176 @@
+"""The facade: text in, text and figures out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+
+from . import blas, hub, memory, weights
+from .config import GenerationDefaults
+from .drafter import Drafter
+from .errors import UserError
+from .gemma4 import Gemma4
+from .kernels import metal_available
+from .sampling import SamplingParams
+from .scheduler import Batch, Chunk, Request, Result
+from .stats import Stats
+from .text import Prompt, Text
+from .weights import Progress
+
+PREFILL_CHUNK = 256
+NUM_DRAFT_TOKENS = 4
+MAX_ROWS = 8  # prompts in one batch; the others wait for the next
+
+__all__ = ["Chunk", "Engine", "Result", "load"]
+
+
+class Engine:
+    """A target, its drafter and its tokenizer; make it with `load`. One thread at a time."""
+
+    def __init__(
+        self,
+        target: Gemma4,
+        drafter: Drafter | None,
+        text: Text,
+        defaults: GenerationDefaults,
+        *,
+        no_drafter_reason: str | None = None,
+        num_draft_tokens: int = NUM_DRAFT_TOKENS,
+        prefill_chunk: int = PREFILL_CHUNK,
+        draft_position: int = 0,
+    ):
+        self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
+        self.num_draft_tokens, self.prefill_chunk, self.draft_position = num_draft_tokens, prefill_chunk, draft_position
+        self._no_drafter_reason = no_drafter_reason
+        self._end_tokens = frozenset(defaults.eos_token_ids or target.config.eos_token_ids)
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: object,
+    ) -> Result | list[Result]:
+        """The answer to a prompt, or the answers to a list of prompts, made as a batch, in order.
+        Options: see `stream`.
+        """
+        chunks = self.stream(prompt, params, **options)
+        results = {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
+        ordered = [results[index] for index in sorted(results)]
+        return ordered[0] if _is_single(prompt) else ordered
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        system_prompt: str | None = None,
+        chat_template: bool = True,
+        num_draft_tokens: int | None = None,
+        cancel: threading.Event | None = None,
+        progress: Progress = weights.no_progress,
+    ) -> Iterator[Chunk]:
+        """Yields pieces of text as they are made; the last chunk of each prompt carries its Result.
+
+        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids; or a list of
+        these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly. cancel: set it to
+        end after the current round. progress: told prefill's tokens done and in all. Raises UserError, before anything
+        is generated, for an empty prompt, one beyond the context, image or audio parts, and settings out of range.
+        """
+        prompts = [prompt] if _is_single(prompt) else list(prompt)
+        every = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if not prompts or len(every) != len(prompts):
+            raise UserError(
+                f"{len(prompts)} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
+            )
+        drafts = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
+        if drafts < 0:
+            raise UserError(f"num_draft_tokens is {drafts}, expected 0 (plain decoding) or more")
+        encoded = [self.text.encode(p, system_prompt, chat_template) for p in prompts]
+        requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
+        return self._run(requests, drafts, cancel or threading.Event(), progress)
+
+    def _request(self, index: int, prompt: list[int], params: SamplingParams, drafts: int) -> Request:
+        context = self.target.config.context
+        if len(prompt) >= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, expected fewer than the context of {context}; shorten it"
+            )
+        params = params.resolved(self.defaults)
+        reason = self._no_drafter_reason if self.drafter is None else None if drafts else "the draft length is 0"
+        stats = Stats(len(prompt), mtp=reason is None, mtp_reason=reason, blas=blas.name(), seed=params.seed)
+        end_tokens = frozenset() if params.ignore_eos else self._end_tokens
+        limit = min(params.max_tokens, context - len(prompt))
+        return Request(index, prompt, params, self.text.stream(params.stop), end_tokens, limit, stats)
+
+    def _run(
+        self, requests: list[Request], drafts: int, cancel: threading.Event, progress: Progress
+    ) -> Iterator[Chunk]:
+        with memory.wired_limit():
+            for start in range(0, len(requests), MAX_ROWS):
+                some = requests[start : start + MAX_ROWS]
+                suppress = self.defaults.suppress_token_ids
+                batch = Batch(
+                    self.target, self.drafter, some, drafts, self.prefill_chunk, suppress, self.draft_position
+                )
+                yield from batch.run(cancel, progress)
+
+
+def load(
+    model: str | None = None,
+    draft_model: str = "auto",
+    *,
+    revision: str | None = None,
+    num_draft_tokens: int = NUM_DRAFT_TOKENS,
+    dtype: str | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    draft_position: int = 0,
+    notice: Callable[[str], None] = lambda message: None,
+    progress: Progress = weights.no_progress,
+) -> Engine:
+    """Loads a target and its drafter.
+
+    model: a converted folder or a hub id, None for the small bundled pair; draft_model: likewise, 'auto' to look for
+    the target's drafter, 'none' for plain decoding. dtype: 'float32', 'bfloat16' or 'float16' for what is not
+    quantised; None keeps the folder's, except on a CPU, which gets float32 (MLX's CPU has no bf16 experts).
+    draft_position: see Speculation. notice: told in a sentence what the user should know; progress: parts read and in
+    all, of each model. Raises UserError for whatever cannot be loaded.
+    """
+    if prefill_chunk < 1:
+        raise UserError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
+    if dtype is not None and dtype not in weights.DTYPES:
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(weights.DTYPES)}")
+    pair = hub.find_pair(model, draft_model, revision)
+    cast = weights.DTYPES[dtype] if dtype else None
+    if cast is None and not metal_available():
+        cast = mx.float32
+        notice("no Metal here: running on the CPU, in float32")
+    _check_memory(pair, cast)
+    target = weights.load_target(pair.target, cast, progress)
+    drafter = weights.load_drafter(pair.drafter, target.config, cast, progress) if pair.drafter else None
+    if drafter is None and draft_model == "auto":
+        notice(f"{pair.reason}; decoding plainly")
+    return Engine(
+        target,
+        drafter,
+        Text(pair.target, target.config.media_token_ids),
+        weights.read_generation_defaults(pair.target),
+        no_drafter_reason=pair.reason,
+        num_draft_tokens=num_draft_tokens,
+        prefill_chunk=prefill_chunk,
+        draft_position=draft_position,
+    )
+
+
+def _check_memory(pair: hub.Pair, cast: mx.Dtype | None) -> None:
+    """Refuses what cannot fit, before anything is read. A cast to float32 can double 16-bit weights."""
+    folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
+    widened = cast == mx.float32 and "quantization" not in weights.read_config(pair.target)
+    needed = sum(memory.weight_bytes(folder) for folder in folders) * (2 if widened else 1)
+    memory.check(needed, f"the model in {pair.target}", "convert it with -q --q-bits 4, or take a smaller model")
+
+
+def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """One prompt (text, chat messages, token ids), or several."""
+    return isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], (dict, int)))

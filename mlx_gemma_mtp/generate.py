@@ -1,0 +1,254 @@
+"""`python -m mlx_gemma_mtp.generate`: text on standard output as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from . import __version__, blas
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .engine import Engine, Result
+    from .sampling import SamplingParams
+
+BUNDLED = (
+    "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
+    "For a real one: python -m mlx_gemma_mtp.generate --model FOLDER (see README.md, conversion)."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Usage errors as one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser("mlx_gemma_mtp.generate", description="Gemma 4 with its MTP drafter: the same text, faster.")
+    p.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
+    p.add_argument(
+        "--draft-model", default="auto", metavar="PATH|auto|none", help="the drafter (default: auto, look for it)"
+    )
+    p.add_argument("--revision", help="the hub revision of --model")
+    p.add_argument(
+        "--prompt", action="append", default=[], help="a prompt; repeat it for a batch; - reads standard input"
+    )
+    p.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, made as a batch")
+    p.add_argument("--system-prompt", help="a system turn before each prompt")
+    p.add_argument("--ignore-chat-template", action="store_true", help="take prompts as raw text")
+    p.add_argument("--max-tokens", type=int, default=512, help="at most so many tokens a prompt (default: 512)")
+    p.add_argument(
+        "--temp", type=float, help="temperature; 0 is greedy (default: as the model's generation_config.json says)"
+    )
+    p.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability; 1 is off")
+    p.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; 0 is off")
+    p.add_argument("--seed", type=int, help="same seed, same text, for every draft length (default: a fresh one)")
+    p.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
+    p.add_argument(
+        "--num-draft-tokens", type=int, default=4, metavar="N", help="drafts a round; 0 is plain decoding (default: 4)"
+    )
+    p.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+    p.add_argument("--image", "--audio", dest="media", action="append", help=argparse.SUPPRESS)
+    p.add_argument("--stats", action="store_true", help="print figures on standard error")
+    p.add_argument("--json", action="store_true", help="one JSON object a prompt on standard output, instead of text")
+    p.add_argument("--version", action="version", version=f"mlx_gemma_mtp {__version__}")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        args = parser().parse_args(argv)
+        return run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.media:
+        raise UserError(f"{args.media[0]!r}: image and audio input are not supported; this package takes text alone")
+    prompts = read_prompts(args)
+    blas.preload()
+    from .sampling import SamplingParams  # after the BLAS: this imports MLX
+
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temp,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+    )
+    if args.num_draft_tokens < 0:
+        raise UserError(f"--num-draft-tokens is {args.num_draft_tokens}, expected 0 (plain decoding) or more")
+    engine = load_engine(args)
+    cancel = threading.Event()
+    with _ctrl_c(cancel):
+        results = generate(engine, prompts, params, args, cancel)
+    if args.json:
+        print_json(prompts, results)
+    if args.stats:
+        print_stats(results)
+    return 130 if cancel.is_set() else 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt, standard input and --prompt-file, in this order."""
+    prompts = [_decode(sys.stdin.buffer.read(), "standard input") if p == "-" else p for p in args.prompt]
+    if args.prompt_file:
+        try:
+            with open(args.prompt_file, "rb") as file:
+                lines = _decode(file.read(), args.prompt_file).splitlines()
+        except OSError as error:
+            raise UserError(
+                f"--prompt-file {args.prompt_file}: {error.strerror}; expected a text file, a prompt a line"
+            ) from None
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("there is no prompt; give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UserError(f"the prompt {prompt!r} is empty; expected some text")
+    return prompts
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 (byte {data[error.start]:#04x} at {error.start}); convert it to UTF-8"
+        ) from None
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    from .engine import load
+
+    if args.model is None:
+        print(BUNDLED, file=sys.stderr)
+    return load(
+        args.model,
+        args.draft_model,
+        revision=args.revision,
+        num_draft_tokens=args.num_draft_tokens,
+        notice=lambda message: print(f"note: {message}", file=sys.stderr),
+        progress=Bar("loading"),
+    )
+
+
+def generate(
+    engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, cancel: threading.Event
+) -> list[Result]:
+    """Streams a single prompt; prints several whole, in order, each under a header."""
+    chunks = engine.stream(
+        prompts,
+        params,
+        system_prompt=args.system_prompt,
+        chat_template=not args.ignore_chat_template,
+        cancel=cancel,
+        progress=Bar("prefill"),
+    )
+    results: dict[int, Result] = {}
+    printed = 0
+    for chunk in chunks:
+        if len(prompts) == 1 and not args.json:
+            print(chunk.text, end="", flush=True)
+        if chunk.result is not None:
+            results[chunk.index] = chunk.result
+        while len(prompts) > 1 and not args.json and printed in results:
+            print(f"=== {printed + 1}: {_title(prompts[printed])}\n{results[printed].text}\n", flush=True)
+            printed += 1
+    if len(prompts) == 1 and not args.json:
+        print()
+    return [results[index] for index in sorted(results)]
+
+
+def _title(prompt: str) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= 70 else f"{line[:69]}\u2026"
+
+
+def print_json(prompts: list[str], results: list[Result]) -> None:
+    for prompt, result in zip(prompts, results, strict=False):
+        record = {
+            "prompt": prompt,
+            "text": result.text,
+            "tokens": result.tokens,
+            "finish_reason": result.finish_reason,
+            "stats": result.stats.as_dict(),
+        }
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def print_stats(results: list[Result]) -> None:
+    """Figures of each prompt, and of the batch, on standard error."""
+    for number, result in enumerate(results, 1):
+        s = result.stats
+        positions = " ".join(f"{share:.2f}" for share in s.acceptance_by_position) or "none"
+        mtp = "on" if s.mtp else f"off: {s.mtp_reason}"
+        lines = [
+            f"prompt {number}: {s.prompt_tokens} tokens, {s.prompt_tps:.1f} tokens/s; first after {s.ttft_s:.3f} s",
+            f"  generation: {s.generation_tokens} tokens, {s.generation_tps:.1f} tokens/s; end: {result.finish_reason}",
+            f"  MTP {mtp}; {s.rounds} rounds, {s.tokens_per_round:.2f} tokens a round, {s.host_syncs} readbacks",
+            f"  drafts: {s.accepted} of {s.drafted} accepted; by position {positions}; seed {s.seed}",
+        ]
+        print("\n".join(lines), file=sys.stderr)
+    if results:
+        s = results[-1].stats
+        peak = max(result.stats.peak_memory_gb for result in results)
+        batch = f"{s.batch_generation_tps:.1f} tokens/s" + (" in the last batch" if len(results) > 1 else "")
+        print(f"all: {batch}; peak memory {peak:.3f} GB; BLAS: {s.blas}", file=sys.stderr)
+
+
+class Bar:
+    """A progress bar on a terminal's standard error that shows itself after a second."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self.bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.what, delay=1, leave=False, disable=None)
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.bar.close()
+            self.bar = None
+
+
+@contextmanager
+def _ctrl_c(cancel: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C ends after the current round, the second at once."""
+
+    def stop(signum: int, frame: object) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

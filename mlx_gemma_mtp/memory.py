@@ -1,0 +1,56 @@
+"""Memory: what a run needs, what there is, and the wired limit on a Mac."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+from .config import TargetConfig
+from .errors import UserError
+from .kernels import metal_available
+
+
+def total_bytes() -> int:
+    """Memory that a model can use: the recommended working set on a Mac, physical memory elsewhere."""
+    if metal_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a folder's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def kv_bytes(config: TargetConfig, tokens: int, rows: int, block: int, item_size: int) -> int:
+    """Bytes of a cache that holds `tokens` positions of `rows` sequences (rings hold window + block - 1)."""
+    slots = [min(tokens, spec.window + block - 1) if spec.window else tokens for spec in config.kv]
+    per_row = sum(2 * n * spec.kv_heads * spec.head_dim for n, spec in zip(slots, config.kv, strict=True))
+    return rows * per_row * item_size
+
+
+def check(needed: int, what: str, advice: str) -> None:
+    """Raises UserError when `needed` bytes cannot fit."""
+    available = total_bytes()
+    if needed > available:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.1f} GB, this machine has {available / 1e9:.1f} GB for it; {advice}"
+        )
+
+
+@contextmanager
+def wired_limit() -> Iterator[None]:
+    """On a Mac, keeps weights wired up to the recommended working set for as long as the block runs (as mlx_lm)."""
+    if not metal_available():
+        yield
+        return
+    before = mx.set_wired_limit(total_bytes())
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)

@@ -1,0 +1,192 @@
+"""Requests and the batch that carries them: who is in which row, who is done, who leaves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from .cache import Cache
+from .drafter import Drafter
+from .gemma4 import Gemma4
+from .sampling import Rules, SamplingParams
+from .speculative import Round, Speculation, compact, prefill
+from .stats import Stats
+from .text import TextStream
+from .weights import Progress
+
+
+@dataclass(frozen=True)
+class Result:
+    """One prompt's answer. tokens: generated ids without the token that ended it (a stop string's tokens are kept).
+
+    finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full) or 'cancelled'.
+    stats: complete when the whole batch is.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of one prompt's answer. index: which prompt; result: set in its last chunk."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    result: Result | None = None
+
+
+@dataclass
+class Request:
+    """A prompt on its way. limit: tokens it may generate (max_tokens, or what the context leaves)."""
+
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    stream: TextStream
+    end_tokens: frozenset[int]
+    limit: int
+    stats: Stats
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def remaining(self) -> int:
+        return self.limit - len(self.tokens)
+
+    def take(self, emitted: Sequence[int]) -> Chunk:
+        """Adds the tokens of a round, up to the one that ends the request."""
+        before, pieces = len(self.tokens), []
+        for token in emitted:
+            if token in self.end_tokens:
+                self.finish_reason = "stop"
+            else:
+                self.tokens.append(token)
+                pieces.append(self.stream.push(token))
+                if self.stream.stopped:
+                    self.finish_reason = "stop"
+                elif not self.remaining:
+                    self.finish_reason = "length"
+            if self.finish_reason:
+                break
+        return self._chunk(pieces, self.tokens[before:])
+
+    def cancel(self) -> Chunk:
+        """Ends the request with what it has."""
+        self.finish_reason = "cancelled"
+        return self._chunk([], [])
+
+    def _chunk(self, pieces: list[str], tokens: list[int]) -> Chunk:
+        result = None
+        if self.finish_reason:
+            pieces.append(self.stream.finish())
+        self.pieces += pieces
+        if self.finish_reason:
+            result = Result("".join(self.pieces), self.tokens, self.finish_reason, self.stats)
+        return Chunk(self.index, "".join(pieces), tokens, result)
+
+
+class Cancelled(Exception):
+    """Raised inside a prefill that nobody waits for any more."""
+
+
+class Batch:
+    """Requests that are prefilled together and decoded in common rounds; a row that finishes leaves at once."""
+
+    def __init__(
+        self,
+        target: Gemma4,
+        drafter: Drafter | None,
+        requests: Sequence[Request],
+        num_draft_tokens: int,
+        prefill_chunk: int,
+        suppress: Sequence[int] = (),
+        draft_position: int = 0,
+    ):
+        self.target, self.drafter, self.suppress = target, drafter, suppress
+        self.requests, self.live = list(requests), list(requests)
+        self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
+        self.draft_position = draft_position
+        self.longest = max(len(request.prompt) for request in requests)
+        block = max(self.num_draft_tokens + 1, min(prefill_chunk, self.longest))
+        dtype = target.norm.weight.dtype
+        self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, dtype)
+
+    def run(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
+        """Yields pieces of text as they are made, until every request is finished or `cancel` is set."""
+        self.began = time.perf_counter()
+        mx.reset_peak_memory()
+        try:
+            loop = self._prefill(cancel, progress)
+        except Cancelled:
+            yield from [request.cancel() for request in self.live]
+            return
+        emitted = loop.start(self._useful(), self.longest)
+        while self.live:
+            chunks = self._take(emitted, loop, cancel.is_set())
+            if self.live:
+                loop.launch()  # the device works while the caller reads
+            yield from chunks
+            if self.live:
+                emitted = loop.step(self._useful())
+        self._close(loop)
+
+    def _prefill(self, cancel: threading.Event, progress: Progress) -> Speculation:
+        def told(done: int) -> None:
+            if cancel.is_set():
+                raise Cancelled
+            progress(min(done, self.longest), self.longest)
+
+        prompts = [request.prompt for request in self.requests]
+        hidden = prefill(self.target, self.cache, slice(0, len(prompts)), prompts, told)
+        self.prefilled = time.perf_counter()
+        for request in self.requests:
+            request.stats.prompt_tps = len(request.prompt) / (self.prefilled - self.began)
+        rules = self._rules()
+        return Speculation(self.target, self.drafter, self.cache, rules, hidden, self.draft_position)
+
+    def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:
+        """Hands a round's tokens to their requests; those that finish leave the batch."""
+        now = time.perf_counter()
+        chunks = []
+        for request, tokens in zip(self.live, emitted.tokens, strict=True):
+            if not request.tokens:
+                request.stats.ttft_s = now - self.began
+            if loop.host_syncs > 1:  # the first readback brings the prefill's token, no verify's
+                request.stats.count_round(emitted.drafted, len(tokens) - 1)
+            chunk = request.take(tokens)
+            chunks.append(chunk)
+            if cancelled and chunk.result is None:
+                chunks.append(request.cancel())
+            request.stats.generation_tokens = len(request.tokens)
+            request.stats.generation_tps = len(request.tokens) / max(now - self.prefilled, 1e-9)
+        rows = compact([request.finish_reason is None for request in self.live])
+        if len(rows) < len(self.live):
+            self.live = [self.live[row] for row in rows]
+            if rows:
+                loop.retain(rows, self._rules())
+        return chunks
+
+    def _useful(self) -> int:
+        """Drafts worth making, if this round emits one token and the next one more than it keeps drafts."""
+        return max(0, min(self.num_draft_tokens, max(request.remaining for request in self.live) - 2))
+
+    def _rules(self) -> Rules:
+        return Rules.of([request.params for request in self.live], self.target.config.vocab_size, self.suppress)
+
+    def _close(self, loop: Speculation) -> None:
+        """Figures of the whole batch."""
+        seconds = max(time.perf_counter() - self.prefilled, 1e-9)
+        tokens = sum(len(request.tokens) for request in self.requests)
+        for request in self.requests:
+            request.stats.host_syncs = loop.host_syncs
+            request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
+            request.stats.batch_generation_tps = tokens / seconds

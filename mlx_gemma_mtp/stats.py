@@ -1,0 +1,64 @@
+"""What is counted for each request."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """Figures of one request. Times in seconds, rates in tokens a second, of the request's own time in its batch.
+
+    rounds: verify passes (the first token comes from the prefill); drafted and accepted: draft tokens that were
+    verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
+    1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
+    batch.
+    """
+
+    prompt_tokens: int = 0
+    prompt_tps: float = 0.0
+    generation_tokens: int = 0
+    generation_tps: float = 0.0
+    batch_generation_tps: float = 0.0
+    ttft_s: float = 0.0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    host_syncs: int = 0
+    peak_memory_gb: float = 0.0
+    mtp: bool = False
+    mtp_reason: str | None = None
+    blas: str = ""
+    seed: int | None = None
+    _offered: list[int] = field(default_factory=list)  # rounds that verified at least i + 1 drafts
+    _kept: list[int] = field(default_factory=list)
+
+    def count_round(self, drafted: int, accepted: int) -> None:
+        """Adds one verify pass of this request."""
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        while len(self._offered) < drafted:
+            self._offered.append(0)
+            self._kept.append(0)
+        for i in range(drafted):
+            self._offered[i] += 1
+            self._kept[i] += i < accepted
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Accepted drafts plus the bonus token, a round."""
+        return 1 + self.accepted / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        return [kept / offered for kept, offered in zip(self._kept, self._offered, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The public figures, for JSON."""
+        public = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
+        return public | {
+            "tokens_per_round": self.tokens_per_round,
+            "acceptance_by_position": self.acceptance_by_position,
+        }

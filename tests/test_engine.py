@@ -1,0 +1,174 @@
+"""The facade on the bundled, trained pair: text in, text and figures out; MTP on and off give the same."""
+
+import json
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.engine import Engine
+
+PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load()
+
+
+def test_the_bundled_pair_writes_the_same_text_with_and_without_mtp(engine):
+    """A ragged batch, past the window of 128, with rows that end at different times."""
+    params = [SamplingParams(max_tokens=n) for n in (170, 3, 60, 170)]
+    plain = engine.generate(PROMPTS[:4], params, num_draft_tokens=0)
+    drafted = engine.generate(PROMPTS[:4], params, num_draft_tokens=4)
+    assert [r.tokens for r in plain] == [r.tokens for r in drafted]
+    assert [(r.text, r.finish_reason) for r in plain] == [(r.text, r.finish_reason) for r in drafted]
+    assert len(plain[1].tokens) == 3 and plain[1].finish_reason == "length"
+    alone = [engine.generate(prompt, p) for prompt, p in zip(PROMPTS[:4], params, strict=True)]
+    assert [r.tokens for r in alone] == [r.tokens for r in plain]
+    assert "```python" in plain[0].text
+
+
+def test_one_seed_one_text(engine):
+    """Sampled: the same for every draft length and batch partner; another seed gives another text."""
+    params = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, seed=11, ignore_eos=True)
+    texts = [engine.generate(PROMPTS[0], params, num_draft_tokens=k).tokens for k in (0, 2, 4)]
+    texts.append(engine.generate(PROMPTS[:3], params)[0].tokens)
+    assert all(text == texts[0] for text in texts)
+    other = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, seed=12, ignore_eos=True)
+    assert engine.generate(PROMPTS[0], other).tokens != texts[0]
+
+
+def test_figures_add_up(engine):
+    result = engine.generate(PROMPTS[0], GREEDY)
+    s = result.stats
+    assert s.mtp and s.mtp_reason is None and s.generation_tokens == len(result.tokens) == 40
+    assert s.prompt_tokens == len(engine.text.encode(PROMPTS[0]))
+    assert s.host_syncs == s.rounds + 1 and 1 < s.tokens_per_round <= 5
+    assert s.accepted + s.rounds + 1 >= 40  # the last round may give more than was wanted
+    assert len(s.acceptance_by_position) == 4 and s.acceptance_by_position[0] >= s.acceptance_by_position[3]
+    assert s.generation_tps > 0 and s.prompt_tps > 0 and 0 < s.ttft_s < 60 and s.peak_memory_gb > 0
+    plain = engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0).stats
+    assert (plain.mtp, plain.rounds, plain.drafted, plain.host_syncs) == (False, 39, 0, 40)
+    assert "draft length" in plain.mtp_reason
+
+
+def test_no_more_is_drafted_than_can_be_used(engine):
+    for wanted in (1, 2, 3):
+        s = engine.generate(PROMPTS[0], SamplingParams(max_tokens=wanted, ignore_eos=True)).stats
+        assert s.generation_tokens == wanted and s.drafted <= max(0, wanted - 2)
+
+
+def test_stream_gives_the_text_in_pieces(engine):
+    chunks = list(engine.stream(PROMPTS[:2], GREEDY))
+    for index in (0, 1):
+        own = [c for c in chunks if c.index == index]
+        assert [c.result is not None for c in own] == [False] * (len(own) - 1) + [True]
+        assert "".join(c.text for c in own) == own[-1].result.text
+        assert [t for c in own for t in c.tokens] == own[-1].result.tokens
+        assert len(own) > 5
+
+
+def test_stop_strings_end_inside_a_draft(engine):
+    """The text ends before the stop string, whichever round brings it, the same with and without drafts."""
+    whole = engine.generate(PROMPTS[0], SamplingParams(max_tokens=80)).text
+    stop = whole[30:35]
+    results = [
+        engine.generate(PROMPTS[0], SamplingParams(max_tokens=80, stop=(stop,)), num_draft_tokens=k) for k in (0, 4)
+    ]
+    assert results[0].text == results[1].text == whole[: whole.index(stop)]
+    assert results[0].tokens == results[1].tokens and {r.finish_reason for r in results} == {"stop"}
+
+
+def test_eos_inside_a_draft_ends_the_text(engine):
+    ended = [engine.generate(p, SamplingParams(max_tokens=200)) for p in PROMPTS[5:8]]
+    stopped = [r for r in ended if r.finish_reason == "stop"]
+    assert stopped and all(not {1, 6}.intersection(r.tokens) for r in stopped)
+
+
+def test_suppressed_tokens_never_come(engine, monkeypatch):
+    usual = engine.generate(PROMPTS[0], GREEDY).tokens
+    banned = max(set(usual), key=usual.count)
+    defaults = engine.defaults.__class__(**{**vars(engine.defaults), "suppress_token_ids": (banned,)})
+    monkeypatch.setattr(engine, "defaults", defaults)
+    results = [engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=k) for k in (0, 4)]
+    assert results[0].tokens == results[1].tokens and banned not in results[0].tokens
+
+
+def test_cancel_ends_with_what_there_is(engine):
+    cancel = threading.Event()
+    chunks = []
+    for chunk in engine.stream(PROMPTS[:2], GREEDY, cancel=cancel):
+        chunks.append(chunk)
+        if len(chunks) == 6:
+            cancel.set()
+    results = [c.result for c in chunks if c.result is not None]
+    assert [r.finish_reason for r in results] == ["cancelled"] * 2
+    assert all(0 < len(r.tokens) < 40 for r in results)
+    cancel.set()
+    early = list(engine.stream(PROMPTS[0], GREEDY, cancel=cancel))
+    assert early[-1].result.finish_reason == "cancelled" and early[-1].result.tokens == []
+
+
+def test_more_prompts_than_rows_wait_their_turn(engine):
+    short = SamplingParams(max_tokens=4, ignore_eos=True)
+    results = engine.generate(PROMPTS[:11], short)
+    assert len(results) == 11 and results[10].tokens == engine.generate(PROMPTS[10], short).tokens
+
+
+def test_prefill_progress_and_long_prompts(engine):
+    """A prompt of several chunks, past the window; the context is a limit, not a crash."""
+    told = []
+    long_prompt = (engine.text.encode(PROMPTS[2]) * 40)[:700]
+    plain = engine.generate(long_prompt, GREEDY, num_draft_tokens=0, progress=lambda d, t: told.append((d, t)))
+    assert told == [(256, 700), (512, 700), (700, 700)]
+    assert engine.generate(long_prompt, GREEDY).tokens == plain.tokens
+    context = engine.target.config.context
+    almost = (long_prompt * 3)[: context - 6]
+    result = engine.generate(almost, SamplingParams(max_tokens=50, ignore_eos=True))
+    assert len(result.tokens) == 6 and result.finish_reason == "length"
+    with pytest.raises(UserError, match=f"{context} tokens, expected fewer than the context of {context}"):
+        engine.generate((long_prompt * 3)[:context], GREEDY)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda e: e.generate(""), "empty"),
+        (lambda e: e.generate([]), "0 prompts"),
+        (lambda e: e.generate(["a", "b"], [GREEDY]), "2 prompts with 1 settings"),
+        (lambda e: e.generate("a", num_draft_tokens=-1), "num_draft_tokens is -1"),
+    ],
+)
+def test_bad_calls_are_named(engine, call, message):
+    with pytest.raises(UserError, match=message):
+        call(engine)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": "no/such/model"}, "no model 'no/such/model'"),
+        ({"model": "nothing-here"}, "no model 'nothing-here'"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+    ],
+)
+def test_bad_loads_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        load(**options)
+
+
+def test_the_cpu_runs_in_float32(engine):
+    if not mx.metal.is_available():
+        assert engine.target.norm.weight.dtype == mx.float32
+
+
+def test_the_readme_example(tmp_path, monkeypatch):
+    """The README's Python block runs as it stands."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = readme.split("```python\n", 1)[1].split("```", 1)[0]
+    exec(compile(code, "README.md", "exec"), {})
