@@ -29,7 +29,15 @@ def geglu(gate_up: mx.array) -> mx.array:
     return _geglu_compiled(gate, up) if metal_available() else nn.gelu_approx(gate) * up
 
 
-class Stack(nn.Module):
+class Fused(nn.Module):
+    """A module that computes with something derived from its weights."""
+
+    def fuse(self) -> None:
+        """Derives it anew; `fuse(model)` calls this once weights are loaded."""
+        raise NotImplementedError
+
+
+class Stack(Fused):
     """Linears that read one input; the output is their outputs side by side.
 
     `fuse` merges neighbours of one format into a single product (exact: output rows are independent), so that q/k/v or
@@ -68,6 +76,13 @@ def _format(linear: nn.Module) -> tuple:
     quantised = "scales" in linear
     numbers = (linear.group_size, linear.bits, linear.mode) if quantised else ()
     return (type(linear), *numbers, *(value.dtype for value in linear.parameters().values()))
+
+
+def fuse(part: nn.Module) -> None:
+    """After weights were loaded: merges what can be one product, and derives what follows from weights alone."""
+    for module in part.modules():
+        if isinstance(module, Fused):
+            module.fuse()
 
 
 class Rope:
@@ -116,7 +131,7 @@ class Rotation:
         return turned.astype(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(Fused):
     """Attention that owns K/V, or only queries and reads another layer's (KV sharing in E2B/E4B, every drafter layer).
 
     Attention scale is 1; Q and K are normed, then rotated; V is normed without a weight. With `v_is_k` V is the raw K
@@ -136,17 +151,26 @@ class Attention(nn.Module):
                 linears["v_proj"] = nn.Linear(hidden_size, kv.kv_heads * dim, bias=False)
         self.qkv = Stack(**linears)
         self.o_proj = nn.Linear(spec.heads * dim, hidden_size, bias=False)
+        self.fuse()
+
+    def fuse(self) -> None:
+        """One weight for the norms of all query and key heads, [heads, 1, head_dim]."""
+        norms = mx.broadcast_to(self.q_norm.weight, (self.spec.heads, 1, self.spec.kv.head_dim))
+        if self.spec.owns_kv:
+            keys = mx.broadcast_to(self.k_norm.weight, (self.spec.kv.kv_heads, 1, self.spec.kv.head_dim))
+            norms = mx.concatenate([norms, keys], axis=0)
+        self._norms = norms
 
     def __call__(self, x: mx.array, span: Span, rotate: Rotation | FastRotation) -> mx.array:
         """x: [B, T, hidden] -> [B, T, hidden]."""
         spec, (B, T, _) = self.spec, x.shape
         heads = self.qkv(x).reshape(B, T, -1, spec.kv.head_dim).transpose(0, 2, 1, 3)  # [B, q + k + v heads, T, D]
-        queries = rotate(rms_norm(heads[:, : spec.heads], self.eps, self.q_norm.weight))
+        heads = rms_norm(heads, self.eps)  # one norm and one rotation for all heads
+        queries = rotate(heads[:, : self._norms.shape[0]] * self._norms)
         if spec.owns_kv:
-            keys = heads[:, spec.heads : spec.heads + spec.kv.kv_heads]
-            values = heads[:, -spec.kv.kv_heads :]  # with v_is_k these are the raw keys
-            keys = rotate(rms_norm(keys, self.eps, self.k_norm.weight))
-            span.write(spec.kv_layer, keys, rms_norm(values, self.eps))
+            queries, keys = queries[:, : spec.heads], queries[:, spec.heads :]
+            values = heads[:, -spec.kv.kv_heads :]  # with v_is_k these are the raw keys, normed without a weight
+            span.write(spec.kv_layer, keys, values)
         out = span.attend(spec.kv_layer, queries)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, T, -1))
 

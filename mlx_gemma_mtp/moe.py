@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .config import MoESpec
-from .layers import Stack, geglu, rms_norm
+from .layers import Fused, Stack, geglu, rms_norm
 
 SORT_FROM = 64  # pairs; below it MLX reads one expert matrix a pair, sorted or not
 
@@ -24,7 +25,7 @@ def route(logits: mx.array, top_k: int, expert_scale: mx.array) -> tuple[mx.arra
     return experts, mx.softmax(chosen, axis=-1, precise=True) * expert_scale[experts].astype(mx.float32)
 
 
-class Router(nn.Module):
+class Router(Fused):
     """Reads the residual stream: norm without weight, times scale, times hidden ** -0.5, projection."""
 
     def __init__(self, hidden_size: int, moe: MoESpec, eps: float):
@@ -34,10 +35,15 @@ class Router(nn.Module):
         self.proj = nn.Linear(hidden_size, moe.num_experts, bias=False)
         self.scale = mx.ones((hidden_size,))
         self.per_expert_scale = mx.ones((moe.num_experts,))
+        self.fuse()
+
+    def fuse(self) -> None:
+        """The two factors of the norm in one."""
+        self._norm = self.scale * self.root
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x: [N, hidden] -> (experts [N, k], weights [N, k])."""
-        return route(self.proj(rms_norm(x, self.eps, self.scale * self.root)), self.top_k, self.per_expert_scale)
+        return route(self.proj(rms_norm(x, self.eps, self._norm)), self.top_k, self.per_expert_scale)
 
 
 class ExpertLinear(nn.Module):
@@ -84,6 +90,14 @@ class QuantizedExpertLinear(nn.Module):
         )
 
 
+@lru_cache(maxsize=256)
+def _rows(tokens: int, pairs: int) -> mx.array:
+    """The token of each pair, in order: 0 0 .. 1 1 .., uint32 [tokens * pairs]. Kept, since every layer asks for it."""
+    rows = mx.arange(tokens * pairs, dtype=mx.uint32) // pairs
+    mx.eval(rows)
+    return rows
+
+
 class SwitchGLU(nn.Module):
     """gate, up and down of every expert, under the checkpoint's names."""
 
@@ -98,7 +112,7 @@ class SwitchGLU(nn.Module):
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """x: [N, hidden] -> one row for each pair, [P, hidden]."""
         inner = geglu(self.gate_up(x[:, None], rows, experts, ordered))  # [P, 1, size]
-        return self.down_proj(inner, mx.arange(experts.size, dtype=mx.uint32), experts, ordered)[:, 0]
+        return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)[:, 0]
 
 
 class Experts(nn.Module):
@@ -115,6 +129,6 @@ class Experts(nn.Module):
             order = mx.argsort(pairs)
             y = self.switch_glu(x, order // top_k, pairs[order], True)[mx.argsort(order)]
         else:
-            y = self.switch_glu(x, mx.arange(tokens * top_k, dtype=mx.uint32) // top_k, pairs, False)
+            y = self.switch_glu(x, _rows(tokens, top_k), pairs, False)
         y = y.reshape(tokens, top_k, -1) * weights[..., None]
         return y.sum(axis=1).astype(x.dtype)

@@ -62,10 +62,13 @@ class Request:
     def remaining(self) -> int:
         return self.limit - len(self.tokens)
 
-    def take(self, emitted: Sequence[int]) -> Chunk:
-        """Adds the tokens of a round, up to the one that ends the request."""
+    def take(self, emitted: Sequence[int], drafted: int | None) -> Chunk:
+        """Adds the tokens of a round, up to the one that ends the request; drafts past it do not count as accepted.
+
+        drafted: how many drafts the round verified; None: the tokens come from the prefill.
+        """
         before, pieces = len(self.tokens), []
-        for token in emitted:
+        for used, token in enumerate(emitted, 1):  # noqa: B007
             if token in self.end_tokens:
                 self.finish_reason = "stop"
             else:
@@ -77,6 +80,8 @@ class Request:
                     self.finish_reason = "length"
             if self.finish_reason:
                 break
+        if drafted is not None:
+            self.stats.count_round(drafted, used - 1)
         return self._chunk(pieces, self.tokens[before:])
 
     def cancel(self) -> Chunk:
@@ -160,9 +165,7 @@ class Batch:
         for request, tokens in zip(self.live, emitted.tokens, strict=True):
             if not request.tokens:
                 request.stats.ttft_s = now - self.began
-            if loop.host_syncs > 1:  # the first readback brings the prefill's token, no verify's
-                request.stats.count_round(emitted.drafted, len(tokens) - 1)
-            chunk = request.take(tokens)
+            chunk = request.take(tokens, emitted.drafted)
             chunks.append(chunk)
             if cancelled and chunk.result is None:
                 chunks.append(request.cancel())

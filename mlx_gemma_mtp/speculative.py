@@ -20,10 +20,13 @@ from .sampling import Rules, accept, sample
 
 @dataclass(frozen=True)
 class Round:
-    """What one round gave: the tokens emitted by each row, and how many drafts a row were verified."""
+    """What one round gave: the tokens emitted by each row, and how many drafts a row were verified.
+
+    The prefill's tokens come as a round that verified nothing: drafted is None.
+    """
 
     tokens: list[list[int]]
-    drafted: int
+    drafted: int | None
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Speculation:
         tokens = sample(self.target.logits(self.hidden), self.rules, positions)
         self._next = tokens[:, 0]
         self._draft(num_draft)
-        return self._read(tokens, None, 0)
+        return self._read(tokens, None, None)
 
     def launch(self) -> None:
         """Dispatches the next verify, so that it runs while the caller uses the last round.
@@ -168,7 +171,7 @@ class Speculation:
         span = self.cache.span(self.rows, tokens.shape[1])
         return _Verify(self._drafts, self.target(tokens, span), span.positions, before)
 
-    def _read(self, tokens: mx.array, n: mx.array | None, drafted: int) -> Round:
+    def _read(self, tokens: mx.array, n: mx.array | None, drafted: int | None) -> Round:
         """Queues everything, builds the next verify meanwhile, and reads back once."""
         mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, self._drafts)
         self._verify = self._build()

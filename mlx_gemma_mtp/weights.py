@@ -20,7 +20,7 @@ from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetC
 from .drafter import Drafter
 from .errors import UserError
 from .kernels import metal_available
-from .layers import Stack
+from .layers import fuse
 
 MEDIA_PREFIXES = (
     "vision_tower.",
@@ -185,9 +185,7 @@ def _prepare(model: nn.Module, progress: Progress) -> None:
     """Reads, fuses and lays out part by part, so that the peak stays one part above the whole."""
     parts = [*model.layers, *(child for name, child in model.children().items() if name != "layers")]
     for done, part in enumerate(parts, 1):
-        for _, module in part.named_modules():
-            if isinstance(module, Stack):
-                module.fuse()
+        fuse(part)
         if not metal_available():
             _lay_out_for_cpu(part)
         mx.eval(part.parameters())

@@ -48,7 +48,7 @@ def test_figures_add_up(engine):
     assert s.mtp and s.mtp_reason is None and s.generation_tokens == len(result.tokens) == 40
     assert s.prompt_tokens == len(engine.text.encode(PROMPTS[0]))
     assert s.host_syncs == s.rounds + 1 and 1 < s.tokens_per_round <= 5
-    assert s.accepted + s.rounds + 1 >= 40  # the last round may give more than was wanted
+    assert s.accepted + s.rounds + 1 == 40  # accepted drafts, a bonus token a round, the prefill's token
     assert len(s.acceptance_by_position) == 4 and s.acceptance_by_position[0] >= s.acceptance_by_position[3]
     assert s.generation_tps > 0 and s.prompt_tps > 0 and 0 < s.ttft_s < 60 and s.peak_memory_gb > 0
     plain = engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0).stats

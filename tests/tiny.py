@@ -12,7 +12,7 @@ from mlx_gemma_mtp.cache import Cache, Span
 from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.gemma4 import Gemma4
-from mlx_gemma_mtp.layers import Stack
+from mlx_gemma_mtp.layers import fuse
 from mlx_gemma_mtp.sampling import Rules, SamplingParams
 from mlx_gemma_mtp.speculative import Speculation, prefill
 
@@ -98,9 +98,7 @@ def _randomise(model, seed: int):
         return mx.random.normal(a.shape) * 1.2 / a.shape[-1] ** 0.5
 
     model.update(tree_map(fill, model.parameters()))
-    for _, module in model.named_modules():
-        if isinstance(module, Stack):
-            module.fuse()
+    fuse(model)
     mx.eval(model.parameters())
     return model
 
