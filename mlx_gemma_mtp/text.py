@@ -5,6 +5,7 @@ The tokenizer, its template and the streaming detokenizer are mlx-lm's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ class Text:
             raise UserError(
                 f"{folder} has no tokenizer.json; expected it beside config.json: download or convert the folder again"
             )
-        self.tokenizer: TokenizerWrapper = load_tokenizer(folder)
+        # The context is checked against the model's config, not against what the tokenizer's file says of it.
+        self.tokenizer: TokenizerWrapper = load_tokenizer(folder, {"model_max_length": sys.maxsize})
         self.media_token_ids = frozenset(media_token_ids)
 
     def encode(self, prompt: Prompt, system_prompt: str | None = None, chat_template: bool = True) -> list[int]:

@@ -1,0 +1,1 @@
+"""Speed measurements, run from a checkout: `python -m benchmarks.peers`."""

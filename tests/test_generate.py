@@ -1,0 +1,197 @@
+"""The command line: what it prints where, and one line with exit code 2 for bad input."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_gemma_mtp import __version__, generate, hub
+
+PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
+KEYS = {
+    "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "batch_generation_tps", "ttft_s", "rounds",
+    "drafted", "accepted", "tokens_per_round", "acceptance_by_position", "host_syncs", "peak_memory_gb", "mtp",
+    "mtp_reason", "blas",
+}  # fmt: skip
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    """main's exit code, and what it printed."""
+    code = generate.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def command(*argv: str, **options) -> subprocess.Popen:
+    environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | options
+    return subprocess.Popen([sys.executable, "-m", "mlx_gemma_mtp.generate", *argv], env=environment, **pipes)
+
+
+def test_one_prompt_streams_its_text(capsys):
+    code, out, err = run(capsys, "--prompt", PROMPTS[0], "--max-tokens", 24, "--stats")
+    assert code == 0 and out.startswith("```python\n") and out.endswith("\n")
+    assert "small bundled model" in err and "MTP on" in err and "tokens a round" in err and "BLAS" in err
+    assert "Traceback" not in err
+
+
+def test_several_prompts_come_whole_and_in_order(capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPTS[1]}\n\n{PROMPTS[2]}\n")
+    code, out, _ = run(capsys, "--prompt", PROMPTS[0], "--prompt-file", file, "--max-tokens", 8)
+    headers = [line for line in out.splitlines() if line.startswith("=== ")]
+    assert code == 0 and [h[:7] for h in headers] == ["=== 1: ", "=== 2: ", "=== 3: "]
+
+
+def test_json_is_one_object_a_prompt(capsys):
+    argv = ["--prompt", PROMPTS[3], "--prompt", PROMPTS[4], "--max-tokens", "12", "--json"]
+    code, out, _ = run(capsys, *argv)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [r["prompt"] for r in records] == PROMPTS[3:5]
+    for record in records:
+        assert set(record) == {"prompt", "text", "tokens", "finish_reason", "stats"} and KEYS <= set(record["stats"])
+        assert record["text"] and record["stats"]["generation_tokens"] == len(record["tokens"]) <= 12
+    _, plain, _ = run(capsys, *argv, "--num-draft-tokens", "0")
+    assert [json.loads(line)["tokens"] for line in plain.splitlines()] == [r["tokens"] for r in records]
+
+
+def test_standard_input_is_a_prompt(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("été 😀".encode())))
+    code, out, _ = run(capsys, "--prompt", "-", "--max-tokens", 2, "--json")
+    assert code == 0 and json.loads(out)["prompt"] == "été 😀"
+
+
+def test_no_drafter_says_why(capsys):
+    _, out, _ = run(capsys, "--prompt", "x", "--draft-model", "none", "--max-tokens", 3, "--json")
+    stats = json.loads(out)["stats"]
+    assert stats["mtp"] is False and "none" in stats["mtp_reason"] and stats["rounds"] == 2
+
+
+def test_a_seed_repeats_a_text(capsys):
+    argv = ["--prompt", PROMPTS[0], "--temp", "1", "--top-k", "50", "--top-p", "0.9", "--max-tokens", "16", "--json"]
+    cases = [("7", "4"), ("7", "0"), ("8", "4")]
+    outputs = [run(capsys, *argv, "--seed", seed, "--num-draft-tokens", k)[1] for seed, k in cases]
+    texts = [json.loads(out)["text"] for out in outputs]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        generate.main(["--version"])
+    assert stop.value.code == 0 and __version__ in capsys.readouterr().out
+
+
+def broken_model(folder: Path, **changes) -> Path:
+    """The bundled target with another config."""
+    shutil.copytree(hub.DEMO / "target", folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = changes.pop("text", {})
+    config["text_config"] |= text
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "there is no prompt"),
+        (["--prompt", ""], "is empty"),
+        (["--prompt", " \n"], "is empty"),
+        (["--prompt", "x", "--max-tokens", "0"], "max_tokens is 0"),
+        (["--prompt", "x", "--max-tokens", "-5"], "max_tokens is -5"),
+        (["--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
+        (["--prompt", "x", "--temp", "-1"], "temperature is -1"),
+        (["--prompt", "x", "--top-p", "0"], "top_p is 0"),
+        (["--prompt", "x", "--num-draft-tokens", "-1"], "num-draft-tokens is -1"),
+        (["--prompt", "x", "--model", "nothing-here"], "no model 'nothing-here'"),
+        (["--prompt", "x", "--model", __file__], "is a file"),
+        (["--prompt", "x", "--draft-model", "nothing-here"], "no model 'nothing-here'"),
+        (["--prompt", "x", "--image", "cat.png"], "'cat.png': image and audio"),
+        (["--prompt", "x", "--audio", "cat.wav"], "'cat.wav': image and audio"),
+        (["--prompt-file", "nothing-here.txt"], "nothing-here.txt"),
+        (["--prompt", "x", "--system-prompt", "y", "--ignore-chat-template"], "system prompt"),
+        (["--prompt", "word " * 3000], "expected fewer than the context of 2048"),
+        (["--prompt", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    lines = [line for line in err.splitlines() if not line.startswith(("This is the small", "note:"))]
+    assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_bad_bytes_on_standard_input(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff")))
+    code, _, err = run(capsys, "--prompt", "-")
+    assert code == 2 and "standard input is not UTF-8 (byte 0xff at 3)" in err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not a Gemma 4 target"),
+        ({"model_type": "gemma4_assistant"}, "is a drafter"),
+        ({"text": {"hidden_size": 100}}, "expected"),
+        ({"text": {"sliding_window": None}}, "sliding_window is None"),
+    ],
+)
+def test_broken_models_are_one_line(capsys, tmp_path, changes, message):
+    folder = broken_model(tmp_path / "model", **changes)
+    code, _, err = run(capsys, "--prompt", "x", "--model", folder)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and message in last and "Traceback" not in err
+
+
+def test_a_folder_without_config(capsys, tmp_path):
+    code, _, err = run(capsys, "--prompt", "x", "--model", tmp_path)
+    assert code == 2 and "it has no config.json" in err.splitlines()[-1]
+
+
+def test_the_drafter_of_another_target(capsys, tmp_path):
+    folder = tmp_path / "drafter"
+    shutil.copytree(hub.DEMO / "drafter", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"backbone_hidden_size": 2816}))
+    code, _, err = run(capsys, "--prompt", "x", "--draft-model", folder)
+    assert code == 2 and "hidden size is 2816, the target's is 192" in err.splitlines()[-1]
+
+
+def test_ctrl_c_keeps_what_was_made():
+    process = command("--prompt", PROMPTS[0], "--max-tokens", "1500", "--ignore-eos", "--stats")
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and first.startswith(b"```python")
+    assert b"end: cancelled" in err and b"Traceback" not in err
+    (first + rest).decode("utf-8")
+
+
+def test_a_closed_pipe_is_no_traceback():
+    process = command("--prompt", PROMPTS[0], "--max-tokens", "600", "--ignore-eos")
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1 and b"Traceback" not in err
+
+
+def test_a_blas_that_is_none_is_named():
+    process = subprocess.run(
+        [sys.executable, "-m", "mlx_gemma_mtp.generate", "--prompt", "x"],
+        env=os.environ | {"MLX_GEMMA_MTP_BLAS": "/nothing/libx.so", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    if sys.platform.startswith("linux"):
+        assert process.returncode == 2 and "MLX_GEMMA_MTP_BLAS=/nothing/libx.so is no usable BLAS" in process.stderr
+
+
+def test_importing_the_package_imports_no_mlx():
+    """So that a command line can load a BLAS first, and `import mlx_gemma_mtp` is instant."""
+    code = "import sys, mlx_gemma_mtp; assert not [m for m in sys.modules if m.startswith(('mlx.', 'torch'))]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
