@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
 from .config import KVSpec
+from .kernels.attention import attention, attention_mask
 
 CAPACITY_STEP = 256
 
@@ -26,12 +29,18 @@ def visible(lengths: mx.array, written: int, queries: mx.array, slots: int, wind
     (written, never committed) lies exactly `slots` later than p, so the ring law slots >= window + block - 1 puts p
     out of sight.
     """
-    last = (lengths + (written - 1))[:, None]  # [B, 1]
-    slot = mx.arange(slots)[None]  # [1, S]
-    position = last - (last - slot) % slots  # [B, S]; negative: never written
-    position, queries = position[:, None, None], queries[:, None, :, None]
-    seen = (position >= 0) & (position <= queries)
-    return seen if window is None else seen & (position > queries - window)
+    last = (lengths + (written - 1))[:, None, None, None]
+    queries = queries[:, None, :, None]
+    slot = _slots(slots)
+    if window is None:  # a full layer never wraps
+        return slot <= mx.minimum(queries, last)
+    position = last - (last - slot) % slots  # [B, 1, 1, S]; negative: never written
+    return (position >= mx.maximum(queries - (window - 1), 0)) & (position <= queries)
+
+
+@cache
+def _slots(count: int) -> mx.array:
+    return mx.array(np.arange(count, dtype=np.int32))  # from the host: no part of any graph
 
 
 class LayerKV:
@@ -47,7 +56,7 @@ class LayerKV:
         return self.keys.shape[2]
 
     def write(self, index: tuple[mx.array, mx.array, mx.array], keys: mx.array, values: mx.array) -> None:
-        """keys, values: [B, kv_heads, T, head_dim]; index: (row, head, slot) arrays that broadcast to [B, kv_heads, T].
+        """keys, values: [B, kv_heads, T, head_dim]; index: (row, head, slot) arrays of shape [B, kv_heads, T].
 
         In place when no other handle or queued read of the buffers is left. The old handles stay as they are (an
         assignment would change them too), so that a write that was never dispatched can be dropped.
@@ -57,11 +66,11 @@ class LayerKV:
         self.values[index] = values
 
     def attend(self, rows: slice, queries: mx.array, mask: mx.array) -> mx.array:
-        """queries: [B, heads, T, head_dim]; mask: bool [B, 1, T, slots]. Returns the queries' shape; scale is 1."""
+        """queries: [B, heads, T, head_dim]; mask: see kernels.attention. Returns the queries' shape; scale is 1."""
         keys, values = self.keys, self.values
         if rows != slice(0, keys.shape[0]):
             keys, values = keys[rows], values[rows]
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+        return attention(queries, keys, values, mask)
 
     def grow(self, slots: int) -> None:
         """Full attention only: more slots at the end, contents kept."""
@@ -186,13 +195,14 @@ class Span:
         if key not in self._slots:
             row = mx.arange(self.rows.start, self.rows.stop)[:, None, None]
             head = mx.arange(heads)[None, :, None]
-            self._slots[key] = (row, head, (self.positions % slots)[:, None, :])
+            self._slots[key] = tuple(mx.broadcast_arrays(row, head, (self.positions % slots)[:, None, :]))
         return self._slots[key]
 
     def _mask(self, slots: int, window: int | None) -> mx.array:
         key = (slots, window)
         if key not in self._masks:
-            self._masks[key] = visible(self.lengths, self.tokens, self.positions, slots, window)
+            seen = visible(self.lengths, self.tokens, self.positions, slots, window)
+            self._masks[key] = attention_mask(seen)
         return self._masks[key]
 
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from .cache import Cache, Span
 from .config import DrafterConfig
 from .gemma4 import Block, Ropes
+from .layers import Embedding, Linear, RMSNorm
 from .sampling import Rules, sample
 
 
@@ -23,16 +24,16 @@ class CentroidHead(nn.Module):
     def __init__(self, config: DrafterConfig):
         super().__init__()
         self.top_k = config.centroid_top_k
-        self.centroids = nn.Linear(config.hidden_size, config.centroids, bias=False)
+        self.centroids = Linear(config.hidden_size, config.centroids)
         self.token_ordering = mx.arange(config.vocab_size, dtype=mx.int32)
         self.freeze(keys=["token_ordering"])
 
     def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, mx.array]:
-        """y: [B, 1, hidden] -> (float32 logits [B, 1, C], token ids [B, 1, C])."""
+        """y: [B, hidden] -> (float32 logits [B, C], token ids [B, C])."""
         scores = self.centroids(y)
-        best = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
-        tokens = self.token_ordering.reshape(scores.shape[-1], -1)[best]  # [B, 1, top_k, V / centroids]
-        tokens = tokens.reshape(*y.shape[:2], -1)
+        best = mx.argpartition(scores, kth=-self.top_k, axis=-1)[:, -self.top_k :]
+        tokens = self.token_ordering.reshape(scores.shape[-1], -1)[best]  # [B, top_k, V / centroids]
+        tokens = tokens.reshape(y.shape[0], -1)
         logits = (embedding(tokens) @ y[..., None])[..., 0]
         return logits.astype(mx.float32), tokens
 
@@ -41,7 +42,7 @@ class DenseHead(nn.Module):
     """The tied head over the whole vocabulary. Drafters have no soft-cap."""
 
     def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, None]:
-        """y: [B, 1, hidden] -> (float32 logits [B, 1, V], None)."""
+        """y: [B, hidden] -> (float32 logits [B, V], None)."""
         return embedding.as_linear(y).astype(mx.float32), None
 
 
@@ -52,11 +53,11 @@ class Drafter(nn.Module):
         super().__init__()
         self.config = config
         size, backbone = config.hidden_size, config.backbone_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.embed_tokens = Embedding(config.vocab_size, size)
         self.layers = [Block(layer, size, config.eps) for layer in config.layers]
-        self.norm = nn.RMSNorm(size, config.eps)
-        self.pre_projection = nn.Linear(2 * backbone, size, bias=False)
-        self.post_projection = nn.Linear(size, backbone, bias=False)
+        self.norm = RMSNorm(size, config.eps)
+        self.pre_projection = Linear(2 * backbone, size)
+        self.post_projection = Linear(size, backbone)
         self.masked_embedding = CentroidHead(config) if config.centroids else DenseHead()
         self.ropes = Ropes(config.layers)
 
@@ -71,7 +72,7 @@ class Drafter(nn.Module):
         return y, self.post_projection(y)
 
     def scores(self, y: mx.array) -> tuple[mx.array, mx.array | None]:
-        """y: [B, 1, size] -> (float32 logits, the token ids they stand for, None: all, in order)."""
+        """y: [B, size] -> (float32 logits [B, C], the token ids [B, C] they stand for; None: all, in order)."""
         return self.masked_embedding(y, self.embed_tokens)
 
 
@@ -94,11 +95,11 @@ def draft(
     """
     span = Span(cache, rows, 0, query_offset)
     rotations = drafter.ropes.at(span.positions)
-    newest = span.lengths[:, None]
-    drafts = []
+    newest, drafts = span.lengths[:, None], []
     for i in range(steps):
-        y, hidden = drafter(embed(token[:, None]), hidden, span, rotations)
+        y, hidden = drafter(embed(token), hidden, span, rotations)
         logits, ids = drafter.scores(y)
-        token = sample(logits, rules, newest + (i + 1), ids)[:, 0]
+        ids = None if ids is None else ids[:, None]
+        token = sample(logits[:, None], rules, newest + (i + 1), ids=ids)[:, 0]
         drafts.append(token)
-    return mx.stack(drafts, axis=1) if drafts else mx.zeros((newest.shape[0], 0), mx.int32)
+    return mx.stack(drafts, axis=1)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from .cache import Span
 from .config import LayerSpec, MoESpec, TargetConfig
-from .layers import MLP, Attention, FastRotation, Rope, Rotation
+from .layers import MLP, Attention, Embedding, FastRotation, Linear, RMSNorm, Rope, Rotation, Settled, rms_norm
 from .moe import Experts, Router
 
 
@@ -22,45 +22,57 @@ class Block(nn.Module):
     def __init__(self, spec: LayerSpec, hidden_size: int, eps: float):
         super().__init__()
         self.kind = spec.kind
-        self.input_layernorm = nn.RMSNorm(hidden_size, eps)
+        self.input_layernorm = RMSNorm(hidden_size, eps)
         self.self_attn = Attention(spec, hidden_size, eps)
-        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps)
-        self.pre_feedforward_layernorm = nn.RMSNorm(hidden_size, eps)
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden_size, eps)
         self.mlp = MLP(hidden_size, spec.mlp_size)
-        self.post_feedforward_layernorm = nn.RMSNorm(hidden_size, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden_size, eps)
         self.layer_scalar = mx.ones((1,))
+        self._one = mx.ones((1,))
 
     def __call__(
         self, x: mx.array, span: Span, rotate: Rotation | FastRotation, per_layer_input: mx.array | None = None
     ) -> mx.array:
-        """x: [B, T, hidden] -> [B, T, hidden]."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), span, rotate))
-        x = x + self.post_feedforward_layernorm(self.feedforward(x))
-        return self.inject(x, per_layer_input) * self.layer_scalar
+        """x: [B * T, hidden] -> [B * T, hidden]; per_layer_input: [B * T, per_layer_size], where the model has them."""
+        attended = self.self_attn(self.input_layernorm(x), span, rotate)
+        x = self.post_attention_layernorm.add(x, attended, self._one)
+        return self.finish(x, self.feedforward(x), per_layer_input)
 
     def feedforward(self, x: mx.array) -> mx.array:
         return self.mlp(self.pre_feedforward_layernorm(x))
 
-    def inject(self, x: mx.array, per_layer_input: mx.array | None) -> mx.array:
-        return x
+    def finish(self, x: mx.array, fed: mx.array, per_layer_input: mx.array | None) -> mx.array:
+        return self.post_feedforward_layernorm.add(x, fed, self.layer_scalar)
 
 
-class MoEBlock(Block):
+class MoEBlock(Block, Settled):
     """A layer whose feed-forward is the dense MLP plus the chosen experts (26B-A4B)."""
 
     def __init__(self, spec: LayerSpec, hidden_size: int, eps: float, moe: MoESpec):
         super().__init__(spec, hidden_size, eps)
-        self.router = Router(hidden_size, moe, eps)
+        self.eps = eps
+        self.router = Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe)
-        self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden_size, eps)
-        self.post_feedforward_layernorm_1 = nn.RMSNorm(hidden_size, eps)
-        self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden_size, eps)
+        self.pre_feedforward_layernorm_2 = RMSNorm(hidden_size, eps)
+        self.post_feedforward_layernorm_1 = RMSNorm(hidden_size, eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(hidden_size, eps)
+
+        self.derive()
+
+    def derive(self) -> None:
+        """The weights of the three norms that read the residual: of the MLP, of the experts, of the router."""
+        weights = (self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2)
+        self._norms = mx.stack([*(norm.weight for norm in weights), self.router.norm_weight])[:, None]  # [3, 1, hidden]
 
     def feedforward(self, x: mx.array) -> mx.array:
-        dense = self.post_feedforward_layernorm_1(super().feedforward(x))
-        flat = x.reshape(-1, x.shape[-1])  # the router reads the residual itself
-        chosen = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
-        return dense + self.post_feedforward_layernorm_2(chosen).reshape(x.shape)
+        normed = (rms_norm(x, self.eps) * self._norms).reshape(
+            -1, x.shape[-1]
+        )  # [3 N, hidden], for each its own weight
+        to_mlp, to_experts, to_router = mx.split(normed, 3, axis=0)
+        dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
+        chosen = self.experts(to_experts, *self.router(to_router))
+        return self.post_feedforward_layernorm_2.add(dense, chosen, self._one)
 
 
 class PerLayerBlock(Block):
@@ -68,13 +80,14 @@ class PerLayerBlock(Block):
 
     def __init__(self, spec: LayerSpec, hidden_size: int, eps: float, per_layer_size: int):
         super().__init__(spec, hidden_size, eps)
-        self.per_layer_input_gate = nn.Linear(hidden_size, per_layer_size, bias=False)
-        self.per_layer_projection = nn.Linear(per_layer_size, hidden_size, bias=False)
-        self.post_per_layer_input_norm = nn.RMSNorm(hidden_size, eps)
+        self.per_layer_input_gate = Linear(hidden_size, per_layer_size)
+        self.per_layer_projection = Linear(per_layer_size, hidden_size)
+        self.post_per_layer_input_norm = RMSNorm(hidden_size, eps)
 
-    def inject(self, x: mx.array, per_layer_input: mx.array | None) -> mx.array:
+    def finish(self, x: mx.array, fed: mx.array, per_layer_input: mx.array | None) -> mx.array:
+        x = self.post_feedforward_layernorm.add(x, fed, self._one)
         gated = nn.gelu_approx(self.per_layer_input_gate(x)) * per_layer_input
-        return x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        return self.post_per_layer_input_norm.add(x, self.per_layer_projection(gated), self.layer_scalar)
 
 
 class Gemma4(nn.Module):
@@ -83,9 +96,9 @@ class Gemma4(nn.Module):
     def __init__(self, config: TargetConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [self.block(layer) for layer in config.layers]
-        self.norm = nn.RMSNorm(config.hidden_size, config.eps)
+        self.norm = RMSNorm(config.hidden_size, config.eps)
         self.embed_scale = config.hidden_size**0.5
         self.ropes = Ropes(config.layers)
 
@@ -96,23 +109,21 @@ class Gemma4(nn.Module):
         return Block(spec, config.hidden_size, config.eps)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """tokens: [B, T] -> [B, T, hidden], times sqrt(hidden) rounded to the weights' type."""
+        """tokens: [...] -> [..., hidden], times sqrt(hidden) rounded to the weights' type."""
         return self.embed_tokens(tokens) * self.embed_scale
 
     def __call__(self, tokens: mx.array, span: Span) -> mx.array:
         """tokens: [B, T], T == span.tokens. Writes K/V; returns hidden states after the last norm, [B, T, hidden]."""
-        x = self.embed(tokens)
-        inputs = self.per_layer_inputs(tokens, x)
+        x = self.embed(tokens.reshape(-1))  # [B * T, hidden]: products of two axes are fewer primitives
+        inputs = self.per_layer_inputs(tokens.reshape(-1), x)
         rotations = self.ropes.at(span.positions)
         for layer, per_layer_input in zip(self.layers, inputs, strict=True):
             x = layer(x, span, rotations[layer.kind], per_layer_input)
-        return self.norm(x)
+        return self.norm(x).reshape(*tokens.shape, -1)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """hidden: [..., hidden] -> float32 [..., vocabulary], soft-capped as the config says."""
-        logits = self.embed_tokens.as_linear(hidden).astype(mx.float32)
-        cap = self.config.softcap
-        return logits if cap is None else mx.tanh(logits / cap) * cap
+        """hidden: [..., hidden] -> float32 [..., vocabulary], before the soft-cap (see sampling.soft_cap)."""
+        return self.embed_tokens.as_linear(hidden).astype(mx.float32)
 
     def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[mx.array | None]:
         return [None] * len(self.layers)
@@ -124,9 +135,9 @@ class PerLayerGemma4(Gemma4):
     def __init__(self, config: TargetConfig):
         super().__init__(config)
         count, size = len(config.layers), config.per_layer_size
-        self.embed_tokens_per_layer = nn.Embedding(config.per_layer_vocab, count * size)
-        self.per_layer_model_projection = nn.Linear(config.hidden_size, count * size, bias=False)
-        self.per_layer_projection_norm = nn.RMSNorm(size, config.eps)
+        self.embed_tokens_per_layer = Embedding(config.per_layer_vocab, count * size)
+        self.per_layer_model_projection = Linear(config.hidden_size, count * size)
+        self.per_layer_projection_norm = RMSNorm(size, config.eps)
 
     def block(self, spec: LayerSpec) -> Block:
         return PerLayerBlock(spec, self.config.hidden_size, self.config.eps, self.config.per_layer_size)
@@ -137,7 +148,7 @@ class PerLayerGemma4(Gemma4):
         looked_up = (self.embed_tokens_per_layer(tokens) * config.per_layer_size**0.5).reshape(shape)
         projected = self.per_layer_model_projection(embedded) * config.hidden_size**-0.5
         mixed = (self.per_layer_projection_norm(projected.reshape(shape)) + looked_up) * 2**-0.5
-        return [mixed[:, :, i] for i in range(len(self.layers))]
+        return [mixed[:, i] for i in range(len(self.layers))]
 
 
 class Ropes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
+from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,36 +13,134 @@ from .config import LayerSpec, RopeSpec
 from .kernels import metal_available
 
 
-def rms_norm(x: mx.array, eps: float, weight: mx.array | None = None) -> mx.array:
-    """RMS norm over the last axis; Gemma 4 multiplies by `weight` itself, not by 1 + weight."""
-    return mx.fast.rms_norm(x, weight, eps)
+class Settled(nn.Module):
+    """A module that computes with something derived from its weights; `settle(model)` has it derived after loading."""
+
+    def derive(self) -> None:
+        raise NotImplementedError
+
+
+def rms_norm(x: mx.array, eps: float) -> mx.array:
+    """RMS norm over the last axis, without a weight."""
+    if metal_available():
+        return mx.fast.rms_norm(x, None, eps)
+    size = x.shape[-1]
+    return _weighted(x, _square_sum(x), _number(size * eps), _number(size**0.5))
+
+
+class RMSNorm(Settled):
+    """RMS norm over the last axis; Gemma 4 multiplies by `weight` itself, not by 1 + weight.
+
+    On a CPU mx.fast has no kernels but chains of primitives, and MLX spends about 5 microseconds of the main thread on
+    each, which is most of a small model's time. So there the elementwise work after the sum is one compiled island:
+    x * rsqrt(mean(x^2) + eps) = x * rsqrt(sum(x^2) + n eps) * sqrt(n), with sqrt(n) kept in the weight.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = mx.ones((size,))
+        self.derive()
+
+    def derive(self) -> None:
+        self._size_eps = _number(self.weight.size * self.eps)
+        self._rooted = self.weight * self.weight.size**0.5
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if metal_available():
+            return mx.fast.rms_norm(x, self.weight, self.eps)
+        return _weighted(x, _square_sum(x), self._size_eps, self._rooted)
+
+    def add(self, residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
+        """(residual + norm(x)) * scale: how a sub-layer's output joins the stream."""
+        if metal_available():
+            return (residual + mx.fast.rms_norm(x, self.weight, self.eps)) * scale
+        return _weighted_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
+
+
+def _square_sum(x: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32)).sum(axis=-1, keepdims=True)
+
+
+@cache
+def _number(value: float) -> mx.array:
+    return mx.array(value)
 
 
 @partial(mx.compile, shapeless=True)
-def _geglu_compiled(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.gelu_approx(gate) * up
+def _weighted(x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array) -> mx.array:
+    return (x * mx.rsqrt(total + size_eps) * weight).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _weighted_sum(
+    residual: mx.array, x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array, scale: mx.array
+) -> mx.array:
+    return ((residual + x * mx.rsqrt(total + size_eps) * weight) * scale).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _geglu(gate: mx.array, up: mx.array) -> mx.array:
+    return 0.5 * gate * (1 + mx.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate))) * up
+
+
+@partial(mx.compile, shapeless=True)
+def _turned(
+    x: mx.array, swapped: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array
+) -> mx.array:
+    return (x * weight * cos + swapped * swapped_weight * sin).astype(x.dtype)
 
 
 def geglu(gate_up: mx.array) -> mx.array:
     """[..., 2 I] (gate half first) -> gelu_tanh(gate) * up, [..., I]."""
-    gate, up = mx.split(gate_up, 2, axis=-1)
-    # On the CPU a compiled island costs a second of g++ and saves nothing.
-    return _geglu_compiled(gate, up) if metal_available() else nn.gelu_approx(gate) * up
+    return _geglu(*mx.split(gate_up, 2, axis=-1))
 
 
-class Fused(nn.Module):
-    """A module that computes with something derived from its weights."""
+class Linear(nn.Linear, Settled):
+    """x @ weight.T for x [N, in], without a transposition at every call."""
 
-    def fuse(self) -> None:
-        """Derives it anew; `fuse(model)` calls this once weights are loaded."""
-        raise NotImplementedError
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+        self.derive()
+
+    def derive(self) -> None:
+        self.weight, self._transposed = input_major(self.weight)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self._transposed
 
 
-class Stack(Fused):
+class Embedding(nn.Embedding, Settled):
+    """Rows of a table; `as_linear` multiplies with the table, as the tied head does."""
+
+    def __init__(self, count: int, size: int):
+        super().__init__(count, size)
+        self.derive()
+
+    def derive(self) -> None:
+        self.weight, self._transposed = input_major(self.weight)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ self._transposed
+
+
+def input_major(weight: mx.array) -> tuple[mx.array, mx.array]:
+    """A weight [..., out, in] in the layout that is fast on this device, and its transposed view; one buffer for both.
+
+    MLX's CPU products run up to twice as fast when the input axis is the outer one. On Metal the file's layout stays.
+    """
+    transposed = weight.swapaxes(-1, -2)
+    if not metal_available():
+        transposed = mx.contiguous(transposed)
+        weight = transposed.swapaxes(-1, -2)
+    return weight, transposed
+
+
+class Stack(nn.Module):
     """Linears that read one input; the output is their outputs side by side.
 
-    `fuse` merges neighbours of one format into a single product (exact: output rows are independent), so that q/k/v or
-    gate/up cost one launch. The children keep the names of the checkpoint.
+    `merge` makes one product of neighbours of one format (exact: output rows are independent), so that q/k/v or gate/up
+    cost one launch. The children keep the names of the checkpoint.
     """
 
     def __init__(self, **linears: nn.Module):
@@ -53,17 +152,14 @@ class Stack(Fused):
         outputs = [linear(x, *args) for linear in self.values()]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
 
-    def fuse(self) -> None:
+    def merge(self) -> None:
         groups: list[tuple[str, nn.Module]] = []
-        for name, linear in list(self.items()):
+        for name, linear in self.items():
             if groups and _format(groups[-1][1]) == _format(linear):
-                previous, first = groups[-1]
-                merged = {
-                    key: mx.concatenate([first[key], linear[key]], axis=first[key].ndim - 2)
-                    for key in first.parameters()
-                }
-                first.update(merged)
-                groups[-1] = (f"{previous}_{name}", first)
+                merged, first = groups.pop()
+                both = {k: mx.concatenate([v, linear[k]], axis=v.ndim - 2) for k, v in first.parameters().items()}
+                first.update(both)
+                groups.append((f"{merged}_{name}", first))
             else:
                 groups.append((name, linear))
         self.clear()
@@ -78,11 +174,15 @@ def _format(linear: nn.Module) -> tuple:
     return (type(linear), *numbers, *(value.dtype for value in linear.parameters().values()))
 
 
-def fuse(part: nn.Module) -> None:
-    """After weights were loaded: merges what can be one product, and derives what follows from weights alone."""
+def settle(part: nn.Module) -> None:
+    """After weights were loaded: merges what can be one product, derives what follows from weights, evaluates."""
     for module in part.modules():
-        if isinstance(module, Fused):
-            module.fuse()
+        if isinstance(module, Stack):
+            module.merge()
+    for module in part.modules():
+        if isinstance(module, Settled):
+            module.derive()
+    mx.eval([[value for value in module.values() if isinstance(value, mx.array)] for module in part.modules()])
 
 
 class Rope:
@@ -109,9 +209,10 @@ class FastRotation:
     def __init__(self, rope: Rope, offset: mx.array):
         self.rope, self.offset = rope, offset
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x: [B, heads, T, head_dim]."""
+    def __call__(self, x: mx.array, weight: mx.array, swapped_weight: mx.array) -> mx.array:
+        """Turns x * weight. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim], and with its halves swapped."""
         dims, periods = self.rope.spec.head_dim, self.rope.periods
+        x = x * weight
         return mx.fast.rope(x, dims, traditional=False, base=None, scale=1.0, offset=self.offset, freqs=periods)
 
 
@@ -121,17 +222,20 @@ class Rotation:
     def __init__(self, rope: Rope, positions: mx.array):
         angles = positions[:, None, :, None].astype(mx.float32) * rope.frequencies  # [B, 1, T, D/2]
         cos, sin = mx.cos(angles), mx.sin(angles)
-        self.half = rope.spec.head_dim // 2
         self.cos = mx.concatenate([cos, cos], axis=-1)
         self.sin = mx.concatenate([-sin, sin], axis=-1)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x: [B, heads, T, head_dim]."""
-        turned = x * self.cos + mx.roll(x, self.half, axis=-1) * self.sin
-        return turned.astype(x.dtype)
+    def __call__(self, x: mx.array, weight: mx.array, swapped_weight: mx.array) -> mx.array:
+        """As FastRotation."""
+        return _turned(x, swap_halves(x), weight, swapped_weight, self.cos, self.sin)
 
 
-class Attention(Fused):
+def swap_halves(x: mx.array) -> mx.array:
+    """[..., a | b] -> [..., b | a]."""
+    return mx.roll(x, x.shape[-1] // 2, axis=-1)
+
+
+class Attention(Settled):
     """Attention that owns K/V, or only queries and reads another layer's (KV sharing in E2B/E4B, every drafter layer).
 
     Attention scale is 1; Q and K are normed, then rotated; V is normed without a weight. With `v_is_k` V is the raw K
@@ -142,37 +246,38 @@ class Attention(Fused):
         super().__init__()
         kv, dim = spec.kv, spec.kv.head_dim
         self.spec, self.eps = spec, eps
-        linears = {"q_proj": nn.Linear(hidden_size, spec.heads * dim, bias=False)}
-        self.q_norm = nn.RMSNorm(dim, eps)
+        linears = {"q_proj": Linear(hidden_size, spec.heads * dim)}
+        self.q_norm = RMSNorm(dim, eps)
         if spec.owns_kv:
-            self.k_norm = nn.RMSNorm(dim, eps)
-            linears["k_proj"] = nn.Linear(hidden_size, kv.kv_heads * dim, bias=False)
+            self.k_norm = RMSNorm(dim, eps)
+            linears["k_proj"] = Linear(hidden_size, kv.kv_heads * dim)
             if not spec.v_is_k:
-                linears["v_proj"] = nn.Linear(hidden_size, kv.kv_heads * dim, bias=False)
+                linears["v_proj"] = Linear(hidden_size, kv.kv_heads * dim)
         self.qkv = Stack(**linears)
-        self.o_proj = nn.Linear(spec.heads * dim, hidden_size, bias=False)
-        self.fuse()
+        self.o_proj = Linear(spec.heads * dim, hidden_size)
+        self.derive()
 
-    def fuse(self) -> None:
+    def derive(self) -> None:
         """One weight for the norms of all query and key heads, [heads, 1, head_dim]."""
         norms = mx.broadcast_to(self.q_norm.weight, (self.spec.heads, 1, self.spec.kv.head_dim))
         if self.spec.owns_kv:
             keys = mx.broadcast_to(self.k_norm.weight, (self.spec.kv.kv_heads, 1, self.spec.kv.head_dim))
             norms = mx.concatenate([norms, keys], axis=0)
-        self._norms = norms
+        self._norms, self._swapped_norms = norms, swap_halves(norms)
 
     def __call__(self, x: mx.array, span: Span, rotate: Rotation | FastRotation) -> mx.array:
-        """x: [B, T, hidden] -> [B, T, hidden]."""
-        spec, (B, T, _) = self.spec, x.shape
+        """x: [B * T, hidden] -> [B * T, hidden]."""
+        spec, (B, T) = self.spec, span.positions.shape
         heads = self.qkv(x).reshape(B, T, -1, spec.kv.head_dim).transpose(0, 2, 1, 3)  # [B, q + k + v heads, T, D]
         heads = rms_norm(heads, self.eps)  # one norm and one rotation for all heads
-        queries = rotate(heads[:, : self._norms.shape[0]] * self._norms)
+        queries = heads[:, : self._norms.shape[0]] if spec.owns_kv else heads
+        queries = rotate(queries, self._norms, self._swapped_norms)
         if spec.owns_kv:
             queries, keys = queries[:, : spec.heads], queries[:, spec.heads :]
             values = heads[:, -spec.kv.kv_heads :]  # with v_is_k these are the raw keys, normed without a weight
             span.write(spec.kv_layer, keys, values)
         out = span.attend(spec.kv_layer, queries)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B * T, -1))
 
 
 class MLP(nn.Module):
@@ -180,10 +285,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, size: int):
         super().__init__()
-        self.gate_up = Stack(
-            gate_proj=nn.Linear(hidden_size, size, bias=False), up_proj=nn.Linear(hidden_size, size, bias=False)
-        )
-        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+        self.gate_up = Stack(gate_proj=Linear(hidden_size, size), up_proj=Linear(hidden_size, size))
+        self.down_proj = Linear(size, hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(geglu(self.gate_up(x)))

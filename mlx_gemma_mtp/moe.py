@@ -7,9 +7,10 @@ from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .config import MoESpec
-from .layers import Fused, Stack, geglu, rms_norm
+from .layers import Linear, Settled, Stack, geglu, input_major
 
 SORT_FROM = 64  # pairs; below it MLX reads one expert matrix a pair, sorted or not
 
@@ -25,39 +26,41 @@ def route(logits: mx.array, top_k: int, expert_scale: mx.array) -> tuple[mx.arra
     return experts, mx.softmax(chosen, axis=-1, precise=True) * expert_scale[experts].astype(mx.float32)
 
 
-class Router(Fused):
-    """Reads the residual stream: norm without weight, times scale, times hidden ** -0.5, projection."""
+class Router(nn.Module):
+    """Scores the experts from the residual stream, normed with `norm_weight`."""
 
-    def __init__(self, hidden_size: int, moe: MoESpec, eps: float):
+    def __init__(self, hidden_size: int, moe: MoESpec):
         super().__init__()
-        self.top_k, self.eps = moe.top_k, eps
-        self.root = hidden_size**-0.5
-        self.proj = nn.Linear(hidden_size, moe.num_experts, bias=False)
+        self.top_k, self.root = moe.top_k, hidden_size**-0.5
+        self.proj = Linear(hidden_size, moe.num_experts)
         self.scale = mx.ones((hidden_size,))
         self.per_expert_scale = mx.ones((moe.num_experts,))
-        self.fuse()
 
-    def fuse(self) -> None:
-        """The two factors of the norm in one."""
-        self._norm = self.scale * self.root
+    @property
+    def norm_weight(self) -> mx.array:
+        """The checkpoint's scale, times hidden ** -0.5."""
+        return self.scale * self.root
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x: [N, hidden] -> (experts [N, k], weights [N, k])."""
-        return route(self.proj(rms_norm(x, self.eps, self._norm)), self.top_k, self.per_expert_scale)
+    def __call__(self, normed: mx.array) -> tuple[mx.array, mx.array]:
+        """normed: [N, hidden] -> (experts [N, k], weights [N, k])."""
+        return route(self.proj(normed), self.top_k, self.per_expert_scale)
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(Settled):
     """One linear for each expert. weight: [experts, out, in]."""
 
     def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
         scale = math.sqrt(1 / inputs)
         self.weight = mx.random.uniform(-scale, scale, (experts, outputs, inputs))
+        self.derive()
+
+    def derive(self) -> None:
+        self.weight, self._transposed = input_major(self.weight)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
-        weight = self.weight.swapaxes(-1, -2)
-        return mx.gather_mm(x, weight, lhs_indices=rows, rhs_indices=experts, sorted_indices=ordered)
+        return mx.gather_mm(x, self._transposed, lhs_indices=rows, rhs_indices=experts, sorted_indices=ordered)
 
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine") -> QuantizedExpertLinear:
         return QuantizedExpertLinear(self.weight, group_size, bits, mode)
@@ -93,9 +96,7 @@ class QuantizedExpertLinear(nn.Module):
 @lru_cache(maxsize=256)
 def _rows(tokens: int, pairs: int) -> mx.array:
     """The token of each pair, in order: 0 0 .. 1 1 .., uint32 [tokens * pairs]. Kept, since every layer asks for it."""
-    rows = mx.arange(tokens * pairs, dtype=mx.uint32) // pairs
-    mx.eval(rows)
-    return rows
+    return mx.array(np.repeat(np.arange(tokens, dtype=np.uint32), pairs))
 
 
 class SwitchGLU(nn.Module):
@@ -110,9 +111,9 @@ class SwitchGLU(nn.Module):
         self.down_proj = ExpertLinear(moe.num_experts, moe.size, hidden_size)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
-        """x: [N, hidden] -> one row for each pair, [P, hidden]."""
+        """x: [N, hidden] -> one row for each pair, [P, 1, hidden]."""
         inner = geglu(self.gate_up(x[:, None], rows, experts, ordered))  # [P, 1, size]
-        return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)[:, 0]
+        return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)  # [P, 1, hidden]
 
 
 class Experts(nn.Module):

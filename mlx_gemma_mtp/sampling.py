@@ -105,18 +105,24 @@ class Rules:
         )
 
 
-def sample(logits: mx.array, rules: Rules, positions: mx.array, ids: mx.array | None = None) -> mx.array:
-    """Greedy or coupled sampling after temperature, top-k and top-p (in transformers' order).
+def soft_cap(logits: mx.array, cap: float | None) -> mx.array:
+    """cap * tanh(logits / cap), or the logits as they are."""
+    return logits if cap is None else mx.tanh(logits / cap) * cap
 
-    logits: float32 [B, T, C]; positions: [B, T] absolute positions of the tokens to be drawn;
-    ids: [B, T, C] token ids of the columns, None where column i is token i. Returns int32 [B, T].
+
+def sample(
+    logits: mx.array, rules: Rules, positions: mx.array, cap: float | None = None, ids: mx.array | None = None
+) -> mx.array:
+    """Greedy or coupled sampling after soft-cap, temperature, top-k and top-p (in transformers' order).
+
+    logits: float32 [B, T, C], not capped (greedy needs no cap: it keeps the order); positions: [B, T], absolute, of the
+    tokens to be drawn; ids: [B, T, C] token ids of the columns, None where column i is token i. Returns int32 [B, T].
     """
-    if rules.bias is not None:
-        logits = logits + (rules.bias if ids is None else rules.bias[ids])
-    best = mx.argmax(logits, axis=-1)
+    bias = 0.0 if rules.bias is None else rules.bias if ids is None else rules.bias[ids]
+    best = mx.argmax(logits if rules.bias is None else logits + bias, axis=-1)
     if rules.all_greedy:
         return _named(best, ids)
-    scaled, tokens = logits / rules.temperature, ids
+    scaled, tokens = (soft_cap(logits, cap) + bias) / rules.temperature, ids
     if rules.candidates:
         scaled, columns = _filtered(scaled, rules)
         tokens = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)

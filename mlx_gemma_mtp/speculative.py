@@ -62,8 +62,8 @@ def prefill(
         out = target(tokens, cache.span(rows, step))
         cache.commit(rows, mx.clip(counts - start, 0, step))
         last = counts - 1 - start  # [B], the last token's column in this chunk, if it is in it
-        here = mx.take_along_axis(out, mx.clip(last, 0, step - 1)[:, None, None], axis=1)
-        inside = ((last >= 0) & (last < step))[:, None, None]
+        here = mx.take_along_axis(out, mx.clip(last, 0, step - 1)[:, None, None], axis=1)[:, 0]
+        inside = ((last >= 0) & (last < step))[:, None]
         hidden = here if hidden is None else mx.where(inside, here, hidden)
         mx.eval(hidden, cache.lengths)
         progress(start + step)
@@ -80,7 +80,7 @@ def compact(live: Sequence[bool]) -> list[int]:
 class Speculation:
     """The loop's state between rounds, for rows 0 to B - 1 of a cache.
 
-    hidden: [B, 1, H] of each row's last token, from `prefill`. drafter: None decodes plainly.
+    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly.
     draft_position: the drafter's query position, relative to the newest token's index (0: transformers; -1: vLLM).
     """
 
@@ -106,7 +106,7 @@ class Speculation:
         """Draws every row's first token and drafts `num_draft` more. longest: the longest row's committed tokens."""
         self._longest = longest
         positions = self.cache.lengths[self.rows][:, None]
-        tokens = sample(self.target.logits(self.hidden), self.rules, positions)
+        tokens = self._sample(self.hidden[:, None], positions)
         self._next = tokens[:, 0]
         self._draft(num_draft)
         return self._read(tokens, None, None)
@@ -126,10 +126,10 @@ class Speculation:
         """One round: verifies the drafts there are; num_draft: how many to draft for the next."""
         self.launch()
         verify, self._launched = self._verify, False
-        targets = sample(self.target.logits(verify.hidden), self.rules, verify.positions + 1)
+        targets = self._sample(verify.hidden, verify.positions + 1)
         n, self._next = accept(verify.drafts, targets)
         self.cache.commit(self.rows, n + 1)
-        self.hidden = mx.take_along_axis(verify.hidden, n[:, None, None], axis=1)
+        self.hidden = mx.take_along_axis(verify.hidden, n[:, None, None], axis=1)[:, 0]
         width = verify.drafts.shape[1]
         self._longest += width + 1
         self._draft(num_draft)
@@ -147,6 +147,10 @@ class Speculation:
         index = mx.array(list(rows))
         self.hidden, self._next, self._drafts = self.hidden[index], self._next[index], self._drafts[index]
         self.rows, self.rules = slice(0, len(rows)), rules
+
+    def _sample(self, hidden: mx.array, positions: mx.array) -> mx.array:
+        """The target's own tokens at these positions, [B, T], from the hidden states that predict them."""
+        return sample(self.target.logits(hidden), self.rules, positions, self.target.config.softcap)
 
     def _draft(self, count: int) -> None:
         if self.drafter is None or count < 1:

@@ -19,8 +19,7 @@ from . import gemma4
 from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetConfig
 from .drafter import Drafter
 from .errors import UserError
-from .kernels import metal_available
-from .layers import fuse
+from .layers import settle
 
 MEDIA_PREFIXES = (
     "vision_tower.",
@@ -182,19 +181,8 @@ def _cast(tensor: mx.array, like: mx.array, dtype: mx.Dtype | None) -> mx.array:
 
 
 def _prepare(model: nn.Module, progress: Progress) -> None:
-    """Reads, fuses and lays out part by part, so that the peak stays one part above the whole."""
+    """Reads, merges and lays out part by part, so that the peak stays one part above the whole."""
     parts = [*model.layers, *(child for name, child in model.children().items() if name != "layers")]
     for done, part in enumerate(parts, 1):
-        fuse(part)
-        if not metal_available():
-            _lay_out_for_cpu(part)
-        mx.eval(part.parameters())
+        settle(part)
         progress(done, len(parts))
-
-
-def _lay_out_for_cpu(part: nn.Module) -> None:
-    """New strides, same shape: MLX's CPU products run up to twice as fast when the input axis is the outer one."""
-    for _, module in part.named_modules():
-        weight = module.get("weight")
-        if weight is not None and weight.ndim > 1 and "scales" not in module:
-            module.weight = mx.contiguous(weight.swapaxes(-1, -2)).swapaxes(-1, -2)

@@ -10,35 +10,36 @@ import numpy as np
 from mlx_gemma_mtp.cache import Cache, Span
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.gemma4 import Gemma4
+from mlx_gemma_mtp.sampling import soft_cap
 
 ROW = slice(0, 1)
 
 
 def forward(model: Gemma4, tokens: Sequence[int], chunks: Sequence[int] = ()) -> tuple[np.ndarray, Cache, mx.array]:
-    """Logits [n, V] of a text that is fed in chunks of these sizes (then token by token), the cache, the last hidden."""
+    """Logits [n, V] of a text fed in chunks of these sizes (then token by token), the cache, the last hidden state."""
     sizes = [*chunks, *[1] * (len(tokens) - sum(chunks))] if chunks else [len(tokens)]
     cache = Cache(model.config.kv, 1, len(tokens), max(sizes), mx.float32)
     logits, start = [], 0
     for size in sizes:
         hidden = model(mx.array([list(tokens[start : start + size])]), cache.span(ROW, size))
         cache.commit(ROW, mx.array([size]))
-        logits.append(np.array(model.logits(hidden))[0])
+        logits.append(np.array(soft_cap(model.logits(hidden), model.config.softcap))[0])
         start += size
-    return np.concatenate(logits), cache, hidden[:, -1:]
+    return np.concatenate(logits), cache, hidden[:, -1]
 
 
 def draft_steps(target: Gemma4, drafter: Drafter, tokens: Sequence[int], steps: int) -> tuple[list, list, list]:
-    """Greedy draft steps after `tokens`, whose last one has no K/V yet: tokens, (logits, ids), carried hidden states."""
+    """Greedy draft steps after `tokens`, whose last one has no K/V yet: tokens, (logits, ids), carried hidden."""
     _, cache, hidden = forward(target, tokens[:-1])
     span = Span(cache, ROW, 0)
     rotations = drafter.ropes.at(span.positions)
-    newest, drafted, scores, carried = mx.array([[tokens[-1]]]), [], [], []
+    newest, drafted, scores, carried = mx.array([tokens[-1]]), [], [], []
     for _ in range(steps):
         y, hidden = drafter(target.embed(newest), hidden, span, rotations)
         logits, ids = drafter.scores(y)
-        ids = mx.arange(logits.shape[-1])[None, None] if ids is None else ids
+        ids = mx.arange(logits.shape[-1])[None] if ids is None else ids
         newest = mx.take_along_axis(ids, mx.argmax(logits, axis=-1, keepdims=True), axis=-1)[..., 0]
         drafted.append(int(newest.item()))
-        scores.append((np.array(logits)[0, 0], np.array(ids)[0, 0]))
-        carried.append(np.array(hidden)[0, 0])
+        scores.append((np.array(logits)[0], np.array(ids)[0]))
+        carried.append(np.array(hidden)[0])
     return drafted, scores, carried

@@ -7,12 +7,12 @@ import reference
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import hf_oracle  # noqa: E402
-import mlx.core as mx  # noqa: E402
-import tiny  # noqa: E402
+import hf_oracle
+import mlx.core as mx
+import tiny
 
-from convert.cli import main as convert  # noqa: E402
-from mlx_gemma_mtp import weights  # noqa: E402
+from convert.cli import main as convert
+from mlx_gemma_mtp import weights
 
 pytestmark = pytest.mark.parity
 CLOSE = 1e-4

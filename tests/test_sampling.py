@@ -50,7 +50,7 @@ def test_greedy_takes_the_first_of_equals_and_never_a_suppressed_token():
     assert sample(logits, Rules.of([params(0.0)], 4), mx.array([[9]])).tolist() == [[1]]
     assert sample(logits, Rules.of([params(0.0)], 4, [1, 2]), mx.array([[9]])).tolist() == [[3]]
     ids = mx.array([[[3, 2, 1, 0]]])
-    assert sample(logits, Rules.of([params(0.0)], 4, [2]), mx.array([[9]]), ids).tolist() == [[1]]
+    assert sample(logits, Rules.of([params(0.0)], 4, [2]), mx.array([[9]]), ids=ids).tolist() == [[1]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -122,7 +122,7 @@ def test_a_shortlist_is_sampled_like_the_whole():
         rules = Rules.of([p], 300)
         for position in range(20):
             at = mx.array([[position]])
-            assert sample(scores, rules, at, ids).tolist() == sample(whole, rules, at).tolist()
+            assert sample(scores, rules, at, ids=ids).tolist() == sample(whole, rules, at).tolist()
 
 
 def test_settings_come_from_the_folder_where_none_are_given():

@@ -155,9 +155,9 @@ def test_one_readback_a_round(moe):
             assert loop.host_syncs == 1 + done
             loop.step(num_draft)
     waits = {name: _waits(name) for name in ("cache", "layers", "moe", "gemma4", "drafter", "sampling", "speculative")}
-    # Rope's tables are evaluated once, at construction; prefill waits for each chunk.
+    # Weights and Rope's tables are evaluated once; prefill waits for each chunk.
     assert waits.pop("speculative") == {"prefill": ["eval"], "_readback": ["eval", "tolist", "tolist"]}
-    assert waits.pop("layers") == {"__init__": ["eval"]}
+    assert waits.pop("layers") == {"__init__": ["eval"], "settle": ["eval"]}
     assert not any(waits.values()), waits
 
 

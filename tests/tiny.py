@@ -12,7 +12,7 @@ from mlx_gemma_mtp.cache import Cache, Span
 from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.gemma4 import Gemma4
-from mlx_gemma_mtp.layers import fuse
+from mlx_gemma_mtp.layers import settle
 from mlx_gemma_mtp.sampling import Rules, SamplingParams
 from mlx_gemma_mtp.speculative import Speculation, prefill
 
@@ -98,8 +98,7 @@ def _randomise(model, seed: int):
         return mx.random.normal(a.shape) * 1.2 / a.shape[-1] ** 0.5
 
     model.update(tree_map(fill, model.parameters()))
-    fuse(model)
-    mx.eval(model.parameters())
+    settle(model)
     return model
 
 
@@ -118,8 +117,8 @@ class OracleDrafter:
     Drafter.
     """
 
-    def __init__(self, texts: mx.array, hit: mx.array):
-        self.texts, self.hit = texts, hit
+    def __init__(self, texts: mx.array, hit: mx.array, vocabulary: int = VOCAB):
+        self.texts, self.hit, self.vocabulary = texts, hit, vocabulary
         self.ropes = self
         self._span: Span | None = None
 
@@ -132,10 +131,10 @@ class OracleDrafter:
         place = mx.minimum(span.lengths[:, None] + self._step, self.texts.shape[1] - 1)  # the token to be drafted
         right = mx.take_along_axis(self.texts, place, axis=1)
         hit = mx.take_along_axis(self.hit, place, axis=1)
-        return mx.where(hit, right, (right + 1) % VOCAB), hidden
+        return mx.where(hit, right, (right + 1) % self.vocabulary), hidden  # [B, 1]
 
     def scores(self, y: mx.array) -> tuple[mx.array, None]:
-        return (mx.arange(VOCAB)[None, None] == y[..., None]).astype(mx.float32), None
+        return (mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None
 
 
 def decode(

@@ -1,0 +1,84 @@
+"""Greedy with MTP equals plain greedy token for token on the trained pair: 50 held-out prompts, float32.
+
+300 tokens each, past the window of 128, alone and in ragged batches of 8, draft lengths 1 to 7, with the real drafter
+and with oracle drafters. `python -m pytest -m slow tests/test_equality.py` runs it all, in half an hour to an hour; a
+few cells of it run always.
+"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import tiny
+
+from mlx_gemma_mtp import SamplingParams, load
+
+PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
+COUNT = 300
+PARAMS = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def plain(engine):
+    """Plain greedy decoding of every prompt, alone; made once, on demand."""
+    known: dict[str, list[int]] = {}
+
+    def text(prompt: str) -> list[int]:
+        if prompt not in known:
+            known[prompt] = engine.generate(prompt, PARAMS, num_draft_tokens=0).tokens
+        return known[prompt]
+
+    return text
+
+
+@slow
+@pytest.mark.parametrize("num_draft", range(1, 8))
+def test_alone(engine, plain, num_draft):
+    for prompt in PROMPTS:
+        assert engine.generate(prompt, PARAMS, num_draft_tokens=num_draft).tokens == plain(prompt), prompt
+
+
+@slow
+@pytest.mark.parametrize("num_draft", range(8))
+def test_ragged_batches_of_eight(engine, plain, num_draft):
+    for start in range(0, len(PROMPTS), 8):
+        batch = PROMPTS[start : start + 8]
+        results = engine.generate(batch, PARAMS, num_draft_tokens=num_draft)
+        assert [r.tokens for r in results] == [plain(prompt) for prompt in batch]
+
+
+def oracle(engine, plain, prompts: list[str], rate: float) -> tuple[list[list[int]], tiny.OracleDrafter]:
+    encoded = [engine.text.encode(prompt) for prompt in prompts]
+    texts = [tokens + plain(prompt) for tokens, prompt in zip(encoded, prompts, strict=True)]
+    width = max(map(len, texts)) + 8
+    mx.random.seed(11)
+    hit = mx.random.uniform(shape=(len(texts), width)) < rate
+    padded = mx.array([text + [0] * (width - len(text)) for text in texts])
+    return encoded, tiny.OracleDrafter(padded, hit, engine.target.config.vocab_size)
+
+
+@slow
+@pytest.mark.parametrize("rate", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("num_draft", [1, 3, 7])
+def test_oracle_drafters(engine, plain, num_draft, rate):
+    for start in range(0, len(PROMPTS), 8):
+        batch = PROMPTS[start : start + 8]
+        encoded, drafter = oracle(engine, plain, batch, rate)
+        texts, _ = tiny.decode(engine.target, drafter, encoded, num_draft, COUNT, block=64)
+        assert texts == [plain(prompt) for prompt in batch]
+
+
+def test_a_few_cells(engine, plain):
+    """What always runs of the above: two prompts alone, and in a ragged batch with a 70 % oracle, past the window."""
+    for prompt, num_draft in zip(PROMPTS[20:22], (2, 6), strict=True):
+        assert engine.generate(prompt, PARAMS, num_draft_tokens=num_draft).tokens == plain(prompt)
+    encoded, drafter = oracle(engine, plain, PROMPTS[20:22], 0.7)
+    texts, _ = tiny.decode(engine.target, drafter, encoded, 5, COUNT, block=64)
+    assert texts == [plain(prompt) for prompt in PROMPTS[20:22]]
