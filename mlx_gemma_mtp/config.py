@@ -243,7 +243,7 @@ def _check_constants(text: _Reader) -> None:
 def _kinds(text: _Reader) -> list[Kind]:
     names: dict[str, Kind] = {"sliding_attention": "sliding", "full_attention": "full"}
     types = text._get("layer_types", (list,), "a list of sliding_attention / full_attention")
-    unknown = [t for t in types if t not in names]
+    unknown = [t for t in types if not isinstance(t, str) or t not in names]
     if unknown or len(types) != text.int("num_hidden_layers"):
         raise UserError(
             f"{text.where}: layer_types has {len(types)} entries (unknown: {unknown[:3]}), "
@@ -348,5 +348,7 @@ def _quantization(raw: dict[str, Any]) -> QuantizationSpec | None:
 
 def _ids(value: Any) -> tuple[int, ...]:
     """A token id, a list of them (with nulls), or nothing."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(int(v) for v in values if v is not None)
+    values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+    if not all(isinstance(v, int) and v >= 0 for v in values):
+        raise UserError(f"token ids are {value!r}, expected an integer or a list of integers; correct the JSON file")
+    return tuple(values)

@@ -1,0 +1,170 @@
+"""Configs: the ten published ones to the unit, and everything that is missing, unknown or does not fit."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from mlx_gemma_mtp import gemma4
+from mlx_gemma_mtp.config import DrafterConfig, GenerationDefaults, KVSpec, TargetConfig
+from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp.errors import UserError
+
+CONFIGS = Path(__file__).parent / "data" / "configs"
+# Language model, the head tied once, layer scalars not counted; drafters without their four layer scalars.
+PARAMETERS = {
+    "E2B": (4_628_569_344, 77_731_328),
+    "E4B": (7_463_013_376, 78_517_760),
+    "12B": (11_907_350_272, 422_856_960),
+    "26B-A4B": (25_233_141_760, 419_711_232),
+    "31B": (30_697_345_280, 469_518_592),
+}
+
+
+def published(name: str) -> dict:
+    return json.loads((CONFIGS / f"gemma-4-{name}.json").read_text())
+
+
+def parameters(model) -> int:
+    """Scalars of a model, without layer scalars and token orderings; nothing is evaluated."""
+    leaves = tree_flatten(model.parameters())
+    return sum(v.size for k, v in leaves if not k.endswith(("layer_scalar", "token_ordering")))
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_published_pairs_have_their_parameters(size):
+    config = TargetConfig.from_dict(published(f"{size}-it"))
+    drafter = DrafterConfig.from_dict(published(f"{size}-it-assistant"), config)
+    assert (parameters(gemma4.build(config)), parameters(Drafter(drafter))) == PARAMETERS[size]
+
+
+@pytest.mark.parametrize(
+    "size, sliding, full", [("E2B", 13, 14), ("E4B", 22, 23), ("12B", 46, 47), ("26B-A4B", 28, 29)]
+)
+def test_drafters_read_the_last_own_layer_of_their_kind(size, sliding, full):
+    config = TargetConfig.from_dict(published(f"{size}-it"))
+    drafter = DrafterConfig.from_dict(published(f"{size}-it-assistant"), config)
+    assert [layer.kv_layer for layer in drafter.layers] == [sliding, sliding, sliding, full]
+
+
+def test_layers_of_e2b():
+    """Layers 15 to 34 share K/V of 13 and 14 and have the wide MLP."""
+    layers = TargetConfig.from_dict(published("E2B-it")).layers
+    assert [layer.owns_kv for layer in layers] == [True] * 15 + [False] * 20
+    assert {layer.kv_layer for layer in layers[15:]} == {13, 14}
+    assert [layer.mlp_size for layer in layers] == [6144] * 15 + [12288] * 20
+    assert layers[0].kv == KVSpec(1, 256, 512) and layers[4].kv == KVSpec(1, 512, None)
+    assert (layers[0].rope.theta, layers[0].rope.pairs) == (1e4, 128)
+    assert (layers[4].rope.theta, layers[4].rope.pairs) == (1e6, 64)
+
+
+def test_a_text_config_alone_is_a_target():
+    raw = tiny.target_dict("moe")
+    alone = raw["text_config"] | {"model_type": "gemma4_text", "eos_token_id": [1]}
+    assert TargetConfig.from_dict(alone) == TargetConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense", "e2b", "e4b"])
+def test_every_key_that_is_read_is_required(kind):
+    """Dropping a key either raises an error that names it, or leaves the config as it was: no default hides a typo."""
+    raw = tiny.target_dict(kind)
+    whole = TargetConfig.from_dict(raw)
+    for key in raw["text_config"]:
+        less = copy.deepcopy(raw)
+        del less["text_config"][key]
+        if key in ("num_global_key_value_heads", "global_head_dim"):  # published with null, or absent
+            continue
+        try:
+            assert TargetConfig.from_dict(less) == whole, key
+        except UserError as error:
+            assert repr(key) in str(error)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": "2816"}, "hidden_size is '2816', expected an integer"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types has 1 entries"),
+        ({"layer_types": ["linear_attention"] * 6}, "unknown: ['linear_attention'"),
+        ({"num_attention_heads": 3}, "num_attention_heads 3 is no multiple of 2"),
+        ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"top_k_experts": 9}, "top_k_experts is 9"),
+        ({"num_kv_shared_layers": 6}, "owns any"),
+        ({"rope_parameters": {}}, "has no 'sliding_attention'"),
+        ({"final_logit_softcapping": "30"}, "final_logit_softcapping is '30'"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(changes, message):
+    raw = tiny.target_dict("moe")
+    raw["text_config"] |= changes
+    with pytest.raises(UserError) as error:
+        TargetConfig.from_dict(raw)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rope_types_that_are_unknown_are_named():
+    raw = tiny.target_dict("moe")
+    raw["text_config"]["rope_parameters"] = tiny.ROPES | {"full_attention": {"rope_type": "yarn"}}
+    with pytest.raises(UserError, match="rope_type is 'yarn'"):
+        TargetConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    "outer, text, message",
+    [
+        ({"model_type": "gemma4"}, {}, "is not a Gemma 4 drafter"),
+        ({"backbone_hidden_size": 64}, {}, "hidden size is 64, the target's is 32"),
+        ({}, {"vocab_size": 98}, "vocabulary is 98, the target's is 97"),
+        ({}, {"global_head_dim": 32}, "full head size is 32, the target's is 16"),
+        ({}, {"num_key_value_heads": 4}, "sliding key/value heads is 4, the target's is 2"),
+        ({}, {"sliding_window": 16}, "sliding window is 16, the target's is 8"),
+        ({"use_ordered_embeddings": True, "num_centroids": 10}, {}, "num_centroids is 10"),
+    ],
+)
+def test_a_drafter_of_another_target_is_refused(outer, text, message):
+    raw = tiny.drafter_dict("moe") | outer
+    raw["text_config"] |= text
+    with pytest.raises(UserError, match=message):
+        DrafterConfig.from_dict(raw, TargetConfig.from_dict(tiny.target_dict("moe")))
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_published_drafters_fit_their_own_target_alone(size):
+    drafter = published(f"{size}-it-assistant")
+    for other in PARAMETERS:
+        if other != size:
+            with pytest.raises(UserError, match="another target"):
+                DrafterConfig.from_dict(drafter, TargetConfig.from_dict(published(f"{other}-it")))
+
+
+def test_generation_defaults():
+    raw = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95, "eos_token_id": [1, 106, 50]}
+    defaults = GenerationDefaults.from_dict(raw | {"suppress_tokens": [258883, 258882]})
+    assert defaults == GenerationDefaults(1.0, 0.95, 64, (1, 106, 50), (258883, 258882), 6)
+    assert GenerationDefaults.from_dict({"eos_token_id": 1}) == GenerationDefaults(0.0, 1.0, 0, (1,), (), 6)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=4),
+    lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(st.text(max_size=4), leaf, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(sorted(tiny.target_dict("moe")["text_config"])), value=JSON)
+def test_mutated_configs_raise_one_line_or_load(key, value):
+    raw = tiny.target_dict("moe")
+    raw["text_config"][key] = value
+    try:
+        TargetConfig.from_dict(raw)
+    except UserError as error:
+        assert "\n" not in str(error)

@@ -1,0 +1,153 @@
+"""Loading is strict, keeps names, honours quantisation by path, and merges only what agrees."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+
+from convert.cli import main as convert
+from mlx_gemma_mtp import SamplingParams, hub, load, weights
+from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.layers import Linear, Stack
+
+TARGET, DRAFTER = hub.DEMO / "target", hub.DEMO / "drafter"
+
+
+def edited(folder: Path, source: Path = TARGET, edit=lambda tensors: tensors, **config) -> Path:
+    """A copy of a bundled folder with other tensors or config."""
+    shutil.copytree(source, folder)
+    tensors = edit(dict(mx.load(str(source / "model.safetensors"))))
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    raw = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def without(tensors: dict, name: str) -> dict:
+    return {k: v for k, v in tensors.items() if k != name}
+
+
+NORM = "language_model.model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: without(t, NORM), f"lacks tensor '{NORM}'"),
+        (lambda t: t | {"language_model.model.extra": mx.zeros(3)}, "unknown tensor 'language_model.model.extra'"),
+        (lambda t: t | {NORM: mx.zeros(5)}, f"{NORM} has shape (5,), expected (192,)"),
+        (
+            lambda t: {k.replace("language_model.model.", "model.language_model."): v for k, v in t.items()},
+            "convert it",
+        ),
+        (lambda t: t | {"language_model.model.layers.0.experts.gate_up_proj": mx.zeros(3)}, "convert it first"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, edit, message):
+    with pytest.raises(UserError) as error:
+        weights.load_target(edited(tmp_path / "model", edit=edit))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_media_tensors_are_left_out(tmp_path):
+    media = {"vision_tower.x.weight": mx.zeros(2), "embed_audio.y": mx.zeros(2)}
+    weights.load_target(edited(tmp_path / "model", edit=lambda t: t | media))
+
+
+def test_a_raw_hugging_face_drafter_loads():
+    """Its names are those of the bundled one: nothing needs converting."""
+    target = weights.load_target(TARGET)
+    assert weights.load_drafter(DRAFTER, target.config).norm.weight.shape == (128,)
+
+
+def test_files_that_are_broken_or_missing_are_named(tmp_path):
+    folder = edited(tmp_path / "model")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:1000])
+    with pytest.raises(UserError, match="no complete safetensors file"):
+        weights.load_target(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weight file 'model"):
+        weights.load_target(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    with pytest.raises(UserError, match=r"no weight file '\.\./\.\./secret"):
+        weights.load_target(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        weights.load_target(folder)
+
+
+@pytest.mark.parametrize("bits, group", [(8, 32), (4, 32), (8, 64), (4, 64)])
+def test_quantised_pairs_run_losslessly(tmp_path, bits, group):
+    """Convert both to n bits, load, and MTP still gives plain decoding's tokens (float32 arithmetic on the CPU)."""
+    for name in ("target", "drafter"):
+        source = raw_target(tmp_path) if name == "target" else DRAFTER
+        argv = ["--hf-path", source, "--mlx-path", tmp_path / name, "-q", "--q-bits", bits, "--q-group-size", group]
+        assert convert([str(a) for a in argv]) == 0
+    engine = load(str(tmp_path / "target"))
+    assert isinstance(engine.target.layers[0].mlp.down_proj, nn.QuantizedLinear)
+    assert isinstance(engine.drafter.embed_tokens, nn.QuantizedEmbedding)
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    prompts = ["def fibonacci(n):", "What is a list?"]
+    plain = engine.generate(prompts, params, num_draft_tokens=0)
+    drafted = engine.generate(prompts, params, num_draft_tokens=3)
+    assert [r.tokens for r in plain] == [r.tokens for r in drafted]
+    reference = load().generate(prompts, params)
+    if bits == 8:
+        assert plain[0].tokens[:8] == reference[0].tokens[:8]
+
+
+def raw_target(folder: Path) -> Path:
+    """The bundled target in Hugging Face names, as the converter reads it."""
+
+    def raw(tensors: dict) -> dict:
+        tensors = {k.removeprefix("language_model."): v for k, v in tensors.items()}
+        for k in [k for k in tensors if k.endswith("switch_glu.gate_proj.weight")]:
+            stem = k.removesuffix("switch_glu.gate_proj.weight")
+            halves = [tensors.pop(f"{stem}switch_glu.{half}_proj.weight") for half in ("gate", "up")]
+            tensors[f"{stem}gate_up_proj"] = mx.concatenate(halves, axis=1)
+            tensors[f"{stem}down_proj"] = tensors.pop(f"{stem}switch_glu.down_proj.weight")
+        return tensors
+
+    source = edited(folder / "raw", edit=raw)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config["text_config"] | {"model_type": "gemma4_text"}))
+    return source
+
+
+def test_stacks_merge_neighbours_of_one_format():
+    """Three linears, the last one quantised: two products, the same output."""
+    mx.random.seed(0)
+    linears = {name: Linear(64, 32) for name in "abc"}
+    linears["c"] = nn.QuantizedLinear.from_linear(linears["c"], 32, 8)
+    stack = Stack(**linears)
+    x = mx.random.normal((3, 64))
+    before = np.array(stack(x))
+    stack.merge()
+    for linear in stack.values():
+        if isinstance(linear, Linear):
+            linear.derive()
+    assert list(stack) == ["a_b", "c"] and stack["a_b"].weight.shape == (64, 64)
+    np.testing.assert_allclose(np.array(stack(x)), before, atol=1e-6)
+
+
+def test_merged_models_keep_no_second_copy():
+    """Loading ends with the weights alone: no unmerged parts and no second layout stay behind."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = weights.load_target(TARGET, mx.float32)
+    held = mx.get_active_memory() - before
+    size = sum(v.nbytes for _, v in nn.utils.tree_flatten(model.parameters()))
+    assert held < 1.02 * size + 200_000
+
+
+def test_tiny_models_merge_too():
+    assert list(tiny.target("moe").layers[0].self_attn.qkv) == ["q_proj_k_proj_v_proj"]
+    assert list(tiny.target("moe").layers[2].self_attn.qkv) == ["q_proj_k_proj"]
