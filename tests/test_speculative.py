@@ -176,7 +176,7 @@ def _waits(module: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("num_draft", [0, 3])
 def test_a_long_cache_is_written_in_place(num_draft):
-    """A round's peak stays far below a copy of the cache's buffers."""
+    """A round's peak stays far below a copy of the cache's four large buffers (with a handle kept it is 51 MB more)."""
     model = tiny.target("dense")
     drafter = tiny.drafter(model, "dense") if num_draft else None
     cache = Cache(model.config.kv, 1, 200_000, 64, mx.float32)
@@ -187,7 +187,7 @@ def test_a_long_cache_is_written_in_place(num_draft):
         loop.step(num_draft)
     one_buffer = max(layer.keys.nbytes for layer in cache.layers)  # 12.8 MB
     masks_and_scores = 6 * 4 * (num_draft + 1) * 200_000  # a float32 score a head, and masks
-    mx.eval(cache.lengths, *[array for pair in cache.buffers for array in pair])
+    mx.eval(cache.lengths)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     for _ in range(3):
