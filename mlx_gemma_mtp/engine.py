@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -13,11 +14,14 @@ from .drafter import Drafter
 from .errors import UserError
 from .gemma4 import Gemma4
 from .kernels import metal_available
+from .layers import compile_islands
 from .sampling import SamplingParams
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
-from .text import Prompt, Text
 from .weights import Progress
+
+if TYPE_CHECKING:
+    from .text import Prompt, Text
 
 PREFILL_CHUNK = 256
 NUM_DRAFT_TOKENS = 4
@@ -147,10 +151,15 @@ def load(
         cast = mx.float32
         notice("no Metal here: running on the CPU, in float32")
     _check_memory(pair, cast)
+    compiling = threading.Thread(target=compile_islands)
+    compiling.start()
     target = weights.load_target(pair.target, cast, progress)
     drafter = weights.load_drafter(pair.drafter, target.config, cast, progress) if pair.drafter else None
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
+    from .text import Text  # seconds, for it imports transformers: meanwhile the islands compile
+
+    compiling.join()
     return Engine(
         target,
         drafter,

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -15,8 +16,10 @@ from .gemma4 import Gemma4
 from .sampling import Rules, SamplingParams
 from .speculative import Round, Speculation, compact, prefill
 from .stats import Stats
-from .text import TextStream
 from .weights import Progress
+
+if TYPE_CHECKING:
+    from .text import TextStream
 
 
 @dataclass(frozen=True)

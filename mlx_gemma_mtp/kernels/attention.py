@@ -19,9 +19,12 @@ def attention_reference(queries: mx.array, keys: mx.array, values: mx.array, mas
     """
     B, heads, T, D = queries.shape
     shared = (B, keys.shape[1], heads // keys.shape[1] * T)
-    scores = (queries.reshape(*shared, D) @ keys.swapaxes(-1, -2)).reshape(B, heads, T, -1)
-    weights = mx.softmax(scores + mask, axis=-1, precise=True)
-    return (weights.reshape(*shared, -1) @ values).reshape(B, heads, T, D)
+    scores = queries.reshape(*shared, D) @ keys.swapaxes(-1, -2)  # [B, kv_heads, heads / kv_heads * T, S]
+    if T > 1:
+        weights = mx.softmax(scores.reshape(B, heads, T, -1) + mask, axis=-1, precise=True).reshape(scores.shape)
+    else:
+        weights = mx.softmax(scores + mask, axis=-1, precise=True)
+    return (weights @ values).reshape(B, heads, T, D)
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
