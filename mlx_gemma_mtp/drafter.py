@@ -14,7 +14,8 @@ import mlx.nn as nn
 from .cache import Cache, Span
 from .config import DrafterConfig
 from .gemma4 import Block, Ropes
-from .layers import Embedding, Linear, RMSNorm
+from .layers import RMSNorm
+from .linear import Embedding, Linear
 from .sampling import Rules, sample
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
@@ -50,11 +50,19 @@ class Engine:
         self._no_drafter_reason = no_drafter_reason
         self._end_tokens = frozenset(defaults.eos_token_ids or target.config.eos_token_ids)
 
+    @overload
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Result: ...
+
+    @overload
+    def generate(
+        self, prompt: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any
+    ) -> list[Result]: ...
+
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **options: object,
+        **options: Any,
     ) -> Result | list[Result]:
         """The answer to a prompt, or the answers to a list of prompts, made as a batch, in order.
         Options: see `stream`.

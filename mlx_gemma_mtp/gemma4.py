@@ -12,7 +12,8 @@ import mlx.nn as nn
 
 from .cache import Span
 from .config import LayerSpec, MoESpec, TargetConfig
-from .layers import MLP, Attention, Embedding, FastRotation, Linear, RMSNorm, Rope, Rotation, Settled, rms_norm
+from .layers import MLP, Attention, FastRotation, RMSNorm, Rope, Rotation, rms_norm
+from .linear import Embedding, Linear, Settled
 from .moe import Experts, Router
 
 

@@ -10,7 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from .config import MoESpec
-from .layers import Linear, Settled, Stack, geglu, input_major
+from .layers import geglu
+from .linear import Linear, Settled, Stack, input_major
 
 SORT_FROM = 64  # pairs; below it MLX reads one expert matrix a pair, sorted or not
 

@@ -19,7 +19,7 @@ from . import gemma4
 from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetConfig
 from .drafter import Drafter
 from .errors import UserError
-from .layers import settle
+from .linear import settle
 
 MEDIA_PREFIXES = (
     "vision_tower.",

@@ -13,7 +13,7 @@ import tiny
 from convert.cli import main as convert
 from mlx_gemma_mtp import SamplingParams, hub, load, weights
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.layers import Linear, Stack
+from mlx_gemma_mtp.linear import Linear, Stack
 
 TARGET, DRAFTER = hub.DEMO / "target", hub.DEMO / "drafter"
 

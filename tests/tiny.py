@@ -12,7 +12,7 @@ from mlx_gemma_mtp.cache import Cache, Span
 from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.gemma4 import Gemma4
-from mlx_gemma_mtp.layers import settle
+from mlx_gemma_mtp.linear import settle
 from mlx_gemma_mtp.sampling import Rules, SamplingParams
 from mlx_gemma_mtp.speculative import Speculation, prefill
 
