@@ -1,0 +1,58 @@
+"""The BLAS on Linux: named truthfully, loaded by a command line alone, and only if it multiplies correctly."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone")
+NAME = "from mlx_gemma_mtp import blas; {}; import mlx.core; print(blas.name())"
+
+
+def run(code: str, **environment: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("LD_PRELOAD", "MLX_GEMMA", "OPENBLAS"))}
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return child.stdout.strip()
+
+
+def openblas() -> bool:
+    try:
+        ctypes.CDLL("libopenblas.so.0")
+    except OSError:
+        return False
+    return True
+
+
+@linux
+def test_the_import_of_the_package_loads_none():
+    assert run(NAME.format("0")).startswith("reference")
+
+
+@linux
+def test_off_means_off():
+    assert run(NAME.format("blas.preload()"), MLX_GEMMA_MTP_BLAS="off").startswith("reference")
+
+
+@linux
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not openblas(), reason="no libopenblas.so.0 here")
+def test_an_installed_openblas_comes_before_the_reference():
+    assert "openblas" in run(NAME.format("blas.preload()"))
+    assert "openblas" in run(NAME.format("0"), LD_PRELOAD="libopenblas.so.0", OPENBLAS_NUM_THREADS="1")
+
+
+@linux
+def test_a_library_without_products_is_refused():
+    code = "from mlx_gemma_mtp import blas, UserError\ntry:\n    blas.preload()\nexcept UserError as e:\n    print(e)"
+    assert "is no usable BLAS" in run(code, MLX_GEMMA_MTP_BLAS="libc.so.6")
+
+
+@linux
+def test_without_openblas_nothing_happens(monkeypatch):
+    code = "from mlx_gemma_mtp import blas; blas.DEFAULT = 'libnothing.so.0'; blas.preload(); " + NAME.format("0")
+    assert run(code).startswith("reference")

@@ -1,0 +1,118 @@
+"""Layers and routing against plain formulas; on a Mac (`-m metal`) the same bodies run MLX's kernels."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_gemma_mtp import layers, moe
+from mlx_gemma_mtp.config import MoESpec, RopeSpec
+from mlx_gemma_mtp.kernels import metal_available
+from mlx_gemma_mtp.kernels.attention import attention, attention_mask, attention_reference
+from mlx_gemma_mtp.linear import settle
+
+CLOSE = 1e-3 if metal_available() else 2e-6
+
+
+@pytest.fixture(params=[pytest.param("here"), pytest.param("metal", marks=pytest.mark.metal)], autouse=True)
+def device(request):
+    """The default device of this machine; under the marker `metal` it must be a GPU."""
+    if request.param == "metal" and not metal_available():
+        pytest.skip("no Metal here")
+
+
+def normal(*shape: int) -> mx.array:
+    return mx.array(np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32))
+
+
+def close(ours: mx.array, theirs: np.ndarray) -> None:
+    np.testing.assert_allclose(np.array(ours), theirs, atol=CLOSE * max(1, np.abs(theirs).max()), rtol=0)
+
+
+def rms(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (5, 24), (2, 3, 4, 24)])
+def test_norms(shape):
+    norm = layers.RMSNorm(24, 1e-6)
+    norm.weight = normal(24)
+    settle(norm)
+    x, residual, scale = normal(*shape), normal(*shape) + 1, mx.array([0.3])
+    close(layers.rms_norm(x, 1e-6), rms(np.array(x)))
+    close(norm(x), rms(np.array(x)) * np.array(norm.weight))
+    close(norm.add(residual, x, scale), (np.array(residual) + rms(np.array(x)) * np.array(norm.weight)) * 0.3)
+
+
+def test_geglu_is_gelu_tanh_of_the_first_half():
+    x = normal(7, 40) * 4
+    gate, up = np.split(np.array(x), 2, axis=-1)
+    want = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    close(layers.geglu(x), want)
+
+
+@pytest.mark.parametrize("spec", [RopeSpec(1e4, 8, 16), RopeSpec(1e6, 4, 32)], ids=["default", "proportional"])
+def test_rotation(spec):
+    """Pair i turns by position * theta ** (-2 i / head_dim); pairs past `pairs` stay; each row at its own position."""
+    x, weight = normal(2, 3, 4, spec.head_dim), normal(3, 1, spec.head_dim)
+    positions = np.array([[5, 6, 7, 8], [200, 201, 202, 203]])
+    half = spec.head_dim // 2
+    angles = positions[:, None, :, None] * spec.theta ** (-2 * np.arange(half) / spec.head_dim)
+    angles = np.where(np.arange(half) < spec.pairs, angles, 0.0)
+    a, b = np.split(np.array(x) * np.array(weight), 2, axis=-1)
+    want = np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
+    turned = layers.Rope(spec).at(mx.array(positions))(x, weight, layers.swap_halves(weight))
+    np.testing.assert_allclose(np.array(turned), want, atol=1e-3 if metal_available() else 1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_attention(tokens):
+    """Against a loop over rows, heads and queries."""
+    q, k, v = normal(2, 6, tokens, 8), normal(2, 3, 11, 8), normal(2, 3, 11, 8)
+    seen = np.random.default_rng(0).random((2, 1, tokens, 11)) < 0.5
+    seen[..., 4] = True
+    want = np.zeros(q.shape)
+    for b, h, t in np.ndindex(2, 6, tokens):
+        scores = np.where(seen[b, 0, t], np.array(k)[b, h // 2] @ np.array(q)[b, h, t], -np.inf)
+        weights = np.exp(scores - scores.max())
+        want[b, h, t] = weights / weights.sum() @ np.array(v)[b, h // 2]
+    close(attention(q, k, v, attention_mask(mx.array(seen))), want)
+    close(attention_reference(q, k, v, mx.where(mx.array(seen), 0.0, -mx.inf)), want)
+
+
+def test_routing():
+    logits, scale = normal(9, 12), normal(12)
+    experts, weights = moe.route(logits, 4, scale)
+    for row in range(9):
+        raw = np.array(logits)[row]
+        p = np.exp(raw - raw.max()) / np.exp(raw - raw.max()).sum()
+        best = np.argsort(-p)[:4]
+        found = np.array(experts)[row]
+        assert sorted(found.tolist()) == sorted(best.tolist())
+        want = p[found] / p[found].sum() * np.array(scale)[found]
+        np.testing.assert_allclose(np.array(weights)[row], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_experts_are_a_loop_over_pairs(tokens, bits):
+    """Also above the 64 pairs from which on they are sorted; float and quantised."""
+    experts = moe.Experts(64, MoESpec(8, 3, 32))
+    nn.quantize(experts, 32, bits) if bits else None
+    settle(experts)
+    glu = experts.switch_glu
+
+    def matrices(linear: nn.Module) -> np.ndarray:
+        if "scales" not in linear:
+            return np.array(linear.weight)
+        return np.array(mx.dequantize(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits))
+
+    gate_up, down = matrices(next(iter(glu.gate_up.values()))), matrices(glu.down_proj)
+    x = normal(tokens, 64)
+    chosen, weights = moe.route(normal(tokens, 8), 3, mx.ones(8))
+    want = np.zeros((tokens, 64))
+    for t in range(tokens):
+        for e, w in zip(np.array(chosen)[t], np.array(weights)[t], strict=True):
+            inner = gate_up[e] @ np.array(x)[t]
+            want[t] += w * (down[e] @ np.array(layers.geglu(mx.array(inner[None])))[0])
+    np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=1e-3 if metal_available() else 1e-5)
