@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from .cache import Span
 from .config import LayerSpec, MoESpec, TargetConfig
-from .layers import MLP, Attention, FastRotation, RMSNorm, Rope, Rotation, rms_norm
+from .layers import MLP, Attention, FastRotation, RMSNorm, Rope, Rotation, geglu, rms_norm
 from .linear import Embedding, Linear, Settled
 from .moe import Experts, Router
 
@@ -87,7 +87,7 @@ class PerLayerBlock(Block):
 
     def finish(self, x: mx.array, fed: mx.array, per_layer_input: mx.array | None) -> mx.array:
         x = self.post_feedforward_layernorm.add(x, fed, self._one)
-        gated = nn.gelu_approx(self.per_layer_input_gate(x)) * per_layer_input
+        gated = geglu(self.per_layer_input_gate(x), per_layer_input)
         return self.post_per_layer_input_norm.add(x, self.per_layer_projection(gated), self.layer_scalar)
 
 

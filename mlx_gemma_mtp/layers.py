@@ -79,10 +79,12 @@ def _weighted_sum(
 
 
 @partial(mx.compile, shapeless=True)
-def _geglu(gate: mx.array, up: mx.array) -> mx.array:
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu_tanh(gate) * up, in float32 inside."""
     # gelu_tanh(x) = x / 2 (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
     slope = 2 * math.sqrt(2 / math.pi)
-    return (gate * up) * mx.sigmoid((mx.square(gate) * (0.044715 * slope) + slope) * gate)
+    x = gate.astype(mx.float32)
+    return ((x * up) * mx.sigmoid((mx.square(x) * (0.044715 * slope) + slope) * x)).astype(gate.dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -108,13 +110,8 @@ def compile_islands() -> None:
             _weighted(heads, _square_sum(heads), _number(1.0), weight),
             _weighted_sum(x, x, total, _number(1.0), weight, one),
             _turned(heads[:, :2], swap_halves(heads[:, :2]), norms[:2], norms[:2], table, table),
-            geglu(mx.ones((rows, 16))),
+            geglu(*mx.split(mx.ones((rows, 16)), 2, axis=-1)),
         )
-
-
-def geglu(gate_up: mx.array) -> mx.array:
-    """[..., 2 I] (gate half first) -> gelu_tanh(gate) * up, [..., I]."""
-    return _geglu(*mx.split(gate_up, 2, axis=-1))
 
 
 class Rope:
@@ -234,4 +231,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(size, hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(geglu(self.gate_up(x)))
+        return self.down_proj(geglu(*mx.split(self.gate_up(x), 2, axis=-1)))

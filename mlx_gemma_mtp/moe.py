@@ -113,7 +113,8 @@ class SwitchGLU(nn.Module):
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """x: [N, hidden] -> one row for each pair, [P, 1, hidden]."""
-        inner = geglu(self.gate_up(x[:, None], rows, experts, ordered))  # [P, 1, size]
+        gate_up = self.gate_up(x[:, None], rows, experts, ordered)
+        inner = geglu(*mx.split(gate_up, 2, axis=-1))  # [P, 1, size]
         return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)  # [P, 1, hidden]
 
 
