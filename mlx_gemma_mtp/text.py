@@ -39,7 +39,7 @@ class Text:
         if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
             tokens = [int(token) for token in prompt]
         elif isinstance(prompt, str) and not (chat_template and self.tokenizer.has_chat_template):
-            tokens = self._raw(prompt, system_prompt)
+            tokens = self._raw(_whole(prompt), system_prompt)
         else:
             tokens = self._chat(prompt, system_prompt)
         self._check(prompt, tokens)
@@ -78,11 +78,22 @@ def _words(message: Message) -> str:
     """The text of a chat message. Raises UserError for parts that are not text."""
     content = message.get("content") or ""
     if isinstance(content, str):
-        return content
+        return _whole(content)
     other = [part.get("type") for part in content if part.get("type") != "text"]
     if other:
         raise UserError(f"a message has a part of type {other[0]!r}; this package takes text alone")
-    return "".join(part["text"] for part in content)
+    return "".join(_whole(part["text"]) for part in content)
+
+
+def _whole(text: str) -> str:
+    """The text, if it is valid Unicode (bytes of an argument that are not UTF-8 arrive as lone surrogates)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt has {text[error.start]!r} at {error.start}, which is no character; give UTF-8"
+        ) from None
+    return text
 
 
 class TextStream:

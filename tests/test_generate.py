@@ -28,8 +28,8 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-def command(*argv: str, **options) -> subprocess.Popen:
-    environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(Path(__file__).parents[1])}
+def command(*argv: str, env: dict | None = None, **options) -> subprocess.Popen:
+    environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(Path(__file__).parents[1])} | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | options
     return subprocess.Popen([sys.executable, "-m", "mlx_gemma_mtp.generate", *argv], env=environment, **pipes)
 
@@ -178,6 +178,14 @@ def test_a_closed_pipe_is_no_traceback():
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=60) == 1 and b"Traceback" not in err
+
+
+def test_text_is_utf8_in_any_locale():
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    process = command("--prompt", "-", "--max-tokens", "2", "--json", stdin=subprocess.PIPE, env=ascii_alone)
+    out, err = process.communicate("é 😀".encode(), timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads(out.decode("utf-8"))["prompt"] == "é 😀"
 
 
 def test_a_blas_that_is_none_is_named():

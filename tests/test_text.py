@@ -81,6 +81,8 @@ def test_chat_template_and_raw_text(text):
         ([2, MEDIA, 9], "image, audio or video token"),
         ([2, 5000], "5000"),
         ([-1], "-1"),
+        ("ab\udcff", "no character"),
+        ([{"role": "user", "content": [{"type": "text", "text": "\udcff"}]}], "no character"),
     ],
 )
 def test_bad_prompts_are_named(text, prompt, message):
