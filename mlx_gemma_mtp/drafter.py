@@ -102,5 +102,6 @@ def draft(
         logits, ids = drafter.scores(y)
         ids = None if ids is None else ids[:, None]
         token = sample(logits[:, None], rules, newest + (i + 1), ids=ids)[:, 0]
+        mx.async_eval(token, hidden)  # this step runs while Python builds the next
         drafts.append(token)
     return mx.stack(drafts, axis=1)
