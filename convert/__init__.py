@@ -1,10 +1,10 @@
 """Hugging Face Gemma 4 checkpoints and MTP drafters -> the MLX folders that mlx_gemma_mtp reads.
 
 A leaf: `mlx_gemma_mtp` never imports it. Reading order: source (what is there), config (what it
-means), names (what must be there), quantize (which bits), writer (stream it out), run, cli.
+means), names (what must be there), quantize (which bits), blocks and writer (stream it), run, check, inspect, cli.
 """
 
-from .quantize import Affine
+from .quantize import Format, Recipe
 from .run import convert
 
-__all__ = ["Affine", "convert"]
+__all__ = ["Format", "Recipe", "convert"]

@@ -4,44 +4,69 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mlx_gemma_mtp.errors import UserError
 
-from .quantize import Affine
+from .blocks import DTYPES
+from .check import check_command
+from .inspect import inspect_command
+from .quantize import AFFINE_BITS, GROUP_SIZES, MODES, RECIPES, Recipe, recipe
 from .run import convert
-from .writer import DTYPES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 after a user error, 130 after an interruption."""
-    args = _parser().parse_args(argv)
+    """Exit code 0, 1 where `check` found something, 2 after a user error, 130 after an interruption."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = COMMANDS.get(argv[0], _convert) if argv else _convert
     try:
-        if not args.quantize and (args.q_bits or args.q_group_size):
-            raise UserError("--q-bits and --q-group-size expect -q; add -q")
-        affine = Affine(args.q_bits or 4, args.q_group_size or 64) if args.quantize else None
         with _terminate_like_interrupt():
-            print(convert(args.hf_path, args.mlx_path, affine, args.dtype))
+            return command(argv[1:] if argv and argv[0] in COMMANDS else argv)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def _convert(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    print(convert(args.hf_path, args.mlx_path, _recipe(args), args.dtype, args.pair))
     return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"check": check_command, "inspect": inspect_command}
+
+
+def _recipe(args: argparse.Namespace) -> Recipe | None:
+    given = (args.q_mode, args.q_bits, args.q_group_size, args.quant_predicate)
+    if args.quantize:
+        return recipe(*given)
+    if any(given):
+        raise UserError("--q-bits, --q-group-size, --q-mode and --quant-predicate expect -q; add -q")
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx-gemma-mtp-convert",
         description="Convert a Gemma 4 target or MTP drafter from the Hugging Face layout to MLX.",
+        epilog="Also: inspect SOURCE (what a model is and needs), check OUT (is a converted folder sound).",
     )
     parser.add_argument("--hf-path", required=True, metavar="SOURCE", help="local folder or hub id")
     parser.add_argument("--mlx-path", required=True, metavar="OUT", help="folder to create")
+    parser.add_argument("--pair", action="store_true", help="also convert SOURCE-assistant to OUT-assistant")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the matrices")
-    parser.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="default 4")
-    parser.add_argument("--q-group-size", type=int, choices=(32, 64, 128), help="default 64")
+    parser.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="default 4")
+    parser.add_argument("--q-group-size", type=int, choices=GROUP_SIZES, help="default 64")
+    parser.add_argument("--q-mode", choices=("affine", *MODES), help="default affine; the others fix bits and groups")
+    parser.add_argument(
+        "--quant-predicate",
+        choices=[name for name in RECIPES if name != "drafter"],
+        help="which tensors get other bits (default: ple-safe for E2B and E4B, default for all others)",
+    )
     parser.add_argument(
         "--dtype",
         choices=tuple(DTYPES),

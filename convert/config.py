@@ -31,13 +31,17 @@ def is_drafter(config: dict) -> bool:
             f"model_type {kind!r} in config.json; expected one of "
             f"{', '.join((*TARGETS, *DRAFTERS))}; convert a Gemma 4 checkpoint"
         )
+    return kind in DRAFTERS
+
+
+def refuse_quantised(config: dict) -> None:
+    """UserError for a source that cannot be converted because it is quantised already."""
     for key in ("quantization", "quantization_config"):
         if config.get(key):
             raise UserError(
                 f"{key} in config.json: the source is quantised already; expected bfloat16,"
                 " float16 or float32 weights; convert the original (or unquantized) checkpoint"
             )
-    return kind in DRAFTERS
 
 
 def text_config(config: dict) -> dict:
@@ -59,6 +63,11 @@ def text_config(config: dict) -> dict:
     text.setdefault("num_global_key_value_heads", None)
     _check(text)
     return text | {"model_type": "gemma4_text"}
+
+
+def written(config: dict, text: dict, dtype: str) -> dict:
+    """The config of a converted checkpoint: `config` with the checked `text` fields and the dtype that was written."""
+    return written_drafter(config, text, dtype) if is_drafter(config) else written_target(config, text, dtype)
 
 
 def written_target(config: dict, text: dict, dtype: str) -> dict:

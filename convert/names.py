@@ -4,6 +4,7 @@ Pure functions of the raw config. Shapes follow transformers' `modeling_gemma4.p
 names are mlx-lm's and mlx-vlm's. H hidden, I intermediate, V vocabulary, E experts, L layers.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ MULTIMODAL = (
     "model.audio_tower.",
     "model.embed_audio.",
 )
+MEDIA = (*MULTIMODAL, *(prefix.removeprefix("model.") for prefix in MULTIMODAL))  # as published; as mlx-vlm writes
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,24 @@ def drafter_entries(config: dict, text: dict) -> list[Entry]:
         shapes["masked_embedding.centroids.weight"] = (centroids, hidden)
         shapes["masked_embedding.token_ordering"] = (text["vocab_size"],)
     return [Entry(name, shape, name, shape) for name, shape in shapes.items()]
+
+
+def kind(name: str) -> str:
+    """What a tensor is, whichever its layer: `self_attn.q_proj`, `input_layernorm`, `embed_tokens`."""
+    name = re.sub(r"^(language_model\.)?model\.(language_model\.)?(layers\.\d+\.)?", "", name)
+    return name.removesuffix(".weight")
+
+
+def kv_shape(text: dict, layer_type: str) -> tuple[int, int]:
+    """(key/value heads, their width) of a layer; full layers have their own heads only under attention_k_eq_v."""
+    full = layer_type == "full_attention"
+    own_heads = full and text["attention_k_eq_v"] and text["num_global_key_value_heads"]
+    return own_heads or text["num_key_value_heads"], text["global_head_dim"] if full else text["head_dim"]
+
+
+def is_integer(name: str) -> bool:
+    """True for the one tensor of token ids (a drafter's); all others are floats, or quantised."""
+    return name.endswith(".token_ordering")
 
 
 def check(entries: list[Entry], found: dict[str, Tensor], text: dict, kind: str) -> None:
@@ -122,8 +142,7 @@ def _layer_tensors(text: dict, index: int) -> Iterator[tuple[str, Shape]]:
 def _attention_tensors(text: dict, layer_type: str, owns_kv: bool) -> Iterator[tuple[str, Shape]]:
     H, full = text["hidden_size"], layer_type == "full_attention"
     k_eq_v = full and text["attention_k_eq_v"]
-    dim = text["global_head_dim"] if full else text["head_dim"]
-    kv_heads = (k_eq_v and text["num_global_key_value_heads"]) or text["num_key_value_heads"]
+    kv_heads, dim = kv_shape(text, layer_type)
     yield "self_attn.q_proj.weight", (text["num_attention_heads"] * dim, H)
     yield "self_attn.o_proj.weight", (H, text["num_attention_heads"] * dim)
     yield "self_attn.q_norm.weight", (dim,)

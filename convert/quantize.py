@@ -1,63 +1,230 @@
-"""Which bits each tensor gets, and how config.json records it (mlx-lm's convention)."""
+"""Which bits each tensor gets, how its rows are quantised, and how config.json records it (mlx-lm's convention)."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_gemma_mtp.errors import UserError
 
 from .names import Entry
 
+GROUP_SIZES = (32, 64, 128)
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+
 
 @dataclass(frozen=True)
-class Affine:
-    """MLX affine quantisation: `group_size` weights of a row share one scale and one bias."""
+class Format:
+    """MLX quantisation: `group_size` weights of a row share one scale (and, in affine mode, one bias).
+
+    on_q4_0: affine codes are put on the grid of llama.cpp's Q4_0 in the groups that it fits at least as well.
+    """
 
     bits: int
     group_size: int
+    mode: str = "affine"
+    on_q4_0: bool = False
 
-    def packed_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """[..., columns] -> shape of the uint32 weight, shape of the scales and of the biases."""
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.mode}, groups of {self.group_size}"
+
+    @property
+    def setting(self) -> dict:
+        """The keyword arguments of mx.quantize and mx.dequantize."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    @property
+    def biased(self) -> bool:
+        return self.mode == "affine"
+
+    def parts(self, name: str, shape: tuple[int, ...], dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, shape) of what is written for matrix `name` whose floats are `dtype`."""
         *rows, columns = shape
-        return (*rows, columns * self.bits // 32), (*rows, columns // self.group_size)
+        path, groups = name.removesuffix("weight"), (*rows, columns // self.group_size)
+        weight = (name, "U32", (*rows, columns * self.bits // 32))
+        if not self.biased:
+            return [weight, (path + "scales", "U8", groups)]
+        return [weight, (path + "scales", dtype, groups), (path + "biases", dtype, groups)]
+
+    def quantize(self, block: mx.array) -> tuple[mx.array, ...]:
+        """[rows, columns] -> the arrays of `parts` for these rows; rows are independent of each other."""
+        parts = mx.quantize(block, **self.setting)
+        return _closer(block, tuple(parts), _q4_0(block), self) if self.on_q4_0 else tuple(parts)
+
+    def tolerance(self, largest: mx.array) -> mx.array:
+        """How far rounding may move a weight in a group whose largest magnitude is given.
+
+        Affine: at most a step (the smaller end may be clipped), and scale and bias rounded to bfloat16. FP4 and FP8
+        clip or round by a share of the largest; nvfp4's smallest scale is 2 ** -9, which moves small groups by 3 of it.
+        """
+        if self.biased:
+            return largest * (2.02 / (2**self.bits - 1) + 3 / 256)
+        return largest / (4 if self.bits == 4 else 8) + (6 * 2**-10 if self.mode == "nvfp4" else 0)
+
+    def dequantize(self, weight: mx.array, scales: mx.array, biases: mx.array | None = None) -> mx.array:
+        """The float32 values that the arrays of `parts` stand for, exactly."""
+        if biases is None:
+            return mx.dequantize(weight, scales, **self.setting, dtype=mx.float32)
+        return mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), **self.setting)
 
 
-ROUTER = Affine(8, 64)
+def _q4_0(block: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Q4_0 as affine codes: d = (the value of largest magnitude) / -8, w = d (code - 8), code in 0..15.
 
-
-def choose_all(entries: list[Entry], default: Affine, moe: bool) -> dict[str, Affine | None]:
-    """tensor name -> format, for the matrices (linear, embedding, expert weights).
-
-    Norms, scales and token_ordering have one axis and are not named: they stay as they are.
+    Source: quantize_row_q4_0_ref in llama.cpp's ggml-quants.c. -8 d has the digits of d, so scale and bias are exact.
     """
-    return {e.name: choose(e, default, moe) for e in entries if len(e.shape) >= 2}
+    groups = block.reshape(block.shape[0], -1, 32)
+    extreme = mx.take_along_axis(groups, mx.argmax(mx.abs(groups), axis=-1, keepdims=True), axis=-1)
+    scales = (extreme / -8).astype(mx.float32)
+    steps = groups.astype(mx.float32) / mx.where(scales == 0, 1, scales)
+    codes = mx.clip(mx.floor(steps + 8.5), 0, 15).astype(mx.uint32).reshape(block.shape[0], -1, 8)
+    packed = mx.sum(codes << (4 * mx.arange(8, dtype=mx.uint32)), axis=-1)
+    scales = scales.squeeze(-1).astype(block.dtype)
+    return packed, scales, scales * -8
 
 
-def choose(entry: Entry, default: Affine, moe: bool) -> Affine | None:
-    """The format of one matrix, or None for the float dtype.
+def _closer(block: mx.array, ours: tuple, other: tuple, form: Format) -> tuple[mx.array, ...]:
+    """Group by group, `other` where its largest error is not above that of `ours`."""
+    shape = (block.shape[0], -1, form.group_size)
+    error, other_error = (
+        mx.abs(form.dequantize(*parts) - block).reshape(shape).max(axis=-1, keepdims=True) for parts in (ours, other)
+    )
+    better = other_error <= error
+    grouped = (*better.shape[:2], -1)
+    return tuple(
+        mx.where(better, its.reshape(grouped), mine.reshape(grouped)).reshape(mine.shape)
+        for mine, its in zip(ours, other, strict=True)
+    )
 
-    The router stays at 8 bits and, at 4 bits or less, so does the dense MLP beside experts (every
-    token passes it); both as in the published mlx-community 26B. The centroids of a drafter pick
-    its vocabulary and are small: never quantised.
+
+MODES = {
+    "mxfp4": Format(4, 32, "mxfp4"),
+    "mxfp8": Format(8, 32, "mxfp8"),
+    "nvfp4": Format(4, 16, "nvfp4"),
+}
+Q4_0 = Format(4, 32, on_q4_0=True)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Matrices whose name matches `names` get affine `bits`, if the default format has at most `when_bits_up_to`.
+
+    group_size None: the default's, or 64 where that is not affine; beside_experts: only in a mixture of experts.
     """
-    chosen = default
-    if entry.name.endswith(".router.proj.weight"):
-        chosen = ROUTER
-    elif moe and default.bits <= 4 and ".mlp." in entry.name:
-        chosen = Affine(8, default.group_size)
-    elif entry.name.startswith("masked_embedding."):
-        return None
-    return chosen if entry.shape[-1] % chosen.group_size == 0 else None
+
+    names: str
+    bits: int = 8
+    group_size: int | None = None
+    when_bits_up_to: int = 8
+    beside_experts: bool = False
+
+    def applies(self, entry: Entry, default: Format, moe: bool) -> bool:
+        wanted = default.bits <= self.when_bits_up_to and (moe or not self.beside_experts)
+        return wanted and re.search(self.names, entry.name) is not None
+
+    def format(self, default: Format) -> Format:
+        return Format(self.bits, self.group_size or (default.group_size if default.biased else 64))
 
 
-def record(formats: dict[str, Affine | None], default: Affine) -> dict:
-    """config["quantization"]: the default, and an override for each path that differs from it."""
-    quantization: dict = {
-        "group_size": default.group_size,
-        "bits": default.bits,
-        "mode": "affine",
-    }
+# Every token passes the router, and the dense MLP beside experts: both as in the published mlx-community 26B.
+ROUTER = Rule(r"\.router\.proj\.weight$", group_size=64)
+DENSE_MLP = Rule(r"\.mlp\.", when_bits_up_to=4, beside_experts=True)
+PER_LAYER_INPUTS = Rule(r"per_layer", when_bits_up_to=6)  # reports of garbage below 8 bits
+DRAFT_HEAD = Rule(r"^model\.embed_tokens\.", bits=4)  # a drafter reads all of it for every token
+
+# The first rule that applies decides; where none does, the default format.
+RECIPES: dict[str, tuple[Rule, ...]] = {
+    "default": (ROUTER, DENSE_MLP),
+    "uniform": (ROUTER,),
+    "ple-safe": (ROUTER, DENSE_MLP, PER_LAYER_INPUTS),
+    "qat-q4_0": (ROUTER,),
+    "drafter": (DRAFT_HEAD,),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user asked for: a format, and the name of the rules for exceptions (None: the model's usual ones)."""
+
+    default: Format = Format(4, 64)
+    name: str | None = None
+
+    def rules(self, text: dict) -> tuple[Rule, ...]:
+        usual = "ple-safe" if text["hidden_size_per_layer_input"] else "default"
+        return RECIPES[self.name or usual]
+
+    def choose_all(self, entries: list[Entry], text: dict) -> dict[str, Format | None]:
+        """tensor name -> format, for the matrices (linear, embedding, expert weights).
+
+        Norms, scales and token_ordering have one axis and are not named: they stay as they are. So does a width that no
+        group divides, and so do the centroids of a drafter: they pick its vocabulary and are small.
+        """
+        rules, moe = self.rules(text), text["enable_moe_block"]
+        chosen: dict[str, Format | None] = {}
+        for entry in (e for e in entries if len(e.shape) >= 2):
+            rule = next((rule for rule in rules if rule.applies(entry, self.default, moe)), None)
+            form = rule.format(self.default) if rule else self.default
+            fits = entry.shape[-1] % form.group_size == 0 and not entry.name.startswith("masked_embedding.")
+            chosen[entry.name] = form if fits else None
+        return chosen
+
+
+DRAFTER = Recipe(Format(8, 64), "drafter")
+
+
+def recipe(mode: str | None, bits: int | None, group_size: int | None, name: str | None) -> Recipe:
+    """The recipe that the flags ask for (None: not given); UserError where they contradict each other."""
+    if name == "qat-q4_0":
+        _agree("--quant-predicate qat-q4_0", Q4_0, mode, bits, group_size)
+        return Recipe(Q4_0, name)
+    if mode in MODES:
+        _agree(f"--q-mode {mode}", MODES[mode], mode, bits, group_size)
+        return Recipe(MODES[mode], name)
+    return Recipe(Format(bits or 4, group_size or 64), name)
+
+
+def _agree(flag: str, form: Format, mode: str | None, bits: int | None, group_size: int | None) -> None:
+    given = replace(form, mode=mode or form.mode, bits=bits or form.bits, group_size=group_size or form.group_size)
+    if given != form:
+        raise UserError(f"{flag} is {form}, but {given} was asked for; leave out the other --q flags")
+
+
+def record(formats: dict[str, Format | None], default: Format) -> dict:
+    """config["quantization"]: the default, and an override for each path that differs from it.
+
+    An override without a mode means affine to mlx-lm, and the default's mode to others: named unless both are affine.
+    """
+    quantization: dict = dict(default.setting)
     for name, chosen in formats.items():
-        if chosen != default:
-            path = name.removesuffix(".weight")
-            quantization[path] = chosen is not None and {
-                "group_size": chosen.group_size,
-                "bits": chosen.bits,
-            }
+        path = name.removesuffix(".weight")
+        if chosen is None:
+            quantization[path] = False
+        elif chosen.setting != default.setting:
+            quantization[path] = chosen.setting
+            if default.biased and chosen.biased:
+                quantization[path] = {"group_size": chosen.group_size, "bits": chosen.bits}
     return quantization
+
+
+def recorded(config: dict) -> dict[str, Format | None]:
+    """The inverse of `record`: path -> Format, with the default under "" (empty where nothing is quantised)."""
+    table = config.get("quantization")
+    if table is None:
+        return {}
+    if not isinstance(table, dict):
+        raise UserError(f"quantization {table!r} in config.json; expected a JSON object; convert again")
+    overrides = {path: value for path, value in table.items() if isinstance(value, dict) or value is False}
+    formats = {path: None if value is False else _read(value) for path, value in overrides.items()}
+    return {"": _read(table), **formats}
+
+
+def _read(setting: dict) -> Format:
+    bits, group_size, mode = (setting.get(key) for key in ("bits", "group_size", "mode"))
+    form = Format(bits, group_size, "affine" if mode is None else mode)
+    valid = form.bits in AFFINE_BITS and form.group_size in GROUP_SIZES if form.biased else form in MODES.values()
+    if not valid:
+        raise UserError(
+            f"quantization of {bits!r} bits, groups of {group_size!r}, mode {mode!r} in config.json; expected a format"
+            " of MLX; convert again"
+        )
+    return form

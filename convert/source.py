@@ -10,6 +10,8 @@ from .safetensors_io import Tensor, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
+SHARD = r"\w[\w.-]*\.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -37,6 +39,26 @@ def download(repo: str) -> Path:
             f"{repo}: not a local folder, and the hub download failed ({reason}); expected a folder"
             " or a reachable hub id; check the name and the connection"
         ) from error
+
+
+def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and the tensors' headers of a hub repository; weight data stays there."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+    try:
+        config = Path(hf_hub_download(repo, "config.json"))
+        files = get_safetensors_metadata(repo).files_metadata
+    except Exception as error:  # as in download
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{repo}: not a local folder, and the hub cannot be asked ({reason}); check the name"
+        ) from error
+    return read_json(config), {
+        name: Tensor(Path(file), info.dtype, tuple(info.shape), begin, end - begin)
+        for file, metadata in files.items()
+        for name, info in metadata.tensors.items()
+        for begin, end in [info.data_offsets]
+    }
 
 
 def read_json(path: Path) -> dict:
@@ -85,7 +107,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX}: no weight_map; expected tensor name -> file name")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(SHARD, shard):
             raise UserError(f"{folder / INDEX}: file name {shard!r}; expected a plain NAME.safetensors")
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard}: missing shard named by {INDEX}; download it")

@@ -6,7 +6,6 @@ stays at a few blocks whatever the model's size.
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +15,14 @@ from tqdm import tqdm
 
 from mlx_gemma_mtp.errors import UserError
 
-from .names import Entry
-from .quantize import Affine
+from . import blocks
+from .blocks import DTYPES, MLX
+from .names import Entry, is_integer
+from .quantize import Format
 from .safetensors_io import ITEM_BYTES, Tensor, header_bytes
-from .source import INDEX, SINGLE
+from .source import CHECKSUMS, INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
-BLOCK_BYTES = 64 * 2**20
-
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-MLX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "I32": mx.int32}
-NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64}
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Job:
     entry: Entry
     tensor: Tensor
     dtype: str
-    affine: Affine | None
+    form: Format | None
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
 
     @property
@@ -44,23 +40,23 @@ class Job:
         return sum(math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in self.outputs)
 
 
-def plan(entry: Entry, tensor: Tensor, dtype: str, affine: Affine | None) -> Job:
+def plan(entry: Entry, tensor: Tensor, dtype: str, form: Format | None) -> Job:
     """What will be written for `entry`; UserError if the stored dtype cannot become it."""
-    integer = entry.name.endswith(".token_ordering")
-    readable = ("I64", "I32") if integer else ("BF16", "F16", "F32")
+    readable = ("I64", "I32") if is_integer(entry.name) else tuple(DTYPES.values())
     if tensor.dtype not in readable:
         raise UserError(
             f"tensor {entry.source!r} has dtype {tensor.dtype}; expected {' or '.join(readable)};"
             " convert the original checkpoint"
         )
-    written = "I32" if integer else DTYPES[dtype]
-    outputs = [(entry.name, written, entry.shape)]
-    if affine:
-        path = entry.name.removesuffix("weight")
-        packed, groups = affine.packed_shapes(entry.shape)
-        outputs = [(entry.name, "U32", packed)]
-        outputs += [(path + part, written, groups) for part in ("scales", "biases")]
-    return Job(entry, tensor, written, affine, tuple(outputs))
+    outputs = parts(entry, DTYPES[dtype], form)
+    return Job(entry, tensor, "I32" if is_integer(entry.name) else DTYPES[dtype], form, tuple(outputs))
+
+
+def parts(entry: Entry, dtype: str, form: Format | None) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of what is written for `entry`; dtype: of floats, as safetensors spells it."""
+    if form:
+        return form.parts(entry.name, entry.shape, dtype)
+    return [(entry.name, "I32" if is_integer(entry.name) else dtype, entry.shape)]
 
 
 def shards(jobs: list[Job], limit: int) -> dict[str, list[Job]]:
@@ -89,6 +85,8 @@ def write(files: dict[str, list[Job]], folder: Path) -> None:
     size = sum(job.nbytes for jobs in files.values() for job in jobs)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    checksums = {name: blocks.sha256(folder / name) for name in files}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_shard(path: Path, jobs: list[Job], progress: tqdm) -> None:
@@ -100,7 +98,7 @@ def _write_shard(path: Path, jobs: list[Job], progress: tqdm) -> None:
         file.write(header)
         for job in jobs:
             row = 0
-            for block in _blocks(job):
+            for block in blocks.source_rows(job.entry, job.tensor):
                 for (name, _, _), part in zip(job.outputs, _converted(job, block), strict=True):
                     data = np.asarray(part.view(mx.uint8))
                     file.seek(offsets[name] + row * data.shape[-1])
@@ -111,53 +109,23 @@ def _write_shard(path: Path, jobs: list[Job], progress: tqdm) -> None:
 
 def _converted(job: Job, block: mx.array) -> tuple[mx.array, ...]:
     """[rows, columns] as read -> the arrays of job.outputs for these rows."""
+    if is_integer(job.entry.name):
+        _check_ids(job, block)
     block = block.astype(MLX[job.dtype])
     if not mx.isfinite(block).all().item():
         raise UserError(
             f"tensor {job.entry.source!r} holds NaN or infinity as {job.dtype}; expected finite"
             " values; download the weights again, or choose --dtype bfloat16"
         )
-    if job.affine is None:
-        return (block,)
-    return mx.quantize(block, group_size=job.affine.group_size, bits=job.affine.bits)
+    return job.form.quantize(block) if job.form else (block,)
 
 
-def _blocks(job: Job) -> Iterator[mx.array]:
-    """The job's rows as [rows, columns] arrays of at most BLOCK_BYTES (at least one row)."""
-    tensor, columns = job.tensor, job.entry.source_shape[-1]
-    row_bytes = columns * ITEM_BYTES[tensor.dtype]
-    with tensor.path.open("rb") as file:
-        for start, stop in _row_ranges(job.entry):
-            step = max(1, BLOCK_BYTES // row_bytes)
-            for row in range(start, stop, step):
-                size = (min(row + step, stop) - row) * row_bytes
-                file.seek(tensor.offset + row * row_bytes)
-                data = file.read(size)
-                if len(data) != size:
-                    raise UserError(f"{tensor.path}: ended early; expected {size} more bytes")
-                yield _array(data, tensor.dtype, job).reshape(-1, columns)
-
-
-def _row_ranges(entry: Entry) -> list[tuple[int, int]]:
-    """Row ranges of the source seen as [all leading axes, columns]."""
-    rows = math.prod(entry.source_shape[:-1])
-    if entry.rows is None:
-        return [(0, rows)]
-    inner, (start, stop) = entry.source_shape[-2], entry.rows
-    return [(first + start, first + stop) for first in range(0, rows, inner)]
-
-
-def _array(data: bytes, dtype: str, job: Job) -> mx.array:
-    values = np.frombuffer(data, NUMPY[dtype])
-    if dtype in ("I64", "I32"):
-        limit = job.entry.shape[0]
-        if values.min() < 0 or values.max() >= limit:
-            raise UserError(
-                f"tensor {job.entry.source!r} holds token ids outside 0..{limit - 1}; download the weights again"
-            )
-        values = values.astype(np.int32)
-    array = mx.array(values)
-    return array.view(mx.bfloat16) if dtype == "BF16" else array
+def _check_ids(job: Job, ids: mx.array) -> None:
+    limit = job.entry.shape[0]
+    if mx.min(ids).item() < 0 or mx.max(ids).item() >= limit:
+        raise UserError(
+            f"tensor {job.entry.source!r} holds token ids outside 0..{limit - 1}; download the weights again"
+        )
 
 
 def _source_bytes(job: Job) -> int:

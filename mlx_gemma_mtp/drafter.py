@@ -35,7 +35,7 @@ class CentroidHead(nn.Module):
         best = mx.argpartition(scores, kth=-self.top_k, axis=-1)[:, -self.top_k :]
         tokens = self.token_ordering.reshape(scores.shape[-1], -1)[best]  # [B, top_k, V / centroids]
         tokens = tokens.reshape(y.shape[0], -1)
-        logits = (embedding(tokens) @ y[..., None])[..., 0]
+        logits = (embedding(tokens).astype(y.dtype) @ y[..., None])[..., 0]
         return logits.astype(mx.float32), tokens
 
 

@@ -111,7 +111,12 @@ class Gemma4(nn.Module):
 
     def embed(self, tokens: mx.array) -> mx.array:
         """tokens: [...] -> [..., hidden], times sqrt(hidden) rounded to the weights' type."""
-        return self.embed_tokens(tokens) * self.embed_scale
+        return self.embed_tokens(tokens).astype(self.dtype) * self.embed_scale
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What is computed in. (A table in MLX's FP4 and FP8 modes looks up bf16 whatever that is.)"""
+        return self.norm.weight.dtype
 
     def __call__(self, tokens: mx.array, span: Span) -> mx.array:
         """tokens: [B, T], T == span.tokens. Writes K/V; returns hidden states after the last norm, [B, T, hidden]."""
@@ -146,9 +151,9 @@ class PerLayerGemma4(Gemma4):
     def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[mx.array]:
         config = self.config
         shape = (*tokens.shape, len(self.layers), config.per_layer_size)
-        looked_up = (self.embed_tokens_per_layer(tokens) * config.per_layer_size**0.5).reshape(shape)
+        looked_up = self.embed_tokens_per_layer(tokens).astype(self.dtype) * config.per_layer_size**0.5
         projected = self.per_layer_model_projection(embedded) * config.hidden_size**-0.5
-        mixed = (self.per_layer_projection_norm(projected.reshape(shape)) + looked_up) * 2**-0.5
+        mixed = (self.per_layer_projection_norm(projected.reshape(shape)) + looked_up.reshape(shape)) * 2**-0.5
         return [mixed[:, i] for i in range(len(self.layers))]
 
 

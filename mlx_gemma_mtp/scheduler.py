@@ -125,8 +125,7 @@ class Batch:
         self.draft_position = draft_position
         self.longest = max(len(request.prompt) for request in requests)
         block = max(self.num_draft_tokens + 1, min(prefill_chunk, self.longest))
-        dtype = target.norm.weight.dtype
-        self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, dtype)
+        self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, target.dtype)
 
     def run(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
         """Yields pieces of text as they are made, until every request is finished or `cancel` is set."""

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert import names, source, writer
+from convert import blocks, names, source, writer
 from convert import run as convert_run
 from convert.cli import main
 from convert.config import is_drafter, text_config
@@ -300,7 +300,7 @@ def test_mlx_lm_opens_the_target(target, tmp_path, flags):
 
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 32), (4, 64), (5, 32), (6, 64), (8, 32)])
 def test_quantised_equals_quantising_the_whole_tensor(moe, tmp_path, monkeypatch, bits, group):
-    monkeypatch.setattr(writer, "BLOCK_BYTES", 1000)  # a few rows at a time
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)  # a few rows at a time
     flags = ("-q", "--q-bits", str(bits), "--q-group-size", str(group))
     assert run(moe, tmp_path / "out", *flags) == 0
     weights, config = load(tmp_path / "out")

@@ -104,6 +104,18 @@ def test_quantised_pairs_run_losslessly(tmp_path, bits, group):
         assert plain[0].tokens[:8] == reference[0].tokens[:8]
 
 
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_fp_modes_run_in_the_wanted_dtype(tmp_path, mode):
+    """MLX looks up bf16 from such a table whatever the rest is in; the stream stays float32."""
+    argv = ["--hf-path", raw_target(tmp_path), "--mlx-path", tmp_path / "target", "-q", "--q-mode", mode]
+    assert convert([str(a) for a in argv]) == 0
+    engine = load(str(tmp_path / "target"), str(DRAFTER), dtype="float32")
+    assert engine.target.embed(mx.array([5])).dtype == mx.float32
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    plain = engine.generate("def fibonacci(n):", params, num_draft_tokens=0)
+    assert engine.generate("def fibonacci(n):", params).tokens == plain.tokens
+
+
 def raw_target(folder: Path) -> Path:
     """The bundled target in Hugging Face names, as the converter reads it."""
 

@@ -1,0 +1,67 @@
+"""Tensors as row blocks: read at known offsets, so that memory stays at a few blocks whatever the model's size."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma_mtp.errors import UserError
+
+from .names import Entry
+from .safetensors_io import Tensor
+
+BLOCK_BYTES = 64 * 2**20
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MLX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "I32": mx.int32}
+NUMPY = {
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64,
+    "U32": np.uint32, "U8": np.uint8,
+}  # fmt: skip
+
+
+def source_rows(entry: Entry, tensor: Tensor) -> Iterator[mx.array]:
+    """The rows of a source tensor that belong to `entry`, as [rows, columns] blocks of at most BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // row_bytes(tensor))
+    for first, last in row_ranges(entry):
+        for start in range(first, last, step):
+            yield read(tensor, start, min(start + step, last))
+
+
+def row_ranges(entry: Entry) -> list[tuple[int, int]]:
+    """Row ranges of the source seen as [all leading axes, columns]."""
+    rows = row_count(entry.source_shape)
+    if entry.rows is None:
+        return [(0, rows)]
+    inner, (start, stop) = entry.source_shape[-2], entry.rows
+    return [(first + start, first + stop) for first in range(0, rows, inner)]
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor seen as [all leading axes, columns]."""
+    return int(np.prod(shape[:-1], dtype=np.int64))
+
+
+def row_bytes(tensor: Tensor) -> int:
+    return tensor.nbytes // row_count(tensor.shape)
+
+
+def read(tensor: Tensor, start: int, stop: int) -> mx.array:
+    """Rows start:stop of a tensor seen as [all leading axes, columns], in its own dtype (token ids as int64)."""
+    size = row_bytes(tensor)
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset + start * size)
+        data = file.read((stop - start) * size)
+    if len(data) != (stop - start) * size:
+        raise UserError(f"{tensor.path}: ended early; expected {(stop - start) * size} bytes; download it again")
+    array = mx.array(np.frombuffer(data, NUMPY[tensor.dtype]))
+    array = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+    return array.reshape(-1, tensor.shape[-1])
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

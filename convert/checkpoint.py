@@ -1,0 +1,74 @@
+"""One checkpoint folder seen whole, source or converted: what config.json calls for beside what the headers hold."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from . import names, quantize, source
+from .blocks import DTYPES
+from .config import is_drafter, refuse_quantised, text_config
+from .names import MEDIA, Entry
+from .quantize import Format
+from .safetensors_io import Tensor
+
+MLX_PREFIX = "language_model.model."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """raw: config.json as it is; text: its checked text fields; entries: what a conversion holds, and from what."""
+
+    where: str
+    raw: dict
+    text: dict
+    entries: list[Entry]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, where: str, config: dict, tensors: dict[str, Tensor]) -> "Checkpoint":
+        """Raises UserError for a config.json that is not a Gemma 4 one."""
+        drafter, text = is_drafter(config), text_config(config)
+        entries = names.drafter_entries(config, text) if drafter else names.target_entries(text, config["model_type"])
+        return cls(where, config, text, entries, tensors)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Headers and config.json of a local folder; weight data is not read."""
+        config = source.read_json(folder / "config.json")
+        is_drafter(config)  # another model is told by its name, not by its files
+        return cls.read(str(folder), config, source.tensors(folder))
+
+    def check_source(self) -> None:
+        """UserError unless this is a complete, unquantised Hugging Face checkpoint."""
+        refuse_quantised(self.raw)
+        names.check(self.entries, self.tensors, self.text, self.raw["model_type"])
+
+    @cached_property
+    def formats(self) -> dict[str, Format | None]:
+        """What config.json records: path -> format; "" is the default."""
+        return quantize.recorded(self.raw)
+
+    @property
+    def drafter(self) -> bool:
+        return is_drafter(self.raw)
+
+    @property
+    def converted(self) -> bool:
+        """In the MLX layout; drafters have the same names in both."""
+        return self.drafter or any(name.startswith(MLX_PREFIX) for name in self.tensors)
+
+    def name(self, entry: Entry) -> str:
+        """The name of `entry` in this folder."""
+        return entry.name if self.converted else entry.source
+
+    def format(self, entry: Entry) -> Format | None:
+        """The quantisation that config.json gives to `entry`; what has no scales but float weights has none."""
+        path, tensor = entry.name.removesuffix(".weight"), self.tensors.get(self.name(entry))
+        plain = tensor is not None and tensor.dtype in DTYPES.values() and f"{path}.scales" not in self.tensors
+        if plain or len(entry.shape) < 2:
+            return None
+        return self.formats.get(path, self.formats.get(""))
+
+    def media(self) -> list[str]:
+        """Names of the vision and audio tensors, which a conversion leaves out."""
+        return [name for name in self.tensors if name.startswith(MEDIA)]

@@ -1,0 +1,158 @@
+"""`inspect SOURCE [--json]`: what a checkpoint is and what it takes to run it, from config.json and headers alone."""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import config, source
+from .checkpoint import Checkpoint
+from .names import Entry, is_integer, kind, kv_shape
+from .writer import parts
+
+CONTEXTS = (4096, 32768, 131072)
+BLOCK = 256  # tokens written at a time, the prefill chunk
+KV_ITEM = 2  # bytes: keys and values in bfloat16
+CONVERTED = re.compile(r"-(mlx|bf16|[2-8]bit|mxfp4|mxfp8|nvfp4)$")
+
+
+def inspect_command(argv: list[str]) -> int:
+    """Exit code 0."""
+    parser = argparse.ArgumentParser(prog="mlx-gemma-mtp-convert inspect", description=__doc__)
+    parser.add_argument("source", metavar="SOURCE", help="local folder or hub id, as published or converted")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    args = parser.parse_args(argv)
+    report = inspect(args.source)
+    print(json.dumps(report, indent=1) if args.json else "\n".join(_lines(report)))
+    return 0
+
+
+def inspect(where: str) -> dict:
+    """The report as plain data; bytes are those of the tensors that are used (vision and audio are `left_out`)."""
+    model = _open(where)
+    drafter = config.is_drafter(model.raw)
+    modules = _modules(model)
+    weights = sum(module["bytes"] for module in modules)
+    return {
+        "source": where,
+        "model_type": model.raw["model_type"],
+        "role": "drafter" if drafter else "target",
+        "layout": "common" if drafter else "mlx" if model.converted else "hugging face",
+        "architecture": _architecture(model),
+        "parameters": sum(math.prod(entry.shape) for entry in model.entries if _counted(entry)),
+        "bytes": weights,
+        "modules": modules,
+        "left_out": {"tensors": len(model.media()), "bytes": sum(model.tensors[name].nbytes for name in model.media())},
+        "drafter": None if drafter else _drafter_name(where),
+        "memory": {"weights": weights, "kv": {} if drafter else _kv(model.text)},
+    }
+
+
+def _open(where: str) -> Checkpoint:
+    """A local folder, or a repository on the hub of which only config.json and the headers are fetched."""
+    if Path(where).expanduser().is_dir() or not source.HUB_ID.fullmatch(where):
+        return Checkpoint.open(source.find(where))
+    return Checkpoint.read(where, *source.remote(where))
+
+
+def _modules(model: Checkpoint) -> list[dict]:
+    """Tensors, parameters and bytes by kind of module and format, largest first."""
+    modules: dict[tuple[str, str], dict] = {}
+    for entry in model.entries:
+        form, name = model.format(entry), model.name(entry)
+        tensor = model.tensors.get(name)
+        stored = str(form) if form else tensor.dtype if tensor else "missing"
+        group = (
+            kind(entry.name).split(".")[0] if len(entry.shape) > 1 or is_integer(entry.name) else "norms and scalars"
+        )
+        module = modules.setdefault(
+            (group, stored), {"kind": group, "format": stored, "tensors": 0, "parameters": 0, "bytes": 0}
+        )
+        module["tensors"] += 1
+        module["parameters"] += math.prod(entry.shape) if _counted(entry) else 0
+        module["bytes"] += _stored_bytes(model, entry)
+    return sorted(modules.values(), key=lambda module: -module["bytes"])
+
+
+def _stored_bytes(model: Checkpoint, entry: Entry) -> int:
+    """Bytes of a weight with its scales and biases; for half of a fused expert tensor, half."""
+    if not model.converted:
+        tensor = model.tensors.get(entry.source)
+        share = math.prod(entry.shape) / math.prod(entry.source_shape)
+        return int(tensor.nbytes * share) if tensor else 0
+    held = (model.tensors.get(name) for name, _, _ in parts(entry, "BF16", model.format(entry)))
+    return sum(tensor.nbytes for tensor in held if tensor)
+
+
+def _counted(entry: Entry) -> bool:
+    """Layer scalars and token ids are stored, but no parameters."""
+    return not entry.name.endswith(".layer_scalar") and not is_integer(entry.name)
+
+
+def _architecture(model: Checkpoint) -> dict:
+    text = model.text
+    return {
+        "hidden_size": text["hidden_size"],
+        "layers": text["num_hidden_layers"],
+        "full_attention_layers": text["layer_types"].count("full_attention"),
+        "layers_sharing_kv": text["num_kv_shared_layers"],
+        "vocab_size": text["vocab_size"],
+        "sliding_window": text["sliding_window"],
+        "experts": text["num_experts"] if text["enable_moe_block"] else 0,
+        "experts_per_token": text["top_k_experts"] if text["enable_moe_block"] else 0,
+        "per_layer_inputs": text["hidden_size_per_layer_input"],
+        "backbone_hidden_size": model.raw.get("backbone_hidden_size"),
+    }
+
+
+def _drafter_name(where: str) -> str:
+    """The drafter's name beside a target: that of the original, without what conversions append."""
+    path = where.rstrip("/") if source.HUB_ID.fullmatch(where) else str(Path(where).expanduser().resolve())
+    beside = f"{path}-assistant"
+    return beside if Path(beside).is_dir() else f"{CONVERTED.sub('', path)}-assistant"
+
+
+def _kv(text: dict) -> dict[str, int]:
+    """Context length -> bytes of the cache of one sequence (mlx_gemma_mtp.memory.kv_bytes, which is not imported)."""
+    owners = text["layer_types"][: len(text["layer_types"]) - text["num_kv_shared_layers"]]
+    ring = text["sliding_window"] + BLOCK - 1
+
+    def size(tokens: int) -> int:
+        slots = {"full_attention": tokens, "sliding_attention": min(tokens, ring)}
+        return sum(2 * KV_ITEM * slots[layer_type] * math.prod(kv_shape(text, layer_type)) for layer_type in owners)
+
+    return {str(tokens): size(tokens) for tokens in CONTEXTS}
+
+
+def _lines(report: dict) -> Iterator[str]:
+    """The report for people."""
+    shape = report["architecture"]
+    yield f"{report['source']}: {report['role']}, {report['model_type']}, {report['layout']} layout"
+    yield (
+        f"{shape['layers']} layers ({shape['full_attention_layers']} with full attention, {shape['layers_sharing_kv']}"
+        f" sharing K/V), hidden size {shape['hidden_size']}, vocabulary {shape['vocab_size']}"
+    )
+    if shape["experts"]:
+        yield f"{shape['experts']} experts, {shape['experts_per_token']} for each token"
+    yield f"{report['parameters']:,} parameters, {_gb(report['bytes'])}"
+    for module in report["modules"]:
+        yield (
+            f"  {module['kind']}: {module['format']}, {module['tensors']} tensors,"
+            f" {module['parameters']:,} parameters, {_gb(module['bytes'])}"
+        )
+    if report["left_out"]["tensors"]:
+        left_out = report["left_out"]
+        yield f"  vision and audio: {left_out['tensors']} tensors, {_gb(left_out['bytes'])}, not used"
+    if report["role"] == "drafter":
+        yield f"to run: {_gb(report['bytes'])} of weights beside the target; K/V is the target's"
+        return
+    yield f"drafter: {report['drafter']}"
+    for tokens, size in report["memory"]["kv"].items():
+        total = report["memory"]["weights"] + size
+        yield f"to run {int(tokens) // 1024}k tokens: {_gb(total)} (K/V {_gb(size)}, without drafter and activations)"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3f} GB"
