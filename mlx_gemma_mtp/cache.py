@@ -119,19 +119,13 @@ class Cache:
 
     @property
     def buffers(self) -> list[tuple[mx.array, mx.array]]:
-        """Handles of all buffers.
-        While they are kept, a write copies; assign them to drop a write that was only built.
-        """
+        """Handles of all buffers: while they are kept, a write copies; assign them to drop one that was only built."""
         return [(layer.keys, layer.values) for layer in self.layers]
 
     @buffers.setter
     def buffers(self, buffers: Sequence[tuple[mx.array, mx.array]]) -> None:
         for layer, (keys, values) in zip(self.layers, buffers, strict=True):
             layer.keys, layer.values = keys, values
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     def span(self, rows: slice, tokens: int) -> Span:
         """The view of one forward that writes `tokens` tokens past the committed ones of the rows."""

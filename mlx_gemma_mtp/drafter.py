@@ -63,9 +63,7 @@ class Drafter(nn.Module):
         self.ropes = Ropes(config.layers)
 
     def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, rotations: dict) -> tuple[mx.array, mx.array]:
-        """One draft step.
-        embedded, hidden: [B, 1, backbone] -> (y [B, 1, size], the hidden to carry [B, 1, backbone]).
-        """
+        """One draft step: embedded, hidden [B, backbone] -> (y [B, size], the hidden to carry [B, backbone])."""
         x = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))
         for layer in self.layers:
             x = layer(x, span, rotations[layer.kind])
@@ -90,7 +88,7 @@ def draft(
 ) -> mx.array:
     """Drafts `steps` tokens for every row; one batched call a step. Reads the cache, writes nothing.
 
-    embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, 1, backbone]
+    embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, backbone]
     the target's hidden state that predicted it. The query position is the same for all steps: the newest token's index
     plus query_offset (0 as in transformers, -1 as in vLLM). Returns int32 [B, steps].
     """
