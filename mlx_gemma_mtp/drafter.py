@@ -74,6 +74,12 @@ class Drafter(nn.Module):
         """y: [B, size] -> (float32 logits [B, C], the token ids [B, C] they stand for; None: all, in order)."""
         return self.masked_embedding(y, self.embed_tokens)
 
+    def step_shares(self) -> dict[str, float]:
+        """As Gemma4.step_shares: the centroid head reads the tokens of the best centroids alone."""
+        config = self.config
+        share = config.centroid_top_k / config.centroids if config.centroids else 1.0
+        return {"embed_tokens.": share, "token_ordering": share}
+
 
 def draft(
     drafter: Drafter,

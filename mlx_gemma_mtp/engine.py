@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 256
 NUM_DRAFT_TOKENS = 4
 MAX_ROWS = 8  # prompts in one batch; the others wait for the next
+LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
 
 __all__ = ["Chunk", "Engine", "Result", "load"]
 
@@ -49,6 +50,8 @@ class Engine:
         self.num_draft_tokens, self.prefill_chunk, self.draft_position = num_draft_tokens, prefill_chunk, draft_position
         self._no_drafter_reason = no_drafter_reason
         self._end_tokens = frozenset(defaults.eos_token_ids or target.config.eos_token_ids)
+        self._target_bytes = memory.step_bytes(target)
+        self._draft_bytes = memory.step_bytes(drafter) if drafter else 0
 
     @overload
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Result: ...
@@ -103,6 +106,18 @@ class Engine:
         requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
         return self._run(requests, drafts, cancel or threading.Event(), progress)
 
+    @property
+    def advice(self) -> str | None:
+        """Whether quantising the drafter would pay, by the bytes that a draft and a target's step read."""
+        share = self._draft_bytes / self._target_bytes
+        if self.drafter is None or share <= LIGHT_DRAFT or weights.is_quantized(self.drafter):
+            return None
+        where = "" if metal_available() else " (on Metal: products with quantised weights are slower on this CPU)"
+        return (
+            f"a draft reads {self._draft_bytes / 1e6:,.1f} MB of weights, {share:.0%} of a target step's "
+            f"{self._target_bytes / 1e6:,.1f} MB; --draft-bits 8 (draft_bits=8 in Python) makes it lighter{where}"
+        )
+
     def _request(self, index: int, prompt: list[int], params: SamplingParams, drafts: int) -> Request:
         context = self.target.config.context
         if len(prompt) >= context:
@@ -111,7 +126,15 @@ class Engine:
             )
         params = params.resolved(self.defaults)
         reason = self._no_drafter_reason if self.drafter is None else None if drafts else "the draft length is 0"
-        stats = Stats(len(prompt), mtp=reason is None, mtp_reason=reason, blas=blas.name(), seed=params.seed)
+        stats = Stats(
+            len(prompt),
+            mtp=reason is None,
+            mtp_reason=reason,
+            blas=blas.name(),
+            seed=params.seed,
+            target_step_bytes=self._target_bytes,
+            draft_step_bytes=self._draft_bytes,
+        )
         end_tokens = frozenset() if params.ignore_eos else self._end_tokens
         limit = min(params.max_tokens, context - len(prompt))
         return Request(index, prompt, params, self.text.stream(params.stop), end_tokens, limit, stats)
@@ -136,6 +159,7 @@ def load(
     revision: str | None = None,
     num_draft_tokens: int = NUM_DRAFT_TOKENS,
     dtype: str | None = None,
+    draft_bits: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
     notice: Callable[[str], None] = lambda message: None,
@@ -146,13 +170,17 @@ def load(
     model: a converted folder or a hub id, None for the small bundled pair; draft_model: likewise, 'auto' to look for
     the target's drafter, 'none' for plain decoding. dtype: 'float32', 'bfloat16' or 'float16' for what is not
     quantised; None keeps the folder's, except on a CPU, which gets float32 (MLX's CPU has no bf16 experts).
-    draft_position: see Speculation. notice: told in a sentence what the user should know; progress: parts read and in
-    all, of each model. Raises UserError for whatever cannot be loaded.
+    draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, its
+    vocabulary head at 4 bits or fewer); None leaves it as it is. draft_position: see Speculation. notice: told in a
+    sentence what the user should know; progress: parts read and in all, of each model. Raises UserError for whatever
+    cannot be loaded.
     """
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
     if dtype is not None and dtype not in weights.DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(weights.DTYPES)}")
+    if draft_bits is not None and (draft_bits not in weights.BITS or draft_model == "none"):
+        raise UserError(f"draft_bits is {draft_bits}, expected one of {weights.BITS}, and a drafter to quantise")
     pair = hub.find_pair(model, draft_model, revision)
     cast = weights.DTYPES[dtype] if dtype else None
     if cast is None and not metal_available():
@@ -162,7 +190,7 @@ def load(
     compiling = threading.Thread(target=compile_islands)
     compiling.start()
     target = weights.load_target(pair.target, cast, progress)
-    drafter = weights.load_drafter(pair.drafter, target.config, cast, progress) if pair.drafter else None
+    drafter = weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits) if pair.drafter else None
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
     from .text import Text  # seconds, for it imports transformers: meanwhile the islands compile
@@ -182,9 +210,10 @@ def load(
 
 def _check_memory(pair: hub.Pair, cast: mx.Dtype | None) -> None:
     """Refuses what cannot fit, before anything is read. A cast to float32 can double 16-bit weights."""
-    folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
-    widened = cast == mx.float32 and "quantization" not in weights.read_config(pair.target)
-    needed = sum(memory.weight_bytes(folder) for folder in folders) * (2 if widened else 1)
+    needed = 0
+    for folder in (folder for folder in (pair.target, pair.drafter) if folder is not None):
+        widened = cast == mx.float32 and "quantization" not in weights.read_config(folder)
+        needed += memory.weight_bytes(folder) * (2 if widened else 1)
     memory.check(needed, f"the model in {pair.target}", "convert it with -q --q-bits 4, or take a smaller model")
 
 

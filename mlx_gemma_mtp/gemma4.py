@@ -134,6 +134,14 @@ class Gemma4(nn.Module):
     def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[mx.array | None]:
         return [None] * len(self.layers)
 
+    def step_shares(self) -> dict[str, float]:
+        """Parts of parameters' paths, and the share of these that a step of one token reads; all others are read whole.
+
+        (The embedding is the head, too.)
+        """
+        moe = self.config.moe
+        return {"switch_glu.": moe.top_k / moe.num_experts} if moe else {}
+
 
 class PerLayerGemma4(Gemma4):
     """E2B and E4B: each layer gets its own small embedding of the token, mixed with a projection of the embedding."""
@@ -155,6 +163,9 @@ class PerLayerGemma4(Gemma4):
         projected = self.per_layer_model_projection(embedded) * config.hidden_size**-0.5
         mixed = (self.per_layer_projection_norm(projected.reshape(shape)) + looked_up.reshape(shape)) * 2**-0.5
         return [mixed[:, i] for i in range(len(self.layers))]
+
+    def step_shares(self) -> dict[str, float]:
+        return {"embed_tokens_per_layer.": 1 / self.config.per_layer_vocab}
 
 
 class Ropes:

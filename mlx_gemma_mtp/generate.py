@@ -59,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--num-draft-tokens", type=int, default=4, metavar="N", help="drafts a round; 0 is plain decoding (default: 4)"
     )
+    p.add_argument(
+        "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
+    )
     p.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
     p.add_argument("--image", "--audio", dest="media", action="append", help=argparse.SUPPRESS)
     p.add_argument("--stats", action="store_true", help="print figures on standard error")
@@ -110,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(prompts, results)
     if args.stats:
         print_stats(results)
+        if engine.advice:
+            print(f"note: {engine.advice}", file=sys.stderr)
     return 130 if cancel.is_set() else 0
 
 
@@ -152,6 +157,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
         args.draft_model,
         revision=args.revision,
         num_draft_tokens=args.num_draft_tokens,
+        draft_bits=args.draft_bits,
         notice=lambda message: print(f"note: {message}", file=sys.stderr),
         progress=Bar("loading"),
     )

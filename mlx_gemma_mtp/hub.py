@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .errors import UserError
 
 DEMO = Path(__file__).parent / "demo"
 PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
+SUFFIXES = ("-mlx", "-bf16", "-4bit", "-5bit", "-6bit", "-8bit", "-mxfp4", "-mxfp8", "-nvfp4")  # of conversions
+PUBLISHED = re.compile(r"gemma-4-(?P<size>e2b|e4b|12b|26b-a4b|31b)(?P<it>-it)?(?P<qat>-qat)?(?![a-z0-9])", re.I)
+SIZES = {size.lower(): size for size in ("E2B", "E4B", "12B", "26B-A4B", "31B")}
 
 
 @dataclass(frozen=True)
@@ -23,19 +28,25 @@ class Pair:
     reason: str | None
 
 
+class Unreachable(UserError):
+    """The hub does not answer, and its cache does not have what was asked for."""
+
+
 def find_pair(model: str | None, draft_model: str, revision: str | None = None) -> Pair:
     """model: a folder, a hub id, or None for the bundled pair; draft_model: a folder, a hub id, 'auto' or 'none'.
 
-    Raises UserError where a model that was named cannot be had.
+    'auto' looks beside the target's folder, in the hub's cache, and, for a target that is a hub id, on the hub. Raises
+    UserError where a model that was named cannot be had, or where the names tell that one of the two is a base model
+    and the other is not.
     """
     target = DEMO / "target" if model is None else find(model, revision)
     if draft_model == "none":
         return Pair(target, None, "no drafter was asked for (draft model 'none')")
-    if draft_model != "auto":
-        return Pair(target, find(draft_model), None)
-    drafter = _beside(target) or _by_name(model)
-    looked = ", ".join([str(folder) for folder in _siblings(target)] + _names(model))
-    return Pair(target, drafter, None if drafter else f"no drafter was found (looked for {looked})")
+    if draft_model == "auto":
+        return _auto(model, target)
+    drafter = find(draft_model)
+    _check_kinds(_name(model or "", target), _name(draft_model, drafter))
+    return Pair(target, drafter, None)
 
 
 def find(model: str, revision: str | None = None) -> Path:
@@ -48,14 +59,41 @@ def find(model: str, revision: str | None = None) -> Path:
     if not _is_hub_id(model):
         raise UserError(f"there is no model {model!r}: no such folder, and no hub id of the form org/name")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS))
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"there is no model {model!r}: neither a folder nor a repository on the hub") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{model!r} is no folder, and the hub cannot be reached for it ({reason}); check the name or the network"
-        ) from None
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        cached = _cached_folder(model, revision)
+        missing = missing_files(cached) if cached else []
+        raise _unreachable(model, revision, missing, f"the hub cannot be reached ({reason})") from None
+    if missing := missing_files(folder):  # offline, the hub's client may hand out part of a model
+        raise _unreachable(model, revision, missing, "that is all that the hub gave")
+    return folder
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a model folder lacks of config.json and of the weight files that its index names."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        weights = ["model.safetensors"]  # no index, or one that the loader will complain about
+    return [name for name in ("config.json", *weights) if not (folder / str(name)).is_file()]
+
+
+def _unreachable(model: str, revision: str | None, missing: list[str], why: str) -> Unreachable:
+    """What exactly cannot be had: the files that a cached part lacks, or all of the model."""
+    has = f"is in the hub's cache without {', '.join(missing)}" if missing else "is no folder, nor in the hub's cache"
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why
+    command = f"hf download {model}" + (f" --revision {revision}" if revision else "")
+    return Unreachable(f"{model!r} {has}, and {why}; check the name, or connect and run: {command}")
+
+
+def _cached_folder(model: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a hub id in the hub's cache, complete or not; no network."""
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _is_hub_id(model: str) -> bool:
@@ -63,35 +101,69 @@ def _is_hub_id(model: str) -> bool:
     return len(parts) == 2 and all(parts) and not model.startswith((".", "~"))
 
 
-def _stem(name: str) -> list[str]:
+def _auto(model: str | None, target: Path) -> Pair:
+    siblings = _siblings(target)
+    beside = next((folder for folder in siblings if (folder / "config.json").is_file()), None)
+    if beside is not None:
+        return Pair(target, beside, None)
+    ids = [] if model is None else _drafter_ids(_name(model, target))
+    for name in ids:
+        cached = _cached_folder(name)
+        if cached is not None and not missing_files(cached):
+            return Pair(target, cached, None)
+    looked = f"looked for {', '.join(map(str, siblings))}"
+    if ids:
+        looked += f"; in the hub's cache for {', '.join(ids)}"
+    if model is None or Path(model).expanduser().is_dir():  # a local folder causes no download
+        return Pair(target, None, f"no drafter was found ({looked})")
+    for name in ids:
+        try:
+            return Pair(target, find(name), None)
+        except Unreachable as error:
+            return Pair(target, None, f"no drafter was found ({looked}): {error}")
+        except UserError:
+            continue  # the next spelling; if none is there, the reason lists them all
+    return Pair(target, None, f"no drafter was found ({looked}, and on the hub)")
+
+
+def _name(model: str, folder: Path) -> str:
+    """org/name of a hub id or of its cached snapshot; the name of any other folder."""
+    if folder.parent.name == "snapshots":  # models--org--name/snapshots/commit
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return model if _is_hub_id(model) and not Path(model).is_dir() else folder.name
+
+
+def _stems(name: str) -> list[str]:
     """A model's name as it is, and without the suffixes that conversions add."""
     base = name
-    for suffix in ("-mlx", "-bf16", "-4bit", "-5bit", "-6bit", "-8bit", "-mxfp4", "-mxfp8", "-nvfp4"):
+    for suffix in SUFFIXES:
         base = base.removesuffix(suffix)
     return list(dict.fromkeys((name, base)))
 
 
 def _siblings(target: Path) -> list[Path]:
-    names = [f"{stem}-assistant{end}" for stem in _stem(target.name) for end in ("", "-bf16", "-mlx")]
+    names = [f"{stem}-assistant{end}" for stem in _stems(target.name) for end in ("", "-bf16", "-mlx")]
     return [target.parent / name for name in (*names, "drafter")]
 
 
-def _beside(target: Path) -> Path | None:
-    return next((folder for folder in _siblings(target) if (folder / "config.json").is_file()), None)
+def _drafter_ids(name: str) -> list[str]:
+    """Hub ids of the drafter of a target named `name`: its owner's, then Google's and mlx-community's."""
+    owner, _, base = name.rpartition("/")
+    ids = [f"{owner}/{stem}-assistant" for stem in _stems(base)] if owner else []
+    if published := PUBLISHED.search(base):
+        size, it = SIZES[published["size"].lower()], "-it" if published["it"] else ""
+        if published["qat"]:
+            ids.append(f"google/gemma-4-{size}{it}-qat-q4_0-unquantized-assistant")
+        ids += [f"google/gemma-4-{size}{it}-assistant", f"mlx-community/gemma-4-{size}{it}-assistant-bf16"]
+    return list(dict.fromkeys(ids))
 
 
-def _names(model: str | None) -> list[str]:
-    """Hub ids under which the drafter of a hub id may be found."""
-    if model is None or not _is_hub_id(model) or Path(model).is_dir():
-        return []
-    owner, name = model.split("/")
-    return [f"{owner}/{stem}-assistant{end}" for stem in _stem(name) for end in ("", "-bf16")]
-
-
-def _by_name(model: str | None) -> Path | None:
-    for name in _names(model):
-        try:
-            return find(name)
-        except UserError:
-            continue  # the next spelling; if none is there, the reason lists them all
-    return None
+def _check_kinds(target: str, drafter: str) -> None:
+    """Refuses the drafter of an instruction-tuned model for a base model, and the reverse, where both names tell."""
+    theirs, its = PUBLISHED.search(target), PUBLISHED.search(drafter)
+    if theirs and its and bool(theirs["it"]) != bool(its["it"]):
+        kinds = {False: "a base model", True: "an instruction-tuned model"}
+        raise UserError(
+            f"{target} is {kinds[bool(theirs['it'])]}, and {drafter} is the drafter of {kinds[bool(its['it'])]}; "
+            "give the '-assistant' of the same model, or --draft-model none"
+        )

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from .config import TargetConfig
+from .drafter import Drafter
 from .errors import UserError
+from .gemma4 import Gemma4
 from .kernels import metal_available
 
 
@@ -24,6 +27,18 @@ def total_bytes() -> int:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def step_bytes(model: Gemma4 | Drafter) -> int:
+    """Bytes of weights that one token's step of one row reads: experts that are not chosen and rows of tables are not.
+
+    For a drafter, those of one draft.
+    """
+    shares = model.step_shares()
+    return sum(
+        int(value.nbytes * next((share for part, share in shares.items() if part in path), 1.0))
+        for path, value in tree_flatten(model.parameters())
+    )
 
 
 def kv_bytes(config: TargetConfig, tokens: int, rows: int, block: int, item_size: int) -> int:

@@ -13,7 +13,7 @@ class Stats:
     rounds: verify passes (the first token comes from the prefill); drafted and accepted: draft tokens that were
     verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
     1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
-    batch.
+    batch; target_step_bytes, draft_step_bytes: weights read for one token by the target, and for one draft.
     """
 
     prompt_tokens: int = 0
@@ -31,6 +31,8 @@ class Stats:
     mtp_reason: str | None = None
     blas: str = ""
     seed: int | None = None
+    target_step_bytes: int = 0
+    draft_step_bytes: int = 0
     _offered: list[int] = field(default_factory=list)  # rounds that verified at least i + 1 drafts
     _kept: list[int] = field(default_factory=list)
 

@@ -19,7 +19,7 @@ from . import gemma4
 from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetConfig
 from .drafter import Drafter
 from .errors import UserError
-from .linear import settle
+from .linear import Embedding, Linear, settle
 
 MEDIA_PREFIXES = (
     "vision_tower.",
@@ -32,6 +32,8 @@ MEDIA_PREFIXES = (
 DRAFTER_TRUNK = ("embed_tokens", "layers.", "norm")
 Progress = Callable[[int, int], None]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+BITS = (2, 3, 4, 5, 6, 8)  # of MLX's affine quantisation
+HEAD_BITS = 4  # at most, of a drafter's vocabulary head: the largest part of a draft step's bytes
 
 
 def no_progress(done: int, total: int) -> None:
@@ -88,13 +90,25 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress 
 
 
 def load_drafter(
-    folder: Path, target: TargetConfig, dtype: mx.Dtype | None = None, progress: Progress = no_progress
+    folder: Path,
+    target: TargetConfig,
+    dtype: mx.Dtype | None = None,
+    progress: Progress = no_progress,
+    bits: int | None = None,
 ) -> Drafter:
-    """The drafter in `folder`, paired with its target's config; otherwise as `load_target`."""
+    """The drafter in `folder`, paired with its target's config; otherwise as `load_target`.
+
+    bits: quantise its matrices while loading, as `convert --pair -q` does with 8: the head at 4 bits or fewer, the
+    centroids not at all. Raises UserError where the folder is quantised already.
+    """
     config = DrafterConfig.from_dict(read_config(folder), target)
+    if bits is not None and config.quantization is not None:
+        raise UserError(f"{folder} is quantised already; leave out draft_bits ({bits}), or take the bf16 drafter")
     model = Drafter(config)
     name = lambda path: f"model.{path}" if path.startswith(DRAFTER_TRUNK) else path  # noqa: E731
     _assign(model, read_tensors(folder), name, config.quantization, folder, dtype)
+    if bits is not None:
+        _quantize_drafter(model, bits)
     _prepare(model, progress)
     return model
 
@@ -178,6 +192,24 @@ def _cast(tensor: mx.array, like: mx.array, dtype: mx.Dtype | None) -> mx.array:
     if mx.issubdtype(like.dtype, mx.integer):
         return tensor.astype(like.dtype)
     return tensor if dtype is None else tensor.astype(dtype)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any module has MLX-quantised weights."""
+    return any("scales" in module for module in model.modules())
+
+
+def _quantize_drafter(model: Drafter, bits: int) -> None:
+    """Lazily, like the load itself: `_prepare` evaluates part by part."""
+
+    def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path.startswith("masked_embedding") or not isinstance(module, (Linear, Embedding)):
+            return False
+        group_size = next((size for size in (64, 32) if module.weight.shape[-1] % size == 0), None)
+        wanted = min(bits, HEAD_BITS) if path == "embed_tokens" else bits
+        return {"group_size": group_size, "bits": wanted} if group_size else False
+
+    nn.quantize(model, class_predicate=form)
 
 
 def _prepare(model: nn.Module, progress: Progress) -> None:

@@ -1,21 +1,25 @@
 """Finding models and their drafters; memory is checked first."""
 
-import shutil
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from tiny import target_dict
 
-from mlx_gemma_mtp import hub, memory
-from mlx_gemma_mtp.config import KVSpec, TargetConfig
-from mlx_gemma_mtp.engine import load
+from mlx_gemma_mtp import hub
 from mlx_gemma_mtp.errors import UserError
+
+NOT_THERE = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
 
 def folders(root, *names):
     for name in names:
         (root / name).mkdir()
         (root / name / "config.json").write_text("{}")
+        (root / name / "model.safetensors").write_bytes(b"")
     return root / names[0]
 
 
@@ -42,10 +46,11 @@ def test_hub_ids_are_downloaded_and_their_drafters_found_by_name(tmp_path, monke
     def download(name, revision=None, allow_patterns=None):
         asked.append((name, revision))
         if "4bit-assistant" in name:
-            raise LocalEntryNotFoundError("not there")
+            raise NOT_THERE
         return str(folders(tmp_path, name.replace("/", "-")))
 
     monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
     pair = hub.find_pair("org/gemma-it-4bit", "auto", "main")
     assert pair.drafter == tmp_path / "org-gemma-it-assistant"
     assert asked[0] == ("org/gemma-it-4bit", "main") and ("org/gemma-it-assistant", None) in asked
@@ -54,7 +59,7 @@ def test_hub_ids_are_downloaded_and_their_drafters_found_by_name(tmp_path, monke
 @pytest.mark.parametrize(
     "error, message",
     [
-        (LocalEntryNotFoundError("offline"), "the hub cannot be reached for it (offline)"),
+        (LocalEntryNotFoundError("down"), "reached (down); check the name, or connect and run: hf download org/name"),
         (OSError("no route\nmore"), "(no route)"),
     ],
 )
@@ -70,26 +75,117 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, error, message):
 
 def test_a_repository_that_is_not_there(monkeypatch):
     def download(*args, **kwargs):
-        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        raise NOT_THERE
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(UserError, match="neither a folder nor a repository"):
         hub.find("org/name")
 
 
-def test_what_cannot_fit_is_refused_before_it_is_read(monkeypatch, tmp_path):
-    folder = tmp_path / "target"
-    shutil.copytree(hub.DEMO / "target", folder)
-    monkeypatch.setattr(memory, "total_bytes", lambda: 10_000_000)
-    with pytest.raises(UserError, match=r"needs 0\.\d GB, this machine has 0\.0 GB for it; convert it with -q"):
-        load(str(folder))
+def test_a_hub_that_does_not_answer_is_asked_for_one_drafter_only(tmp_path, monkeypatch):
+    """The reason says so; decoding goes on plainly."""
+    asked = []
+
+    def download(name, revision=None, allow_patterns=None):
+        asked.append(name)
+        if "assistant" in name:
+            raise LocalEntryNotFoundError("no route")
+        return str(folders(tmp_path, "target"))
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    pair = hub.find_pair("org/gemma-4-E2B-it", "auto")
+    assert pair.drafter is None and "no route" in pair.reason and len(asked) == 2
 
 
-def test_cache_bytes():
-    """Rings hold window + block - 1 positions at most, full layers all of them."""
-    config = TargetConfig.from_dict(target_dict("moe"))
-    rows, tokens, block = 2, 1000, 16
-    rings = 4 * 2 * (8 + block - 1) * 2 * 8
-    full = 2 * 2 * tokens * 1 * 16
-    assert memory.kv_bytes(config, tokens, rows, block, 4) == rows * (rings + full) * 4
-    assert config.kv[0] == KVSpec(2, 8, 8)
+@pytest.mark.parametrize(
+    "name, ids",
+    [
+        ("org/mine-4bit", ["org/mine-4bit-assistant", "org/mine-assistant"]),
+        (
+            "mlx-community/gemma-4-26b-a4b-it-4bit",
+            [
+                "mlx-community/gemma-4-26b-a4b-it-4bit-assistant",
+                "mlx-community/gemma-4-26b-a4b-it-assistant",
+                "google/gemma-4-26B-A4B-it-assistant",
+                "mlx-community/gemma-4-26B-A4B-it-assistant-bf16",
+            ],
+        ),
+        ("gemma-4-E2B", ["google/gemma-4-E2B-assistant", "mlx-community/gemma-4-E2B-assistant-bf16"]),
+        ("gemma-4-E2B-italian", ["google/gemma-4-E2B-assistant", "mlx-community/gemma-4-E2B-assistant-bf16"]),
+        (
+            "my-gemma-4-12b-it-qat",
+            [
+                "google/gemma-4-12B-it-qat-q4_0-unquantized-assistant",
+                "google/gemma-4-12B-it-assistant",
+                "mlx-community/gemma-4-12B-it-assistant-bf16",
+            ],
+        ),
+        ("notes", []),
+    ],
+)
+def test_names_of_drafters(name, ids):
+    assert hub._drafter_ids(name) == ids
+
+
+@pytest.mark.parametrize(
+    "target, drafter, refused",
+    [
+        ("gemma-4-E2B-it-4bit", "gemma-4-E2B-it-assistant", False),
+        ("gemma-4-E2B", "gemma-4-E2B-it-assistant", True),
+        ("gemma-4-E2B-it", "gemma-4-E2B-assistant", True),
+        ("my-finetune", "gemma-4-E2B-it-assistant", False),
+    ],
+)
+def test_a_base_model_takes_no_drafter_of_a_tuned_one(tmp_path, target, drafter, refused):
+    folders(tmp_path, target, drafter)
+    if not refused:
+        assert hub.find_pair(str(tmp_path / target), str(tmp_path / drafter)).drafter == tmp_path / drafter
+        return
+    with pytest.raises(UserError) as raised:
+        hub.find_pair(str(tmp_path / target), str(tmp_path / drafter))
+    message = str(raised.value)
+    assert f"{target} is" in message and f"{drafter} is the drafter" in message and "\n" not in message
+
+
+def cached(cache: Path, name: str, lacks: str = "") -> Path:
+    """A model as the hub's client keeps it, in two weight files, all empty; `lacks`: a file that is not there."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file in ("config.json", *shards):
+        if file != lacks:
+            (snapshot / file).write_text("{}")
+    return snapshot
+
+
+FIND = """
+import sys
+from mlx_gemma_mtp import hub
+for model in sys.argv[1:]:
+    try:
+        print(hub.find_pair(model, "auto"))
+    except hub.UserError as error:
+        print(error)
+"""
+
+
+def test_offline_the_cache_is_enough_and_what_it_lacks_is_named(tmp_path):
+    cache, local = tmp_path / "cache", folders(tmp_path, "gemma-4-E2B-it-4bit")
+    target = cached(cache, "org/gemma-4-E2B-it")
+    drafter = cached(cache, "google/gemma-4-E2B-it-assistant")
+    cached(cache, "org/part", lacks="model-00002-of-00002.safetensors")
+    models = ("org/gemma-4-E2B-it", str(target), str(local), "org/part", "org/none")
+    environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
+    found = subprocess.run([sys.executable, "-c", FIND, *models], env=environment, capture_output=True, text=True)
+    lines = found.stdout.splitlines()
+    assert lines[:3] == [str(hub.Pair(folder, drafter, None)) for folder in (target, target, local)], found
+    assert lines[3] == (
+        "'org/part' is in the hub's cache without model-00002-of-00002.safetensors, and HF_HUB_OFFLINE is set; "
+        "check the name, or connect and run: hf download org/part"
+    )
+    assert lines[4].startswith("'org/none' is no folder, nor in the hub's cache, and HF_HUB_OFFLINE is set;")

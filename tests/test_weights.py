@@ -1,6 +1,7 @@
 """Loading is strict, keeps names, honours quantisation by path, and merges only what agrees."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
+from mlx.utils import tree_flatten
 
 from convert.cli import main as convert
 from mlx_gemma_mtp import SamplingParams, hub, load, weights
@@ -114,6 +116,47 @@ def test_fp_modes_run_in_the_wanted_dtype(tmp_path, mode):
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     plain = engine.generate("def fibonacci(n):", params, num_draft_tokens=0)
     assert engine.generate("def fibonacci(n):", params).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_drafter_quantised_while_loading_drafts_losslessly(bits):
+    params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    engine = load(draft_bits=bits)
+    drafter = engine.drafter
+    assert (drafter.embed_tokens.bits, drafter.pre_projection.bits) == (min(bits, 4), bits)
+    assert not weights.is_quantized(engine.target)
+    drafted = engine.generate("def fibonacci(n):", params, num_draft_tokens=3)
+    assert (
+        drafted.stats.drafted
+        and drafted.tokens == engine.generate("def fibonacci(n):", params, num_draft_tokens=0).tokens
+    )
+
+
+def test_eight_bits_while_loading_are_those_of_convert_pair(tmp_path):
+    argv = ["--hf-path", raw_target(tmp_path), "--mlx-path", tmp_path / "m", "-q", "--q-bits", "8", "--pair"]
+    shutil.copytree(DRAFTER, tmp_path / "raw-assistant")
+    assert convert([str(a) for a in argv]) == 0
+    target = weights.load_target(TARGET).config
+    converted = weights.load_drafter(tmp_path / "m-assistant", target)
+    loaded = weights.load_drafter(DRAFTER, target, bits=8)
+    for (path, ours), (_, theirs) in zip(*(tree_flatten(m.parameters()) for m in (loaded, converted)), strict=True):
+        assert ours.dtype == theirs.dtype and mx.array_equal(ours, theirs), path
+
+
+def test_draft_bits_that_cannot_be(tmp_path):
+    for settings in ({"draft_bits": 7}, {"draft_bits": 8, "draft_model": "none"}):
+        with pytest.raises(UserError, match=r"draft_bits is \d, expected one of \(2, 3, 4, 5, 6, 8\), and a drafter"):
+            load(**settings)
+    assert convert([str(a) for a in ("--hf-path", DRAFTER, "--mlx-path", tmp_path / "d", "-q", "--q-bits", "8")]) == 0
+    with pytest.raises(UserError, match="is quantised already; leave out draft_bits"):
+        load(draft_model=str(tmp_path / "d"), draft_bits=8)
+
+
+def test_a_heavy_drafter_is_reported_and_a_quantised_one_is_not():
+    advice = load().advice
+    assert re.search(r"[234]\d% of a target step's", advice) and "--draft-bits 8" in advice
+    assert load(draft_bits=8).advice is None
+    assert load(draft_model="none").advice is None
 
 
 def raw_target(folder: Path) -> Path:
