@@ -55,7 +55,8 @@ def check(folder: Path, against: str | None = None) -> tuple[list[str], list[Dif
     if not model.converted:
         raise UserError(f"{folder} has Hugging Face tensor names; expected a converted folder; convert it first")
     sources = _sources(model, against) if against else {}
-    findings = [*_checksums(folder), *_extra(model)]
+    files = {tensor.path.name for tensor in model.tensors.values()}
+    findings = [*_checksums(folder, files), *_extra(model)]
     differences = []
     for entry in model.entries:
         wrong = list(_header(model, entry))
@@ -77,14 +78,18 @@ def _sources(model: Checkpoint, against: str) -> dict:
     return sources
 
 
-def _checksums(folder: Path) -> Iterator[str]:
+def _checksums(folder: Path, files: set[str]) -> Iterator[str]:
+    """Findings about checksums.json, if there is one; files: the names of the weight files."""
     if not (folder / source.CHECKSUMS).is_file():
         return
-    for name, expected in source.read_json(folder / source.CHECKSUMS).items():
+    expected = source.read_json(folder / source.CHECKSUMS)
+    for name in sorted(files - expected.keys()):
+        yield f"{name} is not in {source.CHECKSUMS}"
+    for name, digest in expected.items():
         if not re.fullmatch(source.SHARD, name) or not (folder / name).is_file():
             yield f"{source.CHECKSUMS} names {name!r}, which is not there"
-        elif (found := blocks.sha256(folder / name)) != expected:
-            yield f"{name} has sha256 {found}, expected {expected}: it was changed after the conversion"
+        elif (found := blocks.sha256(folder / name)) != digest:
+            yield f"{name} has sha256 {found}, expected {digest!r}: it was changed after the conversion"
 
 
 def _extra(model: Checkpoint) -> list[str]:
@@ -95,7 +100,7 @@ def _extra(model: Checkpoint) -> list[str]:
 
 def _expected(model: Checkpoint, entry: Entry) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape); floats have the dtype of config.json, or else that of the tensor itself."""
-    dtype = DTYPES.get(model.raw.get("dtype"))
+    dtype = next((stored for name, stored in DTYPES.items() if name == model.raw.get("dtype")), None)
     if dtype is None:
         tensor = model.tensors.get(entry.name.removesuffix("weight") + "scales") or model.tensors.get(entry.name)
         dtype = tensor.dtype if tensor and tensor.dtype in MLX else "BF16"

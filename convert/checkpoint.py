@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mlx_gemma_mtp.errors import UserError
+
 from . import names, quantize, source
 from .blocks import DTYPES
-from .config import is_drafter, refuse_quantised, text_config
+from .config import is_drafter, loadable, refuse_quantised, text_config
 from .names import MEDIA, Entry
 from .quantize import Format
 from .safetensors_io import Tensor
+from .writer import parts
 
 MLX_PREFIX = "language_model.model."
 
@@ -26,8 +29,9 @@ class Checkpoint:
 
     @classmethod
     def read(cls, where: str, config: dict, tensors: dict[str, Tensor]) -> "Checkpoint":
-        """Raises UserError for a config.json that is not a Gemma 4 one."""
+        """Raises UserError for a config.json that is not a Gemma 4 one, or that the loader would refuse."""
         drafter, text = is_drafter(config), text_config(config)
+        loadable(config, text)
         entries = names.drafter_entries(config, text) if drafter else names.target_entries(text, config["model_type"])
         return cls(where, config, text, entries, tensors)
 
@@ -60,6 +64,18 @@ class Checkpoint:
     def name(self, entry: Entry) -> str:
         """The name of `entry` in this folder."""
         return entry.name if self.converted else entry.source
+
+    def check_shapes(self) -> None:
+        """UserError unless all tensors are there in their shapes; dtypes are not asked about."""
+        if not self.converted:
+            self.check_source()
+            return
+        for entry in self.entries:
+            for name, _, shape in parts(entry, "BF16", self.format(entry)):
+                found = self.tensors.get(name)
+                if found is None or found.shape != shape:
+                    has = f"has shape {list(found.shape)}" if found else "is missing"
+                    raise UserError(f"{self.where}: tensor {name!r} {has}; expected shape {list(shape)} by config.json")
 
     def format(self, entry: Entry) -> Format | None:
         """The quantisation that config.json gives to `entry`; what has no scales but float weights has none."""

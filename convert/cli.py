@@ -1,11 +1,9 @@
 """Command line: Hugging Face checkpoint in, MLX folder out, or one line that says why not."""
 
 import argparse
-import signal
+import io
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from mlx_gemma_mtp.errors import UserError
 
@@ -18,22 +16,23 @@ from .run import convert
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 where `check` found something, 2 after a user error, 130 after an interruption."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     argv = sys.argv[1:] if argv is None else argv
     command = COMMANDS.get(argv[0], _convert) if argv else _convert
     try:
-        with _terminate_like_interrupt():
-            return command(argv[1:] if argv and argv[0] in COMMANDS else argv)
+        return command(argv[1:] if argv and argv[0] in COMMANDS else argv)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"error: {stop or 'interrupted'}", file=sys.stderr)
         return 130
 
 
 def _convert(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    print(convert(args.hf_path, args.mlx_path, _recipe(args), args.dtype, args.pair))
+    print(convert(args.hf_path, args.mlx_path, _recipe(args), args.dtype, args.pair, args.upload_repo))
     return 0
 
 
@@ -58,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hf-path", required=True, metavar="SOURCE", help="local folder or hub id")
     parser.add_argument("--mlx-path", required=True, metavar="OUT", help="folder to create")
     parser.add_argument("--pair", action="store_true", help="also convert SOURCE-assistant to OUT-assistant")
+    parser.add_argument(
+        "--upload-repo", metavar="REPO", help="then upload to this hub repository (a drafter of --pair: REPO-assistant)"
+    )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the matrices")
     parser.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="default 4")
     parser.add_argument("--q-group-size", type=int, choices=GROUP_SIZES, help="default 64")
@@ -74,16 +76,3 @@ def _parser() -> argparse.ArgumentParser:
         help="of what stays float (default bfloat16)",
     )
     return parser
-
-
-@contextmanager
-def _terminate_like_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so that a stopped job leaves no half-written gigabytes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,5 +1,6 @@
 """config.json of the source: what kind of model it is, and the config that is written for it."""
 
+from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.errors import UserError
 
 # model_type -> prefix of the text tensors in the source files
@@ -56,7 +57,7 @@ def text_config(config: dict) -> dict:
         raise UserError(f"text_config {text!r} in config.json; expected a JSON object")
     text = {k: v for k, v in text.items() if k not in ("architectures", "transformers_version")}
     layers = text.get("layer_types")
-    if not isinstance(layers, list) or not layers or not set(layers) <= set(LAYER_TYPES):
+    if not isinstance(layers, list) or not layers or any(layer not in LAYER_TYPES for layer in layers):
         raise UserError(f"layer_types {layers!r} in config.json; expected {' / '.join(LAYER_TYPES)}")
     if "per_layer_config" in text:
         text |= _global_keys(text.pop("per_layer_config"), layers, text.get("head_dim"))
@@ -94,6 +95,21 @@ def written_drafter(config: dict, text: dict, dtype: str) -> dict:
     """The config of a converted drafter: the source's own, with the dtype that was written."""
     text = text | {"dtype": dtype, "model_type": config["text_config"].get("model_type")}
     return config | {"dtype": dtype, "text_config": text}
+
+
+def loadable(config: dict, text: dict) -> TargetConfig:
+    """What mlx_gemma_mtp reads from the written config; UserError for what it would refuse.
+
+    A drafter is judged beside a target that fits: its own text model, as wide as its backbone, sharing no K/V.
+    """
+    config = {key: value for key, value in config.items() if key != "quantization"}  # quantize.recorded reads it
+    if not is_drafter(config):
+        return TargetConfig.from_dict(written_target(config, text, "bfloat16"))
+    backbone = config.get("backbone_hidden_size")
+    _expect(config, "backbone_hidden_size", type(backbone) is int and backbone > 0, "a positive integer")
+    target = TargetConfig.from_dict(text | {"num_kv_shared_layers": 0, "hidden_size": backbone})
+    DrafterConfig.from_dict(written_drafter(config, text, "bfloat16"), target)
+    return target
 
 
 def _global_keys(per_layer: object, layers: list[str], head_dim: object) -> dict:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import config, source
+from mlx_gemma_mtp.memory import kv_bytes
+
+from . import config, names, source
 from .checkpoint import Checkpoint
-from .names import Entry, is_integer, kind, kv_shape
+from .names import Entry, is_integer
 from .writer import parts
 
 CONTEXTS = (4096, 32768, 131072)
@@ -32,6 +34,7 @@ def inspect_command(argv: list[str]) -> int:
 def inspect(where: str) -> dict:
     """The report as plain data; bytes are those of the tensors that are used (vision and audio are `left_out`)."""
     model = _open(where)
+    model.check_shapes()
     drafter = config.is_drafter(model.raw)
     modules = _modules(model)
     weights = sum(module["bytes"] for module in modules)
@@ -46,7 +49,7 @@ def inspect(where: str) -> dict:
         "modules": modules,
         "left_out": {"tensors": len(model.media()), "bytes": sum(model.tensors[name].nbytes for name in model.media())},
         "drafter": None if drafter else _drafter_name(where),
-        "memory": {"weights": weights, "kv": {} if drafter else _kv(model.text)},
+        "memory": {"weights": weights, "kv": {} if drafter else _kv(model)},
     }
 
 
@@ -64,9 +67,7 @@ def _modules(model: Checkpoint) -> list[dict]:
         form, name = model.format(entry), model.name(entry)
         tensor = model.tensors.get(name)
         stored = str(form) if form else tensor.dtype if tensor else "missing"
-        group = (
-            kind(entry.name).split(".")[0] if len(entry.shape) > 1 or is_integer(entry.name) else "norms and scalars"
-        )
+        group = names.group(entry)
         module = modules.setdefault(
             (group, stored), {"kind": group, "format": stored, "tensors": 0, "parameters": 0, "bytes": 0}
         )
@@ -114,16 +115,10 @@ def _drafter_name(where: str) -> str:
     return beside if Path(beside).is_dir() else f"{CONVERTED.sub('', path)}-assistant"
 
 
-def _kv(text: dict) -> dict[str, int]:
-    """Context length -> bytes of the cache of one sequence (mlx_gemma_mtp.memory.kv_bytes, which is not imported)."""
-    owners = text["layer_types"][: len(text["layer_types"]) - text["num_kv_shared_layers"]]
-    ring = text["sliding_window"] + BLOCK - 1
-
-    def size(tokens: int) -> int:
-        slots = {"full_attention": tokens, "sliding_attention": min(tokens, ring)}
-        return sum(2 * KV_ITEM * slots[layer_type] * math.prod(kv_shape(text, layer_type)) for layer_type in owners)
-
-    return {str(tokens): size(tokens) for tokens in CONTEXTS}
+def _kv(model: Checkpoint) -> dict[str, int]:
+    """Context length -> bytes of the cache of one sequence."""
+    target = config.loadable(model.raw, model.text)
+    return {str(tokens): kv_bytes(target, tokens, 1, BLOCK, KV_ITEM) for tokens in CONTEXTS}
 
 
 def _lines(report: dict) -> Iterator[str]:

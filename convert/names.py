@@ -47,12 +47,11 @@ def target_entries(text: dict, kind: str) -> list[Entry]:
 def drafter_entries(config: dict, text: dict) -> list[Entry]:
     """The written tensors of a drafter: the source's names, unchanged."""
     shapes = {f"model.{name}": shape for name, shape in _text_tensors(text)}
-    hidden, backbone = text["hidden_size"], _size(config, "backbone_hidden_size")
+    hidden, backbone = text["hidden_size"], config["backbone_hidden_size"]
     shapes["pre_projection.weight"] = (hidden, 2 * backbone)
     shapes["post_projection.weight"] = (backbone, hidden)
     if config.get("use_ordered_embeddings"):
-        centroids = _size(config, "num_centroids")
-        shapes["masked_embedding.centroids.weight"] = (centroids, hidden)
+        shapes["masked_embedding.centroids.weight"] = (config["num_centroids"], hidden)
         shapes["masked_embedding.token_ordering"] = (text["vocab_size"],)
     return [Entry(name, shape, name, shape) for name, shape in shapes.items()]
 
@@ -61,6 +60,13 @@ def kind(name: str) -> str:
     """What a tensor is, whichever its layer: `self_attn.q_proj`, `input_layernorm`, `embed_tokens`."""
     name = re.sub(r"^(language_model\.)?model\.(language_model\.)?(layers\.\d+\.)?", "", name)
     return name.removesuffix(".weight")
+
+
+def group(entry: Entry) -> str:
+    """The kind of module that holds a matrix, as people call it; vectors are one group."""
+    if len(entry.shape) == 1 and not is_integer(entry.name):
+        return "norms and scalars"
+    return kind(entry.name).split(".")[0]
 
 
 def kv_shape(text: dict, layer_type: str) -> tuple[int, int]:
@@ -190,10 +196,3 @@ def _unused_kv(text: dict, kind: str) -> set[str]:
         for index in range(layers - text["num_kv_shared_layers"], layers)
         for part in ("k_proj", "v_proj", "k_norm")
     }
-
-
-def _size(config: dict, key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value <= 0:
-        raise UserError(f"{key} {value!r} in config.json; expected a positive integer")
-    return value

@@ -1,18 +1,19 @@
 """One conversion: read the source's headers, plan every byte, write a sibling folder, rename it."""
 
+import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.errors import UserError
 
 from . import config as configs
-from . import quantize, source, writer
+from . import quantize, source, upload, writer
 from .checkpoint import Checkpoint
+from .destination import Destination
+from .interruption import Interruption
 from .quantize import Recipe
 
 COPIED = (
@@ -27,6 +28,7 @@ COPIED = (
     "processor_config.json",
     "preprocessor_config.json",
 )
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -47,29 +49,87 @@ class Conversion:
 
 
 def convert(
-    hf_path: str, mlx_path: str | Path, recipe: Recipe | None = None, dtype: str = "bfloat16", pair: bool = False
+    hf_path: str,
+    mlx_path: str | Path,
+    recipe: Recipe | None = None,
+    dtype: str = "bfloat16",
+    pair: bool = False,
+    upload_repo: str | None = None,
 ) -> str:
     """Convert one target or drafter, or a target and its drafter; returns a line for each folder.
 
     Args: a local folder or hub id; a folder that must not exist yet; the quantisation of matrices (None keeps them in
     `dtype`); bfloat16, float16 or float32 for everything that stays float; pair: `hf_path`-assistant is converted to
-    `mlx_path`-assistant too, where quantised at 8 bits with a 4-bit head.
-    Raises UserError for anything wrong with the source or the destination; then nothing is left.
+    `mlx_path`-assistant too, where quantised at 8 bits with a 4-bit head; upload_repo: the hub repository that the
+    result is uploaded to (the drafter's to `upload_repo`-assistant).
+    Raises UserError for anything wrong with the source or the destination, KeyboardInterrupt after a signal; then
+    nothing is left, but for an upload that failed, which leaves the converted folders.
     """
-    planned = [_planned(hf_path, Path(mlx_path).expanduser(), recipe, dtype)]
-    if pair:
-        planned.append(_drafter_of(planned[0], hf_path, quantize.DRAFTER if recipe else None, dtype))
-    with ExitStack() as stack:  # all folders appear, or none
-        needed = sum(conversion.nbytes for conversion in planned)
-        folders = [stack.enter_context(_new_folder(conversion.out, needed)) for conversion in planned]
-        for conversion, folder in zip(planned, folders, strict=True):
-            _write(conversion, folder)
-    return "\n".join(map(str, planned))
+    ends = ("", "-assistant") if pair else ("",)
+    out = Path(mlx_path).expanduser()
+    repos = [upload_repo + end for end in ends] if upload_repo is not None else []
+    upload.check(repos)
+    planned = _converted(hf_path, [out.parent / (out.name + end) for end in ends], recipe, dtype, repos)
+    lines = [str(conversion) for conversion in planned]
+    lines += upload.upload({conversion.out: repo for conversion, repo in zip(planned, repos, strict=False)})
+    return "\n".join(lines)
 
 
-def _planned(hf_path: str, out: Path, recipe: Recipe | None, dtype: str) -> Conversion:
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists; expected a new folder; choose another --mlx-path")
+def _converted(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str, repos: list[str]) -> list[Conversion]:
+    """The conversions, done: all folders are there, or none."""
+    destination, needed = Destination(tuple(outs)), 0
+    with Interruption() as interruption:
+        try:
+            destination.claim()
+            planned = _planned(hf_path, outs, recipe, dtype)
+            needed = sum(conversion.nbytes for conversion in planned)
+            destination.check_space(needed)
+            for i, (conversion, folder) in enumerate(zip(planned, destination.folders, strict=True)):
+                _write(conversion, folder)
+                if repos:
+                    upload.write_card(folder, conversion, hf_path, repos, i)
+            interruption.hold()
+            if interruption.came:  # and was lost in a callback
+                raise KeyboardInterrupt
+            destination.commit()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise UserError(
+                f"{destination.parent} is full; expected {needed / 1e9:.3f} GB for the conversion; nothing was"
+                " written; free some space or choose another --mlx-path"
+            ) from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; nothing was written; run the same command again (finished downloads are kept)"
+            ) from None
+        finally:
+            interruption.hold()
+            destination.discard()
+    if interruption.came:
+        raise KeyboardInterrupt(f"interrupted; {', '.join(map(str, outs))}: complete")
+    return planned
+
+
+def _planned(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str) -> list[Conversion]:
+    """One conversion, or those of a pair that fits together."""
+    first = _plan(hf_path, outs[0], recipe, dtype)
+    if len(outs) == 1:
+        return [first]
+    if configs.is_drafter(first.config):
+        raise UserError(f"{hf_path} is a drafter; expected a target with --pair; leave out --pair")
+    path = hf_path.rstrip("/") + "-assistant"
+    second = _plan(path, outs[1], quantize.DRAFTER if recipe else None, dtype)
+    if not configs.is_drafter(second.config):
+        raise UserError(f"{path} is no drafter; expected the MTP drafter of {hf_path}; download it there")
+    try:
+        DrafterConfig.from_dict(second.config, TargetConfig.from_dict(first.config))
+    except UserError as error:
+        raise UserError(f"{path} does not fit {hf_path}: {error}") from error
+    return [first, second]
+
+
+def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str) -> Conversion:
     folder = source.find(hf_path)
     model = Checkpoint.open(folder)
     model.check_source()
@@ -82,46 +142,12 @@ def _planned(hf_path: str, out: Path, recipe: Recipe | None, dtype: str) -> Conv
     return Conversion(folder, out, written, jobs)
 
 
-def _drafter_of(target: Conversion, hf_path: str, recipe: Recipe | None, dtype: str) -> Conversion:
-    if configs.is_drafter(target.config):
-        raise UserError(f"{hf_path} is a drafter; expected a target with --pair; leave out --pair")
-    path = hf_path.rstrip("/") + "-assistant"
-    drafter = _planned(path, target.out.with_name(target.out.name + "-assistant"), recipe, dtype)
-    if not configs.is_drafter(drafter.config):
-        raise UserError(f"{path} is no drafter; expected the MTP drafter of {hf_path}; download it there")
-    wanted, given = target.config["text_config"]["hidden_size"], drafter.config["backbone_hidden_size"]
-    if wanted != given:
-        raise UserError(
-            f"{path} is the drafter of a target of hidden size {given}; expected {wanted} as in {hf_path};"
-            " download the matching pair"
-        )
-    return drafter
-
-
 def _write(conversion: Conversion, folder: Path) -> None:
+    """Everything of one folder; config.json, without which nothing loads it, comes last."""
     writer.write(writer.shards(conversion.jobs, writer.SHARD_BYTES), folder)
+    for name in COPIED:
+        if (file := conversion.source / name).is_file():
+            source.check_inside(file)
+            shutil.copyfile(file, folder / name)
     config_text = json.dumps(conversion.config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(config_text, encoding="utf-8")
-    for name in COPIED:
-        if (conversion.source / name).is_file():
-            shutil.copyfile(conversion.source / name, folder / name)
-
-
-@contextmanager
-def _new_folder(out: Path, size: int) -> Iterator[Path]:
-    """A sibling of `out` that becomes `out` at the end, or is removed whatever happened."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < size:
-        raise UserError(
-            f"{out.parent} has {free / 1e9:.1f} GB free; expected {size / 1e9:.1f} GB;"
-            " free some space or choose another --mlx-path"
-        )
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

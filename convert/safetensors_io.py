@@ -42,15 +42,27 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise _broken(path, f"header length {length} in a file of {size} bytes")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _broken(path, "header is not a JSON object")
-    header.pop("__metadata__", None)
+        header = parse_object(raw)
+    except ValueError as error:
+        raise _broken(path, f"header is no JSON object ({error})") from error
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "__metadata__ does not map names to texts")
     tensors = {n: _tensor(path, n, entry, 8 + length) for n, entry in header.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors
+
+
+def parse_object(raw: bytes) -> dict:
+    """A JSON object in UTF-8; ValueError for anything else, for keys that occur twice, and for NaN and Infinity."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"this is a {type(value).__name__}")
+    return value
 
 
 def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
@@ -95,6 +107,12 @@ def _check_layout(path: Path, tensors: dict[str, Tensor], start: int, size: int)
 
 def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is no finite number")
+    return value
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

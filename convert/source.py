@@ -1,57 +1,52 @@
 """Find a source checkpoint (local folder or hub id) and list its tensors."""
 
-import json
 import re
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
 
-from .safetensors_io import Tensor, read_header
+from .safetensors_io import Tensor, parse_object, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = r"\w[\w.-]*\.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def is_hub_id(source: str) -> bool:
+    """True for `org/name`, unless a folder is called that."""
+    return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().is_dir()
+
+
 def find(source: str) -> Path:
-    """The local folder of SOURCE: a folder as it is, an `org/name` downloaded by the hub client."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not HUB_ID.fullmatch(source):
-        raise UserError(
-            f"{source}: not a folder; expected a checkpoint folder or a hub id such as google/gemma-4-26B-A4B-it"
-        )
-    return download(source)
+    """The local folder of SOURCE: a folder as it is, an `org/name` from the hub's cache or the hub.
 
+    Raises UserError that says what is missing, and the command that downloads it.
+    """
+    from mlx_gemma_mtp import hub  # the hub's client is imported where it is needed
 
-def download(repo: str) -> Path:
-    """Fetch only what a conversion reads; UserError with the hub client's own first line."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except Exception as error:  # the client's errors have no common base; all mean "no files"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{repo}: not a local folder, and the hub download failed ({reason}); expected a folder"
-            " or a reachable hub id; check the name and the connection"
-        ) from error
+    return hub.find(source)
 
 
 def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and the tensors' headers of a hub repository; weight data stays there."""
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    """config.json and the tensors' headers of a hub repository; weight data stays there.
+
+    Where the hub does not answer, those of its cache.
+    """
+    from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
 
     try:
         config = Path(hf_hub_download(repo, "config.json"))
         files = get_safetensors_metadata(repo).files_metadata
-    except Exception as error:  # as in download
+    except Exception as error:  # the client's errors have no common base; all mean "no headers"
+        if folder := find(repo) if constants.HF_HUB_OFFLINE else _cached(repo):
+            return read_json(folder / "config.json"), tensors(folder)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{repo}: not a local folder, and the hub cannot be asked ({reason}); check the name"
+            f"{repo} is no folder, nor complete in the hub's cache, and the hub cannot be asked ({reason}); check the"
+            f" name, or connect and run: hf download {repo}"
         ) from error
     return read_json(config), {
         name: Tensor(Path(file), info.dtype, tuple(info.shape), begin, end - begin)
@@ -61,27 +56,42 @@ def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
     }
 
 
+def _cached(repo: str) -> Path | None:
+    """The snapshot of a repository in the hub's cache, if it is complete."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from mlx_gemma_mtp import hub
+
+    config = try_to_load_from_cache(repo, "config.json")
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder and not hub.missing_files(folder) else None
+
+
+def check_inside(file: Path) -> None:
+    """UserError for a link out of the checkpoint's folder: what is copied may be published.
+
+    The hub's cache links from snapshots/COMMIT to blobs beside it.
+    """
+    root = file.parent.parent.parent if file.parent.parent.name == "snapshots" else file.parent
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{file} is a link to {file.resolve()}; expected a file of the checkpoint; copy it there")
+
+
 def read_json(path: Path) -> dict:
-    """A JSON object from a file of the source."""
+    """A JSON object from a file of the source, whose keys are unique and whose numbers are finite."""
+    if not path.is_file():  # a missing one, and what would block or not end
+        raise UserError(f"{path}: no such file; expected a complete checkpoint; download it again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected a complete checkpoint; download it again") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}; expected JSON; download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: {type(value).__name__}; expected a JSON object")
-    return value
+        return parse_object(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; expected a JSON object; download it again") from error
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """name -> Tensor over all shards; the index and the shards must agree exactly."""
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise UserError(
-                f"{folder}: neither {SINGLE} nor {INDEX}; expected safetensors weights;"
-                " download them (other formats are not read)"
-            )
+        if not (folder / SINGLE).is_file():
+            raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}{_pickles(folder)}; expected safetensors weights")
         return read_header(folder / SINGLE)
     weight_map = _weight_map(folder)
     found: dict[str, Tensor] = {}
@@ -112,3 +122,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard}: missing shard named by {INDEX}; download it")
     return weight_map
+
+
+def _pickles(folder: Path) -> str:
+    """Names the weights that would be pickles: loading one runs the code in it, so none is loaded."""
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
+    return f", but {', '.join(found)}: pickles are never loaded" if found else ""

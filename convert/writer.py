@@ -6,6 +6,7 @@ stays at a few blocks whatever the model's size.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def _write_shard(path: Path, jobs: list[Job], progress: tqdm) -> None:
                     file.write(data)
                 row += block.shape[0]
                 progress.update(block.size * ITEM_BYTES[job.tensor.dtype])
+        file.flush()
+        os.fsync(file.fileno())  # a full disk may tell only now; and no rename overtakes the data
 
 
 def _converted(job: Job, block: mx.array) -> tuple[mx.array, ...]:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-import signal
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 
 from convert import blocks, names, source, writer
-from convert import run as convert_run
 from convert.cli import main
 from convert.config import is_drafter, text_config
 
@@ -504,6 +503,23 @@ def sharded(checkpoint: Checkpoint, edit) -> None:
     checkpoint.put_index(index)
 
 
+def link(path: Path, target: str) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def pickled(checkpoint: Checkpoint, name: str) -> None:
+    """A pickle in place of the weights, which would make a folder if it were loaded."""
+    (checkpoint.folder / "model.safetensors").unlink()
+    payload = f"cos\nmkdir\n(S'{checkpoint.folder.parent / 'owned'}'\ntR.".encode()
+    (checkpoint.folder / name).write_bytes(payload)
+
+
 def point_at(index: dict, file: str) -> None:
     index["weight_map"][NORM] = file
 
@@ -514,10 +530,11 @@ def fill(weights: dict, name: str, value: float) -> None:
 
 NORM = "model.language_model.norm.weight"
 Q = "model.language_model.layers.0.self_attn.q_proj.weight"
+SHARD_2 = "model-2-of-2.safetensors"
 LAYOUT = "language_model.model.norm.weight"
 ERRORS = {
     "no config": (lambda c: (c.folder / "config.json").unlink(), "config.json: no such file"),
-    "config not JSON": (lambda c: (c.folder / "config.json").write_text("{"), "expected JSON"),
+    "config not JSON": (lambda c: (c.folder / "config.json").write_text("{"), "expected a JSON object"),
     "config a list": (lambda c: (c.folder / "config.json").write_text("[]"), "a JSON object"),
     "unknown model": (lambda c: edit_top(c, model_type="llama"), "model_type 'llama'"),
     "quantised source": (lambda c: edit_top(c, quantization={"bits": 4}), "quantised already"),
@@ -535,6 +552,20 @@ ERRORS = {
         lambda c: edit_config(c, per_layer_config={"0": {"head_dim": 4}}), "is not a Gemma 4 one",
     ),
     "per layer list": (lambda c: edit_config(c, per_layer_config=[1]), "per_layer_config [1]"),
+    "config twice": (
+        lambda c: (c.folder / "config.json").write_text('{"model_type": "gemma4", "model_type": "gemma4"}'), "twice",
+    ),
+    "config with NaN": (lambda c: edit_config(c, rms_norm_eps=math.nan), "NaN is no finite number"),
+    "config in UTF-16": (
+        lambda c: (c.folder / "config.json").write_text(json.dumps(c.config), encoding="utf-16"), "utf-8",
+    ),
+    "config that is a pipe": (lambda c: pipe(c.folder / "config.json"), "config.json: no such file"),
+    "layer types in lists": (lambda c: edit_config(c, layer_types=[[S], [F]]), "layer_types [["),
+    "eps of no number": (lambda c: edit_config(c, rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6'"),
+    "rope of no kind": (lambda c: edit_config(c, rope_parameters={S: ROPE[S]}), "'full_attention'"),
+    "pickles": (lambda c: pickled(c, "pytorch_model.bin"), "but pytorch_model.bin: pickles are never loaded"),
+    "pickles of another name": (lambda c: pickled(c, "consolidated.pt"), "but consolidated.pt: pickles are never"),
+    "weights that are a pipe": (lambda c: pipe(c.folder / "model.safetensors"), "neither model.safeten"),
     "no weights": (lambda c: (c.folder / "model.safetensors").unlink(), "neither model.safeten"),
     "missing tensor": (lambda c: edit_weights(c, lambda w: w.pop(NORM)), f"{NORM!r} is missing"),
     "extra tensor": (lambda c: edit_weights(c, lambda w: w.update(x=mx.ones(1))), "'x' is unknown"),
@@ -566,7 +597,7 @@ ERRORS = {
         "header length 9223372036854775808",
     ),
     "header not JSON": (
-        lambda c: edit_bytes(c, lambda data: data[:8] + b"#" + data[9:]), "header is not JSON",
+        lambda c: edit_bytes(c, lambda data: data[:8] + b"#" + data[9:]), "header is no JSON object",
     ),
     "unknown dtype": (
         lambda c: edit_header(c, lambda h: h[NORM].update(dtype="F4")), "unknown dtype 'F4'",
@@ -577,6 +608,12 @@ ERRORS = {
     "negative offset": (
         lambda c: edit_header(c, lambda h: h[NORM].update(data_offsets=[-128, 0])), "data_offsets",
     ),
+    "shape with true": (
+        lambda c: edit_header(c, lambda h: h[NORM].update(shape=[H, True])), "has shape [64, True]",
+    ),
+    "shape beyond all files": (
+        lambda c: edit_header(c, lambda h: h[NORM].update(shape=[10**30])), "needs 2" + "0" * 30 + " bytes",
+    ),
     "fractional shape": (
         lambda c: edit_header(c, lambda h: h[NORM].update(shape=[64.0])), "has shape [64.0]",
     ),
@@ -584,6 +621,14 @@ ERRORS = {
         lambda c: edit_header(c, lambda h: h[NORM].update(data_offsets=[2, 130])), "starts at byte",
     ),
     "header entry": (lambda c: edit_header(c, lambda h: h.update(x=3)), "entry 'x'"),
+    "tensor twice": (
+        lambda c: edit_bytes(c, lambda data: data.replace(b"feedforward_layernorm_1", b"feedforward_layernorm_2")),
+        "a key occurs twice",
+    ),
+    "metadata of no texts": (
+        lambda c: edit_header(c, lambda h: h.update(__metadata__={"a": 1})), "__metadata__ does not map names",
+    ),
+    "metadata 0": (lambda c: edit_header(c, lambda h: h.update(__metadata__=0)), "__metadata__ does not map names"),
     "missing shard": (
         lambda c: sharded(c, lambda folder, index: (folder / "model-2-of-2.safetensors").unlink()),
         "missing shard",
@@ -591,6 +636,33 @@ ERRORS = {
     "path in the index": (
         lambda c: sharded(c, lambda folder, index: point_at(index, "../model.safetensors")),
         "'../model.safetensors'",
+    ),
+    "absolute path in the index": (
+        lambda c: sharded(c, lambda folder, index: point_at(index, str(folder / "model-1-of-2.safetensors"))),
+        "expected a plain NAME.safetensors",
+    ),
+    "pickle in the index": (
+        lambda c: sharded(c, lambda folder, index: point_at(index, "pytorch_model.bin")), "'pytorch_model.bin'",
+    ),
+    "number in the index": (lambda c: sharded(c, lambda folder, index: point_at(index, 5)), "file name 5"),
+    "shard that links to itself": (
+        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, SHARD_2)), "missing shard",
+    ),
+    "shard that links to nothing": (
+        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, "/nowhere")), "missing shard",
+    ),
+    "shard that links to a device": (
+        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, "/dev/zero")), "missing shard",
+    ),
+    "shard that links to no weights": (
+        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, __file__)), "header length",
+    ),
+    "tensor in both shards": (
+        lambda c: sharded(c, lambda folder, index: shutil.copy(folder / "model-1-of-2.safetensors", folder / SHARD_2)),
+        "expected in model-1-of-2.safetensors",
+    ),
+    "tokenizer that links elsewhere": (
+        lambda c: link(c.folder / "tokenizer.json", "/etc/hostname"), "tokenizer.json is a link to /etc/hostname",
     ),
     "index without a map": (
         lambda c: sharded(c, lambda folder, index: index.pop("weight_map")), "no weight_map",
@@ -624,7 +696,7 @@ def test_errors(moe, tmp_path, capsys, case):
 
 def test_source_that_is_no_folder(tmp_path, capsys):
     code = main(["--hf-path", str(tmp_path / "nowhere"), "--mlx-path", str(tmp_path / "out")])
-    assert_fails(capsys, tmp_path, code, "nowhere: not a folder")
+    assert_fails(capsys, tmp_path, code, "nowhere': no such folder")
 
 
 def test_existing_output_is_kept(moe, tmp_path, capsys):
@@ -655,49 +727,29 @@ def test_drafter_without_backbone_size(tmp_path, capsys):
     checkpoint = make_drafter(tmp_path / "hf")
     checkpoint.config.pop("backbone_hidden_size")
     checkpoint.save()
-    assert_fails(capsys, tmp_path, run(checkpoint, tmp_path / "out"), "backbone_hidden_size None")
+    assert_fails(capsys, tmp_path, run(checkpoint, tmp_path / "out"), "backbone_hidden_size is missing")
 
 
 def test_full_disk_is_noticed_before_writing(moe, tmp_path, capsys, monkeypatch):
-    usage = convert_run.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(convert_run.shutil, "disk_usage", lambda path: usage)
-    assert_fails(capsys, tmp_path, run(moe, tmp_path / "out"), "0.0 GB free")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert_fails(capsys, tmp_path, run(moe, tmp_path / "out"), "0.000 GB free")
 
 
 def test_hub_ids_are_downloaded_and_failures_are_one_line(moe, tmp_path, capsys, monkeypatch):
     asked = []
 
-    def snapshot_download(repo, allow_patterns):
+    def snapshot_download(repo, revision, allow_patterns):
         asked.append((repo, allow_patterns))
         if repo == "org/absent":
-            raise RuntimeError("404 not found\nlong explanation")
+            raise OSError("404 not found\nlong explanation")
         return str(moe.folder)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("mlx_gemma_mtp.hub.snapshot_download", snapshot_download)
     code = main(["--hf-path", "org/absent", "--mlx-path", str(tmp_path / "out")])
-    assert_fails(capsys, tmp_path, code, "hub download failed (404 not found)")
+    assert_fails(capsys, tmp_path, code, "the hub cannot be reached (404 not found)")
     assert main(["--hf-path", "org/model", "--mlx-path", str(tmp_path / "out")]) == 0
     assert asked[1][0] == "org/model" and "*.safetensors" in asked[1][1]
-
-
-@pytest.mark.parametrize("stop", [lambda: os.kill(os.getpid(), signal.SIGTERM), None])
-def test_interruption_leaves_nothing(moe, tmp_path, capsys, monkeypatch, stop):
-    blocks = iter(range(10))
-    converted = writer._converted
-
-    def interrupted(job, block):
-        if next(blocks) == 5:
-            assert len(list(tmp_path.glob(".out.*.tmp/*.safetensors"))) == 1  # half-written now
-            if stop is None:
-                raise KeyboardInterrupt
-            stop()
-        return converted(job, block)
-
-    monkeypatch.setattr(writer, "_converted", interrupted)
-    assert run(moe, tmp_path / "out") == 130
-    assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_command_line_of_the_checkout(moe, tmp_path):

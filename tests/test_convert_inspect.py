@@ -118,14 +118,30 @@ def test_hub_ids_are_asked_for_headers_only(tmp_path, capsys, monkeypatch):
     assert report["modules"] == local["modules"]
 
 
+def test_tensors_that_do_not_fit_the_config(tmp_path, capsys):
+    """As published and converted: a report of what is not there would be wrong without a word."""
+    checkpoint = saved(make_moe(tmp_path / "hf"))
+    assert run(checkpoint, tmp_path / "out", "-q") == 0
+    text = checkpoint.config["text_config"] | {"intermediate_size": 192}
+    for folder in ("hf", "out"):
+        path = tmp_path / folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": text}))
+        capsys.readouterr()
+        assert main(["inspect", str(tmp_path / folder)]) == 2
+        error = capsys.readouterr().err
+        assert "gate_proj.weight' has shape [128, " in error and "expected" in error and error.count("\n") == 1, error
+    (tmp_path / "out" / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+
+
 def test_errors(tmp_path, capsys, monkeypatch):
     def unreachable(*args):
         raise OSError("no network\nat all")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     for where, says in (
-        (tmp_path / "nowhere", "not a folder"),
-        ("org/name", "(no network)"),
+        (tmp_path / "nowhere", "no such folder"),
+        ("org/name", "the hub cannot be asked (no network)"),
         (tmp_path, "no such file"),
     ):
         assert main(["inspect", str(where)]) == 2

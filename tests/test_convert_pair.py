@@ -72,9 +72,9 @@ def another_size(target, drafter, tmp_path):
 
 
 ERRORS = {
-    "no drafter": (lambda t, d, tmp: d.folder.rename(tmp / "away"), "hf-assistant: not a folder"),
+    "no drafter": (lambda t, d, tmp: d.folder.rename(tmp / "away"), "hf-assistant': no such folder"),
     "a target": (lambda t, d, tmp: make_moe(d.folder).save(), "is no drafter"),
-    "another size": (another_size, "of hidden size 48; expected 64"),
+    "another size": (another_size, "its hidden size is 48, the target's is 64"),
     "broken": (lambda t, d, tmp: edit_bytes(d, lambda data: data[:-1]), "header describes"),
     "existing": (lambda t, d, tmp: (tmp / "out-assistant").mkdir(), "out-assistant exists"),
     "a drafter given": (lambda t, d, tmp: make_drafter(t.folder).save(), "is a drafter; expected a target with --pair"),

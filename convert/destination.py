@@ -1,0 +1,110 @@
+"""Where conversions go: sibling folders that appear under their names together, or never."""
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_gemma_mtp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Destination:
+    """`outs` are the folders to be made, all with one parent; `.NAME.TOKEN.tmp` beside each is where they are written.
+
+    A process holds locks on its temporary folders: one that can be locked was left by a process that is gone (a
+    process id would not tell: containers that share a disk do not share ids).
+    """
+
+    outs: tuple[Path, ...]
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+    _locks: list[int] = field(default_factory=list)
+    _parents: list[Path] = field(default_factory=list)  # made by us, innermost first
+
+    @property
+    def parent(self) -> Path:
+        return self.outs[0].parent
+
+    @property
+    def folders(self) -> list[Path]:
+        """The temporary folders, in the order of `outs`."""
+        return [self.parent / f".{out.name}.{self.token}.tmp" for out in self.outs]
+
+    def claim(self) -> None:
+        """Makes the temporary folders; UserError where there is something already, or nothing can be written."""
+        for out in self.outs:
+            if out.exists() or out.is_symlink():
+                raise UserError(f"{out} exists; expected a new folder; choose another --mlx-path")
+        try:
+            self._parents.extend(path for path in (self.parent, *self.parent.parents) if not path.exists())
+            self.parent.mkdir(parents=True, exist_ok=True)
+            for out, folder in zip(self.outs, self.folders, strict=True):
+                _remove_stale(out)
+                folder.mkdir()
+                with suppress(OSError):  # on a disk without locks nothing is ever taken for left behind
+                    self._locks.append(_lock(folder))
+        except OSError as error:
+            raise UserError(
+                f"{self.parent}: {error.strerror}; expected a folder that can be written; choose another --mlx-path"
+            ) from error
+
+    def check_space(self, size: int) -> None:
+        """UserError unless `size` bytes are free."""
+        free = shutil.disk_usage(self.parent).free
+        if free < size:
+            raise UserError(
+                f"{self.parent} has {free / 1e9:.3f} GB free; expected {size / 1e9:.3f} GB;"
+                " free some space or choose another --mlx-path"
+            )
+
+    def commit(self) -> None:
+        """Renames all, the first last: where it is, the others are; OSError leaves none."""
+        done = []
+        try:
+            for folder, out in reversed(list(zip(self.folders, self.outs, strict=True))):
+                folder.rename(out)
+                done.append((folder, out))
+        except OSError:
+            for folder, out in done:
+                out.rename(folder)
+            raise
+
+    def discard(self) -> None:
+        """Removes what was not committed, however little that is."""
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in self._parents:
+            with suppress(OSError):  # those that hold something stay
+                path.rmdir()
+        for lock in self._locks:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that locks a folder for as long as it is open, which ends with the process at the latest."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove_stale(out: Path) -> None:
+    """Removes what conversions to `out` left that were killed."""
+    for path in out.parent.iterdir():
+        if not re.fullmatch(rf"\.{re.escape(out.name)}\.[0-9a-f]+\.tmp", path.name) or path.is_symlink():
+            continue
+        try:
+            lock = _lock(path)
+        except OSError:
+            continue  # a conversion that runs
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+        print(f"removed {path}, left by a conversion that was killed", file=sys.stderr)
