@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.safetensors_io import Tensor
 
 from .names import Entry
-from .safetensors_io import Tensor
 
 BLOCK_BYTES = 16 * 2**20  # MLX needs up to 35 times as much to quantise one (nvfp4 on a CPU)
 

@@ -5,13 +5,13 @@ from functools import cached_property
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.safetensors_io import Tensor
 
 from . import names, quantize, source
 from .blocks import DTYPES
 from .config import is_drafter, loadable, refuse_quantised, text_config
 from .names import MEDIA, Entry
 from .quantize import Format
-from .safetensors_io import Tensor
 from .writer import parts
 
 MLX_PREFIX = "language_model.model."

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.safetensors_io import Tensor
 
 from .config import TARGETS
-from .safetensors_io import Tensor
 
 Shape = tuple[int, ...]
 

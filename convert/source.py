@@ -4,13 +4,11 @@ import re
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-
-from .safetensors_io import Tensor, parse_object, read_header
+from mlx_gemma_mtp.safetensors_io import Tensor, parse_object, pickles, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = r"\w[\w.-]*\.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -91,7 +89,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     """name -> Tensor over all shards; the index and the shards must agree exactly."""
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).is_file():
-            raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}{_pickles(folder)}; expected safetensors weights")
+            raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}{pickles(folder)}; expected safetensors weights")
         return read_header(folder / SINGLE)
     weight_map = _weight_map(folder)
     found: dict[str, Tensor] = {}
@@ -122,9 +120,3 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard}: missing shard named by {INDEX}; download it")
     return weight_map
-
-
-def _pickles(folder: Path) -> str:
-    """Names the weights that would be pickles: loading one runs the code in it, so none is loaded."""
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
-    return f", but {', '.join(found)}: pickles are never loaded" if found else ""

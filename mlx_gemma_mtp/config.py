@@ -15,7 +15,16 @@ Kind = Literal["sliding", "full"]
 
 TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text")
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-DEFAULT_DRAFT_TOKENS = 6  # Google's drafters ship 6; the 12B's generation config names none
+LARGEST = 1 << 24  # of any size in a config: products of two that make a dimension stay within MLX's 32 bits
+# MLX's quantisation modes: group sizes and bits.
+MODES = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+# What a generation_config.json means that does not say. (Google's drafters ship 6 drafts; the 12B's names none.)
+GENERATION_DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_assistant_tokens": 6}
 
 
 @dataclass(frozen=True)
@@ -62,15 +71,14 @@ class MoESpec:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """MLX quantisation: defaults, and overrides by module path as written in the file (False: left in float)."""
+    """MLX quantisation: defaults, and overrides by module path as written in the file (None: left in float)."""
 
     default: dict[str, Any]
-    overrides: dict[str, Any]
+    overrides: dict[str, dict[str, Any] | None]
 
-    def of(self, path: str) -> dict[str, Any]:
-        """group_size, bits and mode of the module at `path`."""
-        override = self.overrides.get(path)
-        return self.default | override if isinstance(override, dict) else self.default
+    def of(self, path: str) -> dict[str, Any] | None:
+        """group_size, bits and mode of the module at `path`; None if it is left in float."""
+        return self.overrides.get(path, self.default)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class TargetConfig:
             layers=layers,
             kv=tuple(layer.kv for layer in layers if layer.owns_kv),
             eps=text.float("rms_norm_eps"),
-            softcap=text.optional_float("final_logit_softcapping"),
+            softcap=text.optional_float("final_logit_softcapping", minimum=1e-3),
             moe=_moe(text) if text.bool("enable_moe_block") else None,
             per_layer_size=text.int("hidden_size_per_layer_input", minimum=0),
             per_layer_vocab=text.int("vocab_size_per_layer_input", minimum=0),
@@ -142,6 +150,8 @@ class DrafterConfig:
         kinds, heads).
         """
         kind = raw.get("model_type")
+        if kind in TARGET_TYPES:
+            raise UserError(f"model_type {kind!r} is a target, expected a drafter; give its '-assistant', or 'none'")
         if kind not in DRAFTER_TYPES:
             raise UserError(f"model_type {kind!r} is not a Gemma 4 drafter; expected one of {', '.join(DRAFTER_TYPES)}")
         text = _Reader(raw.get("text_config", {}), "the drafter's config.json, text_config")
@@ -180,14 +190,16 @@ class GenerationDefaults:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> GenerationDefaults:
-        sampled = bool(raw.get("do_sample", False))
+        given = {k: v for k, v in raw.items() if v is not None}
+        reader = _Reader(GENERATION_DEFAULTS | given, "generation_config.json")
+        sampled = reader.bool("do_sample")
         return cls(
-            temperature=float(raw.get("temperature", 1.0)) if sampled else 0.0,
-            top_p=float(raw.get("top_p", 1.0)) if sampled else 1.0,
-            top_k=int(raw.get("top_k", 0)) if sampled else 0,
+            temperature=reader.float("temperature") if sampled else 0.0,
+            top_p=reader.float("top_p") if sampled else 1.0,
+            top_k=reader.int("top_k", minimum=0) if sampled else 0,
             eos_token_ids=_ids(raw.get("eos_token_id")),
             suppress_token_ids=_ids(raw.get("suppress_tokens")),
-            num_draft_tokens=int(raw.get("num_assistant_tokens") or DEFAULT_DRAFT_TOKENS),
+            num_draft_tokens=reader.int("num_assistant_tokens"),
         )
 
 
@@ -208,17 +220,22 @@ class _Reader:
         return value
 
     def int(self, key: str, minimum: int = 1) -> int:
-        value = self._get(key, (int,), f"an integer of at least {minimum}")
-        if value < minimum:
-            raise UserError(f"{self.where}: {key} is {value}, expected an integer of at least {minimum}")
+        expected = f"an integer of at least {minimum} and at most {LARGEST}"
+        value = self._get(key, (int,), expected)
+        if not minimum <= value <= LARGEST:
+            raise UserError(f"{self.where}: {key} is {value}, expected {expected}")
         return value
 
-    def float(self, key: str) -> float:
-        return float(self._get(key, (int, float), "a number"))
+    def float(self, key: str, minimum: float = 0.0, maximum: float = 1e30) -> float:
+        expected = f"a number of at least {minimum:g} and at most {maximum:g}"
+        value = self._get(key, (int, float), expected)
+        if not minimum <= value <= maximum:
+            raise UserError(f"{self.where}: {key} is {value}, expected {expected}")
+        return float(value)
 
-    def optional_float(self, key: str) -> float | None:
+    def optional_float(self, key: str, minimum: float = 0.0) -> float | None:
         value = self._get(key, (int, float, type(None)), "a number or null")
-        return None if value is None else float(value)
+        return None if value is None else self.float(key, minimum)
 
     def bool(self, key: str) -> bool:
         return self._get(key, (bool,), "true or false")
@@ -273,12 +290,16 @@ def _rope(text: _Reader, kind: Kind, head_dim: int) -> RopeSpec:
     rope_type = rope.raw.get("rope_type")
     if rope_type not in ("default", "proportional"):
         raise UserError(f"{rope.where}: rope_type is {rope_type!r}, expected 'default' or 'proportional'")
-    factor = rope.float("partial_rotary_factor") if rope_type == "proportional" else 1.0
-    return RopeSpec(rope.float("rope_theta"), int(factor * head_dim // 2), head_dim)
+    factor = rope.float("partial_rotary_factor", maximum=1.0) if rope_type == "proportional" else 1.0
+    return RopeSpec(rope.float("rope_theta", minimum=1.0), int(factor * head_dim // 2), head_dim)
 
 
 def _spec(text: _Reader, kind: Kind, kv_layer: int, owns_kv: bool, mlp_size: int) -> LayerSpec:
     head_dim, heads, kv_heads = _head_dim(text, kind), text.int("num_attention_heads"), _kv_heads(text, kind)
+    if heads * head_dim > LARGEST:
+        raise UserError(
+            f"{text.where}: num_attention_heads {heads} of {head_dim} are too large; expected a Gemma 4 config"
+        )
     if heads % kv_heads:
         raise UserError(f"{text.where}: num_attention_heads {heads} is no multiple of {kv_heads} key/value heads")
     window = text.int("sliding_window") if kind == "sliding" else None
@@ -341,9 +362,23 @@ def _quantization(raw: dict[str, Any]) -> QuantizationSpec | None:
     spec = raw.get("quantization")
     if spec is None:
         return None
-    reader = _Reader(spec, "config.json, quantization")
-    default = {"group_size": reader.int("group_size"), "bits": reader.int("bits"), "mode": spec.get("mode", "affine")}
-    return QuantizationSpec(default, {k: v for k, v in spec.items() if isinstance(v, dict) or v is False})
+    default = _quantization_form(_Reader(spec, "config.json, quantization"), {"mode": "affine"})
+    forms = {k: _Reader(v, f"config.json, quantization.{k!r}") for k, v in spec.items() if isinstance(v, dict)}
+    # An override that names no mode is affine, whatever the default's mode: as MLX and mlx-lm take it.
+    overrides = {k: _quantization_form(reader, default | {"mode": "affine"}) for k, reader in forms.items()}
+    return QuantizationSpec(default, overrides | {k: None for k, v in spec.items() if v is False})
+
+
+def _quantization_form(reader: _Reader, default: dict[str, Any]) -> dict[str, Any]:
+    """group_size, bits and mode, those that MLX knows."""
+    reader = _Reader(default | reader.raw, reader.where)
+    group, bits, mode = reader.int("group_size"), reader.int("bits"), reader.raw["mode"]
+    known = MODES.get(mode) if isinstance(mode, str) else None
+    if known is None or group not in known[0] or bits not in known[1]:
+        raise UserError(
+            f"{reader.where}: {bits} bits, groups of {group}, mode {mode!r}; expected a format of MLX, convert it again"
+        )
+    return {"group_size": group, "bits": bits, "mode": mode}
 
 
 def _ids(value: Any) -> tuple[int, ...]:

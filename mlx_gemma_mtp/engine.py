@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import mlx.core as mx
 
 from . import blas, hub, memory, weights
-from .config import GenerationDefaults
+from .config import MODES, GenerationDefaults
 from .drafter import Drafter
 from .errors import UserError
 from .gemma4 import Gemma4
@@ -179,9 +179,12 @@ def load(
         raise UserError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
     if dtype is not None and dtype not in weights.DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(weights.DTYPES)}")
-    if draft_bits is not None and (draft_bits not in weights.BITS or draft_model == "none"):
-        raise UserError(f"draft_bits is {draft_bits}, expected one of {weights.BITS}, and a drafter to quantise")
+    bits = MODES["affine"][1]
+    if draft_bits is not None and (draft_bits not in bits or draft_model == "none"):
+        raise UserError(f"draft_bits is {draft_bits}, expected one of {bits}, and a drafter to quantise")
     pair = hub.find_pair(model, draft_model, revision)
+    weights.check_pair(pair.target, pair.drafter)
+    defaults = weights.read_generation_defaults(pair.target)
     cast = weights.DTYPES[dtype] if dtype else None
     if cast is None and not metal_available():
         cast = mx.float32
@@ -200,7 +203,7 @@ def load(
         target,
         drafter,
         Text(pair.target, target.config.media_token_ids),
-        weights.read_generation_defaults(pair.target),
+        defaults,
         no_drafter_reason=pair.reason,
         num_draft_tokens=num_draft_tokens,
         prefill_chunk=prefill_chunk,

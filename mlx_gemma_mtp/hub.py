@@ -79,7 +79,7 @@ def missing_files(folder: Path) -> list[str]:
         weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         weights = ["model.safetensors"]  # no index, or one that the loader will complain about
-    return [name for name in ("config.json", *weights) if not (folder / str(name)).is_file()]
+    return [name for name in ("config.json", *map(str, weights)) if not (folder / name).is_file()]
 
 
 def _unreachable(model: str, revision: str | None, missing: list[str], why: str) -> Unreachable:
@@ -143,7 +143,8 @@ def _stems(name: str) -> list[str]:
 
 def _siblings(target: Path) -> list[Path]:
     names = [f"{stem}-assistant{end}" for stem in _stems(target.name) for end in ("", "-bf16", "-mlx")]
-    return [target.parent / name for name in (*names, "drafter")]
+    names += [name.rpartition("/")[2] for name in _drafter_ids(target.name)]  # mlx-community spells the two unlike
+    return [target.parent / name for name in dict.fromkeys((*names, "drafter"))]
 
 
 def _drafter_ids(name: str) -> list[str]:

@@ -6,7 +6,6 @@ quantisation described in config.json. Whatever is missing or left over is an er
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetC
 from .drafter import Drafter
 from .errors import UserError
 from .linear import Embedding, Linear, settle
+from .moe import ExpertLinear
+from .safetensors_io import parse_object, pickles, read_header
 
 MEDIA_PREFIXES = (
     "vision_tower.",
@@ -29,10 +30,13 @@ MEDIA_PREFIXES = (
     "vision_embedder.",
     "multi_modal_projector.",
 )
+INDEX = "model.safetensors.index.json"
+FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+# What a file may hold where the module has packed weights, the scales of FP4 and FP8 modes, or a token ordering.
+INTEGERS = {mx.uint32: (mx.uint32,), mx.uint8: (mx.uint8,), mx.int32: (mx.int32, mx.int64)}
 DRAFTER_TRUNK = ("embed_tokens", "layers.", "norm")
 Progress = Callable[[int, int], None]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-BITS = (2, 3, 4, 5, 6, 8)  # of MLX's affine quantisation
 HEAD_BITS = 4  # at most, of a drafter's vocabulary head: the largest part of a draft step's bytes
 
 
@@ -57,14 +61,20 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
             f"{missing}; expected a converted Gemma 4 folder (python -m convert --hf-path SOURCE --mlx-path OUT)"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}; download or convert the folder again") from None
-    if not isinstance(raw, dict):
-        raise UserError(
-            f"{path} holds {type(raw).__name__}, expected a JSON object; download or convert the folder again"
-        )
-    return raw
+
+
+def check_pair(target: Path, drafter: Path | None) -> None:
+    """Raises UserError, naming both folders, for what is no target with its drafter; reads no weights."""
+    raws = [read_config(folder) for folder in (target, drafter) if folder is not None]
+    try:
+        config = TargetConfig.from_dict(raws[0])
+        for raw in raws[1:]:
+            DrafterConfig.from_dict(raw, config)
+    except UserError as error:
+        raise UserError(f"{error} (target: {target}; drafter: {drafter or 'none'})") from None
 
 
 def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress = no_progress) -> gemma4.Gemma4:
@@ -114,24 +124,40 @@ def load_drafter(
 
 
 def read_tensors(folder: Path) -> dict[str, mx.array]:
-    """All tensors of a folder, lazily."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(index, "").get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
+    """All tensors of a folder, lazily. Where there is an index, it says which file holds which tensor."""
+    placed = _read_index(folder)
     tensors: dict[str, mx.array] = {}
-    for name in names:
+    for name in sorted(set(placed.values())) or ["model.safetensors"]:
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name or not name.endswith(".safetensors") or not path.is_file():
             raise UserError(
-                f"{folder} has no weight file {name!r}; expected it beside config.json: download the folder again"
+                f"{folder} has no weight file {name!r}{pickles(folder)}; expected it beside config.json: "
+                "download the folder again"
             )
+        read_header(path)  # MLX takes overlaps, holes and a name that occurs twice
         try:
-            tensors |= mx.load(str(path))
+            held = mx.load(str(path), format="safetensors")
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} is no complete safetensors file ({error}); download or convert it again") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} cannot be read ({reason}); download or convert it again") from None
+        stray = sorted(k for k in held if placed and placed.get(k) != name)
+        if stray:
+            raise UserError(
+                f"{path} holds {stray[0]!r}, but {INDEX} does not place it there; download the folder again"
+            )
+        tensors |= held
     return tensors
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file of a folder with several weight files, {} without an index."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    placed = _read_json(path, "").get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise UserError(f"{path} has no 'weight_map' of tensor names to file names; download the folder again")
+    return placed
 
 
 def _is_media(name: str) -> bool:
@@ -162,13 +188,19 @@ def _assign(
 
     def quantised(path: str, module: nn.Module) -> bool | dict[str, Any]:
         file_path = name(_file_path(path))
-        if f"{file_path}.scales" not in tensors:
+        if f"{file_path}.scales" not in tensors or not isinstance(module, (Linear, Embedding, ExpertLinear)):
             return False
-        if quantization is None:
+        form = quantization.of(file_path) if quantization else None
+        if form is None:
             raise UserError(
-                f"{folder}: {file_path} is quantised but config.json has no 'quantization'; convert it again"
+                f"{folder}: {file_path} is quantised but config.json's 'quantization' does not say so; convert it again"
             )
-        return quantization.of(file_path)
+        if module.weight.shape[-1] % form["group_size"]:
+            raise UserError(
+                f"{folder}: {file_path} has rows of {module.weight.shape[-1]}, config.json's 'quantization' groups of "
+                f"{form['group_size']}; convert it again"
+            )
+        return form
 
     nn.quantize(model, class_predicate=quantised)
     wanted = {path: (name(_file_path(path)), value) for path, value in tree_flatten(model.parameters())}
@@ -183,9 +215,22 @@ def _assign(
         tensor = tensors[file]
         if tensor.shape != value.shape:
             raise UserError(f"{folder}: {file} has shape {tensor.shape}, expected {value.shape} by config.json")
+        if tensor.dtype not in (INTEGERS.get(value.dtype) or FLOATS):
+            raise UserError(f"{folder}: {file} is of {tensor.dtype}, expected what convert writes; download it again")
         loaded.append((path, _cast(tensor, value, dtype)))
+    _check_float_types(folder, {file: tensors[file].dtype for file, _ in wanted.values()})
     tensors.clear()
     model.load_weights(loaded)
+
+
+def _check_float_types(folder: Path, types: dict[str, mx.Dtype]) -> None:
+    """Refuses bfloat16 beside float16: nobody writes both, and read as the other a tensor has other values."""
+    first = {dtype: file for file, dtype in reversed(types.items())}
+    if mx.bfloat16 in first and mx.float16 in first:
+        raise UserError(
+            f"{folder}: {first[mx.float16]} is of float16 but {first[mx.bfloat16]} of bfloat16; expected one "
+            "of the two; download it again"
+        )
 
 
 def _cast(tensor: mx.array, like: mx.array, dtype: mx.Dtype | None) -> mx.array:

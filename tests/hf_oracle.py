@@ -1,8 +1,9 @@
 """The transformers oracle: tiny random Gemma 4 pairs and their reference numbers (numpy, float32).
 
 Imported by `record_fixtures.py` and by tests marked `parity`, after `pytest.importorskip` of torch
-and transformers. The reference is transformers 5.23.0, models gemma4 and gemma4_assistant, with
-three faults patched (`patch_transformers`, applied on import). A sequence is a list of token ids;
+and transformers. The reference is transformers 5.23.0, models gemma4 and gemma4_assistant (the kind
+`unified`: gemma4_unified and gemma4_unified_assistant), with three faults patched
+(`patch_transformers`, applied on import). A sequence is a list of token ids;
 W is the sliding window, n the number of tokens.
 """
 
@@ -29,9 +30,21 @@ from transformers.models.gemma4_assistant.configuration_gemma4_assistant import 
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import (
     Gemma4AssistantForCausalLM,
 )
+from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedTextConfig
+from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedForCausalLM
+from transformers.models.gemma4_unified_assistant.configuration_gemma4_unified_assistant import (
+    Gemma4UnifiedAssistantConfig,
+)
+from transformers.models.gemma4_unified_assistant.modeling_gemma4_unified_assistant import (
+    Gemma4UnifiedAssistantForCausalLM,
+)
 
 Kind = Literal["moe", "dense", "unified", "e2b", "e4b"]
 Rule = Literal["ours", "transformers"]
+TextConfig = Gemma4TextConfig | Gemma4UnifiedTextConfig
+AssistantConfig = Gemma4AssistantConfig | Gemma4UnifiedAssistantConfig
+Target = Gemma4ForCausalLM | Gemma4UnifiedForCausalLM
+Assistant = Gemma4AssistantForCausalLM | Gemma4UnifiedAssistantForCausalLM
 SharedKV = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 KINDS: tuple[Kind, ...] = ("moe", "dense", "unified", "e2b", "e4b")
@@ -56,7 +69,7 @@ TARGETS: dict[Kind, dict[str, Any]] = {
     "moe": {"attention_k_eq_v": True, "num_global_key_value_heads": 2, "enable_moe_block": True,
             "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64},
     "dense": {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
-    "unified": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "unified": {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": False},
     "e2b": {"num_key_value_heads": 1, "layer_types": [S, S, F] * 3, "num_kv_shared_layers": 3,
             "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16},
     "e4b": {"num_key_value_heads": 2, "layer_types": [S, S, F] * 3, "num_kv_shared_layers": 4,
@@ -94,7 +107,7 @@ def _slice_shared_inputs(self, hidden_states, per_layer_inputs, position_embeddi
 
 def patch_transformers() -> None:
     """Correct the three faults of transformers 5.23.0 that stand in the way. Idempotent."""
-    Gemma4TextConfig.kv_sharing_modes = property(_kv_sharing_modes)
+    Gemma4TextConfig.kv_sharing_modes = Gemma4UnifiedTextConfig.kv_sharing_modes = property(_kv_sharing_modes)
     Gemma4TextModel._maybe_slice_kv_shared_inputs = _slice_shared_inputs
 
 
@@ -104,21 +117,23 @@ patch_transformers()
 # --------------------------------------------------------------------------- random models, on disk
 
 
-def _text_config(settings: dict[str, Any]) -> Gemma4TextConfig:
+def _text_config(kind: Kind, settings: dict[str, Any]) -> TextConfig:
     settings = COMMON | settings
-    return Gemma4TextConfig(num_hidden_layers=len(settings["layer_types"]), **settings)
+    make = Gemma4UnifiedTextConfig if kind == "unified" else Gemma4TextConfig
+    return make(num_hidden_layers=len(settings["layer_types"]), **settings)
 
 
-def target_config(kind: Kind) -> Gemma4TextConfig:
-    return _text_config(TARGETS[kind])
+def target_config(kind: Kind) -> TextConfig:
+    return _text_config(kind, TARGETS[kind])
 
 
-def drafter_config(kind: Kind, ordered: bool) -> Gemma4AssistantConfig:
+def drafter_config(kind: Kind, ordered: bool) -> AssistantConfig:
     """`ordered` chooses the centroid head: 16 clusters of 16 tokens, the best 4 are scored."""
     attention = ("num_key_value_heads", "num_global_key_value_heads", "attention_k_eq_v")
     paired = {key: TARGETS[kind][key] for key in attention if key in TARGETS[kind]}
-    text = _text_config(paired | DRAFTER)
-    return Gemma4AssistantConfig(
+    text = _text_config(kind, paired | DRAFTER | {"enable_moe_block": False})
+    make = Gemma4UnifiedAssistantConfig if kind == "unified" else Gemma4AssistantConfig
+    return make(
         text_config=text,
         backbone_hidden_size=HIDDEN,
         use_ordered_embeddings=ordered,
@@ -148,25 +163,25 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
             weight.normal_(std=scale, generator=noise)
 
 
-def random_target(kind: Kind, seed: int) -> Gemma4ForCausalLM:
+def random_target(kind: Kind, seed: int) -> Target:
     """A tiny random target, float32: window 8, hidden 64, vocabulary 256, head_dim 16 and 32."""
     config = target_config(kind)
     config._attn_implementation = "eager"
-    model = Gemma4ForCausalLM(config).eval()
+    model = (Gemma4UnifiedForCausalLM if kind == "unified" else Gemma4ForCausalLM)(config).eval()
     _randomize(model, seed)
     return model
 
 
-def random_drafter(kind: Kind, seed: int, ordered: bool | None = None) -> Gemma4AssistantForCausalLM:
+def random_drafter(kind: Kind, seed: int, ordered: bool | None = None) -> Assistant:
     """A drafter of hidden 32 for `random_target(kind)`; by default only e2b, e4b have centroids."""
     config = drafter_config(kind, kind in ("e2b", "e4b") if ordered is None else ordered)
     config.text_config._attn_implementation = config._attn_implementation = "eager"
-    model = Gemma4AssistantForCausalLM(config).eval()
+    model = (Gemma4UnifiedAssistantForCausalLM if kind == "unified" else Gemma4AssistantForCausalLM)(config).eval()
     _randomize(model, seed)
     return model
 
 
-def save(model: Gemma4ForCausalLM | Gemma4AssistantForCausalLM, folder: Path) -> Path:
+def save(model: Target | Assistant, folder: Path) -> Path:
     """Write `model` in Hugging Face layout with the config keys of the published checkpoints."""
     model.save_pretrained(folder)
     path = Path(folder) / "config.json"
@@ -193,17 +208,17 @@ def load_pair(target: Path, drafter: Path) -> tuple[Gemma4ForCausalLM, Gemma4Ass
 
 
 @torch.no_grad()
-def _forward(model: Gemma4ForCausalLM, tokens: Sequence[int]) -> Any:
+def _forward(model: Target, tokens: Sequence[int]) -> Any:
     ids = torch.tensor([list(tokens)])
     return model(ids, output_hidden_states=True, return_shared_kv_states=True, use_cache=False)
 
 
-def target_logits(model: Gemma4ForCausalLM, tokens: Sequence[int]) -> np.ndarray:
+def target_logits(model: Target, tokens: Sequence[int]) -> np.ndarray:
     """[n, vocab] after the soft cap, without a cache."""
     return _forward(model, tokens).logits[0].numpy()
 
 
-def target_hidden(model: Gemma4ForCausalLM, tokens: Sequence[int]) -> np.ndarray:
+def target_hidden(model: Target, tokens: Sequence[int]) -> np.ndarray:
     """[n, hidden] after the final norm: what the head reads and what a drafter is given."""
     return _forward(model, tokens).hidden_states[-1][0].numpy()
 
@@ -224,8 +239,8 @@ class Draft(NamedTuple):
 
 @torch.no_grad()
 def draft_steps(
-    target: Gemma4ForCausalLM,
-    drafter: Gemma4AssistantForCausalLM,
+    target: Target,
+    drafter: Assistant,
     tokens: Sequence[int],
     steps: int,
     rule: Rule = "ours",
@@ -256,7 +271,7 @@ def draft_steps(
 
 
 @torch.no_grad()
-def greedy(model: Gemma4ForCausalLM, prompt: Sequence[int], max_new_tokens: int, eos: Sequence[int] = ()) -> list[int]:
+def greedy(model: Target, prompt: Sequence[int], max_new_tokens: int, eos: Sequence[int] = ()) -> list[int]:
     """New tokens of plain greedy decoding, the end token included."""
     ids = torch.tensor([list(prompt)])
     return _generate(model, ids, GenerationConfig(**_generation(max_new_tokens, eos)))
@@ -271,7 +286,7 @@ def _generation(max_new_tokens: int, eos: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _generate(model: Gemma4ForCausalLM, ids: torch.Tensor, config: GenerationConfig, **kwargs: Any) -> list[int]:
+def _generate(model: Target, ids: torch.Tensor, config: GenerationConfig, **kwargs: Any) -> list[int]:
     # `generate` fills unset fields of its config from the model's own, so the model's must go too.
     with mock.patch.object(model, "generation_config", config):
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
@@ -318,8 +333,8 @@ def _clean_rounds(accepted: list[int], window: int | None) -> Iterator[None]:
 
 
 def assisted(
-    target: Gemma4ForCausalLM,
-    drafter: Gemma4AssistantForCausalLM,
+    target: Target,
+    drafter: Assistant,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     num_draft: int,

@@ -120,7 +120,7 @@ def test_rope_types_that_are_unknown_are_named():
 @pytest.mark.parametrize(
     "outer, text, message",
     [
-        ({"model_type": "gemma4"}, {}, "is not a Gemma 4 drafter"),
+        ({"model_type": "gemma4"}, {}, "is a target, expected a drafter"),
         ({"backbone_hidden_size": 64}, {}, "hidden size is 64, the target's is 32"),
         ({}, {"vocab_size": 98}, "vocabulary is 98, the target's is 97"),
         ({}, {"global_head_dim": 32}, "full head size is 32, the target's is 16"),

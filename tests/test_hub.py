@@ -35,6 +35,11 @@ def test_a_drafter_beside_its_target_is_found(tmp_path, sibling):
     assert hub.find_pair(str(target), "auto").drafter == tmp_path / sibling
 
 
+def test_mlx_community_spells_the_two_unlike(tmp_path):
+    target = folders(tmp_path, "gemma-4-26b-a4b-it-4bit", "gemma-4-26B-A4B-it-assistant-bf16")
+    assert hub.find_pair(str(target), "auto").drafter == tmp_path / "gemma-4-26B-A4B-it-assistant-bf16"
+
+
 def test_no_drafter_gives_the_reason(tmp_path):
     pair = hub.find_pair(str(folders(tmp_path, "m")), "auto")
     assert pair.drafter is None and "m-assistant" in pair.reason

@@ -72,7 +72,7 @@ def test_files_that_are_broken_or_missing_are_named(tmp_path):
     folder = edited(tmp_path / "model")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:1000])
-    with pytest.raises(UserError, match="no complete safetensors file"):
+    with pytest.raises(UserError, match="a complete safetensors file"):
         weights.load_target(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weight file 'model"):

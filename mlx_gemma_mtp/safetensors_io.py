@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_gemma_mtp.errors import UserError
+from .errors import UserError
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -18,6 +18,7 @@ ITEM_BYTES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # the reference implementation's limit
 
 
@@ -77,6 +78,12 @@ def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes
     raw += b" " * (-len(raw) % 8)  # the data starts aligned
     prefix = struct.pack("<Q", len(raw)) + raw
     return prefix, [len(prefix) + begin for begin in begins]
+
+
+def pickles(folder: Path) -> str:
+    """Names the weights that would be pickles: loading one runs the code in it, so none is loaded."""
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
+    return f", but {', '.join(found)}: pickles are never loaded" if found else ""
 
 
 def _tensor(path: Path, name: str, entry: object, start: int) -> Tensor:
