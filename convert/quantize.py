@@ -157,14 +157,18 @@ class Recipe:
         """tensor name -> format, for the matrices (linear, embedding, expert weights).
 
         Norms, scales and token_ordering have one axis and are not named: they stay as they are. So does a width that no
-        group divides, and so do the centroids of a drafter: they pick its vocabulary and are small.
+        group divides, and so do the centroids of a drafter: they pick its vocabulary and are small. With centroids, the
+        drafter's recipe also leaves the table: a draft reads 64th parts of it, and mlx-vlm 0.7 reads it as floats only.
         """
         rules, moe = self.rules(text), text["enable_moe_block"]
+        centroids = any(entry.name.startswith("masked_embedding.") for entry in entries)
+        whole_table = centroids and self.name == "drafter"
+        kept = ("masked_embedding.", "model.embed_tokens.") if whole_table else ("masked_embedding.",)
         chosen: dict[str, Format | None] = {}
         for entry in (e for e in entries if len(e.shape) >= 2):
             rule = next((rule for rule in rules if rule.applies(entry, self.default, moe)), None)
             form = rule.format(self.default) if rule else self.default
-            fits = entry.shape[-1] % form.group_size == 0 and not entry.name.startswith("masked_embedding.")
+            fits = entry.shape[-1] % form.group_size == 0 and not entry.name.startswith(kept)
             chosen[entry.name] = form if fits else None
         return chosen
 

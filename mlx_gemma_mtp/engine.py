@@ -170,10 +170,10 @@ def load(
     model: a converted folder or a hub id, None for the small bundled pair; draft_model: likewise, 'auto' to look for
     the target's drafter, 'none' for plain decoding. dtype: 'float32', 'bfloat16' or 'float16' for what is not
     quantised; None keeps the folder's, except on a CPU, which gets float32 (MLX's CPU has no bf16 experts).
-    draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, its
-    vocabulary head at 4 bits or fewer); None leaves it as it is. draft_position: see Speculation. notice: told in a
-    sentence what the user should know; progress: parts read and in all, of each model. Raises UserError for whatever
-    cannot be loaded.
+    draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
+    dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. draft_position: see
+    Speculation. notice: told in a sentence what the user should know; progress: parts read and in all, of each model.
+    Raises UserError for whatever cannot be loaded.
     """
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk is {prefill_chunk}, expected at least 1")

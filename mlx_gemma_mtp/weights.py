@@ -108,8 +108,8 @@ def load_drafter(
 ) -> Drafter:
     """The drafter in `folder`, paired with its target's config; otherwise as `load_target`.
 
-    bits: quantise its matrices while loading, as `convert --pair -q` does with 8: the head at 4 bits or fewer, the
-    centroids not at all. Raises UserError where the folder is quantised already.
+    bits: quantise its matrices while loading, as `convert --pair -q` does with 8: a dense head at 4 bits or fewer, a
+    centroid head not at all (a draft reads little of it). Raises UserError where the folder is quantised already.
     """
     config = DrafterConfig.from_dict(read_config(folder), target)
     if bits is not None and config.quantization is not None:
@@ -248,7 +248,8 @@ def _quantize_drafter(model: Drafter, bits: int) -> None:
     """Lazily, like the load itself: `_prepare` evaluates part by part."""
 
     def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path.startswith("masked_embedding") or not isinstance(module, (Linear, Embedding)):
+        sparse = path.startswith("masked_embedding") or (path == "embed_tokens" and model.config.centroids)
+        if sparse or not isinstance(module, (Linear, Embedding)):
             return False
         group_size = next((size for size in (64, 32) if module.weight.shape[-1] % size == 0), None)
         wanted = min(bits, HEAD_BITS) if path == "embed_tokens" else bits

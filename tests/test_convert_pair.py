@@ -15,8 +15,12 @@ from mlx_gemma_mtp import hub, weights
 
 @pytest.fixture
 def sources(tmp_path):
-    """A target and, beside it, a drafter of its hidden size."""
-    target, drafter = make_moe(tmp_path / "hf"), make_drafter(tmp_path / "hf-assistant")
+    return pair(tmp_path)
+
+
+def pair(tmp_path, ordered: bool = True):
+    """A target and, beside it, a drafter of its hidden size, with centroids or with a dense head."""
+    target, drafter = make_moe(tmp_path / "hf"), make_drafter(tmp_path / "hf-assistant", ordered)
     text = DRAFTER | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
     drafter.config |= {"backbone_hidden_size": 64, "text_config": text}
     mx.random.seed(1)
@@ -38,19 +42,21 @@ def test_a_pair_loads_and_drafts(sources, tmp_path, capsys):
     assert all(0 <= token < V for token in tokens) and np.isfinite(carried).all()
 
 
+@pytest.mark.parametrize("ordered", [False, True], ids=["dense", "centroids"])
 @pytest.mark.parametrize(
     "flags", [("-q",), ("-q", "--q-mode", "mxfp4"), ("-q", "--q-bits", "3", "--q-group-size", "32")]
 )
-def test_a_quantised_pair_has_a_drafter_of_8_bits_with_a_4_bit_head(sources, tmp_path, flags):
-    assert run(sources[0], tmp_path / "out", "--pair", *flags) == 0
+def test_a_quantised_pair_has_a_drafter_of_8_bits(tmp_path, flags, ordered):
+    """With a dense head of 4 bits, or a centroid head in float, of which a draft reads little."""
+    assert run(pair(tmp_path, ordered)[0], tmp_path / "out", "--pair", *flags) == 0
     table = json.loads((tmp_path / "out-assistant" / "config.json").read_text())["quantization"]
-    assert table == {
-        "bits": 8, "group_size": 64, "mode": "affine", "masked_embedding.centroids": False,
-        "model.embed_tokens": {"bits": 4, "group_size": 64},
-    }  # fmt: skip
+    head = {"model.embed_tokens": False, "masked_embedding.centroids": False}
+    head = head if ordered else {"model.embed_tokens": {"bits": 4, "group_size": 64}}
+    assert table == {"bits": 8, "group_size": 64, "mode": "affine"} | head
     held = mx.load(str(tmp_path / "out-assistant" / "model.safetensors"))
     assert held["model.norm.weight"].dtype == mx.bfloat16
-    assert held["model.embed_tokens.weight"].shape == (V, 8) and held["pre_projection.weight"].shape == (64, 32)
+    assert held["model.embed_tokens.weight"].shape == (V, 64 if ordered else 8)
+    assert held["pre_projection.weight"].shape == (64, 32)
     target = weights.load_target(tmp_path / "out", mx.float32)
     drafter = weights.load_drafter(tmp_path / "out-assistant", target.config, mx.float32)
     _, _, carried = reference.draft_steps(target, drafter, [2, 5, 7, 11], 3)

@@ -169,17 +169,13 @@ def test_mlx_lm_opens_what_we_write(written, kind, form):
 
 
 @pytest.mark.parametrize(("kind", "form"), cells(OURS, "4 bit", "bf16"))
-def test_mlx_vlm_opens_what_we_write(written, source, kind, form):
-    """Plain, and with the drafter; a centroid drafter with a quantised head crashes there, its original drafts."""
+def test_mlx_vlm_opens_what_we_write(written, kind, form):
+    """Plain, and with the drafter, whose centroid head `--pair` leaves in float: mlx-vlm 0.7.10 gathers rows of a
+    packed table as if they were floats.
+    """
     ours = written(kind, form)
     assert mlx_vlm_tokens(ours.folder) == ours.tokens
-    if kind in CENTROIDS and form != "bf16":
-        # mlx-vlm's MaskedEmbedder gathers rows of the packed weight as if they were floats (0.7.10)
-        with pytest.raises(ValueError, match="reshape"):
-            mlx_vlm_tokens(ours.folder, ours.drafter)
-        assert mlx_vlm_tokens(ours.folder, Path(f"{source(kind)}-assistant")) == ours.tokens
-    else:
-        assert mlx_vlm_tokens(ours.folder, ours.drafter) == ours.tokens
+    assert mlx_vlm_tokens(ours.folder, ours.drafter) == ours.tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
