@@ -14,12 +14,12 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .engine import Chunk, Engine, Result, load
-    from .sampling import SamplingParams
+    from .params import SamplingParams
     from .stats import Stats
 
 __all__ = ["Chunk", "Engine", "Result", "SamplingParams", "Stats", "UserError", "__version__", "load"]
 
-_HOMES = {"SamplingParams": "sampling", "Stats": "stats"}
+_HOMES = {"SamplingParams": "params", "Stats": "stats"}
 
 
 def __getattr__(name: str) -> Any:

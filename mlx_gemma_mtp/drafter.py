@@ -16,6 +16,7 @@ from .config import DrafterConfig
 from .gemma4 import Block, Ropes
 from .layers import RMSNorm
 from .linear import Embedding, Linear
+from .penalties import Said
 from .sampling import Rules, sample
 
 
@@ -91,12 +92,14 @@ def draft(
     rules: Rules,
     steps: int,
     query_offset: int = 0,
+    said: Said | None = None,
 ) -> mx.array:
     """Drafts `steps` tokens for every row; one batched call a step. Reads the cache, writes nothing.
 
     embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, backbone]
     the target's hidden state that predicted it. The query position is the same for all steps: the newest token's index
-    plus query_offset (0 as in transformers, -1 as in vLLM). Returns int32 [B, steps].
+    plus query_offset (0 as in transformers, -1 as in vLLM). said: the tokens up to the newest, where the rules have
+    penalties. Returns int32 [B, steps].
     """
     span = Span(cache, rows, 0, query_offset)
     rotations = drafter.ropes.at(span.positions)
@@ -105,7 +108,8 @@ def draft(
         y, hidden = drafter(embed(token), hidden, span, rotations)
         logits, ids = drafter.scores(y)
         ids = None if ids is None else ids[:, None]
-        token = sample(logits[:, None], rules, newest + (i + 1), ids=ids)[:, 0]
+        token = sample(logits[:, None], rules, newest + (i + 1), ids=ids, said=said)[:, 0]
+        said = said and said.followed_by(token)
         mx.async_eval(token, hidden)  # this step runs while Python builds the next
         drafts.append(token)
     return mx.stack(drafts, axis=1)

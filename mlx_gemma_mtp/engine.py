@@ -15,7 +15,7 @@ from .errors import UserError
 from .gemma4 import Gemma4
 from .kernels import metal_available
 from .layers import compile_islands
-from .sampling import SamplingParams
+from .params import SamplingParams
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .weights import Progress
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 256
 NUM_DRAFT_TOKENS = 4
+DRAFT_TEMPERATURE = 1.0  # the drafter's, as a multiple of the request's
 MAX_ROWS = 8  # prompts in one batch; the others wait for the next
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
 
@@ -45,9 +46,11 @@ class Engine:
         num_draft_tokens: int = NUM_DRAFT_TOKENS,
         prefill_chunk: int = PREFILL_CHUNK,
         draft_position: int = 0,
+        draft_temperature: float = DRAFT_TEMPERATURE,
     ):
         self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
         self.num_draft_tokens, self.prefill_chunk, self.draft_position = num_draft_tokens, prefill_chunk, draft_position
+        self.draft_temperature = draft_temperature
         self._no_drafter_reason = no_drafter_reason
         self._end_tokens = frozenset(defaults.eos_token_ids or target.config.eos_token_ids)
         self._target_bytes = memory.step_bytes(target)
@@ -125,6 +128,10 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, expected fewer than the context of {context}; shorten it"
             )
         params = params.resolved(self.defaults)
+        vocabulary = self.target.config.vocab_size
+        for token in params.logit_bias:
+            if token >= vocabulary:
+                raise UserError(f"logit_bias has token id {token}, expected 0 to {vocabulary - 1}")
         reason = self._no_drafter_reason if self.drafter is None else None if drafts else "the draft length is 0"
         stats = Stats(
             len(prompt),
@@ -147,7 +154,14 @@ class Engine:
                 some = requests[start : start + MAX_ROWS]
                 suppress = self.defaults.suppress_token_ids
                 batch = Batch(
-                    self.target, self.drafter, some, drafts, self.prefill_chunk, suppress, self.draft_position
+                    self.target,
+                    self.drafter,
+                    some,
+                    drafts,
+                    self.prefill_chunk,
+                    suppress,
+                    self.draft_position,
+                    self.draft_temperature,
                 )
                 yield from batch.run(cancel, progress)
 
@@ -162,6 +176,7 @@ def load(
     draft_bits: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
+    draft_temperature: float = DRAFT_TEMPERATURE,
     notice: Callable[[str], None] = lambda message: None,
     progress: Progress = weights.no_progress,
 ) -> Engine:
@@ -171,10 +186,12 @@ def load(
     the target's drafter, 'none' for plain decoding. dtype: 'float32', 'bfloat16' or 'float16' for what is not
     quantised; None keeps the folder's, except on a CPU, which gets float32 (MLX's CPU has no bf16 experts).
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
-    dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. draft_position: see
-    Speculation. notice: told in a sentence what the user should know; progress: parts read and in all, of each model.
-    Raises UserError for whatever cannot be loaded.
+    dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. draft_position,
+    draft_temperature: see Speculation. notice: told in a sentence what the user should know; progress: parts read and
+    in all, of each model. Raises UserError for whatever cannot be loaded.
     """
+    if not 0 < draft_temperature < float("inf"):
+        raise UserError(f"draft_temperature is {draft_temperature}, expected a number above 0; 1 is the request's own")
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
     if dtype is not None and dtype not in weights.DTYPES:
@@ -208,6 +225,7 @@ def load(
         num_draft_tokens=num_draft_tokens,
         prefill_chunk=prefill_chunk,
         draft_position=draft_position,
+        draft_temperature=draft_temperature,
     )
 
 

@@ -11,16 +11,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from . import __version__, blas
 from .errors import UserError
+from .params import SamplingParams
 
 if TYPE_CHECKING:
     from .engine import Engine, Result
-    from .sampling import SamplingParams
 
 BUNDLED = (
     "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
@@ -53,7 +54,19 @@ def parser() -> argparse.ArgumentParser:
         "--temp", type=float, help="temperature; 0 is greedy (default: as the model's generation_config.json says)"
     )
     p.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability; 1 is off")
-    p.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; 0 is off")
+    p.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; -1 is off")
+    p.add_argument(
+        "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest's probability"
+    )
+    p.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="divides the logits of what was said; 1 is off"
+    )
+    p.add_argument("--presence-penalty", type=float, default=0.0, help="taken from the logits of what was said")
+    p.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, for each time that it was said")
+    p.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
+    )
+    p.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens at each place")
     p.add_argument("--seed", type=int, help="same seed, same text, for every draft length (default: a fresh one)")
     p.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
     p.add_argument(
@@ -61,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
+    )
+    p.add_argument(
+        "--draft-temperature", type=float, default=1.0, metavar="T", help="the drafter's, times --temp (default: 1)"
     )
     p.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
     p.add_argument("--image", "--audio", dest="media", action="append", help=argparse.SUPPRESS)
@@ -92,13 +108,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.media[0]!r}: image and audio input are not supported; this package takes text alone")
     prompts = read_prompts(args)
     blas.preload()
-    from .sampling import SamplingParams  # after the BLAS: this imports MLX
-
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temp,
         top_p=args.top_p,
         top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        logit_bias=dict(map(read_bias, args.logit_bias)),
+        logprobs=args.logprobs,
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
@@ -138,6 +158,15 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def read_bias(text: str) -> tuple[int, float]:
+    """'ID=BIAS' of --logit-bias."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise UserError(f"--logit-bias is {text!r}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
+
+
 def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
@@ -158,6 +187,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
         revision=args.revision,
         num_draft_tokens=args.num_draft_tokens,
         draft_bits=args.draft_bits,
+        draft_temperature=args.draft_temperature,
         notice=lambda message: print(f"note: {message}", file=sys.stderr),
         progress=Bar("loading"),
     )
@@ -204,6 +234,8 @@ def print_json(prompts: list[str], results: list[Result]) -> None:
             "finish_reason": result.finish_reason,
             "stats": result.stats.as_dict(),
         }
+        if result.logprobs is not None:
+            record["logprobs"] = [asdict(each) for each in result.logprobs]
         print(json.dumps(record, ensure_ascii=False), flush=True)
 
 

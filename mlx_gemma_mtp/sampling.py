@@ -7,102 +7,79 @@ agree often; the emitted token never depends on a draft, so that one seed gives 
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from .config import GenerationDefaults
-from .errors import UserError
-
-MAX_SEED = 2**64 - 1
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """What one request asks for. None means: as the model folder's generation_config.json says.
-
-    temperature 0 is greedy; top_k 0 and top_p 1 switch the filter off; a seed of None draws a fresh one.
-    stop: strings that end the text, left out of it. ignore_eos: generate max_tokens whatever comes.
-    """
-
-    max_tokens: int = 512
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        if self.temperature is not None:
-            _check("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or more")
-        if self.top_p is not None:
-            _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1 (off)")
-        if self.top_k is not None:
-            _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
-        if self.seed is not None:
-            _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
-        if isinstance(self.stop, str) or any(not s for s in self.stop):
-            raise UserError(f"stop is {self.stop!r}, expected a list of non-empty strings")
-
-    def resolved(self, defaults: GenerationDefaults) -> SamplingParams:
-        """Every None replaced."""
-        return replace(
-            self,
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-            top_k=defaults.top_k if self.top_k is None else self.top_k,
-            seed=secrets.randbits(63) if self.seed is None else self.seed,
-        )
-
-
-def _check(name: str, value: float, good: bool, expected: str) -> None:
-    if not good:
-        raise UserError(f"{name} is {value}, expected {expected}")
+from .params import SamplingParams
+from .penalties import Penalties, Said
 
 
 @dataclass(frozen=True)
 class Rules:
     """The resolved settings of all rows of a batch, as arrays.
 
-    temperature, top_k, top_p: [B, 1, 1]; keys: uint32 [B, 2]; greedy: bool [B, 1]; bias: [V] with -inf at suppressed
-    tokens, or None. candidates: how many of the best tokens any row may need (0: none is filtered, -1: all, sorted).
+    temperature, top_k, top_p, min_p: [B, 1, 1]; keys: uint32 [B, 2]; greedy: bool [B, 1]; suppressed: [V] with -inf at
+    tokens that no row may say; bias: [B, 1, V]; penalties, bias, suppressed: None where there are none; reordered: bool
+    [B, 1], rows whose order of logits they change, None where there is no such row. candidates: how many of the best
+    tokens any row may need (0: none is filtered, -1: all, sorted). logprobs: how many likeliest tokens to report, None
+    where no row wants a report.
     """
 
     temperature: mx.array
     top_k: mx.array
     top_p: mx.array
+    min_p: mx.array
     keys: mx.array
     greedy: mx.array
+    suppressed: mx.array | None
     bias: mx.array | None
+    penalties: Penalties | None
+    reordered: mx.array | None
     all_greedy: bool
     candidates: int
+    logprobs: int | None
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab: int, suppress: Sequence[int] = ()) -> Rules:
-        """params: resolved, one a row."""
+        """params: resolved, one a row; suppress: tokens that no row may say."""
         sampled = [p for p in params if p.temperature]
-        filtered = [p for p in sampled if p.top_k or p.top_p < 1]
-        unbounded = any(not p.top_k or p.top_k >= vocab for p in sampled)
+        filtered = [p for p in sampled if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+        unbounded = any(not 0 < p.top_k < vocab for p in sampled)
         widest = max((p.top_k for p in sampled), default=0)
-        bias = None
-        if suppress:
-            bias = mx.zeros((vocab,))
-            bias[mx.array(list(suppress))] = -mx.inf
+        reordered = [p.penalised or bool(p.logit_bias) for p in params]
         column = lambda values, dtype: mx.array(values, dtype)[:, None, None]  # noqa: E731
         return cls(
             temperature=column([p.temperature or 1.0 for p in params], mx.float32),
-            top_k=column([p.top_k or vocab for p in params], mx.int32),
+            top_k=column([p.top_k if p.top_k > 0 else vocab for p in params], mx.int32),
             top_p=column([p.top_p for p in params], mx.float32),
+            min_p=column([p.min_p for p in params], mx.float32),
             keys=mx.array([_key(p.seed) for p in params], mx.uint32),
             greedy=mx.array([not p.temperature for p in params])[:, None],
-            bias=bias,
+            suppressed=_vector(dict.fromkeys(suppress, -mx.inf), vocab) if suppress else None,
+            bias=_stacked([p.logit_bias for p in params], vocab),
+            penalties=Penalties.of(params),
+            reordered=mx.array(reordered)[:, None] if any(reordered) else None,
             all_greedy=not sampled,
             candidates=0 if not filtered else -1 if unbounded else widest,
+            logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
         )
+
+    def drafting(self, temperature: float) -> Rules:
+        """The same for the drafter, whose temperature is `temperature` times the target's."""
+        return self if temperature == 1 else replace(self, temperature=self.temperature * temperature)
+
+
+def _vector(biases: Mapping[int, float], vocab: int) -> mx.array:
+    vector = mx.zeros((vocab,))
+    if biases:
+        vector[mx.array(list(biases))] = mx.array(list(biases.values()), mx.float32)
+    return vector
+
+
+def _stacked(biases: Sequence[Mapping[int, float]], vocab: int) -> mx.array | None:
+    return mx.stack([_vector(each, vocab) for each in biases])[:, None] if any(biases) else None
 
 
 def soft_cap(logits: mx.array, cap: float | None) -> mx.array:
@@ -111,18 +88,37 @@ def soft_cap(logits: mx.array, cap: float | None) -> mx.array:
 
 
 def sample(
-    logits: mx.array, rules: Rules, positions: mx.array, cap: float | None = None, ids: mx.array | None = None
+    logits: mx.array,
+    rules: Rules,
+    positions: mx.array,
+    cap: float | None = None,
+    ids: mx.array | None = None,
+    said: Said | None = None,
+    mask: mx.array | None = None,
 ) -> mx.array:
-    """Greedy or coupled sampling after soft-cap, temperature, top-k and top-p (in transformers' order).
+    """Greedy or coupled sampling after soft-cap, penalties, bias, temperature, top-k, top-p and min-p (transformers'
+    order).
 
-    logits: float32 [B, T, C], not capped (greedy needs no cap: it keeps the order); positions: [B, T], absolute, of the
-    tokens to be drawn; ids: [B, T, C] token ids of the columns, None where column i is token i. Returns int32 [B, T].
+    logits: float32 [B, T, C], not capped (greedy alone needs no cap: it keeps the order); positions: [B, T], absolute,
+    of the tokens to be drawn; ids: [B, T, C] token ids of the columns, None where column i is token i; said: the tokens
+    before each position, where the rules have penalties; mask: [B, T, V], -inf at tokens that a grammar forbids.
+    Returns int32 [B, T].
     """
-    bias = 0.0 if rules.bias is None else rules.bias if ids is None else rules.bias[ids]
-    best = mx.argmax(logits if rules.bias is None else logits + bias, axis=-1)
+    forbidden = [_columns(bias, ids) for bias in (rules.suppressed, mask) if bias is not None]
+    best = mx.argmax(sum(forbidden, logits), axis=-1)
+    if rules.all_greedy and rules.reordered is None:
+        return _named(best, ids)
+    logits = soft_cap(logits, cap)
+    if rules.penalties is not None:
+        logits = rules.penalties.apply(logits, said.among(ids))
+    if rules.bias is not None:
+        logits = logits + _columns(rules.bias, ids)
+    logits = sum(forbidden, logits)
+    if rules.reordered is not None:
+        best = mx.where(rules.reordered, mx.argmax(logits, axis=-1), best)
     if rules.all_greedy:
         return _named(best, ids)
-    scaled, tokens = (soft_cap(logits, cap) + bias) / rules.temperature, ids
+    scaled, tokens = logits / rules.temperature, ids
     if rules.candidates:
         scaled, columns = _filtered(scaled, rules)
         tokens = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
@@ -133,6 +129,26 @@ def sample(
     return mx.where(rules.greedy, _named(best, ids), drawn.astype(mx.int32))
 
 
+def logprobs(logits: mx.array, tokens: mx.array, cap: float | None, top: int) -> tuple[mx.array, mx.array, mx.array]:
+    """The model's own log-probabilities, before temperature, filters and penalties.
+
+    logits: float32 [B, T, V], not capped; tokens: [B, T]. Returns that of each token, [B, T], and the `top` likeliest
+    token ids and their log-probabilities, best first, [B, T, top] each; equals are ordered by id.
+    """
+    values = soft_cap(logits, cap)
+    values = values - mx.logsumexp(values, axis=-1, keepdims=True)
+    own = mx.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
+    best = _best(values, top) if top else mx.zeros((*tokens.shape, 0), mx.uint32)
+    return own, best, mx.take_along_axis(values, best, axis=-1)
+
+
+def _columns(bias: mx.array, ids: mx.array | None) -> mx.array:
+    """bias: [V] or [B, T, V], at the columns' tokens."""
+    if ids is None:
+        return bias
+    return bias[ids] if bias.ndim == 1 else mx.take_along_axis(bias, ids, axis=-1)
+
+
 def _named(columns: mx.array, ids: mx.array | None) -> mx.array:
     if ids is not None:
         columns = mx.take_along_axis(ids, columns[..., None], axis=-1)[..., 0]
@@ -140,21 +156,23 @@ def _named(columns: mx.array, ids: mx.array | None) -> mx.array:
 
 
 def _filtered(scaled: mx.array, rules: Rules) -> tuple[mx.array, mx.array]:
-    """The best candidates, best first, -inf where top-k or top-p leaves them out, and their columns: [B, T, k] each."""
-    count = scaled.shape[-1]
-    if 0 < rules.candidates < count:
-        columns = mx.argpartition(scaled, kth=-rules.candidates, axis=-1)[..., -rules.candidates :]
-        columns = mx.sort(columns, axis=-1)  # ties go to the lower id
-        scaled = mx.take_along_axis(scaled, columns, axis=-1)
-        order = mx.argsort(-scaled, axis=-1)
-        columns = mx.take_along_axis(columns, order, axis=-1)
-    else:
-        columns = order = mx.argsort(-scaled, axis=-1)
-    scaled = mx.take_along_axis(scaled, order, axis=-1)
+    """The best candidates, best first, -inf where a filter leaves them out, and their columns: [B, T, k] each."""
+    columns = _best(scaled, rules.candidates)
+    scaled = mx.take_along_axis(scaled, columns, axis=-1)
     scaled = mx.where(mx.arange(scaled.shape[-1]) < rules.top_k, scaled, -mx.inf)
     p = mx.softmax(scaled, axis=-1, precise=True)
-    before = mx.cumsum(p, axis=-1, inclusive=False)
-    return mx.where(before < rules.top_p, scaled, -mx.inf), columns
+    kept = mx.cumsum(p, axis=-1, inclusive=False) < rules.top_p
+    kept &= p >= rules.min_p * p[..., :1]  # a share of the likeliest: the same before and after top-p
+    return mx.where(kept, scaled, -mx.inf), columns
+
+
+def _best(values: mx.array, count: int) -> mx.array:
+    """The columns of the `count` largest (-1: all), best first, equals by column: [..., count]."""
+    if not 0 < count < values.shape[-1]:
+        return mx.argsort(-values, axis=-1)
+    columns = mx.sort(mx.argpartition(values, kth=-count, axis=-1)[..., -count:], axis=-1)
+    order = mx.argsort(-mx.take_along_axis(values, columns, axis=-1), axis=-1)
+    return mx.take_along_axis(columns, order, axis=-1)
 
 
 def gumbel(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:

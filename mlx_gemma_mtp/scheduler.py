@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -13,8 +13,10 @@ import mlx.core as mx
 from .cache import Cache
 from .drafter import Drafter
 from .gemma4 import Gemma4
-from .sampling import Rules, SamplingParams
-from .speculative import Round, Speculation, compact, prefill
+from .params import SamplingParams
+from .penalties import Said
+from .sampling import Rules
+from .speculative import Round, Speculation, TokenLogprob, compact, prefill
 from .stats import Stats
 from .weights import Progress
 
@@ -27,23 +29,25 @@ class Result:
     """One prompt's answer. tokens: generated ids without the token that ended it (a stop string's tokens are kept).
 
     finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full) or 'cancelled'.
-    stats: complete when the whole batch is.
+    stats: complete when the whole batch is. logprobs: one for each token, where the request asked for them.
     """
 
     text: str
     tokens: list[int]
     finish_reason: str
     stats: Stats
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of one prompt's answer. index: which prompt; result: set in its last chunk."""
+    """A piece of one prompt's answer. index: which prompt; result: set in its last chunk; logprobs: as in Result."""
 
     index: int
     text: str
     tokens: list[int]
     result: Result | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass
@@ -59,13 +63,16 @@ class Request:
     stats: Stats
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
 
     @property
     def remaining(self) -> int:
         return self.limit - len(self.tokens)
 
-    def take(self, emitted: Sequence[int], drafted: int | None) -> Chunk:
+    def take(
+        self, emitted: Sequence[int], drafted: int | None, logprobs: Sequence[TokenLogprob] | None = None
+    ) -> Chunk:
         """Adds the tokens of a round, up to the one that ends the request; drafts past it do not count as accepted.
 
         drafted: how many drafts the round verified; None: the tokens come from the prefill.
@@ -85,21 +92,25 @@ class Request:
                 break
         if drafted is not None:
             self.stats.count_round(drafted, used - 1)
-        return self._chunk(pieces, self.tokens[before:])
+        if self.params.logprobs is not None:
+            kept = logprobs[: len(self.tokens) - before]
+            self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
+        return self._chunk(pieces, before)
 
     def cancel(self) -> Chunk:
         """Ends the request with what it has."""
         self.finish_reason = "cancelled"
-        return self._chunk([], [])
+        return self._chunk([], len(self.tokens))
 
-    def _chunk(self, pieces: list[str], tokens: list[int]) -> Chunk:
-        result = None
+    def _chunk(self, pieces: list[str], start: int) -> Chunk:
+        """What was added since token `start`."""
+        result, logprobs = None, None if self.params.logprobs is None else self.logprobs
         if self.finish_reason:
             pieces.append(self.stream.finish())
         self.pieces += pieces
         if self.finish_reason:
-            result = Result("".join(self.pieces), self.tokens, self.finish_reason, self.stats)
-        return Chunk(self.index, "".join(pieces), tokens, result)
+            result = Result("".join(self.pieces), self.tokens, self.finish_reason, self.stats, logprobs)
+        return Chunk(self.index, "".join(pieces), self.tokens[start:], result, logprobs and logprobs[start:])
 
 
 class Cancelled(Exception):
@@ -118,11 +129,12 @@ class Batch:
         prefill_chunk: int,
         suppress: Sequence[int] = (),
         draft_position: int = 0,
+        draft_temperature: float = 1.0,
     ):
         self.target, self.drafter, self.suppress = target, drafter, suppress
         self.requests, self.live = list(requests), list(requests)
         self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
-        self.draft_position = draft_position
+        self.draft_position, self.draft_temperature = draft_position, draft_temperature
         self.longest = max(len(request.prompt) for request in requests)
         block = max(self.num_draft_tokens + 1, min(prefill_chunk, self.longest))
         self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, target.dtype)
@@ -158,16 +170,20 @@ class Batch:
         for request in self.requests:
             request.stats.prompt_tps = len(request.prompt) / (self.prefilled - self.began)
         rules = self._rules()
-        return Speculation(self.target, self.drafter, self.cache, rules, hidden, self.draft_position)
+        said = Said.of(prompts, self.target.config.vocab_size) if rules.penalties else None
+        return Speculation(
+            self.target, self.drafter, self.cache, rules, hidden, self.draft_position, self.draft_temperature, said
+        )
 
     def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:
         """Hands a round's tokens to their requests; those that finish leave the batch."""
         now = time.perf_counter()
         chunks = []
-        for request, tokens in zip(self.live, emitted.tokens, strict=True):
+        reports = emitted.logprobs or [None] * len(self.live)
+        for request, tokens, report in zip(self.live, emitted.tokens, reports, strict=True):
             if not request.tokens:
                 request.stats.ttft_s = now - self.began
-            chunk = request.take(tokens, emitted.drafted)
+            chunk = request.take(tokens, emitted.drafted, report)
             chunks.append(chunk)
             if cancelled and chunk.result is None:
                 chunks.append(request.cancel())

@@ -15,18 +15,30 @@ import mlx.core as mx
 from .cache import Cache
 from .drafter import Drafter, draft
 from .gemma4 import Gemma4
-from .sampling import Rules, accept, sample
+from .penalties import Said
+from .sampling import Rules, accept, logprobs, sample
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The model's own log-probability of an emitted token, and the likeliest tokens at its place, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Round:
     """What one round gave: the tokens emitted by each row, and how many drafts a row were verified.
 
-    The prefill's tokens come as a round that verified nothing: drafted is None.
+    The prefill's tokens come as a round that verified nothing: drafted is None. logprobs: one for each token, where the
+    rules ask for them.
     """
 
     tokens: list[list[int]]
     drafted: int | None
+    logprobs: list[list[TokenLogprob]] | None = None
 
 
 @dataclass
@@ -82,6 +94,7 @@ class Speculation:
 
     hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly.
     draft_position: the drafter's query position, relative to the newest token's index (0: transformers; -1: vLLM).
+    draft_temperature: the drafter's, as a multiple of the target's. said: the prompts, where the rules have penalties.
     """
 
     def __init__(
@@ -92,10 +105,12 @@ class Speculation:
         rules: Rules,
         hidden: mx.array,
         draft_position: int = 0,
+        draft_temperature: float = 1.0,
+        said: Said | None = None,
     ):
         self.target, self.drafter, self.cache, self.rules = target, drafter, cache, rules
-        self.draft_position = draft_position
-        self.hidden = hidden
+        self.draft_position, self.draft_temperature = draft_position, draft_temperature
+        self.hidden, self.said = hidden, said
         self.rows = slice(0, hidden.shape[0])
         self.host_syncs = 0
         self._verify: _Verify | None = None
@@ -106,8 +121,9 @@ class Speculation:
         """Draws every row's first token and drafts `num_draft` more. longest: the longest row's committed tokens."""
         self._longest = longest
         positions = self.cache.lengths[self.rows][:, None]
-        tokens = self._sample(self.hidden[:, None], positions)
+        tokens = self._sample(self.hidden[:, None], positions, self.said)
         self._next = tokens[:, 0]
+        self.said = self.said and self.said.followed_by(self._next)
         self._draft(num_draft)
         return self._read(tokens, None, None)
 
@@ -126,8 +142,9 @@ class Speculation:
         """One round: verifies the drafts there are; num_draft: how many to draft for the next."""
         self.launch()
         verify, self._launched = self._verify, False
-        targets = self._sample(verify.hidden, verify.positions + 1)
+        targets = self._sample(verify.hidden, verify.positions + 1, self.said and self.said.at_each(verify.drafts))
         n, self._next = accept(verify.drafts, targets)
+        self.said = self.said and self.said.after(targets, n + 1)
         self.cache.commit(self.rows, n + 1)
         self.hidden = mx.take_along_axis(verify.hidden, n[:, None, None], axis=1)[:, 0]
         width = verify.drafts.shape[1]
@@ -146,11 +163,15 @@ class Speculation:
                 self.cache.move(row, place)
         index = mx.array(list(rows))
         self.hidden, self._next, self._drafts = self.hidden[index], self._next[index], self._drafts[index]
+        self.said = self.said and self.said.of_rows(index) if rules.penalties else None
         self.rows, self.rules = slice(0, len(rows)), rules
 
-    def _sample(self, hidden: mx.array, positions: mx.array) -> mx.array:
+    def _sample(self, hidden: mx.array, positions: mx.array, said: Said | None) -> mx.array:
         """The target's own tokens at these positions, [B, T], from the hidden states that predict them."""
-        return sample(self.target.logits(hidden), self.rules, positions, self.target.config.softcap)
+        logits, cap = self.target.logits(hidden), self.target.config.softcap
+        tokens = sample(logits, self.rules, positions, cap, said=said)
+        self._report = () if self.rules.logprobs is None else logprobs(logits, tokens, cap, self.rules.logprobs)
+        return tokens
 
     def _draft(self, count: int) -> None:
         if self.drafter is None or count < 1:
@@ -163,9 +184,10 @@ class Speculation:
             self.rows,
             self._next,
             self.hidden,
-            self.rules,
+            self.rules.drafting(self.draft_temperature),
             count,
             self.draft_position,
+            self.said,
         )
 
     def _build(self) -> _Verify:
@@ -177,14 +199,28 @@ class Speculation:
 
     def _read(self, tokens: mx.array, n: mx.array | None, drafted: int | None) -> Round:
         """Queues everything, builds the next verify meanwhile, and reads back once."""
-        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, self._drafts)
+        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, self._drafts, *self._report)
         self._verify = self._build()
-        rows, kept = self._readback(tokens, n, self._drafts)
-        return Round([row[: k + 1] for row, k in zip(rows, kept, strict=True)], drafted)
+        rows, kept, report = self._readback(tokens, n, self._drafts)
+        emitted = [row[: k + 1] for row, k in zip(rows, kept, strict=True)]
+        return Round(emitted, drafted, _named(emitted, *report) if report else None)
 
-    def _readback(self, tokens: mx.array, n: mx.array | None, drafts: mx.array) -> tuple[list[list[int]], list[int]]:
+    def _readback(
+        self, tokens: mx.array, n: mx.array | None, drafts: mx.array
+    ) -> tuple[list[list[int]], list[int], list[list]]:
         """The round's one host synchronisation."""
         self.host_syncs += 1
-        mx.eval(tokens, drafts, self.hidden)
+        mx.eval(tokens, drafts, self.hidden, *self._report)
         kept = [0] * tokens.shape[0] if n is None else n.tolist()
-        return tokens.tolist(), kept
+        return tokens.tolist(), kept, [part.tolist() for part in self._report]
+
+
+def _named(emitted: list[list[int]], own: list, best: list, values: list) -> list[list[TokenLogprob]]:
+    """The report of the tokens that were emitted; those of refused drafts are dropped."""
+    return [
+        [
+            TokenLogprob(token, own[row][i], list(zip(best[row][i], values[row][i], strict=True)))
+            for i, token in enumerate(tokens)
+        ]
+        for row, tokens in enumerate(emitted)
+    ]

@@ -42,6 +42,44 @@ def test_one_seed_one_text(engine):
     assert engine.generate(PROMPTS[0], other).tokens != texts[0]
 
 
+def test_settings_of_each_row_are_its_own(engine):
+    """Penalties, biases, min-p, logprobs and none of these in one batch: each row as alone, with and without drafts."""
+    common = {"max_tokens": 30, "ignore_eos": True}
+    every = [
+        SamplingParams(**common, temperature=0.0),
+        SamplingParams(**common, temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.5),
+        SamplingParams(**common, temperature=1.0, min_p=0.1, presence_penalty=1.0, seed=3),
+        SamplingParams(**common, temperature=0.7, logit_bias={300: 5.0, 12: -mx.inf}, logprobs=2, seed=4),
+        SamplingParams(max_tokens=7, temperature=1.0, repetition_penalty=1.5, seed=5),  # it leaves first
+    ]
+    together = engine.generate(PROMPTS[:5], every)
+    plain = engine.generate(PROMPTS[:5], every, num_draft_tokens=0)
+    assert [r.tokens for r in together] == [r.tokens for r in plain]
+    for prompt, params, result in zip(PROMPTS, every, together, strict=False):
+        assert engine.generate(prompt, params).tokens == result.tokens
+    assert together[0].tokens != together[1].tokens
+    assert [r.logprobs is None for r in together] == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_are_those_of_plain_decoding(engine, temperature):
+    params = SamplingParams(max_tokens=40, temperature=temperature, logprobs=5, seed=9, ignore_eos=True)
+    plain, drafted = (engine.generate(PROMPTS[:3], params, num_draft_tokens=k) for k in (0, 4))
+    for ours, theirs in zip(drafted, plain, strict=True):
+        assert [each.token for each in ours.logprobs] == ours.tokens == theirs.tokens
+        for a, b in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and len(a.top) == 5
+            assert [v for _, v in a.top] == pytest.approx([v for _, v in b.top], abs=1e-4)
+            assert (a.token, a.logprob) == a.top[0] or temperature
+    pieces = [chunk.logprobs for chunk in engine.stream(PROMPTS[0], params)]
+    assert [each.token for piece in pieces for each in piece] == drafted[0].tokens
+
+
+def test_a_bias_outside_the_vocabulary_is_named(engine):
+    with pytest.raises(UserError, match="logit_bias has token id 4096, expected 0 to 4095"):
+        engine.generate(PROMPTS[0], SamplingParams(logit_bias={4096: 1.0}))
+
+
 def test_figures_add_up(engine):
     result = engine.generate(PROMPTS[0], GREEDY)
     s = result.stats

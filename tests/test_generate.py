@@ -61,6 +61,13 @@ def test_json_is_one_object_a_prompt(capsys):
     assert [json.loads(line)["tokens"] for line in plain.splitlines()] == [r["tokens"] for r in records]
 
 
+def test_json_carries_logprobs(capsys):
+    argv = ["--prompt", PROMPTS[0], "--temp", "0", "--max-tokens", "5", "--ignore-eos", "--json", "--logprobs", "2"]
+    record = json.loads(run(capsys, *argv, "--logit-bias", "300=-inf", "--repetition-penalty", "1.1")[1])
+    assert [each["token"] for each in record["logprobs"]] == record["tokens"]
+    assert all(len(each["top"]) == 2 and each["logprob"] <= each["top"][0][1] <= 0 for each in record["logprobs"])
+
+
 def test_standard_input_is_a_prompt(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("été 😀".encode())))
     code, out, _ = run(capsys, "--prompt", "-", "--max-tokens", 2, "--json")
@@ -108,6 +115,15 @@ def broken_model(folder: Path, **changes) -> Path:
         (["--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
         (["--prompt", "x", "--temp", "-1"], "temperature is -1"),
         (["--prompt", "x", "--top-p", "0"], "top_p is 0"),
+        (["--prompt", "x", "--top-k", "0"], "top_k is 0, expected 1 or more, or -1 (off)"),
+        (["--prompt", "x", "--seed", "-1"], "seed is -1"),
+        (["--prompt", "x", "--seed", str(2**64)], f"seed is {2**64}"),
+        (["--prompt", "x", "--min-p", "2"], "min_p is 2.0"),
+        (["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+        (["--prompt", "x", "--logit-bias", "the=3"], "--logit-bias is 'the=3', expected ID=BIAS"),
+        (["--prompt", "x", "--logit-bias", "4096=3"], "logit_bias has token id 4096"),
+        (["--prompt", "x", "--logprobs", "99"], "logprobs is 99"),
+        (["--prompt", "x", "--draft-temperature", "0"], "draft_temperature is 0.0"),
         (["--prompt", "x", "--num-draft-tokens", "-1"], "num-draft-tokens is -1"),
         (["--prompt", "x", "--model", "nothing-here"], "no model 'nothing-here'"),
         (["--prompt", "x", "--model", __file__], "is a file"),

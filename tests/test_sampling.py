@@ -4,28 +4,29 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.config import GenerationDefaults
-from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.sampling import Rules, SamplingParams, accept, gumbel, sample
+from mlx_gemma_mtp.params import SamplingParams
+from mlx_gemma_mtp.penalties import Said
+from mlx_gemma_mtp.sampling import Rules, accept, gumbel, logprobs, sample
 
 VOCAB = 12
 
 
-def params(temperature=1.0, top_p=1.0, top_k=0, seed=0) -> SamplingParams:
-    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+def params(temperature=1.0, top_p=1.0, top_k=-1, seed=0, **others) -> SamplingParams:
+    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, **others)
 
 
 def distribution(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
-    """The distribution after temperature, top-k and top-p, the slow way."""
+    """The distribution after temperature, top-k, top-p and min-p, the slow way."""
     scaled = logits / p.temperature
     order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
-    kept = order[: p.top_k or len(order)]
+    kept = order[: p.top_k] if p.top_k > 0 else order
     weights = np.exp(scaled - scaled.max())
     total, before, chosen = sum(weights[i] for i in kept), 0.0, []
     for i in kept:
         if before < p.top_p:
             chosen.append(i)
         before += weights[i] / total
+    chosen = [i for i in chosen if weights[i] >= p.min_p * weights[chosen[0]]]
     out = np.zeros(len(scaled))
     out[chosen] = weights[chosen] / weights[chosen].sum()
     return out
@@ -54,12 +55,18 @@ def test_greedy_takes_the_first_of_equals_and_never_a_suppressed_token():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (4, 1.0), (0, 0.7), (5, 0.8), (1, 1.0), (20, 0.5)])
-def test_samples_follow_the_filtered_distribution(temperature, top_k, top_p):
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p",
+    [
+        *((-1, 1.0, 0.0), (4, 1.0, 0.0), (-1, 0.7, 0.0), (5, 0.8, 0.0), (1, 1.0, 0.0), (20, 0.5, 0.0)),
+        *((-1, 1.0, 0.2), (6, 0.9, 0.1)),
+    ],
+)
+def test_samples_follow_the_filtered_distribution(temperature, top_k, top_p, min_p):
     """Chi-square over 40,000 positions, p > 1e-3; every token outside the filter has count 0."""
     count = 40_000
     logits = np.random.default_rng(1).normal(size=VOCAB).astype(np.float32) * 1.5
-    p = params(temperature, top_p, top_k, seed=123)
+    p = params(temperature, top_p, top_k, seed=123, min_p=min_p)
     drawn = sample(mx.broadcast_to(mx.array(logits), (1, count, VOCAB)), Rules.of([p], VOCAB), mx.arange(count)[None])
     want = distribution(logits, p) * count
     seen = np.bincount(np.array(drawn)[0], minlength=VOCAB)
@@ -100,14 +107,19 @@ def test_noise_is_gumbel_and_independent():
 
 
 def test_rows_do_not_depend_on_their_batch():
-    """Settings of other rows (greedy, another top-k, none) change nothing."""
+    """Settings of other rows (greedy, another top-k, penalties, a bias) change nothing."""
     rng = np.random.default_rng(0)
-    logits = mx.array(rng.normal(size=(4, 3, 200)).astype(np.float32))
-    every = [params(0.7, 0.9, 10, 1), params(0.0), params(1.3, 1.0, 40, 2), params(1.0, 0.6, 0, 3)]
-    positions = mx.array([[4, 5, 6]] * 4)
-    together = sample(logits, Rules.of(every, 200), positions)
+    every = [params(0.7, 0.9, 10, 1), params(0.0), params(1.3, 1.0, 40, 2), params(1.0, 0.6, -1, 3)]
+    every += [params(0.0, repetition_penalty=1.5), params(0.9, logit_bias={3: 4.0}, min_p=0.1)]
+    every += [params(0.0, logit_bias={5: 30.0}), params(0.8, presence_penalty=2.0, frequency_penalty=-0.5)]
+    count = len(every)
+    logits = mx.array(rng.normal(size=(count, 3, 200)).astype(np.float32)) * 40  # far into the cap, where it makes ties
+    positions = mx.array([[4, 5, 6]] * count)
+    said = Said.of(rng.integers(0, 200, (count, 60)).tolist(), 200)
+    together = sample(logits, Rules.of(every, 200), positions, 30.0, said=said)
     for i, p in enumerate(every):
-        alone = sample(logits[i : i + 1], Rules.of([p], 200), positions[i : i + 1])
+        of_row = said.of_rows(mx.array([i]))
+        alone = sample(logits[i : i + 1], Rules.of([p], 200), positions[i : i + 1], 30.0, said=of_row)
         assert mx.array_equal(alone, together[i : i + 1]), i
 
 
@@ -125,30 +137,34 @@ def test_a_shortlist_is_sampled_like_the_whole():
             assert sample(scores, rules, at, ids=ids).tolist() == sample(whole, rules, at).tolist()
 
 
-def test_settings_come_from_the_folder_where_none_are_given():
-    defaults = GenerationDefaults.from_dict({"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 64})
-    p = SamplingParams(top_k=5).resolved(defaults)
-    assert (p.temperature, p.top_p, p.top_k) == (0.7, 0.95, 5) and p.seed is not None
-    greedy = SamplingParams().resolved(GenerationDefaults.from_dict({"do_sample": False, "temperature": 0.7}))
-    assert greedy.temperature == 0
+def test_a_bias_is_added_after_the_cap_and_forbids():
+    logits = mx.array([[[50.0, 40.0, 0.0]]])  # capped at 30: 27.95, 26.1, 0
+    biased = lambda bias: sample(logits, Rules.of([params(0.0, logit_bias=bias)], 3), mx.array([[0]]), 30.0).item()  # noqa: E731
+    assert (biased({1: 1.0}), biased({1: 3.0}), biased({0: -mx.inf}), biased({2: 27.0}), biased({2: 29.0})) == (
+        0,
+        1,
+        1,
+        0,
+        2,
+    )
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"max_tokens": 0},
-        {"max_tokens": -3},
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"top_k": -1},
-        {"seed": -1},
-        {"seed": 2**64},
-        {"stop": ("",)},
-        {"stop": "text"},
-    ],
-)
-def test_settings_out_of_range_are_named(bad):
-    with pytest.raises(UserError, match=next(iter(bad))):
-        SamplingParams(**bad)
+def test_a_mask_forbids_at_each_position_on_its_own():
+    logits = mx.array([[[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]])
+    mask = mx.array([[[-mx.inf, 0, 0], [0, -mx.inf, -mx.inf]]])
+    for p in (params(0.0), params(0.1, seed=4)):
+        assert sample(logits, Rules.of([p], 3), mx.array([[0, 1]]), mask=mask).tolist() == [[1, 0]]
+
+
+def test_logprobs_are_those_of_the_model_alone():
+    """Soft-capped, whatever the settings; equals come in the order of their ids."""
+    logits = np.random.default_rng(0).normal(size=(2, 3, 50)).astype(np.float32) * 20
+    logits[0, 0, 7] = logits[0, 0, 3] = 60.0
+    tokens = np.array([[1, 2, 3], [4, 5, 6]])
+    capped = 30 * np.tanh(logits / 30)
+    want = capped - np.log(np.exp(capped).sum(axis=-1, keepdims=True))
+    own, best, values = (np.array(a) for a in logprobs(mx.array(logits), mx.array(tokens), 30.0, 5))
+    np.testing.assert_allclose(own, np.take_along_axis(want, tokens[..., None], -1)[..., 0], atol=2e-5)
+    assert (best == np.argsort(-capped, axis=-1, kind="stable")[..., :5]).all() and best[0, 0, :2].tolist() == [3, 7]
+    np.testing.assert_allclose(values, np.take_along_axis(want, best, -1), atol=2e-5)
+    assert [a.shape for a in logprobs(mx.array(logits), mx.array(tokens), None, 0)] == [(2, 3), (2, 3, 0), (2, 3, 0)]

@@ -13,7 +13,9 @@ from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.gemma4 import Gemma4
 from mlx_gemma_mtp.linear import settle
-from mlx_gemma_mtp.sampling import Rules, SamplingParams
+from mlx_gemma_mtp.params import SamplingParams
+from mlx_gemma_mtp.penalties import Said
+from mlx_gemma_mtp.sampling import Rules
 from mlx_gemma_mtp.speculative import Speculation, prefill
 
 VOCAB = 97
@@ -21,8 +23,19 @@ ROPES = {
     "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
-GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, seed=0)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=20, seed=7)
+PENALISED = SamplingParams(
+    temperature=0.8,
+    top_p=0.95,
+    top_k=30,
+    min_p=0.02,
+    repetition_penalty=1.2,
+    presence_penalty=0.4,
+    frequency_penalty=0.3,
+    logit_bias={5: 3.0, 6: -mx.inf},
+    seed=11,
+)
 
 
 def target_dict(kind: str) -> dict:
@@ -151,7 +164,8 @@ def decode(
     cache = Cache(model.config.kv, len(prompts), longest, max(block, num_draft + 1), mx.float32)
     rules = Rules.of([params] * len(prompts), model.config.vocab_size)
     hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
-    loop = Speculation(model, drafts if num_draft else None, cache, rules, hidden)
+    said = Said.of(prompts, model.config.vocab_size) if rules.penalties else None
+    loop = Speculation(model, drafts if num_draft else None, cache, rules, hidden, said=said)
     texts = [list(row) for row in loop.start(num_draft, longest).tokens]
     while min(map(len, texts)) < count:
         for text, tokens in zip(texts, loop.step(num_draft).tokens, strict=True):

@@ -1,0 +1,80 @@
+"""What was said before, and how much less likely that gets: a pure function of the tokens, for every draft position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from .params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """The settings of all rows, [B, 1, 1] each (see SamplingParams)."""
+
+    repetition: mx.array
+    presence: mx.array
+    frequency: mx.array
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> Penalties | None:
+        """None where no row has any."""
+        if not any(p.penalised for p in params):
+            return None
+        settings = ([getattr(p, f"{name}_penalty") for p in params] for name in ("repetition", "presence", "frequency"))
+        return cls(*(mx.array(column, mx.float32)[:, None, None] for column in settings))
+
+    def apply(self, logits: mx.array, said: Said) -> mx.array:
+        """logits: [B, T, C] -> the same, less for tokens of the prompt (repetition) and of the text (all three)."""
+        counts = said.text.astype(mx.float32)
+        spoken = said.text > 0
+        repeated = mx.where(logits > 0, logits / self.repetition, logits * self.repetition)
+        logits = mx.where(said.prompt | spoken, repeated, logits)
+        return logits - self.presence * spoken - self.frequency * counts
+
+
+@dataclass(frozen=True)
+class Said:
+    """Tokens that came before. prompt: bool [B, T, C], text: how often each was generated, int32 [B, T, C]; column c is
+    token c, or the token of a shortlist. T is 1, or one for each position of a verify.
+    """
+
+    prompt: mx.array
+    text: mx.array
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], vocab: int) -> Said:
+        prompt = mx.zeros((len(prompts), 1, vocab), mx.bool_)
+        for row, tokens in enumerate(prompts):
+            prompt[row, 0, mx.array(sorted(set(tokens)))] = True
+        return cls(prompt, mx.zeros(prompt.shape, mx.int32))
+
+    def followed_by(self, tokens: mx.array, counted: mx.array | int = 1) -> Said:
+        """And one more token in each row, [B]; counted: [B] or a number, 0 leaves a row as it was."""
+        rows = mx.arange(tokens.shape[0])
+        return replace(self, text=self.text.at[rows, 0, tokens].add(counted))
+
+    def at_each(self, drafts: mx.array) -> Said:
+        """What was said before each position of a verify of these drafts, [B, K]: text [B, K + 1, V]."""
+        steps = [self]
+        for i in range(drafts.shape[1]):
+            steps.append(steps[-1].followed_by(drafts[:, i]))
+        return replace(self, text=mx.concatenate([step.text for step in steps], axis=1))
+
+    def after(self, emitted: mx.array, count: mx.array) -> Said:
+        """After the first `count` [B] of the emitted tokens [B, T]."""
+        said = self
+        for i in range(emitted.shape[1]):
+            said = said.followed_by(emitted[:, i], (count > i).astype(mx.int32))
+        return said
+
+    def of_rows(self, index: mx.array) -> Said:
+        return Said(self.prompt[index], self.text[index])
+
+    def among(self, ids: mx.array | None) -> Said:
+        """The columns of a shortlist of token ids, [B, T, C]; None: all."""
+        if ids is None:
+            return self
+        return Said(*(mx.take_along_axis(each, ids, axis=-1) for each in (self.prompt, self.text)))
