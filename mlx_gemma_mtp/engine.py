@@ -52,7 +52,7 @@ class Engine:
         self.num_draft_tokens, self.prefill_chunk, self.draft_position = num_draft_tokens, prefill_chunk, draft_position
         self.draft_temperature = draft_temperature
         self._no_drafter_reason = no_drafter_reason
-        self._end_tokens = frozenset(defaults.eos_token_ids or target.config.eos_token_ids)
+        self.end_tokens = frozenset(defaults.eos_token_ids or target.config.eos_token_ids)
         self._target_bytes = memory.step_bytes(target)
         self._draft_bytes = memory.step_bytes(drafter) if drafter else 0
 
@@ -110,6 +110,17 @@ class Engine:
         return self._run(requests, drafts, cancel or threading.Event(), progress)
 
     @property
+    def description(self) -> str:
+        """What computes: the dtype, the weights' format, the device and MLX's version."""
+        dtype = str(self.target.dtype).removeprefix("mlx.core.")
+        formats = [f"{name} {weights.format_of(model)}" for name, model in self._models()]
+        device = "Metal" if metal_available() else f"CPU ({blas.name()})"
+        return f"{', '.join(formats)}, computed in {dtype} on {device}, MLX {mx.__version__}"
+
+    def _models(self) -> list[tuple[str, Gemma4 | Drafter]]:
+        return [("target", self.target)] + ([("drafter", self.drafter)] if self.drafter else [])
+
+    @property
     def advice(self) -> str | None:
         """Whether quantising the drafter would pay, by the bytes that a draft and a target's step read."""
         share = self._draft_bytes / self._target_bytes
@@ -142,7 +153,7 @@ class Engine:
             target_step_bytes=self._target_bytes,
             draft_step_bytes=self._draft_bytes,
         )
-        end_tokens = frozenset() if params.ignore_eos else self._end_tokens
+        end_tokens = frozenset() if params.ignore_eos else self.end_tokens
         limit = min(params.max_tokens, context - len(prompt))
         return Request(index, prompt, params, self.text.stream(params.stop), end_tokens, limit, stats)
 

@@ -142,20 +142,23 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of --prompt, standard input and --prompt-file, in this order."""
     prompts = [_decode(sys.stdin.buffer.read(), "standard input") if p == "-" else p for p in args.prompt]
     if args.prompt_file:
-        try:
-            with open(args.prompt_file, "rb") as file:
-                lines = _decode(file.read(), args.prompt_file).splitlines()
-        except OSError as error:
-            raise UserError(
-                f"--prompt-file {args.prompt_file}: {error.strerror}; expected a text file, a prompt a line"
-            ) from None
-        prompts += [line for line in lines if line.strip()]
+        prompts += read_lines(args.prompt_file)
     if not prompts:
         raise UserError("there is no prompt; give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE")
     for prompt in prompts:
         if not prompt.strip():
             raise UserError(f"the prompt {prompt!r} is empty; expected some text")
     return prompts
+
+
+def read_lines(path: str) -> list[str]:
+    """The prompts of a --prompt-file: its lines, without empty ones."""
+    try:
+        with open(path, "rb") as file:
+            lines = _decode(file.read(), path).splitlines()
+    except OSError as error:
+        raise UserError(f"--prompt-file {path}: {error.strerror}; expected a text file, a prompt a line") from None
+    return [line for line in lines if line.strip()]
 
 
 def read_bias(text: str) -> tuple[int, float]:

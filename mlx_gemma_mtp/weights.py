@@ -244,6 +244,12 @@ def is_quantized(model: nn.Module) -> bool:
     return any("scales" in module for module in model.modules())
 
 
+def format_of(model: nn.Module) -> str:
+    """The formats of a model's weights, such as '4-bit' or '4- and 8-bit', or 'unquantised'."""
+    bits = sorted({module.bits for module in model.modules() if "scales" in module})
+    return f"{'- and '.join(map(str, bits))}-bit" if bits else "unquantised"
+
+
 def _quantize_drafter(model: Drafter, bits: int) -> None:
     """Lazily, like the load itself: `_prepare` evaluates part by part."""
 

@@ -1,0 +1,80 @@
+"""`verify` says equal where MTP keeps the text, and finds where it does not."""
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_gemma_mtp import invariance, speculative, verify
+from mlx_gemma_mtp.sampling import accept
+
+QUICK = ["--max-tokens", "12", "--rows", "2", "--num-draft-tokens", "3", "--samples", "24"]
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("def fibonacci(n):\n\nWhat is a list?\n")
+    return str(path)
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = verify.main(list(argv))
+    return code, *capsys.readouterr()
+
+
+def test_the_bundled_pair_is_equal(capsys, prompt_file):
+    code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file)
+    assert code == 0, out
+    assert "reference: plain decoding, one row at a time; target unquantised" in out and "float32" in out
+    assert "greedy, 2 rows, 3 drafts: 2 of 2 texts equal" in out and "equal: MTP changes nothing here" in out
+    assert "temperature 1, 24 samples each way: same distribution" in out and "whole pass: 1" in out
+
+
+def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):
+    """Drafts that are kept whatever the target says: the first divergence comes with both logits."""
+    monkeypatch.setattr(speculative, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
+    code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--json", "--samples", "200")
+    record = json.loads(out)
+    assert code == 1 and not record["equal"]
+    found = [each for cell in record["cells"] if cell["temperature"] == 0 for each in cell["divergences"]]
+    assert found and all(each["plain_token"] != each["mtp_token"] for each in found)
+    assert all(each["plain_logit"] > each["mtp_logit"] for each in found)  # the reference took its best
+    assert record["same_distribution"]["1.0"] < 1e-3
+
+
+def test_gaps_up_to_the_tolerance_are_ties(capsys, prompt_file, monkeypatch):
+    monkeypatch.setattr(speculative, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
+    argv = [*QUICK, "--prompt-file", prompt_file, "--samples", "0"]
+    assert run(capsys, *argv, "--temps", "0")[0] == 1
+    assert run(capsys, *argv, "--temps", "0", "--tolerance", "1000")[0] == 0
+
+
+def test_widths_that_agree_are_told_from_those_that_do_not():
+    """A product that is made of single rows agrees at every width; one that shifts wider inputs a little at none."""
+    weight = mx.random.normal((8, 5), key=mx.random.key(1))
+    alone = lambda x: mx.concatenate([x[i : i + 1] @ weight for i in range(x.shape[0])])  # noqa: E731
+    assert invariance.agreeing_widths(alone, 8, mx.float32) == list(invariance.WIDTHS)
+    shifted = lambda x: alone(x) + (1e-6 if x.shape[0] > 3 else 0)  # noqa: E731
+    assert invariance.agreeing_widths(shifted, 8, mx.float32) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--rows", "0"], "--rows is [0], expected 1 to 8"),
+        (["--rows", "9"], "--rows is [9]"),
+        (["--num-draft-tokens", "0"], "--num-draft-tokens is [0], expected 1 or more"),
+        (["--samples", "-1"], "--samples is -1"),
+        (["--draft-model", "none"], "--draft-model is none"),
+        (["--model", "nothing-here"], "no model 'nothing-here'"),
+        (["--temps", "-1"], "temperature is -1.0"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--prompt-file", "nothing-here.txt"], "nothing-here.txt"),
+        (["--dtype", "int4"], "dtype is 'int4'"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    lines = [line for line in err.splitlines() if not line.startswith("note:")]
+    assert code == 2 and out == "" and len(lines) == 1 and message in lines[0]
