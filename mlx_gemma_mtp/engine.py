@@ -13,11 +13,14 @@ from .config import MODES, GenerationDefaults
 from .drafter import Drafter
 from .errors import UserError
 from .gemma4 import Gemma4
+from .grammar import Grammars
+from .guide import Constraint
 from .kernels import metal_available
 from .layers import compile_islands
 from .params import SamplingParams
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
+from .thinking import CLOSE, OPEN, Thinking
 from .weights import Progress
 
 if TYPE_CHECKING:
@@ -52,7 +55,8 @@ class Engine:
         self.num_draft_tokens, self.prefill_chunk, self.draft_position = num_draft_tokens, prefill_chunk, draft_position
         self.draft_temperature = draft_temperature
         self._no_drafter_reason = no_drafter_reason
-        self.end_tokens = frozenset(defaults.eos_token_ids or target.config.eos_token_ids)
+        self.end_tokens = frozenset((*defaults.eos_token_ids, *target.config.eos_token_ids))
+        self._grammars: Grammars | None = None
         self._target_bytes = memory.step_bytes(target)
         self._draft_bytes = memory.step_bytes(drafter) if drafter else 0
 
@@ -105,7 +109,10 @@ class Engine:
         drafts = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
         if drafts < 0:
             raise UserError(f"num_draft_tokens is {drafts}, expected 0 (plain decoding) or more")
-        encoded = [self.text.encode(p, system_prompt, chat_template) for p in prompts]
+        encoded = [
+            self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
+            for prompt, settings in zip(prompts, every, strict=True)
+        ]
         requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
         return self._run(requests, drafts, cancel or threading.Event(), progress)
 
@@ -155,7 +162,22 @@ class Engine:
         )
         end_tokens = frozenset() if params.ignore_eos else self.end_tokens
         limit = min(params.max_tokens, context - len(prompt))
-        return Request(index, prompt, params, self.text.stream(params.stop), end_tokens, limit, stats)
+        stream = self.text.stream(params.stop)
+        return Request(index, prompt, params, stream, end_tokens, limit, stats, self._constraint(params))
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        """What the reply must follow, after the thought that may come first."""
+        vocab, reply = self.target.config.vocab_size, None
+        given = {"json_schema": params.json_schema, "regex": params.regex, "lark": params.grammar}
+        for kind, source in given.items():
+            if source is not None:
+                if self._grammars is None:
+                    self._grammars = Grammars(self.text.fast_tokenizer, vocab, tuple(self.end_tokens))
+                reply = self._grammars.compile(kind, source)
+        if not params.thinking or (reply is None and params.thinking_budget is None):
+            return reply
+        opening, closing = (self.text.token_id(name) for name in (OPEN, CLOSE))
+        return Thinking(opening, closing, vocab, params.thinking_budget, reply, tuple(self.end_tokens))
 
     def _run(
         self, requests: list[Request], drafts: int, cancel: threading.Event, progress: Progress

@@ -30,6 +30,9 @@ class SamplingParams:
     log-probabilities (before any of these settings); None reports nothing. seed: one seed, one text; None draws a fresh
     one. stop: strings that end the text, left out of it. ignore_eos: generate max_tokens whatever comes.
 
+    json_schema (JSON text or its object), regex, grammar (Lark): at most one; the reply follows it. thinking: the chat
+    template's switch; thinking_budget: tokens after which a thought is closed, None is no limit.
+
     Raises UserError for whatever is out of range.
     """
 
@@ -46,6 +49,11 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    thinking: bool = False
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, lambda n: n >= 1, "at least 1")
@@ -69,6 +77,15 @@ class SamplingParams:
             _whole("seed", self.seed, lambda n: 0 <= n <= MAX_SEED, f"0 to {MAX_SEED}")
         if isinstance(self.stop, str) or any(not s for s in self.stop):
             raise UserError(f"stop is {self.stop!r}, expected a list of non-empty strings")
+        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are given, expected one of them")
+        if given and self.ignore_eos:
+            raise UserError(f"ignore_eos is set, but text that follows a {given[0]} has an end; leave one out")
+        if self.thinking_budget is not None:
+            _whole(
+                "thinking_budget", self.thinking_budget, lambda n: n >= 0 and self.thinking, "0 or more, and thinking"
+            )
 
     @property
     def penalised(self) -> bool:

@@ -13,6 +13,7 @@ import mlx.core as mx
 from .cache import Cache
 from .drafter import Drafter
 from .gemma4 import Gemma4
+from .guide import Constraint, guide
 from .params import SamplingParams
 from .penalties import Said
 from .sampling import Rules
@@ -61,6 +62,7 @@ class Request:
     end_tokens: frozenset[int]
     limit: int
     stats: Stats
+    constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -172,7 +174,15 @@ class Batch:
         rules = self._rules()
         said = Said.of(prompts, self.target.config.vocab_size) if rules.penalties else None
         return Speculation(
-            self.target, self.drafter, self.cache, rules, hidden, self.draft_position, self.draft_temperature, said
+            self.target,
+            self.drafter,
+            self.cache,
+            rules,
+            hidden,
+            self.draft_position,
+            self.draft_temperature,
+            said,
+            guide([request.constraint for request in self.requests], self.target.config.vocab_size),
         )
 
     def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:

@@ -15,6 +15,7 @@ import mlx.core as mx
 from .cache import Cache
 from .drafter import Drafter, draft
 from .gemma4 import Gemma4
+from .guide import Guide
 from .penalties import Said
 from .sampling import Rules, accept, logprobs, sample
 
@@ -95,6 +96,7 @@ class Speculation:
     hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly.
     draft_position: the drafter's query position, relative to the newest token's index (0: transformers; -1: vLLM).
     draft_temperature: the drafter's, as a multiple of the target's. said: the prompts, where the rules have penalties.
+    guide: the rows' constraints; then the drafts are read before the verify is built, and those that are refused cut.
     """
 
     def __init__(
@@ -107,10 +109,12 @@ class Speculation:
         draft_position: int = 0,
         draft_temperature: float = 1.0,
         said: Said | None = None,
+        guide: Guide | None = None,
     ):
         self.target, self.drafter, self.cache, self.rules = target, drafter, cache, rules
         self.draft_position, self.draft_temperature = draft_position, draft_temperature
-        self.hidden, self.said = hidden, said
+        self.hidden, self.said, self.guide = hidden, said, guide
+        self._mask = guide and guide.look([[]] * hidden.shape[0])[1]  # [B, 1, V] for the first token
         self.rows = slice(0, hidden.shape[0])
         self.host_syncs = 0
         self._verify: _Verify | None = None
@@ -164,12 +168,14 @@ class Speculation:
         index = mx.array(list(rows))
         self.hidden, self._next, self._drafts = self.hidden[index], self._next[index], self._drafts[index]
         self.said = self.said and self.said.of_rows(index) if rules.penalties else None
+        self._mask = self._mask[index] if self._mask is not None else None
+        self.guide = self.guide and self.guide.of_rows(rows)
         self.rows, self.rules = slice(0, len(rows)), rules
 
     def _sample(self, hidden: mx.array, positions: mx.array, said: Said | None) -> mx.array:
         """The target's own tokens at these positions, [B, T], from the hidden states that predict them."""
         logits, cap = self.target.logits(hidden), self.target.config.softcap
-        tokens = sample(logits, self.rules, positions, cap, said=said)
+        tokens = sample(logits, self.rules, positions, cap, said=said, mask=self._mask)
         self._report = () if self.rules.logprobs is None else logprobs(logits, tokens, cap, self.rules.logprobs)
         return tokens
 
@@ -200,19 +206,26 @@ class Speculation:
     def _read(self, tokens: mx.array, n: mx.array | None, drafted: int | None) -> Round:
         """Queues everything, builds the next verify meanwhile, and reads back once."""
         mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, self._drafts, *self._report)
-        self._verify = self._build()
-        rows, kept, report = self._readback(tokens, n, self._drafts)
+        if self.guide is None:
+            self._verify = self._build()
+        rows, kept, drafts, report = self._readback(tokens, n)
         emitted = [row[: k + 1] for row, k in zip(rows, kept, strict=True)]
+        if self.guide is not None:
+            self.guide.advance(emitted)
+            width, self._mask = self.guide.look(drafts)
+            self._drafts = self._drafts[:, :width]
+            self._verify = self._build()
         return Round(emitted, drafted, _named(emitted, *report) if report else None)
 
-    def _readback(
-        self, tokens: mx.array, n: mx.array | None, drafts: mx.array
-    ) -> tuple[list[list[int]], list[int], list[list]]:
-        """The round's one host synchronisation."""
+    def _readback(self, tokens: mx.array, n: mx.array | None) -> tuple[list[list[int]], list[int], list, list]:
+        """The round's one host synchronisation: targets, drafts kept, the next drafts (where a guide needs them), and
+        the report.
+        """
         self.host_syncs += 1
-        mx.eval(tokens, drafts, self.hidden, *self._report)
+        mx.eval(tokens, self._drafts, self.hidden, *self._report)
         kept = [0] * tokens.shape[0] if n is None else n.tolist()
-        return tokens.tolist(), kept, [part.tolist() for part in self._report]
+        drafts = [] if self.guide is None else self._drafts.tolist()
+        return tokens.tolist(), kept, drafts, [part.tolist() for part in self._report]
 
 
 def _named(emitted: list[list[int]], own: list, best: list, values: list) -> list[list[TokenLogprob]]:

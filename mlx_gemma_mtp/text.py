@@ -31,17 +31,37 @@ class Text:
         self.tokenizer: TokenizerWrapper = load_tokenizer(folder, {"model_max_length": sys.maxsize})
         self.media_token_ids = frozenset(media_token_ids)
 
-    def encode(self, prompt: Prompt, system_prompt: str | None = None, chat_template: bool = True) -> list[int]:
+    @property
+    def fast_tokenizer(self) -> Any:
+        """The transformers tokenizer below mlx-lm's wrapper."""
+        return self.tokenizer._tokenizer
+
+    def token_id(self, token: str) -> int:
+        """The id of a special token. Raises UserError where the vocabulary has none of that name."""
+        found = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise UserError(
+                f"the tokenizer has no token {token!r}, which a thinking budget needs; leave out the budget"
+            )
+        return found
+
+    def encode(
+        self,
+        prompt: Prompt,
+        system_prompt: str | None = None,
+        chat_template: bool = True,
+        thinking: bool = False,
+    ) -> list[int]:
         """Token ids of a prompt: text (one user turn, or raw without the template), chat messages, or ids as they are.
 
-        Raises UserError for an empty prompt and for image, audio or video parts.
+        thinking: the template's switch. Raises UserError for an empty prompt and for image, audio or video parts.
         """
         if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
             tokens = [int(token) for token in prompt]
         elif isinstance(prompt, str) and not (chat_template and self.tokenizer.has_chat_template):
             tokens = self._raw(_whole(prompt), system_prompt)
         else:
-            tokens = self._chat(prompt, system_prompt)
+            tokens = self._chat(prompt, system_prompt, thinking)
         self._check(prompt, tokens)
         return tokens
 
@@ -52,13 +72,13 @@ class Text:
             )
         return self.tokenizer.encode(prompt) if prompt else []
 
-    def _chat(self, prompt: str | Sequence[Message], system_prompt: str | None) -> list[int]:
+    def _chat(self, prompt: str | Sequence[Message], system_prompt: str | None, thinking: bool) -> list[int]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not any(_words(message) for message in messages):
             return []
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
 
     def _check(self, prompt: Prompt, tokens: list[int]) -> None:
         if not tokens:

@@ -1,0 +1,97 @@
+"""JSON schemas, regular expressions and grammars as constraints, through llguidance (extra `grammar`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import UserError
+from .guide import only
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+KINDS = ("json_schema", "regex", "lark")
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, which llguidance takes a second to read for 262,144 tokens."""
+
+    def __init__(self, tokenizer: Any, vocab: int, end_tokens: Sequence[int]):
+        """tokenizer: a transformers fast tokenizer; vocab: the width of the logits.
+
+        Raises UserError where llguidance is not installed.
+        """
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise UserError(
+                "constrained decoding needs llguidance; install it: pip install 'mlx-gemma-mtp[grammar]'"
+            ) from None
+        self.vocab, self.end_tokens = vocab, sorted(end_tokens)
+        self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocab, eos_token=self.end_tokens)
+
+    def compile(self, kind: str, source: str | Mapping[str, Any]) -> Grammar:
+        """kind: one of KINDS; source: a schema (JSON text or its object), an expression, or a Lark grammar.
+
+        Raises UserError for a source that is no grammar, and for one that nothing satisfies.
+        """
+        from llguidance import LLMatcher
+
+        if kind == "json_schema":
+            text = json.dumps(_schema(source))
+            # Without bounds on white space a model may go on with newlines for ever.
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+        elif kind == "regex":
+            grammar = LLMatcher.grammar_from_regex(source)
+        else:
+            grammar = LLMatcher.grammar_from_lark(source)
+        wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, self.tokenizer)
+        matcher = LLMatcher(self.tokenizer, grammar)
+        if wrong or matcher.is_error():
+            reason = " ".join((messages or [matcher.get_error()])[0].split())
+            raise UserError(f"the {kind} {_short(source)} cannot be used: {reason}; mend it")
+        return Grammar(matcher, self.vocab, self.end_tokens)
+
+
+class Grammar:
+    """A Constraint: one text's way through a grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocab: int, end_tokens: Sequence[int], ended: bool = False):
+        self.matcher, self.vocab, self.end_tokens, self.ended = matcher, vocab, end_tokens, ended
+
+    def copy(self) -> Grammar:
+        return Grammar(self.matcher.deep_copy(), self.vocab, self.end_tokens, self.ended)
+
+    def mask(self) -> np.ndarray:
+        if self.ended or self.matcher.is_stopped():  # a stopped matcher leaves the buffer as it was
+            return only(self.end_tokens, self.vocab)
+        from llguidance.numpy import fill_next_token_bitmask
+
+        bits = np.full((1, -(-self.vocab // 32)), -1, np.int32)
+        fill_next_token_bitmask(self.matcher, bits, 0)
+        return bits[0].view(np.uint32)
+
+    def advance(self, token: int) -> None:
+        """End tokens are kept from the matcher, which would count one as text or not by its state."""
+        if token in self.end_tokens:
+            self.ended = True
+        elif not self.ended and not self.matcher.consume_token(token):
+            raise RuntimeError(f"the grammar refused token {token} that its mask allowed: {self.matcher.get_error()}")
+
+
+def _schema(source: str | Mapping[str, Any]) -> Any:
+    if not isinstance(source, str):
+        return dict(source)
+    try:
+        return json.loads(source)
+    except ValueError as error:
+        raise UserError(f"the json_schema {_short(source)} is no JSON: {error}; give a JSON schema") from None
+
+
+def _short(source: str | Mapping[str, Any]) -> str:
+    text = " ".join((source if isinstance(source, str) else json.dumps(dict(source))).split())
+    return repr(text if len(text) <= 60 else f"{text[:59]}\u2026")
