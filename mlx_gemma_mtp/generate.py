@@ -67,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
         "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
     )
     p.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens at each place")
+    p.add_argument("--json-schema", metavar="FILE|TEXT", help="the reply is JSON of this schema (extra `grammar`)")
+    p.add_argument("--regex", help="the reply matches this expression (extra `grammar`)")
+    p.add_argument("--grammar", metavar="FILE|TEXT", help="the reply follows this Lark grammar (extra `grammar`)")
+    p.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
+    p.add_argument("--thinking-budget", type=int, metavar="N", help="close the thought after N tokens")
     p.add_argument("--seed", type=int, help="same seed, same text, for every draft length (default: a fresh one)")
     p.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
     p.add_argument(
@@ -119,6 +124,11 @@ def run(args: argparse.Namespace) -> int:
         frequency_penalty=args.frequency_penalty,
         logit_bias=dict(map(read_bias, args.logit_bias)),
         logprobs=args.logprobs,
+        json_schema=read_source(args.json_schema),
+        regex=args.regex,
+        grammar=read_source(args.grammar),
+        thinking=args.thinking,
+        thinking_budget=args.thinking_budget,
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
@@ -159,6 +169,14 @@ def read_lines(path: str) -> list[str]:
     except OSError as error:
         raise UserError(f"--prompt-file {path}: {error.strerror}; expected a text file, a prompt a line") from None
     return [line for line in lines if line.strip()]
+
+
+def read_source(source: str | None) -> str | None:
+    """The text of a file where `source` names one, else `source`."""
+    if source is None or len(source) > 1000 or not os.path.isfile(source):
+        return source
+    with open(source, "rb") as file:
+        return _decode(file.read(), source)
 
 
 def read_bias(text: str) -> tuple[int, float]:

@@ -83,13 +83,16 @@ class Grammar:
             raise RuntimeError(f"the grammar refused token {token} that its mask allowed: {self.matcher.get_error()}")
 
 
-def _schema(source: str | Mapping[str, Any]) -> Any:
+def _schema(source: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(source, str):
         return dict(source)
     try:
-        return json.loads(source)
+        schema = json.loads(source)
     except ValueError as error:
         raise UserError(f"the json_schema {_short(source)} is no JSON: {error}; give a JSON schema") from None
+    if not isinstance(schema, dict):
+        raise UserError(f'the json_schema is {_short(source)}, expected an object such as {{"type": "object"}}')
+    return schema
 
 
 def _short(source: str | Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ class SamplingParams:
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are given, expected one of them")
         if given and self.ignore_eos:
-            raise UserError(f"ignore_eos is set, but text that follows a {given[0]} has an end; leave one out")
+            raise UserError(f"ignore_eos is set with {given[0]}, expected one of the two: such text has an end")
         if self.thinking_budget is not None:
             _whole(
                 "thinking_budget", self.thinking_budget, lambda n: n >= 0 and self.thinking, "0 or more, and thinking"

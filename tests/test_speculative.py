@@ -14,7 +14,7 @@ from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.sampling import Rules
 from mlx_gemma_mtp.speculative import Speculation, compact, prefill
 
-ROOMS = ("cache", "linear", "layers", "moe", "gemma4", "drafter", "penalties", "sampling", "speculative")
+ROOMS = ("cache", "linear", "layers", "moe", "gemma4", "drafter", "guide", "penalties", "sampling", "speculative")
 COUNT = 40  # five times the window of 8
 
 
@@ -157,7 +157,10 @@ def test_one_readback_a_round(moe):
             loop.step(num_draft)
     waits = {name: _waits(name) for name in ROOMS}
     # Weights and Rope's tables are evaluated once; prefill waits for each chunk.
-    assert waits.pop("speculative") == {"prefill": ["eval"], "_readback": ["eval", "tolist", "tolist", "tolist"]}
+    assert waits.pop("speculative") == {
+        "prefill": ["eval"],
+        "_readback": ["eval", "tolist", "tolist", "tolist", "tolist"],
+    }
     assert waits.pop("layers") == {"__init__": ["eval"], "compile_islands": ["eval", "eval"]}
     assert waits.pop("linear") == {"settle": ["eval"]}
     assert not any(waits.values()), waits

@@ -12,6 +12,7 @@ from mlx_gemma_mtp.cache import Cache, Span
 from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.gemma4 import Gemma4
+from mlx_gemma_mtp.guide import Constraint, guide
 from mlx_gemma_mtp.linear import settle
 from mlx_gemma_mtp.params import SamplingParams
 from mlx_gemma_mtp.penalties import Said
@@ -158,6 +159,7 @@ def decode(
     count: int,
     params: SamplingParams = GREEDY,
     block: int = 16,
+    constraints: Sequence[Constraint | None] = (),
 ) -> tuple[list[list[int]], Speculation]:
     """`count` tokens for every prompt through the bare loop, and the loop."""
     longest = max(map(len, prompts))
@@ -165,7 +167,8 @@ def decode(
     rules = Rules.of([params] * len(prompts), model.config.vocab_size)
     hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
     said = Said.of(prompts, model.config.vocab_size) if rules.penalties else None
-    loop = Speculation(model, drafts if num_draft else None, cache, rules, hidden, said=said)
+    guided = guide(constraints, model.config.vocab_size)
+    loop = Speculation(model, drafts if num_draft else None, cache, rules, hidden, said=said, guide=guided)
     texts = [list(row) for row in loop.start(num_draft, longest).tokens]
     while min(map(len, texts)) < count:
         for text, tokens in zip(texts, loop.step(num_draft).tokens, strict=True):

@@ -1,0 +1,172 @@
+"""JSON schemas, expressions and grammars with MTP: valid, and the same text as without. Needs extra `grammar`."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llguidance")
+
+from mlx_gemma_mtp import SamplingParams, UserError, generate, load
+
+PROMPTS = ["Describe the function open().", "def area(width, height):"]
+GREEDY = {"max_tokens": 120, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load()
+
+
+def schema_of(seed: int) -> dict:
+    """An object of two to four properties, of kinds that `valid` knows; every string and list is bounded."""
+    rng = np.random.default_rng(seed)
+
+    def kind(depth: int) -> dict:
+        makers = [
+            lambda: {"type": "string", "maxLength": int(rng.integers(1, 8))},
+            lambda: {"type": "integer", "minimum": 0, "maximum": int(rng.integers(1, 500))},
+            lambda: {"type": "boolean"},
+            lambda: {"enum": ["red", "green", int(rng.integers(10))]},
+            lambda: {"const": f"c{rng.integers(100)}"},
+            lambda: {"type": ["null", "integer"], "minimum": 5, "maximum": 9},
+        ]
+        if depth < 2:
+            makers += [lambda: thing(depth + 1)]
+            makers += [lambda: {"type": "array", "items": kind(depth + 1), "minItems": 1, "maxItems": 2}]
+        return makers[rng.integers(len(makers))]()
+
+    def thing(depth: int) -> dict:
+        names = [f"{word}_{depth}" for word in ("name", "size", "args", "doc")][: rng.integers(2, 5)]
+        properties = {name: kind(depth) for name in names}
+        required = [name for name in names if rng.random() < 0.7]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    return thing(0)
+
+
+def valid(value, schema: dict) -> bool:
+    """A brute-force validator of what `schema_of` writes."""
+    if "enum" in schema:
+        return value in schema["enum"] and not isinstance(value, bool)
+    if "const" in schema:
+        return value == schema["const"]
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if value is None or isinstance(value, bool):
+        return ("null" if value is None else "boolean") in kinds
+    if isinstance(value, int):
+        return "integer" in kinds and schema["minimum"] <= value <= schema["maximum"]
+    if isinstance(value, str):
+        return "string" in kinds and len(value) <= schema["maxLength"]
+    if isinstance(value, list):
+        small = "array" in kinds and schema["minItems"] <= len(value) <= schema["maxItems"]
+        return small and all(valid(each, schema["items"]) for each in value)
+    known = "object" in kinds and set(schema["required"]) <= value.keys() <= schema["properties"].keys()
+    return known and all(valid(each, schema["properties"][name]) for name, each in value.items())
+
+
+def test_the_validator_refuses():
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 3}}, "required": ["a"]}
+    assert valid({"a": 3}, schema)
+    assert not any(
+        valid(value, schema) for value in ({"a": 4}, {}, {"a": "3"}, {"a": 1, "b": 1}, [1], None, {"a": True})
+    )
+
+
+def check_schemas(engine, seeds, temperature: float) -> tuple[float, float]:
+    """All valid and equal to the text without drafts; tokens a round with and without."""
+    rounds = {0: [0, 0], 4: [0, 0]}
+    for start in range(0, len(seeds), 8):
+        some = seeds[start : start + 8]
+        params = [
+            SamplingParams(max_tokens=400, temperature=temperature, seed=seed, json_schema=schema_of(seed))
+            for seed in some
+        ]
+        texts = {}
+        for drafts in (0, 4):
+            results = engine.generate([PROMPTS[seed % 2] for seed in some], params, num_draft_tokens=drafts)
+            texts[drafts] = [(r.text, r.finish_reason) for r in results]
+            rounds[drafts][0] += sum(r.stats.accepted + r.stats.rounds for r in results)
+            rounds[drafts][1] += sum(r.stats.rounds for r in results)
+        assert texts[0] == texts[4]
+        for seed, (text, reason) in zip(some, texts[4], strict=True):
+            assert reason == "stop" and valid(json.loads(text), schema_of(seed)), (seed, text)
+    return tuple(tokens / count for tokens, count in (rounds[0], rounds[4]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_schemas_hold_and_drafts_change_nothing(engine, temperature):
+    plain, drafted = check_schemas(engine, list(range(12)), temperature)
+    assert plain == 1 and drafted > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_hundred_schemas(engine, temperature, capsys):
+    plain, drafted = check_schemas(engine, list(range(100)), temperature)
+    with capsys.disabled():
+        print(f"\ntemperature {temperature}: tokens a round {plain:.2f} without drafts, {drafted:.2f} with 4")
+
+
+@pytest.mark.parametrize(
+    "constraint, pattern",
+    [
+        ({"regex": r"[a-c]{3}-\d{4}"}, r"[a-c]{3}-\d{4}"),
+        ({"grammar": 'start: "yes" | "no" | "maybe " /[0-9]+/'}, r"yes|no|maybe \d+"),
+        ({"json_schema": '{"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}'}, r"\[.*\]"),
+    ],
+)
+def test_other_grammars(engine, constraint, pattern):
+    params = SamplingParams(**GREEDY, **constraint)
+    plain, drafted = (engine.generate(PROMPTS[0], params, num_draft_tokens=k) for k in (0, 3))
+    assert plain.tokens == drafted.tokens and re.fullmatch(pattern, plain.text), plain.text
+
+
+def test_constrained_and_free_rows_share_a_batch(engine):
+    """Each row is as alone; the constrained one leaves first."""
+    every = [SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True), SamplingParams(**GREEDY, regex="[ab]{5}")]
+    together = engine.generate([PROMPTS[1], PROMPTS[0]], every)
+    alone = [engine.generate(p, s).tokens for p, s in zip((PROMPTS[1], PROMPTS[0]), every, strict=True)]
+    assert [r.tokens for r in together] == alone and re.fullmatch("[ab]{5}", together[1].text)
+    assert len(together[0].tokens) == 40
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_a_thought_may_come_before_the_reply(engine, drafts):
+    """The opening token is forced by its bias; after five tokens the thought is closed and the schema begins."""
+    opening, closing = (engine.text.token_id(name) for name in ("<|channel>", "<channel|>"))
+    params = SamplingParams(
+        max_tokens=80, temperature=0.0, thinking=True, thinking_budget=5, regex="[ab]{4}", logit_bias={opening: 1e6}
+    )
+    tokens = engine.generate(PROMPTS[0], params, num_draft_tokens=drafts).tokens
+    assert tokens[0] == opening and tokens[6] == closing and closing not in tokens[1:6]
+    assert re.fullmatch("[ab]{4}", engine.text.fast_tokenizer.decode(tokens[7:]))
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"json_schema": '{"type": "integer", "minimum": 5, "maximum": 3}'}, "Unsatisfiable schema"),
+        ({"json_schema": {"not": {}}}, 'Unimplemented keys: ["not"]'),
+        ({"json_schema": '{"type":'}, "is no JSON"),
+        ({"json_schema": "[1]"}, "expected an object"),
+        ({"regex": "[a-"}, "unclosed character class"),
+        ({"grammar": "start: foo"}, 'unknown name: "foo"'),
+    ],
+)
+def test_grammars_that_cannot_be_used(engine, bad, message):
+    with pytest.raises(UserError) as raised:
+        engine.generate(PROMPTS[0], SamplingParams(**GREEDY, **bad))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_command_line_takes_schemas_from_files(tmp_path, capsys):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema_of(3)))
+    assert (
+        generate.main(["--prompt", PROMPTS[0], "--max-tokens", "300", "--temp", "0", "--json-schema", str(path)]) == 0
+    )
+    assert valid(json.loads(capsys.readouterr().out), schema_of(3))
+    assert generate.main(["--prompt", PROMPTS[0], "--json-schema", '{"type": "wat"}']) == 2
+    assert "Invalid type: wat" in capsys.readouterr().err

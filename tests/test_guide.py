@@ -1,0 +1,141 @@
+"""Constraints mask the target at every draft position, cut refused drafts, and advance by emitted tokens alone."""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from mlx_gemma_mtp.guide import allows, expand, guide, only
+from mlx_gemma_mtp.thinking import Thinking
+
+VOCAB = tiny.VOCAB
+OPEN, CLOSE, END = 90, 91, 1
+
+
+@dataclass
+class Stairs:
+    """A constraint: token t is followed by one whose remainder by 7 is one more than its own."""
+
+    step: int = 0
+    advanced: int = 0
+
+    def copy(self):
+        return replace(self)
+
+    def mask(self):
+        return only([t for t in range(VOCAB) if t % 7 == self.step], VOCAB)
+
+    def advance(self, token):
+        assert token % 7 == self.step
+        self.step, self.advanced = (self.step + 1) % 7, self.advanced + 1
+
+
+def test_bits_become_a_mask():
+    bits = only([0, 31, 32, 96], VOCAB)
+    assert [t for t in range(VOCAB) if allows(bits, t)] == [0, 31, 32, 96] and allows(None, 5)
+    mask = np.array(expand(mx.array(bits)[None, None], VOCAB))
+    assert mask.shape == (1, 1, VOCAB) and np.flatnonzero(mask[0, 0] == 0).tolist() == [0, 31, 32, 96]
+    assert (mask[0, 0][1:31] == -np.inf).all()
+
+
+def test_drafts_are_walked_on_a_copy_up_to_the_first_that_is_refused():
+    stairs, free = Stairs(), None
+    found = guide([stairs, free], VOCAB)
+    width, mask = found.look([[7, 15, 3, 4], [1, 2, 3, 4]])  # 7 % 7 = 0, 15 % 7 = 1, 3 is refused
+    assert width == 4 and mask.shape == (2, 5, VOCAB)  # the free row keeps its drafts
+    allowed = [np.flatnonzero(row == 0) % 7 for row in np.array(mask[0])]
+    assert [set(a.tolist()) for a in allowed[:3]] == [{0}, {1}, {2}] and (np.array(mask[1]) == 0).all()
+    assert (stairs.step, stairs.advanced) == (0, 0)
+    assert guide([stairs], VOCAB).look([[7, 15, 3, 4]])[0] == 2
+    found.advance([[14, 8], [5, 6]])
+    assert (stairs.step, stairs.advanced) == (2, 2)
+    assert found.of_rows([1]) is None and found.of_rows([0]).constraints == [stairs]
+    assert guide([None, None], VOCAB) is None
+
+
+@pytest.mark.parametrize("params", [tiny.GREEDY, tiny.SAMPLED, tiny.PENALISED], ids=["greedy", "sampled", "penalised"])
+def test_constrained_text_is_the_same_with_and_without_drafts(params):
+    """Free and constrained rows in one batch; every token is allowed; the drafter knows nothing of it."""
+    model = tiny.target("moe")
+    drafter, batch = tiny.drafter(model), tiny.prompts(4)
+    build = lambda: [Stairs(), None, Stairs(3), None]  # noqa: E731
+    plain, _ = tiny.decode(model, None, batch, 0, 30, params, constraints=build())
+    for row, start in ((0, 0), (2, 3)):
+        assert [t % 7 for t in plain[row]] == [(start + i) % 7 for i in range(30)]
+    free, _ = tiny.decode(model, None, batch, 0, 30, params)
+    assert plain[1] == free[1] and plain[3] == free[3]
+    for num_draft in (1, 4):
+        assert tiny.decode(model, drafter, batch, num_draft, 30, params, constraints=build())[0] == plain, num_draft
+    assert tiny.decode(model, drafter, [batch[2]], 3, 30, params, constraints=[Stairs(3)])[0] == [plain[2]]
+
+
+def test_right_drafts_are_kept_under_a_constraint():
+    """An oracle that knows the constrained text has all its drafts verified and kept: one round for 4 tokens."""
+    model = tiny.target("moe")
+    prompt = tiny.prompts(1)[0]
+    text = tiny.decode(model, None, [prompt], 0, 40, constraints=[Stairs()])[0][0]
+    known = mx.array([prompt + text + [0] * 16])
+    oracle = tiny.OracleDrafter(known, mx.ones(known.shape, mx.bool_))
+    drafted, loop = tiny.decode(model, oracle, [prompt], 3, 37, constraints=[Stairs()])
+    assert drafted == [text[:37]] and loop.host_syncs == 1 + 9
+
+
+def thinking(budget, reply=None, **state) -> Thinking:
+    return Thinking(OPEN, CLOSE, VOCAB, budget, reply, (END,), **state)
+
+
+def allowed(constraint) -> set[int]:
+    return {t for t in range(VOCAB) if allows(constraint.mask(), t)}
+
+
+def test_a_thought_is_closed_when_its_budget_is_spent():
+    every = set(range(VOCAB))
+    t = thinking(2)
+    assert allowed(t) == every
+    t.advance(OPEN)
+    t.advance(5)
+    assert allowed(t) == every
+    t.advance(6)
+    assert allowed(t) == {CLOSE}
+    t.advance(CLOSE)
+    assert allowed(t) == every
+    t.advance(OPEN)  # later it is a token like any other
+    t.advance(7)
+    t.advance(7)
+    t.advance(7)
+    assert allowed(t) == every
+    zero = thinking(0)
+    zero.advance(OPEN)
+    assert allowed(zero) == {CLOSE}
+
+
+def test_a_reply_is_constrained_from_the_border_on():
+    """Also where the border lies among the drafts, and a thought cannot end the text."""
+    t = thinking(3, Stairs())
+    stairs = {i for i in range(VOCAB) if i % 7 == 0}
+    assert allowed(t) == stairs | {OPEN}
+    width, mask = guide([t], VOCAB).look([[OPEN, 50, CLOSE, 7, 7]])
+    assert width == 4  # the second 7 is refused
+    at = [set(np.flatnonzero(row == 0).tolist()) for row in np.array(mask[0])]
+    assert at[1] == at[2] == set(range(VOCAB)) - {END} and at[3] == stairs
+    assert at[4] == {i for i in range(VOCAB) if i % 7 == 1}
+    assert (t.begun, t.spent, t.reply.advanced) == (False, None, 0)
+    without = thinking(3, Stairs())
+    without.advance(7)  # no thought: the reply at once
+    assert allowed(without) == {i for i in range(VOCAB) if i % 7 == 1}
+
+
+def test_budgets_hold_with_drafts():
+    """In the loop: a text that begins with a thought is closed after 4 tokens, whatever is drafted."""
+    model = tiny.target("moe")
+    params = replace(tiny.GREEDY, logit_bias={CLOSE: -1e4})
+    prompt = tiny.prompts(1)[0]
+    forced = lambda: [thinking(4, None, spent=0, begun=True)]  # noqa: E731
+    plain = tiny.decode(model, None, [prompt], 0, 12, params, constraints=forced())[0]
+    assert plain[0][4] == CLOSE and CLOSE not in plain[0][:4] + plain[0][5:]
+    for num_draft in (1, 3, 6):
+        assert (
+            tiny.decode(model, tiny.drafter(model), [prompt], num_draft, 12, params, constraints=forced())[0] == plain
+        )
