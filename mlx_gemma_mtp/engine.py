@@ -264,10 +264,8 @@ def load(
 
 def _check_memory(pair: hub.Pair, cast: mx.Dtype | None) -> None:
     """Refuses what cannot fit, before anything is read. A cast to float32 can double 16-bit weights."""
-    needed = 0
-    for folder in (folder for folder in (pair.target, pair.drafter) if folder is not None):
-        widened = cast == mx.float32 and "quantization" not in weights.read_config(folder)
-        needed += memory.weight_bytes(folder) * (2 if widened else 1)
+    folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
+    needed = sum(memory.weight_bytes(folder, widened=cast == mx.float32) for folder in folders)
     memory.check(needed, f"the model in {pair.target}", "convert it with -q --q-bits 4, or take a smaller model")
 
 

@@ -15,6 +15,7 @@ from .drafter import Drafter
 from .errors import UserError
 from .gemma4 import Gemma4
 from .kernels import metal_available
+from .safetensors_io import read_header
 
 
 def total_bytes() -> int:
@@ -24,9 +25,10 @@ def total_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of a folder's weight files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def weight_bytes(folder: Path, widened: bool = False) -> int:
+    """Bytes of a folder's tensors; widened: 16-bit floats, also scales and biases of quantised weights, as float32."""
+    tensors = [tensor for file in folder.glob("*.safetensors") for tensor in read_header(file).values()]
+    return sum(t.nbytes * (2 if widened and t.dtype in ("BF16", "F16") else 1) for t in tensors)
 
 
 def step_bytes(model: Gemma4 | Drafter) -> int:
