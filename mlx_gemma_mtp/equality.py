@@ -71,7 +71,7 @@ def compare(
             results = []
             for start in range(0, len(prompts), size):
                 results += engine.generate(list(prompts[start : start + size]), params, num_draft_tokens=count)
-            found = [_divergence(engine, i, prompts[i], plain[i], r.tokens) for i, r in enumerate(results)]
+            found = [divergence(engine, i, prompts[i], plain[i], r.tokens) for i, r in enumerate(results)]
             differing = [each for each in found if each is not None]
             rounds = sum(r.stats.rounds for r in results)
             emitted = sum(r.stats.accepted + r.stats.rounds for r in results)
@@ -79,7 +79,8 @@ def compare(
             yield Cell(params.temperature, size, count, equal, differing, emitted / rounds if rounds else 0.0)
 
 
-def _divergence(engine: Engine, index: int, prompt: str, plain: list[int], tokens: list[int]) -> Divergence | None:
+def divergence(engine: Engine, index: int, prompt: str, plain: list[int], tokens: list[int]) -> Divergence | None:
+    """Where `tokens` leave `plain`, the reference's text after `prompt`; None where they do not."""
     if plain == tokens:
         return None
     at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), min(len(plain), len(tokens)))

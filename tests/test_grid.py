@@ -1,0 +1,101 @@
+"""Greedy and sampled text with MTP equals plain decoding, over a grid of batch sizes and draft lengths, in float32.
+
+200 prompts, 180 tokens each without a stop, past wrapped windows; 32 cells of 50 prompts, each prompt in 8 of them. A
+difference counts as a near-tie where the two logits lie within 1e-4; two are forgiven in the whole run.
+`python -m pytest -m slow tests/test_grid.py` runs it all (half an hour and more); a few cells of it run always.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlx_gemma_mtp import SamplingParams, load
+from mlx_gemma_mtp.equality import Divergence, divergence
+
+HELD_OUT = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
+NAMES = ("parse", "open", "read_line", "close", "merge", "Cache.get", "sort_keys", "Node.walk", "encode", "retry")
+ASKED = (
+    "Write a Python function `{}` for the module `shelve`.",
+    "What does the Python method `{}` do?",
+    "def {}(self, value=None):",
+    "Explain `{}` and when it raises an error, with an example that is short.",
+    "class Reader:\n    def {}(self):\n        ",
+    "{}",
+    "import os\n\nresult = {}(os.environ)\n",
+    "Fix this: `{}(1, 2, 3) -> TypeError: takes 2 positional arguments but 3 were given`.",
+    "How is `{}` tested? " + "Think of edge cases, of empty input and of very long input. " * 4,
+    "# {} returns the next item\n",
+    "Translate `{}` into a loop.",
+    "Compare `{}` with a dictionary lookup and with a binary search in a sorted list.",
+    "return {}(x for x in items if x)",
+    "Document `{}`.",
+    "'''{}'''",
+)
+PROMPTS = [*HELD_OUT, *(asked.format(name) for name in NAMES for asked in ASKED)]
+CELLS = [(rows, drafts) for rows in (1, 2, 4, 8) for drafts in range(8)]
+GREEDY = SamplingParams(max_tokens=180, temperature=0.0, ignore_eos=True, seed=0)
+SAMPLED = replace(GREEDY, temperature=1.0, top_k=64, top_p=0.95, seed=5)
+NEAR, FORGIVEN = 1e-4, 2
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def plain(engine):
+    """Plain decoding of a prompt, alone; made once, on demand."""
+    known: dict[tuple, list[int]] = {}
+
+    def text(index: int, params: SamplingParams) -> list[int]:
+        key = (index, params.temperature)
+        if key not in known:
+            known[key] = engine.generate(PROMPTS[index], params, num_draft_tokens=0).tokens
+        return known[key]
+
+    return text
+
+
+def differences(engine, plain, params: SamplingParams, rows: int, drafts: int, some: list[int]) -> list[Divergence]:
+    """Where the texts of prompts `some`, in batches of `rows` with `drafts`, leave the plain ones."""
+    found = []
+    for start in range(0, len(some), rows):
+        batch = some[start : start + rows]
+        results = engine.generate([PROMPTS[i] for i in batch], params, num_draft_tokens=drafts)
+        for index, result in zip(batch, results, strict=True):
+            assert len(result.tokens) == 180
+            found.append(divergence(engine, index, PROMPTS[index], plain(index, params), result.tokens))
+    return [each for each in found if each is not None]
+
+
+def of_cell(number: int) -> list[int]:
+    """50 of the 200 prompts; each is in 8 of the 32 cells, at every batch size and at two draft lengths of each."""
+    return [i for i in range(len(PROMPTS)) if (i + number) % 4 == 0]
+
+
+def test_the_grid_is_what_it_says():
+    assert len(PROMPTS) == len(set(PROMPTS)) == 200 and len(CELLS) == 32
+    assert all(len(of_cell(number)) == 50 for number in range(32))
+    assert all(sum(i in of_cell(number) for number in range(32)) == 8 for i in range(200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_grid(engine, plain, params, capsys):
+    found = []
+    for number, (rows, drafts) in enumerate(CELLS):
+        found += [(rows, drafts, each) for each in differences(engine, plain, params, rows, drafts, of_cell(number))]
+    with capsys.disabled():
+        lines = [f"{rows} rows, {drafts} drafts: {each}" for rows, drafts, each in found]
+        print("\nnear-ties:", *(lines or ["none"]), sep="\n")
+    assert all(abs(each.gap) <= NEAR for _, _, each in found) and len(found) <= FORGIVEN
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rows, drafts, some", [(1, 3, [60]), (2, 7, [3, 61]), (8, 4, [4, 60, 3, 61, 99])])
+def test_some_cells(engine, plain, params, rows, drafts, some):
+    """What always runs of it, without any forgiveness."""
+    assert differences(engine, plain, params, rows, drafts, some) == []
