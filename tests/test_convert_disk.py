@@ -234,7 +234,16 @@ def test_signals_that_were_ignored_stay_ignored(moe, tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def sigint():
+    """Ctrl-C as on a terminal: shells start background jobs with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("flags", [(), ("--pair",)])
+@pytest.mark.usefixtures("sigint")
 def test_interruption_at_any_line(sources, tmp_path, flags):  # noqa: F811
     """A signal at every seventh line of what creates and removes: all is there, or nothing."""
     files = {module.__file__ for module in (convert_run, destination)}
