@@ -76,9 +76,8 @@ def test_oracle_drafters(engine, plain, num_draft, rate):
 
 
 def test_a_few_cells(engine, plain):
-    """What always runs of the above: two prompts alone, and in a ragged batch with a 70 % oracle, past the window."""
-    for prompt, num_draft in zip(PROMPTS[20:22], (2, 6), strict=True):
-        assert engine.generate(prompt, PARAMS, num_draft_tokens=num_draft).tokens == plain(prompt)
+    """What always runs of the above: a prompt alone, and two in a ragged batch with a 70 % oracle, past the window."""
+    assert engine.generate(PROMPTS[20], PARAMS, num_draft_tokens=6).tokens == plain(PROMPTS[20])
     encoded, drafter = oracle(engine, plain, PROMPTS[20:22], 0.7)
     texts, _ = tiny.decode(engine.target, drafter, encoded, 5, COUNT, block=64)
     assert texts == [plain(prompt) for prompt in PROMPTS[20:22]]

@@ -94,8 +94,11 @@ def test_the_grid(engine, plain, params, capsys):
     assert all(abs(each.gap) <= NEAR for _, _, each in found) and len(found) <= FORGIVEN
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("rows, drafts, some", [(1, 3, [60]), (2, 7, [3, 61]), (8, 4, [4, 60, 3, 61, 99])])
+@pytest.mark.parametrize(
+    "params, rows, drafts, some",
+    [(GREEDY, 1, 3, [60]), (SAMPLED, 2, 7, [3, 61]), (GREEDY, 4, 2, [60, 4, 99]), (SAMPLED, 8, 4, [4, 60, 3, 61])],
+    ids=["greedy, alone", "sampled, 2 rows", "greedy, 4 rows", "sampled, 8 rows"],
+)
 def test_some_cells(engine, plain, params, rows, drafts, some):
     """What always runs of it, without any forgiveness."""
     assert differences(engine, plain, params, rows, drafts, some) == []
