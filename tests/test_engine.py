@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -157,14 +158,15 @@ def test_more_prompts_than_rows_wait_their_turn(engine):
     assert len(results) == 11 and results[10].tokens == engine.generate(PROMPTS[10], short).tokens
 
 
-def test_prefill_progress_and_long_prompts(engine):
+def test_prefill_progress_and_long_prompts(engine, monkeypatch):
     """A prompt of several chunks, past the window; the context is a limit, not a crash."""
     told = []
     long_prompt = (engine.text.encode(PROMPTS[2]) * 40)[:700]
     plain = engine.generate(long_prompt, GREEDY, num_draft_tokens=0, progress=lambda d, t: told.append((d, t)))
     assert told == [(256, 700), (512, 700), (700, 700)]
     assert engine.generate(long_prompt, GREEDY).tokens == plain.tokens
-    context = engine.target.config.context
+    context = 2048  # the pair's own is 8192, which would take a minute here
+    monkeypatch.setattr(engine.target, "config", replace(engine.target.config, context=context))
     almost = (long_prompt * 3)[: context - 6]
     result = engine.generate(almost, SamplingParams(max_tokens=50, ignore_eos=True))
     assert len(result.tokens) == 6 and result.finish_reason == "length"
@@ -210,3 +212,13 @@ def test_the_readme_example(tmp_path, monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     code = readme.split("```python\n", 1)[1].split("```", 1)[0]
     exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_six_thousand_tokens_of_context(engine):
+    """The source of a module as the prompt: the same text with and without drafts, which are still accepted."""
+    text = Path(json.__file__).with_name("decoder.py").read_text() * 3
+    prompt = engine.text.encode(text, chat_template=False)[:6000]
+    plain, drafted = (engine.generate(prompt, GREEDY, num_draft_tokens=k) for k in (0, 4))
+    assert len(prompt) == 6000 and drafted.tokens == plain.tokens
+    assert drafted.stats.tokens_per_round > 2

@@ -132,7 +132,7 @@ def broken_model(folder: Path, **changes) -> Path:
         (["--prompt", "x", "--audio", "cat.wav"], "'cat.wav': image and audio"),
         (["--prompt-file", "nothing-here.txt"], "nothing-here.txt"),
         (["--prompt", "x", "--system-prompt", "y", "--ignore-chat-template"], "system prompt"),
-        (["--prompt", "word " * 3000], "expected fewer than the context of 2048"),
+        (["--prompt", "word " * 9000], "expected fewer than the context of 8192"),
         (["--prompt", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

@@ -14,7 +14,7 @@ QUICK = ["--max-tokens", "12", "--rows", "2", "--num-draft-tokens", "3", "--samp
 @pytest.fixture
 def prompt_file(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("def fibonacci(n):\n\nWhat is a list?\n")
+    path.write_text("What is a list?\n\ndef fibonacci(n):\n")
     return str(path)
 
 

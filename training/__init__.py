@@ -1,0 +1,1 @@
+"""The recipe that made the bundled pair: corpus, tokenizer, target, drafter, export, report. See training/README.md."""
