@@ -114,12 +114,8 @@ class Walk:
 
     def advance(self, drafts: list[int], ps: list[np.ndarray]) -> int:
         """Goes on as the package does; drafts kept."""
-        kept = 0
-        for i, p in enumerate(ps):
-            token = self.drawn(p, self.position + 1 + i)
-            if i == len(drafts) or token != drafts[i]:
-                break
-            kept += 1
+        kept = agreeing(self, drafts, ps)
+        token = self.drawn(ps[kept], self.position + 1 + kept)
         self.cache.commit(ROWS, mx.array([kept + 1]))
         self.hidden = self._verified[:, kept]
         self.position, self.token = self.position + kept + 1, token

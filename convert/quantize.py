@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_gemma_mtp.config import MODES as MLX_MODES
 from mlx_gemma_mtp.errors import UserError
 
 from .names import Entry
 
-GROUP_SIZES = (32, 64, 128)
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES, AFFINE_BITS = MLX_MODES["affine"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,7 @@ def _closer(block: mx.array, ours: tuple, other: tuple, form: Format) -> tuple[m
     )
 
 
-MODES = {
-    "mxfp4": Format(4, 32, "mxfp4"),
-    "mxfp8": Format(8, 32, "mxfp8"),
-    "nvfp4": Format(4, 16, "nvfp4"),
-}
+MODES = {mode: Format(*bits, *groups, mode) for mode, (groups, bits) in MLX_MODES.items() if mode != "affine"}
 Q4_0 = Format(4, 32, on_q4_0=True)
 
 

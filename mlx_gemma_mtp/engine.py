@@ -120,12 +120,10 @@ class Engine:
     def description(self) -> str:
         """What computes: the dtype, the weights' format, the device and MLX's version."""
         dtype = str(self.target.dtype).removeprefix("mlx.core.")
-        formats = [f"{name} {weights.format_of(model)}" for name, model in self._models()]
+        models = {"target": self.target} | ({"drafter": self.drafter} if self.drafter else {})
+        formats = [f"{name} {weights.format_of(model)}" for name, model in models.items()]
         device = "Metal" if metal_available() else f"CPU ({blas.name()})"
         return f"{', '.join(formats)}, computed in {dtype} on {device}, MLX {mx.__version__}"
-
-    def _models(self) -> list[tuple[str, Gemma4 | Drafter]]:
-        return [("target", self.target)] + ([("drafter", self.drafter)] if self.drafter else [])
 
     @property
     def advice(self) -> str | None:
@@ -168,12 +166,10 @@ class Engine:
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         """What the reply must follow, after the thought that may come first."""
         vocab, reply = self.target.config.vocab_size, None
-        given = {"json_schema": params.json_schema, "regex": params.regex, "lark": params.grammar}
-        for kind, source in given.items():
-            if source is not None:
-                if self._grammars is None:
-                    self._grammars = Grammars(self.text.fast_tokenizer, vocab, tuple(self.end_tokens))
-                reply = self._grammars.compile(kind, source)
+        for kind, source in params.grammars.items():
+            if self._grammars is None:
+                self._grammars = Grammars(self.text.fast_tokenizer, vocab, tuple(self.end_tokens))
+            reply = self._grammars.compile(kind, source)
         if not params.thinking or (reply is None and params.thinking_budget is None):
             return reply
         opening, closing = (self.text.token_id(name) for name in (OPEN, CLOSE))

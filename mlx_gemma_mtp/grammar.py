@@ -14,8 +14,6 @@ from .guide import only
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-KINDS = ("json_schema", "regex", "lark")
-
 
 class Grammars:
     """Compiles grammars for one tokenizer, which llguidance takes a second to read for 262,144 tokens."""
@@ -35,7 +33,7 @@ class Grammars:
         self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocab, eos_token=self.end_tokens)
 
     def compile(self, kind: str, source: str | Mapping[str, Any]) -> Grammar:
-        """kind: one of KINDS; source: a schema (JSON text or its object), an expression, or a Lark grammar.
+        """kind: 'json_schema', 'regex' or 'grammar'; source: a schema (JSON text or object), an expression, or Lark.
 
         Raises UserError for a source that is no grammar, and for one that nothing satisfies.
         """

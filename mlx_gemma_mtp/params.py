@@ -77,7 +77,7 @@ class SamplingParams:
             _whole("seed", self.seed, lambda n: 0 <= n <= MAX_SEED, f"0 to {MAX_SEED}")
         if isinstance(self.stop, str) or any(not s for s in self.stop):
             raise UserError(f"stop is {self.stop!r}, expected a list of non-empty strings")
-        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        given = list(self.grammars)
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are given, expected one of them")
         if given and self.ignore_eos:
@@ -91,6 +91,12 @@ class SamplingParams:
     def penalised(self) -> bool:
         """Whether the logits depend on the tokens before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def grammars(self) -> dict[str, str | Mapping[str, Any]]:
+        """What the reply must follow, by the setting's name: one entry at most."""
+        settings = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
+        return {name: source for name, source in settings.items() if source is not None}
 
     def resolved(self, defaults: GenerationDefaults) -> SamplingParams:
         """Every None replaced, but that of logprobs."""

@@ -23,8 +23,8 @@ class Penalties:
         """None where no row has any."""
         if not any(p.penalised for p in params):
             return None
-        settings = ([getattr(p, f"{name}_penalty") for p in params] for name in ("repetition", "presence", "frequency"))
-        return cls(*(mx.array(column, mx.float32)[:, None, None] for column in settings))
+        settings = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
+        return cls(*(mx.array(column, mx.float32)[:, None, None] for column in zip(*settings, strict=True)))
 
     def apply(self, logits: mx.array, said: Said) -> mx.array:
         """logits: [B, T, C] -> the same, less for tokens of the prompt (repetition) and of the text (all three)."""

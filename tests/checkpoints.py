@@ -22,6 +22,21 @@ import numpy as np
 CONFIGS = Path(__file__).parent / "data" / "configs"
 TOKENIZER = Path(__file__).parents[1] / "mlx_gemma_mtp" / "demo" / "target"
 KINDS = ("E2B", "E4B", "12B", "26B-A4B", "31B")
+FORMATS = {  # name -> flags of the converter
+    "bf16": (),
+    "2 bit": ("-q", "--q-bits", "2"),
+    "3 bit": ("-q", "--q-bits", "3"),
+    "4 bit": ("-q",),
+    "5 bit": ("-q", "--q-bits", "5"),
+    "6 bit": ("-q", "--q-bits", "6"),
+    "8 bit": ("-q", "--q-bits", "8"),
+    "mxfp4": ("-q", "--q-mode", "mxfp4"),
+    "mxfp8": ("-q", "--q-mode", "mxfp8"),
+    "nvfp4": ("-q", "--q-mode", "nvfp4"),
+    "qat-q4_0": ("-q", "--quant-predicate", "qat-q4_0"),
+    "ple-safe": ("-q", "--quant-predicate", "ple-safe"),
+    "uniform": ("-q", "--quant-predicate", "uniform"),
+}
 
 S, F = "sliding_attention", "full_attention"
 V, H, RANK = 4096, 128, 64  # vocabulary; hidden sizes of target and drafter, the latter the rank of the embedding

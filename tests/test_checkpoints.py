@@ -12,27 +12,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import KINDS, ORDERING, drafter_shapes, media_shapes, pair, published, text_shapes
+from checkpoints import FORMATS, KINDS, ORDERING, drafter_shapes, media_shapes, pair, published, text_shapes
 
 from convert.cli import main as convert_main
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.generate import main as generate_main
 
 ROOT = Path(__file__).parents[1]
-FORMATS = {
-    "bf16": (),
-    "2 bit": ("-q", "--q-bits", "2"),
-    "3 bit": ("-q", "--q-bits", "3"),
-    "4 bit": ("-q",),
-    "5 bit": ("-q", "--q-bits", "5"),
-    "6 bit": ("-q", "--q-bits", "6"),
-    "8 bit": ("-q", "--q-bits", "8"),
-    "mxfp4": ("-q", "--q-mode", "mxfp4"),
-    "mxfp8": ("-q", "--q-mode", "mxfp8"),
-    "nvfp4": ("-q", "--q-mode", "nvfp4"),
-    "qat-q4_0": ("-q", "--quant-predicate", "qat-q4_0"),
-    "ple-safe": ("-q", "--quant-predicate", "ple-safe"),
-}
 OTHERS = [name for name in FORMATS if name != "4 bit"]
 PROMPTS = ["def f(x): return x + 1", "What is a list?", "Sort these numbers: 3, 1, 2"]
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
-from checkpoints import KINDS, V, pair
+from checkpoints import FORMATS, KINDS, V, pair
 
 from convert.cli import main as convert_main
 from mlx_gemma_mtp import SamplingParams, load
@@ -28,15 +28,8 @@ COUNT, DRAFTS = 12, 3
 GREEDY = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
 CENTROIDS = ("E2B", "E4B")
 OURS = {
-    "bf16": (),
-    "8 bit": ("-q", "--q-bits", "8"),
-    "4 bit": ("-q",),
-    "3 bit": ("-q", "--q-bits", "3"),
-    "mxfp4": ("-q", "--q-mode", "mxfp4"),
-    "mxfp8": ("-q", "--q-mode", "mxfp8"),
-    "nvfp4": ("-q", "--q-mode", "nvfp4"),
-    "qat-q4_0": ("-q", "--quant-predicate", "qat-q4_0"),
-    "uniform": ("-q", "--quant-predicate", "uniform"),
+    name: FORMATS[name]
+    for name in ("bf16", "8 bit", "4 bit", "3 bit", "mxfp4", "mxfp8", "nvfp4", "qat-q4_0", "uniform")
 }
 THEIRS = {
     "bf16": {},
