@@ -93,23 +93,28 @@ def draft(
     steps: int,
     query_offset: int = 0,
     said: Said | None = None,
-) -> mx.array:
+    confident: bool = False,
+) -> tuple[mx.array, mx.array]:
     """Drafts `steps` tokens for every row; one batched call a step. Reads the cache, writes nothing.
 
     embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, backbone]
     the target's hidden state that predicted it. The query position is the same for all steps: the newest token's index
     plus query_offset (0 as in transformers, -1 as in vLLM). said: the tokens up to the newest, where the rules have
-    penalties. Returns int32 [B, steps].
+    penalties. Returns int32 [B, steps] and, if `confident`, how sure the drafter is at each: the probability of its
+    likeliest token, before temperature and filters, float32 [B, steps]; else [B, 0].
     """
     span = Span(cache, rows, 0, query_offset)
     rotations = drafter.ropes.at(span.positions)
-    newest, drafts = span.lengths[:, None], []
+    newest, drafts, confidences = span.lengths[:, None], [], []
     for i in range(steps):
         y, hidden = drafter(embed(token), hidden, span, rotations)
         logits, ids = drafter.scores(y)
         ids = None if ids is None else ids[:, None]
         token = sample(logits[:, None], rules, newest + (i + 1), ids=ids, said=said)[:, 0]
         said = said and said.followed_by(token)
-        mx.async_eval(token, hidden)  # this step runs while Python builds the next
+        if confident:
+            confidences.append(mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1)))
+        mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
         drafts.append(token)
-    return mx.stack(drafts, axis=1)
+    sure = mx.stack(confidences, axis=1) if confident else mx.zeros((token.shape[0], 0))
+    return mx.stack(drafts, axis=1), sure

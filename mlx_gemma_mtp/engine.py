@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, overload
 import mlx.core as mx
 
 from . import blas, hub, memory, weights
+from .calibration import Costs
 from .config import MODES, GenerationDefaults
+from .costs import CostTable
+from .depth import AUTO, Auto, Fixed
 from .drafter import Drafter
 from .errors import UserError
 from .gemma4 import Gemma4
@@ -27,10 +30,11 @@ if TYPE_CHECKING:
     from .text import Prompt, Text
 
 PREFILL_CHUNK = 256
-NUM_DRAFT_TOKENS = 4
 DRAFT_TEMPERATURE = 1.0  # the drafter's, as a multiple of the request's
 MAX_ROWS = 8  # prompts in one batch; the others wait for the next
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
+
+CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
 
 __all__ = ["Chunk", "Engine", "Result", "load"]
 
@@ -46,14 +50,17 @@ class Engine:
         defaults: GenerationDefaults,
         *,
         no_drafter_reason: str | None = None,
-        num_draft_tokens: int = NUM_DRAFT_TOKENS,
+        num_draft_tokens: int | str = AUTO,
         prefill_chunk: int = PREFILL_CHUNK,
         draft_position: int = 0,
         draft_temperature: float = DRAFT_TEMPERATURE,
+        costs: Costs | None = None,
     ):
         self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
         self.num_draft_tokens, self.prefill_chunk, self.draft_position = num_draft_tokens, prefill_chunk, draft_position
         self.draft_temperature = draft_temperature
+        self.costs = costs or Costs()
+        self._auto: Auto | None = None
         self._no_drafter_reason = no_drafter_reason
         self.end_tokens = frozenset((*defaults.eos_token_ids, *target.config.eos_token_ids))
         self._grammars: Grammars | None = None
@@ -89,16 +96,17 @@ class Engine:
         *,
         system_prompt: str | None = None,
         chat_template: bool = True,
-        num_draft_tokens: int | None = None,
+        num_draft_tokens: int | str | None = None,
         cancel: threading.Event | None = None,
         progress: Progress = weights.no_progress,
     ) -> Iterator[Chunk]:
         """Yields pieces of text as they are made; the last chunk of each prompt carries its Result.
 
         prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids; or a list of
-        these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly. cancel: set it to
-        end after the current round. progress: told prefill's tokens done and in all. Raises UserError, before anything
-        is generated, for an empty prompt, one beyond the context, image or audio parts, and settings out of range.
+        these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly, 'auto' follows
+        cost and acceptance. cancel: set it to end after the current round. progress: told prefill's tokens done and in
+        all. Raises UserError, before anything is generated, for an empty prompt, one beyond the context, image or audio
+        parts, and settings out of range.
         """
         prompts = [prompt] if _is_single(prompt) else list(prompt)
         every = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
@@ -107,8 +115,7 @@ class Engine:
                 f"{len(prompts)} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
             )
         drafts = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
-        if drafts < 0:
-            raise UserError(f"num_draft_tokens is {drafts}, expected 0 (plain decoding) or more")
+        check_depth(drafts)
         encoded = [
             self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
             for prompt, settings in zip(prompts, every, strict=True)
@@ -137,7 +144,7 @@ class Engine:
             f"{self._target_bytes / 1e6:,.1f} MB; --draft-bits 8 (draft_bits=8 in Python) makes it lighter{where}"
         )
 
-    def _request(self, index: int, prompt: list[int], params: SamplingParams, drafts: int) -> Request:
+    def _request(self, index: int, prompt: list[int], params: SamplingParams, drafts: int | str) -> Request:
         context = self.target.config.context
         if len(prompt) >= context:
             raise UserError(
@@ -175,10 +182,32 @@ class Engine:
         opening, closing = (self.text.token_id(name) for name in (OPEN, CLOSE))
         return Thinking(opening, closing, vocab, params.thinking_budget, reply, tuple(self.end_tokens))
 
+    def _depth(self, drafts: int | str) -> Fixed | Auto:
+        """Who chooses the draft length. The costs are measured or read once, when they are first needed."""
+        if self.drafter is None or drafts != AUTO:
+            return Fixed(0 if self.drafter is None else drafts)
+        if self._auto is None:
+            prompt = self.text.encode(CALIBRATION, chat_template=False)
+            self._auto = Auto(self.costs.table(self.target, self.drafter, prompt))
+        return self._auto
+
+    def calibrate(self, repeats: int = 5, progress: Progress = weights.no_progress) -> CostTable:
+        """Measures what rounds cost here, keeps it for the next starts, and goes by it from now on. Takes about a
+        minute. Raises UserError without a drafter.
+        """
+        if self.drafter is None:
+            raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
+        prompt = self.text.encode(CALIBRATION, chat_template=False)
+        with memory.wired_limit():
+            table = self.costs.measured(self.target, self.drafter, prompt, repeats, progress)
+        self._auto = Auto(table)
+        return table
+
     def _run(
-        self, requests: list[Request], drafts: int, cancel: threading.Event, progress: Progress
+        self, requests: list[Request], drafts: int | str, cancel: threading.Event, progress: Progress
     ) -> Iterator[Chunk]:
         with memory.wired_limit():
+            depth = self._depth(drafts)
             for start in range(0, len(requests), MAX_ROWS):
                 some = requests[start : start + MAX_ROWS]
                 suppress = self.defaults.suppress_token_ids
@@ -186,13 +215,22 @@ class Engine:
                     self.target,
                     self.drafter,
                     some,
-                    drafts,
+                    depth,
                     self.prefill_chunk,
                     suppress,
                     self.draft_position,
                     self.draft_temperature,
                 )
                 yield from batch.run(cancel, progress)
+            if isinstance(depth, Auto):
+                self.costs.learn(depth.live)
+                depth.live.clear()
+
+
+def check_depth(drafts: int | str) -> None:
+    """Raises UserError for what is no draft length."""
+    if drafts != AUTO and (isinstance(drafts, (str, bool)) or drafts < 0):
+        raise UserError(f"num_draft_tokens is {drafts!r}, expected '{AUTO}', 0 (plain decoding) or more")
 
 
 def load(
@@ -200,7 +238,7 @@ def load(
     draft_model: str = "auto",
     *,
     revision: str | None = None,
-    num_draft_tokens: int = NUM_DRAFT_TOKENS,
+    num_draft_tokens: int | str = AUTO,
     dtype: str | None = None,
     draft_bits: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
@@ -212,8 +250,10 @@ def load(
     """Loads a target and its drafter.
 
     model: a converted folder or a hub id, None for the small bundled pair; draft_model: likewise, 'auto' to look for
-    the target's drafter, 'none' for plain decoding. dtype: 'float32', 'bfloat16' or 'float16' for what is not
-    quantised; None keeps the folder's, except on a CPU, which gets float32 (MLX's CPU has no bf16 experts).
+    the target's drafter, 'none' for plain decoding. num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows
+    what rounds cost on this machine (measured once and kept in the user's cache folder) and what is accepted. dtype:
+    'float32', 'bfloat16' or 'float16' for what is not quantised; None keeps the folder's, except on a CPU, which gets
+    float32 (MLX's CPU has no bf16 experts).
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
     dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. draft_position,
     draft_temperature: see Speculation. notice: told in a sentence what the user should know; progress: parts read and
@@ -221,6 +261,7 @@ def load(
     """
     if not 0 < draft_temperature < float("inf"):
         raise UserError(f"draft_temperature is {draft_temperature}, expected a number above 0; 1 is the request's own")
+    check_depth(num_draft_tokens)
     if prefill_chunk < 1:
         raise UserError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
     if dtype is not None and dtype not in weights.DTYPES:
@@ -255,6 +296,7 @@ def load(
         prefill_chunk=prefill_chunk,
         draft_position=draft_position,
         draft_temperature=draft_temperature,
+        costs=Costs.of(pair, target, drafter, notice),
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -75,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="same seed, same text, for every draft length (default: a fresh one)")
     p.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
     p.add_argument(
-        "--num-draft-tokens", type=int, default=4, metavar="N", help="drafts a round; 0 is plain decoding (default: 4)"
+        "--num-draft-tokens",
+        default="auto",
+        metavar="N|auto",
+        help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
     )
     p.add_argument(
         "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
@@ -133,14 +136,15 @@ def run(args: argparse.Namespace) -> int:
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
-    if args.num_draft_tokens < 0:
-        raise UserError(f"--num-draft-tokens is {args.num_draft_tokens}, expected 0 (plain decoding) or more")
+    args.num_draft_tokens = read_depth(args.num_draft_tokens)
     engine = load_engine(args)
     cancel = threading.Event()
     with _ctrl_c(cancel):
         results = generate(engine, prompts, params, args, cancel)
     if args.json:
         print_json(prompts, results)
+    if args.model is None and not args.json and not cancel.is_set():
+        print_speedup(engine, prompts, params, args, results)
     if args.stats:
         print_stats(results)
         if engine.advice:
@@ -177,6 +181,15 @@ def read_source(source: str | None) -> str | None:
         return source
     with open(source, "rb") as file:
         return _decode(file.read(), source)
+
+
+def read_depth(text: str) -> int | str:
+    """A number of drafts, or 'auto'."""
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise UserError(f"--num-draft-tokens is {text}, expected auto, 0 (plain decoding) or more")
+    return int(text)
 
 
 def read_bias(text: str) -> tuple[int, float]:
@@ -260,6 +273,20 @@ def print_json(prompts: list[str], results: list[Result]) -> None:
         print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
+def print_speedup(
+    engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, results: list[Result]
+) -> None:
+    """What MTP is worth on these prompts, for the bundled model, which is small enough to try it both ways."""
+    from . import speedup
+    from .engine import MAX_ROWS
+
+    if not any(result.stats.rounds and result.stats.mtp for result in results):
+        return
+    some, same = prompts[:MAX_ROWS], replace(params, seed=results[0].stats.seed)
+    options = {"system_prompt": args.system_prompt, "chat_template": not args.ignore_chat_template}
+    print(speedup.measure(engine, some, same, **options), file=sys.stderr)
+
+
 def print_stats(results: list[Result]) -> None:
     """Figures of each prompt, and of the batch, on standard error."""
     for number, result in enumerate(results, 1):
@@ -271,6 +298,7 @@ def print_stats(results: list[Result]) -> None:
             f"  generation: {s.generation_tokens} tokens, {s.generation_tps:.1f} tokens/s; end: {result.finish_reason}",
             f"  MTP {mtp}; {s.rounds} rounds, {s.tokens_per_round:.2f} tokens a round, {s.host_syncs} readbacks",
             f"  drafts: {s.accepted} of {s.drafted} accepted; by position {positions}; seed {s.seed}",
+            f"  rounds by draft length: {depths(s.depths)}",
         ]
         print("\n".join(lines), file=sys.stderr)
     if results:
@@ -278,6 +306,12 @@ def print_stats(results: list[Result]) -> None:
         peak = max(result.stats.peak_memory_gb for result in results)
         batch = f"{s.batch_generation_tps:.1f} tokens/s" + (" in the last batch" if len(results) > 1 else "")
         print(f"all: {batch}; peak memory {peak:.3f} GB; BLAS: {s.blas}", file=sys.stderr)
+
+
+def depths(counts: dict[int, dict[str, int]]) -> str:
+    """'4: 31 best, 2 confidence; 0: 1 limit'."""
+    each = {drafts: ", ".join(f"{n} {reason}" for reason, n in counts[drafts].items()) for drafts in sorted(counts)}
+    return "; ".join(f"{drafts}: {text}" for drafts, text in each.items()) or "none"
 
 
 class Bar:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from .cache import Cache
+from .depth import Auto, Fixed
 from .drafter import Drafter
 from .gemma4 import Gemma4
 from .guide import Constraint, guide
@@ -23,6 +24,9 @@ from .weights import Progress
 
 if TYPE_CHECKING:
     from .text import TextStream
+
+
+PROMPT_CALLER = 0.05  # of a round: a caller that takes longer with a chunk spoils the round's time
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,15 @@ class Request:
         return self.limit - len(self.tokens)
 
     def take(
-        self, emitted: Sequence[int], drafted: int | None, logprobs: Sequence[TokenLogprob] | None = None
+        self,
+        emitted: Sequence[int],
+        drafted: int | None,
+        reason: str = "",
+        logprobs: Sequence[TokenLogprob] | None = None,
     ) -> Chunk:
         """Adds the tokens of a round, up to the one that ends the request; drafts past it do not count as accepted.
 
-        drafted: how many drafts the round verified; None: the tokens come from the prefill.
+        drafted: how many drafts the round verified; None: the tokens come from the prefill. reason: why so many.
         """
         before, pieces = len(self.tokens), []
         for used, token in enumerate(emitted, 1):  # noqa: B007
@@ -93,7 +101,7 @@ class Request:
             if self.finish_reason:
                 break
         if drafted is not None:
-            self.stats.count_round(drafted, used - 1)
+            self.stats.count_round(drafted, used - 1, reason)
         if self.params.logprobs is not None:
             kept = logprobs[: len(self.tokens) - before]
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
@@ -127,7 +135,7 @@ class Batch:
         target: Gemma4,
         drafter: Drafter | None,
         requests: Sequence[Request],
-        num_draft_tokens: int,
+        depth: Fixed | Auto,
         prefill_chunk: int,
         suppress: Sequence[int] = (),
         draft_position: int = 0,
@@ -135,10 +143,10 @@ class Batch:
     ):
         self.target, self.drafter, self.suppress = target, drafter, suppress
         self.requests, self.live = list(requests), list(requests)
-        self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
+        self.depth = depth
         self.draft_position, self.draft_temperature = draft_position, draft_temperature
         self.longest = max(len(request.prompt) for request in requests)
-        block = max(self.num_draft_tokens + 1, min(prefill_chunk, self.longest))
+        block = max(depth.most + 1, min(prefill_chunk, self.longest))
         self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, target.dtype)
 
     def run(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
@@ -150,14 +158,22 @@ class Batch:
         except Cancelled:
             yield from [request.cancel() for request in self.live]
             return
-        emitted = loop.start(self._useful(), self.longest)
+        self.depth.begin()
+        emitted = loop.start(self.depth.draft(*self._rows(2)), self.longest)
         while self.live:
             chunks = self._take(emitted, loop, cancel.is_set())
-            if self.live:
-                loop.launch()  # the device works while the caller reads
+            if not self.live:
+                yield from chunks
+                break
+            launched = time.perf_counter()
+            loop.launch(self.depth.verify(*self._rows(1), loop.confidences))  # works while the caller reads
+            yielded = time.perf_counter()
             yield from chunks
-            if self.live:
-                emitted = loop.step(self._useful())
+            away = time.perf_counter() - yielded
+            emitted = loop.step(self.depth.draft(*self._rows(2)))
+            seconds = time.perf_counter() - launched
+            if away < PROMPT_CALLER * seconds:  # else the round is hidden behind the caller's own work
+                self.depth.timed(len(self.live), self._rows(0)[1], seconds)
         self._close(loop)
 
     def _prefill(self, cancel: threading.Event, progress: Progress) -> Speculation:
@@ -183,17 +199,21 @@ class Batch:
             self.draft_temperature,
             said,
             guide([request.constraint for request in self.requests], self.target.config.vocab_size),
+            self.depth.confident,
         )
 
     def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:
         """Hands a round's tokens to their requests; those that finish leave the batch."""
         now = time.perf_counter()
-        chunks = []
+        chunks, reason = [], ""
+        if emitted.drafted is not None:
+            accepted = [len(tokens) - 1 for tokens in emitted.tokens]
+            reason = self.depth.observe(dict(zip((r.index for r in self.live), accepted, strict=True)))
         reports = emitted.logprobs or [None] * len(self.live)
         for request, tokens, report in zip(self.live, emitted.tokens, reports, strict=True):
             if not request.tokens:
                 request.stats.ttft_s = now - self.began
-            chunk = request.take(tokens, emitted.drafted, report)
+            chunk = request.take(tokens, emitted.drafted, reason, report)
             chunks.append(chunk)
             if cancelled and chunk.result is None:
                 chunks.append(request.cancel())
@@ -206,9 +226,13 @@ class Batch:
                 loop.retain(rows, self._rules())
         return chunks
 
-    def _useful(self) -> int:
-        """Drafts worth making, if this round emits one token and the next one more than it keeps drafts."""
-        return max(0, min(self.num_draft_tokens, max(request.remaining for request in self.live) - 2))
+    def _rows(self, surely: int) -> tuple[list[int], int, list[int]]:
+        """What the draft length may depend on: the live requests' numbers, the longest row's tokens, and for how many
+        drafts each row has room. surely: tokens that come anyway, with the drafts' round and before it.
+        """
+        indices = [request.index for request in self.live]
+        context = max(len(request.prompt) + len(request.tokens) for request in self.live)
+        return indices, context, [max(0, request.remaining - surely) for request in self.live]
 
     def _rules(self) -> Rules:
         return Rules.of([request.params for request in self.live], self.target.config.vocab_size, self.suppress)
@@ -219,5 +243,6 @@ class Batch:
         tokens = sum(len(request.tokens) for request in self.requests)
         for request in self.requests:
             request.stats.host_syncs = loop.host_syncs
+            request.stats.say_why_off()
             request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
             request.stats.batch_generation_tps = tokens / seconds

@@ -97,6 +97,8 @@ class Speculation:
     draft_position: the drafter's query position, relative to the newest token's index (0: transformers; -1: vLLM).
     draft_temperature: the drafter's, as a multiple of the target's. said: the prompts, where the rules have penalties.
     guide: the rows' constraints; then the drafts are read before the verify is built, and those that are refused cut.
+    confident: read the drafter's confidences with every round, into `confidences`, [B][K] for the drafts that wait to
+    be verified.
     """
 
     def __init__(
@@ -110,10 +112,12 @@ class Speculation:
         draft_temperature: float = 1.0,
         said: Said | None = None,
         guide: Guide | None = None,
+        confident: bool = False,
     ):
         self.target, self.drafter, self.cache, self.rules = target, drafter, cache, rules
         self.draft_position, self.draft_temperature = draft_position, draft_temperature
-        self.hidden, self.said, self.guide = hidden, said, guide
+        self.hidden, self.said, self.guide, self.confident = hidden, said, guide, confident
+        self.confidences: list[list[float]] = [[]] * hidden.shape[0]
         self._mask = guide and guide.look([[]] * hidden.shape[0])[1]  # [B, 1, V] for the first token
         self.rows = slice(0, hidden.shape[0])
         self.host_syncs = 0
@@ -131,12 +135,16 @@ class Speculation:
         self._draft(num_draft)
         return self._read(tokens, None, None)
 
-    def launch(self) -> None:
-        """Dispatches the next verify, so that it runs while the caller uses the last round.
-        `step` does it if nobody did.
+    def launch(self, width: int | None = None) -> None:
+        """Dispatches the next verify, of the first `width` drafts (None: of all), so that it runs while the caller uses
+        the last round. `step` does it if nobody did.
         """
         if self._launched:
             return
+        if width is not None and width < self._drafts.shape[1]:
+            self._forget()
+            self._drafts = self._drafts[:, :width]
+            self._mask = self._mask[:, : width + 1] if self._mask is not None else None
         self._verify = self._verify or self._build()
         self._verify.before.clear()  # the last handles of the old buffers: from here on the write can be in place
         mx.async_eval(self._verify.hidden)
@@ -159,9 +167,7 @@ class Speculation:
     def retain(self, rows: Sequence[int], rules: Rules) -> None:
         """Goes on with these rows alone, row rows[i] in place i (see `compact`); rules: theirs, in this order."""
         assert not self._launched, "rows leave between rounds, before the next verify is launched"
-        if self._verify is not None:  # built for the old rows and not dispatched: forget it
-            self.cache.buffers = self._verify.before
-            self._verify = None
+        self._forget()  # it was built for the old rows
         for place, row in enumerate(rows):
             if place != row:
                 self.cache.move(row, place)
@@ -170,6 +176,7 @@ class Speculation:
         self.said = self.said and self.said.of_rows(index) if rules.penalties else None
         self._mask = self._mask[index] if self._mask is not None else None
         self.guide = self.guide and self.guide.of_rows(rows)
+        self.confidences = [self.confidences[row] for row in rows]
         self.rows, self.rules = slice(0, len(rows)), rules
 
     def _sample(self, hidden: mx.array, positions: mx.array, said: Said | None) -> mx.array:
@@ -181,9 +188,9 @@ class Speculation:
 
     def _draft(self, count: int) -> None:
         if self.drafter is None or count < 1:
-            self._drafts = mx.zeros((self.rows.stop, 0), mx.int32)
+            self._drafts, self._sure = mx.zeros((self.rows.stop, 0), mx.int32), mx.zeros((self.rows.stop, 0))
             return
-        self._drafts = draft(
+        self._drafts, self._sure = draft(
             self.drafter,
             self.target.embed,
             self.cache,
@@ -194,7 +201,14 @@ class Speculation:
             count,
             self.draft_position,
             self.said,
+            self.confident,
         )
+
+    def _forget(self) -> None:
+        """Drops a verify that was built and not dispatched."""
+        if self._verify is not None:
+            self.cache.buffers = self._verify.before
+            self._verify = None
 
     def _build(self) -> _Verify:
         tokens = mx.concatenate([self._next[:, None], self._drafts], axis=1)
@@ -205,7 +219,7 @@ class Speculation:
 
     def _read(self, tokens: mx.array, n: mx.array | None, drafted: int | None) -> Round:
         """Queues everything, builds the next verify meanwhile, and reads back once."""
-        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, self._drafts, *self._report)
+        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, self._drafts, self._sure, *self._report)
         if self.guide is None:
             self._verify = self._build()
         rows, kept, drafts, report = self._readback(tokens, n)
@@ -214,6 +228,7 @@ class Speculation:
             self.guide.advance(emitted)
             width, self._mask = self.guide.look(drafts)
             self._drafts = self._drafts[:, :width]
+            self.confidences = [row[:width] for row in self.confidences]
             self._verify = self._build()
         return Round(emitted, drafted, _named(emitted, *report) if report else None)
 
@@ -222,7 +237,8 @@ class Speculation:
         the report.
         """
         self.host_syncs += 1
-        mx.eval(tokens, self._drafts, self.hidden, *self._report)
+        mx.eval(tokens, self._drafts, self._sure, self.hidden, *self._report)
+        self.confidences = self._sure.tolist()
         kept = [0] * tokens.shape[0] if n is None else n.tolist()
         drafts = [] if self.guide is None else self._drafts.tolist()
         return tokens.tolist(), kept, drafts, [part.tolist() for part in self._report]

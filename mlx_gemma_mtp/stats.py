@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .depth import REASONS
+
 
 @dataclass
 class Stats:
@@ -13,7 +15,8 @@ class Stats:
     rounds: verify passes (the first token comes from the prefill); drafted and accepted: draft tokens that were
     verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
     1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
-    batch; target_step_bytes, draft_step_bytes: weights read for one token by the target, and for one draft.
+    batch; depths[K]: rounds that verified K drafts, by the reason of K (depth.REASONS); target_step_bytes,
+    draft_step_bytes: weights read for one token by the target, and for one draft.
     """
 
     prompt_tokens: int = 0
@@ -33,11 +36,14 @@ class Stats:
     seed: int | None = None
     target_step_bytes: int = 0
     draft_step_bytes: int = 0
+    depths: dict[int, dict[str, int]] = field(default_factory=dict)
     _offered: list[int] = field(default_factory=list)  # rounds that verified at least i + 1 drafts
     _kept: list[int] = field(default_factory=list)
 
-    def count_round(self, drafted: int, accepted: int) -> None:
-        """Adds one verify pass of this request."""
+    def count_round(self, drafted: int, accepted: int, reason: str = "") -> None:
+        """Adds one verify pass of this request. reason: why it had so many drafts."""
+        by_reason = self.depths.setdefault(drafted, {})
+        by_reason[reason] = by_reason.get(reason, 0) + 1
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
@@ -47,6 +53,12 @@ class Stats:
         for i in range(drafted):
             self._offered[i] += 1
             self._kept[i] += i < accepted
+
+    def say_why_off(self) -> None:
+        """Where no round verified a draft, though there is a drafter: MTP was off, for the commonest reason."""
+        if self.mtp and self.rounds and not self.drafted:
+            reasons = self.depths[0]
+            self.mtp, self.mtp_reason = False, REASONS[max(reasons, key=reasons.__getitem__)]
 
     @property
     def tokens_per_round(self) -> float:

@@ -59,7 +59,7 @@ def converted(source: Path, out: Path, *flags: str) -> Path:
 
 @pytest.mark.parametrize(("kind", "form"), [cell(kind, form) for kind in KINDS for form in FORMATS])
 def test_convert_check_load_generate(source, tmp_path, kind, form):
-    engine = load(str(converted(source(kind), tmp_path / "out", *FORMATS[form])), dtype="float32")
+    engine = load(str(converted(source(kind), tmp_path / "out", *FORMATS[form])), num_draft_tokens=4, dtype="float32")
     assert engine.drafter is not None
     params = [GREEDY, SAMPLED, GREEDY]
     plain, drafted = (engine.generate(PROMPTS, params, num_draft_tokens=drafts) for drafts in (0, 3))
@@ -74,7 +74,7 @@ def test_convert_check_load_generate(source, tmp_path, kind, form):
 def test_a_good_drafter_is_accepted(kind, tmp_path):
     """Layers that add almost nothing: the drafter's tensors say what the target's say, and most drafts are kept."""
     out = converted(pair(tmp_path / "hf", kind, depth=0.001), tmp_path / "out", "--dtype", "float32")
-    engine = load(str(out), dtype="float32")
+    engine = load(str(out), num_draft_tokens=4, dtype="float32")
     plain, drafted = (engine.generate(PROMPTS, GREEDY, num_draft_tokens=drafts) for drafts in (0, 5))
     assert [result.tokens for result in plain] == [result.tokens for result in drafted]
     assert all(result.stats.tokens_per_round > 3 for result in drafted)
@@ -94,7 +94,7 @@ def test_the_command_line_writes_the_same(source, tmp_path, capsys, kind):
     assert plain["tokens"] == drafted["tokens"] and len(plain["tokens"]) == 12
     assert drafted["stats"]["mtp"] and not plain["stats"]["mtp"] and plain["text"] == drafted["text"]
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-    assert load(str(out)).generate(PROMPTS[0], params).tokens == plain["tokens"]
+    assert load(str(out), num_draft_tokens=4).generate(PROMPTS[0], params).tokens == plain["tokens"]
 
 
 def test_processes_of_their_own(source, tmp_path):

@@ -17,7 +17,7 @@ GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return load()
+    return load(num_draft_tokens=4)
 
 
 def test_the_bundled_pair_writes_the_same_text_with_and_without_mtp(engine):

@@ -22,7 +22,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def engine():
-    return load(dtype="float32")
+    return load(num_draft_tokens=4, dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,10 +36,20 @@ def command(*argv: str, env: dict | None = None, **options) -> subprocess.Popen:
 
 
 def test_one_prompt_streams_its_text(capsys):
-    code, out, err = run(capsys, "--prompt", PROMPTS[0], "--max-tokens", 24, "--stats")
+    argv = ("--prompt", PROMPTS[0], "--max-tokens", 24, "--stats", "--num-draft-tokens", 3)
+    code, out, err = run(capsys, *argv)
     assert code == 0 and out.startswith("```python\n") and out.endswith("\n")
     assert "small bundled model" in err and "MTP on" in err and "tokens a round" in err and "BLAS" in err
     assert "Traceback" not in err
+
+
+def test_the_bundled_model_shows_what_mtp_is_worth(capsys):
+    argv = ("--prompt", PROMPTS[0], "--max-tokens", 16, "--num-draft-tokens", 3)
+    _, _, err = run(capsys, *argv)
+    found = re.search(r"MTP: (\S+) tokens a pass of the target; .*\((\S+)x\) over 16 tokens, the same text", err)
+    assert found and 1 < float(found[1]) <= 4 and float(found[2]) > 0
+    assert "a pass of the target" not in run(capsys, *argv, "--json")[2]
+    assert "a pass of the target" not in run(capsys, "--prompt", "x", "--num-draft-tokens", 0, "--max-tokens", 4)[2]
 
 
 def test_several_prompts_come_whole_and_in_order(capsys, tmp_path):

@@ -16,7 +16,7 @@ GREEDY = {"max_tokens": 120, "temperature": 0.0}
 
 @pytest.fixture(scope="module")
 def engine():
-    return load()
+    return load(num_draft_tokens=4)
 
 
 def schema_of(seed: int) -> dict:

@@ -112,7 +112,7 @@ def written(source, tmp_path_factory) -> Callable[[str, str], Written]:
 
 def opened(folder: Path, drafter: Path | str = "auto") -> tuple[Engine, list[int]]:
     """Our engine on a folder, and its greedy tokens, the same with and without drafts."""
-    engine = load(str(folder), str(drafter), dtype="float32")
+    engine = load(str(folder), str(drafter), num_draft_tokens=4, dtype="float32")
     plain, drafted = (engine.generate(PROMPT, GREEDY, num_draft_tokens=drafts) for drafts in (0, DRAFTS))
     assert plain.tokens == drafted.tokens and len(plain.tokens) == COUNT
     assert drafted.stats.mtp == (drafter != "none")

@@ -15,7 +15,7 @@ CLOSE = 1e-4  # absolute, on logits up to 30
 
 @pytest.fixture(scope="module")
 def engine():
-    return load(dtype="float32")
+    return load(num_draft_tokens=4, dtype="float32")
 
 
 @pytest.fixture(scope="module")

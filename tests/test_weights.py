@@ -93,7 +93,7 @@ def test_quantised_pairs_run_losslessly(tmp_path, bits, group):
         source = raw_target(tmp_path) if name == "target" else DRAFTER
         argv = ["--hf-path", source, "--mlx-path", tmp_path / name, "-q", "--q-bits", bits, "--q-group-size", group]
         assert convert([str(a) for a in argv]) == 0
-    engine = load(str(tmp_path / "target"))
+    engine = load(str(tmp_path / "target"), num_draft_tokens=4)
     assert isinstance(engine.target.layers[0].mlp.down_proj, nn.QuantizedLinear)
     assert isinstance(engine.drafter.embed_tokens, nn.QuantizedEmbedding)
     params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -101,7 +101,7 @@ def test_quantised_pairs_run_losslessly(tmp_path, bits, group):
     plain = engine.generate(prompts, params, num_draft_tokens=0)
     drafted = engine.generate(prompts, params, num_draft_tokens=3)
     assert [r.tokens for r in plain] == [r.tokens for r in drafted]
-    reference = load().generate(prompts, params)
+    reference = load(num_draft_tokens=4).generate(prompts, params)
     if bits == 8:
         assert plain[0].tokens[:8] == reference[0].tokens[:8]
 
@@ -111,7 +111,7 @@ def test_fp_modes_run_in_the_wanted_dtype(tmp_path, mode):
     """MLX looks up bf16 from such a table whatever the rest is in; the stream stays float32."""
     argv = ["--hf-path", raw_target(tmp_path), "--mlx-path", tmp_path / "target", "-q", "--q-mode", mode]
     assert convert([str(a) for a in argv]) == 0
-    engine = load(str(tmp_path / "target"), str(DRAFTER), dtype="float32")
+    engine = load(str(tmp_path / "target"), str(DRAFTER), num_draft_tokens=4, dtype="float32")
     assert engine.target.embed(mx.array([5])).dtype == mx.float32
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     plain = engine.generate("def fibonacci(n):", params, num_draft_tokens=0)
@@ -121,7 +121,7 @@ def test_fp_modes_run_in_the_wanted_dtype(tmp_path, mode):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_a_drafter_quantised_while_loading_drafts_losslessly(bits):
     params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-    engine = load(draft_bits=bits)
+    engine = load(draft_bits=bits, num_draft_tokens=4)
     drafter = engine.drafter
     assert (drafter.embed_tokens.bits, drafter.pre_projection.bits) == (min(bits, 4), bits)
     assert not weights.is_quantized(engine.target)

@@ -1,0 +1,102 @@
+"""Records what every draft length would have kept: `python -m benchmarks.traces OUT.npz [--model FOLDER]`.
+
+At each token of a text that the target made by itself, 7 tokens are drafted and compared with how the text goes on.
+Since drafts never change the text, any rule for the draft length can be replayed on such a trace, exactly
+(benchmarks/replay.py). For each class of text: accepted [n], how many of the drafts agree; confidences [n, 7], what the
+drafter said; and starts, where the texts of the class begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.cache import Cache
+from mlx_gemma_mtp.costs import MAX_DRAFTS
+from mlx_gemma_mtp.drafter import draft
+from mlx_gemma_mtp.engine import Engine
+from mlx_gemma_mtp.sampling import Rules
+
+PROMPTS = Path(__file__).parent.parent / "tests" / "data" / "prompts.json"
+ROW = slice(0, 1)
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
+SAMPLED = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, ignore_eos=True, seed=3)
+WILD = SamplingParams(temperature=1.5, top_k=-1, top_p=1.0, ignore_eos=True, seed=3)
+
+
+def texts(count: int) -> dict[str, list[tuple[str, bool, SamplingParams]]]:
+    """Prompts of each class: the text, whether the chat template goes round it, and how its answer is sampled."""
+    prompts = [each["prompt"] for each in json.loads(PROMPTS.read_text())]
+    code = [p for p in prompts if p.startswith("Write") or p.startswith("def ")][:count]
+    prose = [p for p in prompts if p.startswith("What") or p.startswith("Explain")][:count]
+    words = " ".join(prompts).split()
+    random.Random(0).shuffle(words)
+    shuffled = [" ".join(words[i * 40 : (i + 1) * 40]) for i in range(count)]
+    return {
+        "code": [(p, True, GREEDY) for p in code],
+        "prose": [(p, True, SAMPLED) for p in prose],
+        "shuffled": [(p, False, WILD) for p in shuffled],
+    }
+
+
+def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """accepted uint8 [n], confidences float16 [n, MAX_DRAFTS] at the tokens of one answer."""
+    target, drafter = engine.target, engine.drafter
+    head = engine.text.encode(prompt, chat_template=chat)
+    result = engine.generate(head, params, num_draft_tokens=0)
+    text = [*head, *result.tokens]
+    cache = Cache(target.config.kv, 1, len(text) + MAX_DRAFTS, len(text), target.dtype)
+    hidden = target(mx.array([text]), cache.span(ROW, len(text)))
+    rules = Rules.of([params.resolved(engine.defaults)], target.config.vocab_size, engine.defaults.suppress_token_ids)
+    accepted, confidences = [], []
+    for at in range(len(head), len(text) - MAX_DRAFTS):
+        cache.lengths = mx.array([at], mx.int32)
+        token, state = mx.array([text[at]]), hidden[:, at - 1]
+        drafts, sure = draft(
+            drafter, target.embed, cache, ROW, token, state, rules, MAX_DRAFTS, engine.draft_position, confident=True
+        )
+        agree = np.array(drafts)[0] == np.array(text[at + 1 : at + 1 + MAX_DRAFTS])
+        accepted.append(int(np.cumprod(agree).sum()))
+        confidences.append(np.array(sure)[0])
+    return np.array(accepted, np.uint8), np.array(confidences, np.float16)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.traces", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", help="default: the bundled pair")
+    parser.add_argument("--draft-model", default="auto")
+    parser.add_argument("--texts", type=int, default=4, help="of each class")
+    parser.add_argument("--max-tokens", type=int, default=320)
+    args = parser.parse_args(argv)
+    try:
+        engine = load(args.model, args.draft_model, num_draft_tokens=0, dtype="float32")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    arrays: dict[str, np.ndarray] = {}
+    for name, some in texts(args.texts).items():
+        traces = []
+        for prompt, chat, params in tqdm(some, desc=name, disable=None):
+            limited = SamplingParams(**{**vars(params), "max_tokens": args.max_tokens})
+            traces.append(trace(engine, prompt, chat, limited))
+        arrays[f"{name}_accepted"] = np.concatenate([accepted for accepted, _ in traces])
+        arrays[f"{name}_confidences"] = np.concatenate([confidences for _, confidences in traces])
+        arrays[f"{name}_starts"] = np.cumsum([0, *(len(accepted) for accepted, _ in traces[:-1])], dtype=np.int32)
+        kept = arrays[f"{name}_accepted"]
+        shares = " ".join(f"{np.mean(kept > i):.2f}" for i in range(MAX_DRAFTS))
+        print(f"{name}: {len(kept)} tokens, share of places that keep at least 1..{MAX_DRAFTS} drafts: {shares}")
+    np.savez_compressed(args.out, **arrays)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

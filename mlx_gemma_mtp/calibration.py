@@ -1,0 +1,222 @@
+"""What rounds cost here: measured by running the loop itself, kept in a file, frozen for an engine's life."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+
+from . import __version__, blas
+from .cache import Cache
+from .costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable, Drafted, Verified
+from .drafter import Drafter
+from .gemma4 import Gemma4
+from .hub import Pair
+from .kernels import metal_available
+from .params import SamplingParams
+from .sampling import Rules
+from .speculative import Speculation, prefill
+from .weights import format_of
+
+QUICK_SECONDS = 0.7  # what a first start may spend
+QUICK_WIDTHS = (0, 1, 2, 4, MAX_DRAFTS)
+LONG = 2048  # tokens of the calibration's long context
+LIVE_ROUNDS, LIVE_SHARE = 16, 0.2  # from so many rounds on, their median counts for so much of a cell
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, seed=0)
+
+
+@dataclass
+class Timings:
+    """Seconds by cell, one for each repeat; see costs.Verified and costs.Drafted."""
+
+    verified: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
+    drafted: dict[int, list[float]] = field(default_factory=dict)
+
+    def medians(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
+        """A round's parts can't take less than nothing, whatever the noise says."""
+        verified = {cell: median(seconds) for cell, seconds in self.verified.items()}
+        floor = min(verified.values(), default=1.0) * 1e-3
+        return verified, {rows: max(median(seconds), floor) for rows, seconds in self.drafted.items()}
+
+
+class Bench:
+    """Equal rows after `context` committed tokens, from which the same rounds can be run again and again.
+
+    Real text fills the first tokens of the cache, so that the router sees what it sees in use; the rest of a long
+    context is zeros, which take the same time.
+    """
+
+    def __init__(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int], rows: int, context: int):
+        self.target, self.drafter, self.rows, self.context = target, drafter, rows, max(context, len(prompt))
+        block = max(MAX_DRAFTS + 1, len(prompt))
+        self.cache = Cache(target.config.kv, rows, self.context + 4 * block, block, target.dtype)
+        self.hidden = prefill(target, self.cache, slice(0, rows), [prompt] * rows)
+        self.rules = Rules.of([GREEDY] * rows, target.config.vocab_size)
+
+    def rounds(self, width: int) -> tuple[float, float]:
+        """Seconds of a round that verifies `width` drafts and makes as many, and of one that makes none."""
+        self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
+        loop = Speculation(self.target, self.drafter, self.cache, self.rules, self.hidden, confident=True)
+        loop.start(width, self.context)
+        chained, alone = _seconds(loop, width), _seconds(loop, 0)
+        loop.launch()  # what was built must not stay behind as a copy of the cache
+        mx.synchronize()
+        return chained, alone
+
+
+def _seconds(loop: Speculation, drafts: int) -> float:
+    began = time.perf_counter()
+    loop.launch()
+    loop.step(drafts)
+    return time.perf_counter() - began
+
+
+def measure(
+    target: Gemma4,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    rows: Sequence[int],
+    contexts: Sequence[int],
+    widths: Sequence[int],
+    repeats: int,
+    seconds: float = math.inf,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Timings | None:
+    """Times every cell `repeats` times, in turn, once more to warm up.
+
+    widths: drafts verified, 0 and more, rising. seconds: after which nothing more begins; None if not one repeat of
+    everything was done by then. prompt: token ids.
+    """
+    timings, began, done = Timings(), time.perf_counter(), 0
+    benches = [Bench(target, drafter, prompt, count, context) for count in rows for context in contexts]
+    for repeat in range(repeats + 1):
+        for bench in benches:
+            for width in widths:
+                if time.perf_counter() - began > seconds:
+                    return timings if repeat > 1 else None
+                chained, alone = bench.rounds(width)
+                if repeat:
+                    timings.verified.setdefault((bench.rows, bench.context, width), []).append(alone)
+                if repeat and width:
+                    timings.drafted.setdefault(bench.rows, []).append((chained - alone) / width)
+                done += 1
+                progress(done, len(benches) * len(widths) * (repeats + 1))
+    return timings
+
+
+class Costs:
+    """Where an engine's table comes from: the file of its pair on this machine, else a short measurement.
+
+    file: None keeps nothing. notice: told in a sentence what the user should know. seconds: what a first start may
+    spend, besides the round in which they run out.
+    """
+
+    def __init__(
+        self,
+        file: CostFile | None = None,
+        notice: Callable[[str], None] = lambda message: None,
+        seconds: float = QUICK_SECONDS,
+    ):
+        self.file, self.notice, self.seconds = file, notice, seconds
+
+    @classmethod
+    def of(cls, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None]) -> Costs:
+        return cls(CostFile(_key(pair, target, drafter)) if drafter is not None else None, notice)
+
+    def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
+        """Read, or measured quickly and written; UNKNOWN where that is too short. prompt: token ids that
+        rounds can be timed after.
+        """
+        if (kept := self.kept()) is not None:
+            return kept
+        timings = measure(target, drafter, prompt, (1,), (len(prompt),), QUICK_WIDTHS, 3, self.seconds)
+        if timings is None:
+            return UNKNOWN
+        self._write(*timings.medians())
+        return CostTable.of(*timings.medians())
+
+    def measured(
+        self,
+        target: Gemma4,
+        drafter: Drafter,
+        prompt: Sequence[int],
+        repeats: int,
+        progress: Callable[[int, int], None],
+    ) -> CostTable:
+        """The whole grid, measured now and written."""
+        contexts = sorted({len(prompt), min(LONG, target.config.context // 2)})
+        widths = range(MAX_DRAFTS + 1)
+        timings = measure(target, drafter, prompt, ROWS, contexts, widths, repeats, progress=progress)
+        self._write(*timings.medians())
+        return CostTable.of(*timings.medians())
+
+    def kept(self) -> CostTable | None:
+        """What was measured before; None where there is nothing."""
+        known = self._read()
+        return CostTable.of(*known) if known else None
+
+    @property
+    def where(self) -> str:
+        return "nowhere" if self.file is None else str(self.file.path)
+
+    def learn(self, live: Mapping[tuple[int, int, int], Sequence[float]]) -> None:
+        """Moves the file towards what verifies took in use; an engine keeps the table that it has."""
+        enough = {c: median(s) for c, s in live.items() if c[0] in ROWS and len(s) >= LIVE_ROUNDS}
+        if enough and (known := self._read()):
+            verified, drafted = known
+            for cell, now in enough.items():
+                verified[cell] = verified.get(cell, now) * (1 - LIVE_SHARE) + now * LIVE_SHARE
+            self._write(verified, drafted)
+
+    def _read(self) -> tuple[Verified, Drafted] | None:
+        try:
+            return self.file and self.file.read()
+        except ValueError as error:
+            self.notice(f"the costs in {self.file.path} are ignored: {error}; they are measured anew")
+            return None
+
+    def _write(self, verified: Verified, drafted: Drafted) -> None:
+        try:
+            if self.file is not None:
+                self.file.write(verified, drafted)
+        except OSError as error:
+            self.notice(f"the costs of rounds cannot be kept in {self.file.path} ({error.strerror})")
+
+
+def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
+    """What a round's cost depends on."""
+    metal = metal_available()
+    return {
+        "target": _fingerprint(pair.target),
+        "drafter": _fingerprint(pair.drafter),
+        "weights": [format_of(target), format_of(drafter)],
+        "dtype": str(target.dtype),
+        "backend": "Metal" if metal else f"CPU, {os.cpu_count()} cores, {blas.name()}",
+        "chip": mx.device_info()["device_name"] if metal else _processor(),
+        "versions": {"mlx": mx.__version__, "mlx_gemma_mtp": __version__},
+    }
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of a model folder: its config, and the sizes of its weight files."""
+    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    return sha256((folder / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

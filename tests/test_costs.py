@@ -1,0 +1,85 @@
+"""The table of costs: what is interpolated, what is refused, what is kept."""
+
+import json
+
+import pytest
+
+from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable, rising
+
+VERIFIED = {(rows, 100, width): 1.0 + rows * (width + 1) for rows in ROWS for width in range(MAX_DRAFTS + 1)}
+DRAFTED = {1: 0.1, 8: 0.8}
+KEY = {"pair": "a", "chip": "b"}
+
+
+def test_what_was_measured_comes_back():
+    table = CostTable.of(VERIFIED, DRAFTED)
+    for rows in ROWS:
+        assert table.verify_at(rows, 100) == pytest.approx([1 + rows * (w + 1) for w in range(MAX_DRAFTS + 1)])
+    assert table.draft_at(1) == 0.1 and table.draft_at(8) == 0.8
+    assert table.rounds_at(1, 100)[3] == pytest.approx(5.0 + 0.3)
+
+
+def test_between_grid_points_it_is_linear():
+    later = {(rows, 300, width): 3.0 + rows * (width + 1) for rows, _, width in VERIFIED}
+    table = CostTable.of(VERIFIED | later, DRAFTED)
+    assert table.verify_at(3, 100)[2] == pytest.approx(1 + 3 * 3)
+    assert table.verify_at(2, 200)[0] == pytest.approx(1 + 2 + 1)
+    assert table.verify_at(2, 500)[0] == pytest.approx(1 + 2 + 4)  # the slope goes on
+    assert table.verify_at(2, 10)[0] == pytest.approx(1 + 2)  # but not below the first
+    assert table.verify_at(12, 100)[0] == pytest.approx(1 + 12)
+    assert table.draft_at(4) == pytest.approx(0.4)
+
+
+def test_what_is_missing_follows_from_the_number_of_tokens():
+    """One row at a few widths, as a first start measures it: other rows and widths by rows * (width + 1)."""
+    some = {(1, 64, width): 10.0 + 2 * (width + 1) for width in (0, 1, 4, 7)}
+    table = CostTable.of(some, {1: 0.5})
+    assert table.verify_at(1, 64)[2] == pytest.approx(16.0)
+    assert table.verify_at(4, 64)[1] == pytest.approx(10 + 2 * 8)
+    assert table.verify_at(8, 64)[7] == pytest.approx(10 + 2 * 64)
+    assert table.draft_at(8) == 0.5
+
+
+def test_more_work_never_looks_cheaper():
+    assert rising([1.0, 3.0, 2.0, 4.0, 3.0, 3.5]) == [1.0, 2.5, 2.5, 3.5, 3.5, 3.5]
+    noisy = {(1, 64, w): s for w, s in enumerate([5.0, 9.0, 4.0, 6.0, 7.0, 8.0, 8.0, 7.0])}
+    line = CostTable.of(noisy, {1: 0.1}).verify_at(1, 64)
+    assert line == sorted(line) and sum(line) == pytest.approx(sum(noisy.values()))
+
+
+def test_before_anything_is_known_drafts_pay_only_where_they_are_kept():
+    rounds = UNKNOWN.rounds_at(1, 500)
+    assert rounds[0] == 1.0 and 1.2 < rounds[1] < 1.5 and rounds[4] < 3
+
+
+def test_a_file_keeps_it(tmp_path):
+    file = CostFile(KEY, tmp_path / "new")
+    assert file.read() is None
+    file.write(VERIFIED, DRAFTED)
+    assert file.read() == (VERIFIED, DRAFTED)
+    assert [each.name for each in file.path.parent.iterdir()] == [file.path.name]
+    assert CostFile({**KEY, "chip": "c"}, tmp_path / "new").read() is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "cannot be read"),
+        ("[]", "no table"),
+        ("{}", "no table"),
+        ('{"format": 9}', "another"),
+        (json.dumps({"format": 1, "key": {"pair": "x"}, "verify": [], "draft": []}), "another"),
+        (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0]], "draft": [[1, 0.1]]}), "no table|not enough"),
+        (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0, -1.0]], "draft": [[1, 0.1]]}), "impossible"),
+        (json.dumps({"format": 1, "key": KEY, "verify": [[0, 64, 0, 1.0]], "draft": [[1, 0.1]]}), "impossible"),
+        (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0, "1"]], "draft": [[1, 0.1]]}), "impossible"),
+        (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0, 1.0]], "draft": []}), "impossible"),
+        (json.dumps({"format": 1, "key": KEY, "verify": [["x", 64, 0, 1.0]], "draft": [[1, 0.1]]}), "no table|invalid"),
+        ("\x00\xff", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path, text, message):
+    file = CostFile(KEY, tmp_path)
+    file.path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        file.read()

@@ -1,0 +1,288 @@
+"""The draft length: chosen from literal tables and histories, replayed on recorded traces, live in the loop."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from benchmarks import replay
+from mlx_gemma_mtp import SamplingParams, load
+from mlx_gemma_mtp.calibration import Costs
+from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable
+from mlx_gemma_mtp.depth import (
+    BEST,
+    CONFIDENCE,
+    LIMIT,
+    OFF,
+    PROBE,
+    REASONS,
+    Auto,
+    History,
+    Pause,
+    Trust,
+    break_even,
+    choose,
+    expected,
+    worthwhile,
+)
+
+FREE = 10**6  # room for drafts
+
+
+def table(verify: float, draft: float) -> CostTable:
+    """A plain step costs 1; each further token of a verify `verify`, each draft `draft`, of one row."""
+    cells = {(rows, 100, w): 1 + verify * (rows * (w + 1) - 1) for rows in ROWS for w in range(MAX_DRAFTS + 1)}
+    return CostTable.of(cells, dict.fromkeys(ROWS, draft))
+
+
+def seen(drafted: int, accepted: int, times: int = 40) -> History:
+    history = History()
+    for _ in range(times):
+        history = history.after(drafted, accepted, 0.9)
+    return history
+
+
+def chosen(costs: CostTable, history: History, room: int = FREE, pause: Pause | None = None) -> tuple[int, str]:
+    choice = choose(costs, [history], history, 100, [room], pause or Pause())
+    return choice.drafts, choice.reason
+
+
+def test_expected_tokens():
+    assert expected([0.5, 0.5, 0.8], FREE) == pytest.approx([1, 1.5, 1.75, 1.95])
+    assert expected([0.5, 0.5, 0.8], 1) == pytest.approx([1, 1.5, 1.5, 1.5])
+
+
+def test_rates_are_conditional_and_follow_the_recent():
+    history = seen(3, 1)  # the first is always kept, the second never, the third is never reached
+    first, second, third = history.rates()[:3]
+    assert first > 0.9 and second < 0.25 and third == pytest.approx(second, abs=0.05)
+    for _ in range(30):
+        history = history.after(3, 3, 0.9)
+    assert min(history.rates()[:3]) > 0.85
+    assert History().rates() == [0.75] * MAX_DRAFTS
+
+
+def test_a_new_row_is_taken_to_be_like_the_others():
+    assert History().rates(seen(7, 0).rates())[0] < 0.25
+    assert History().rates(seen(7, 7).rates())[6] > 0.9
+
+
+@pytest.mark.parametrize(
+    "verify, draft, history, best",
+    [
+        (0.0, 0.01, seen(7, 7), MAX_DRAFTS),  # drafts cost nothing and are kept
+        (0.0, 0.4, seen(7, 0), 0),
+        (1.0, 0.01, seen(7, 7), 0),  # a verified token costs a step: nothing can be won
+        (0.2, 0.1, seen(4, 2), 2),  # two are kept, never the third
+        (0.9, 0.5, seen(7, 7), 0),
+    ],
+)
+def test_the_best_ratio_wins(verify, draft, history, best):
+    assert chosen(table(verify, draft), history) == (best, BEST if best else OFF)
+
+
+def test_room_and_limit():
+    costs = table(0.0, 0.01)
+    assert chosen(costs, seen(7, 7), room=3) == (3, BEST)
+    assert chosen(costs, seen(7, 7), room=0) == (0, LIMIT)
+    good = seen(7, 7)
+    alone = choose(costs, [good, good], good, 100, [2, 0], Pause())
+    assert (alone.drafts, alone.reason) == (2, BEST)  # the other row, at its end, has no say
+
+
+def test_rows_share_one_length():
+    """At a cost where a good row alone would draft 7 and a bad one none, together they draft something between."""
+    costs, good, bad = table(0.05, 0.1), seen(7, 7), seen(7, 0)
+    pool = History()
+    alone = choose(costs, [good], pool, 100, [FREE], Pause()).drafts
+    both = choose(costs, [good, bad], pool, 100, [FREE, FREE], Pause()).drafts
+    many_bad = choose(costs, [good, *[bad] * 7], pool, 100, [FREE] * 8, Pause()).drafts
+    assert alone == MAX_DRAFTS >= both > many_bad
+
+
+def test_probes_back_off_and_find_the_way_back():
+    auto, kept = Auto(table(0.1, 0.2)), 0
+    lengths, reasons = [], []
+    for step in range(160):
+        drafts = auto.draft([0], 100, [FREE])
+        width = auto.verify([0], 100, [FREE], [[0.9] * drafts])
+        kept = 0 if step < 110 else width
+        reasons.append(auto.observe({0: kept}))
+        lengths.append(width)
+    probes = [i for i, reason in enumerate(reasons) if reason == PROBE and i < 110]
+    gaps = np.diff(probes)
+    assert len(probes) >= 3 and list(gaps) == sorted(gaps) and gaps[-1] > gaps[0] > 8
+    assert sum(lengths[20:110]) <= 6  # a few probes, no more
+    assert all(length == MAX_DRAFTS for length in lengths[150:])
+    assert set(reasons) <= set(REASONS)
+
+
+def test_doubtful_drafts_are_cut():
+    costs, trust = table(0.3, 0.05), Trust()
+    width = lambda *row: worthwhile(costs, trust, [list(row)], 100, [FREE], 1.0)  # noqa: E731
+    assert width(0.95, 0.95, 0.95) == 3
+    assert width(0.95, 0.1, 0.95) == 1
+    assert width(0.01, 0.9) == 1  # the first always stays
+    assert width() == 0
+    rows = [[0.95, 0.95], [0.1, 0.1], [0.1, 0.1], [0.1, 0.1]]
+    assert worthwhile(costs, trust, rows, 100, [FREE] * 4, 1.0) == 1
+    for _ in range(200):  # a drafter that is always sure and mostly wrong is not believed
+        trust = trust.after([0.95], 0)
+    assert worthwhile(costs, trust, [[0.95, 0.95]], 100, [FREE], 1.0) == 1
+
+
+def test_a_cut_is_said():
+    auto = Auto(table(0.3, 0.01))
+    made = auto.draft([0], 100, [FREE])
+    assert made > 1 and auto.verify([0], 100, [FREE], [[0.9] + [0.01] * (made - 1)]) == 1
+    auto.draft([0], 100, [FREE])
+    assert auto.observe({0: 1}) == CONFIDENCE
+
+
+def test_break_even():
+    even = break_even(table(0.25, 0.25), 1, 100)
+    assert even[0] == pytest.approx(0.5, abs=1e-6)  # 1 + a = 1.5
+    assert even[1] == pytest.approx((5**0.5 - 1) / 2, abs=1e-6)  # a + a^2 = 1
+    assert break_even(table(1.0, 0.5), 1, 100) == [None] * MAX_DRAFTS
+
+
+# On recorded traces, under four tables of costs.
+
+TRACES = replay.read_traces()
+TABLES = {path.stem: replay.read_table(path) for path in sorted((replay.DATA / "costs").glob("*.json"))}
+
+
+def test_replay_emits_the_whole_text():
+    """Every rule walks the same text; a fixed length's rate follows from counting by hand."""
+    trace, costs = TRACES["code"], TABLES["m4max-26b"]
+    for rule in (replay.Fixed(3), Auto(costs)):
+        run = replay.replay(trace, costs, rule)
+        assert 0 <= run.tokens - len(trace.accepted) <= MAX_DRAFTS
+    at = rounds = 0
+    while at < len(trace.accepted):
+        at, rounds = at + 1 + min(2, int(trace.accepted[at])), rounds + 1
+    assert replay.fixed_rates(trace, costs)[2] == pytest.approx(at / rounds / costs.rounds_at(1, replay.CONTEXT)[2])
+
+
+@pytest.mark.parametrize("machine", TABLES)
+@pytest.mark.parametrize("text", TRACES)
+def test_auto_is_never_wrong_for_long(machine, text):
+    """At least 0.97 of plain decoding, at least 0.95 of the best fixed length, never more than an oracle; and 32 rounds
+    after a change of text, lengths that are right for the new one.
+    """
+    trace, costs = TRACES[text], TABLES[machine]
+    fixed = replay.fixed_rates(trace, costs)
+    run = replay.replay(trace, costs, Auto(costs))
+    assert run.rate >= 0.97 * fixed[0]
+    assert run.rate >= 0.95 * max(fixed)
+    assert run.rate <= replay.oracle(trace, costs) * (1 + 1e-9)
+    assert all(rounds <= 32 for rounds in replay.rounds_to_adapt(trace, run, costs))
+
+
+# In the loop.
+
+SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, ignore_eos=True, seed=3)
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, seed=0)
+PROMPTS = ["def fibonacci(n):", "What is a list?", "import os", "Write a class.", "x = 1", "Why?", "for i in", "return"]
+
+
+def random_table(seed: int) -> CostTable:
+    r = random.Random(seed)
+    return table(r.choice([0.0, 0.02, 0.1, 0.3]), r.choice([0.01, 0.1, 0.3]))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load(dtype="float32")
+
+
+def with_table(engine, costs: CostTable):
+    """The engine, its controller new."""
+    engine._auto = Auto(costs)
+    return engine
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_tokens_never_depend_on_it(engine, params, rows):
+    """Equal to plain decoding, alone, in float32, whatever the table says."""
+    plain = [engine.generate(prompt, params, num_draft_tokens=0).tokens for prompt in PROMPTS[:rows]]
+    lengths = set()
+    for seed in range(4):
+        results = with_table(engine, random_table(seed)).generate(PROMPTS[:rows], params)
+        assert [result.tokens for result in results] == plain
+        lengths |= {length for result in results for length in result.stats.depths}
+    assert len(lengths) >= 4
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_same_table_same_choices(engine, params, rows):
+    ragged = [SamplingParams(**{**vars(params), "max_tokens": 12 + 5 * i}) for i in range(rows)]
+    first, second = (
+        [r.stats.depths for r in with_table(engine, table(0.1, 0.1)).generate(PROMPTS[:rows], ragged)] for _ in range(2)
+    )
+    assert first == second and sum(sum(r.values()) for d in first for r in d.values()) > rows
+
+
+def test_mtp_that_cannot_pay_is_off_and_says_so(engine):
+    result = with_table(engine, table(1.0, 0.5)).generate(
+        PROMPTS[0], SamplingParams(**{**vars(GREEDY), "max_tokens": 8})
+    )
+    assert not result.stats.mtp and result.stats.mtp_reason == REASONS[OFF]
+    assert result.stats.depths == {0: {OFF: 6, LIMIT: 1}}
+
+
+def test_a_number_pins_it(engine):
+    result = engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=2)
+    assert {length: set(why) for length, why in result.stats.depths.items() if length == 2} == {2: {"fixed"}}
+
+
+def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine):
+    notices = []
+    costs = Costs(CostFile({"a": 1}, tmp_path), notices.append, seconds=1e9)
+    prompt = engine.text.encode("def f(x):\n    return x\n")
+    first = costs.table(engine.target, engine.drafter, prompt)
+    assert costs.file.path.exists() and costs.table(engine.target, engine.drafter, prompt) == first
+    cell = (1, first.contexts[0], 0)
+    before = costs.file.read()[0][cell]
+    costs.learn({cell: [before * 2] * 15})
+    assert costs.file.read()[0][cell] == before  # too few
+    costs.learn({cell: [before * 2] * 16})
+    assert costs.file.read()[0][cell] == pytest.approx(before * 1.2)
+    assert notices == []
+
+
+def test_a_machine_too_slow_to_measure_starts_from_a_guess(tmp_path, engine):
+    costs = Costs(CostFile({"a": 1}, tmp_path), seconds=0.0)
+    assert costs.table(engine.target, engine.drafter, [5, 6, 7]) == UNKNOWN and not costs.file.path.exists()
+
+
+@pytest.mark.parametrize("broken", ["corrupt", "foreign", "unwritable"])
+def test_a_file_that_is_no_use_is_measured_anew(tmp_path, engine, broken):
+    notices = []
+    costs = Costs(CostFile({"a": 1}, tmp_path / "costs"), notices.append, seconds=1e9)
+    prompt = engine.text.encode("def f(x):\n    return x\n")
+    if broken == "unwritable":
+        (tmp_path / "costs").write_text("a file where the folder should be")
+    else:
+        costs.file.path.parent.mkdir()
+        costs.file.path.write_text("{" if broken == "corrupt" else json.dumps({"format": 1, "key": {"a": 2}}))
+    assert len(costs.table(engine.target, engine.drafter, prompt).verify_at(1, 50)) == MAX_DRAFTS + 1
+    assert len(notices) >= 1 and str(costs.file.path) in notices[0]
+    assert (costs.file.read() is not None) if broken != "unwritable" else not costs.file.path.exists()
+
+
+def test_the_command(tmp_path, capsys):
+    folder = Path(tiny.__file__).parent.parent
+    command = [sys.executable, "-m", "mlx_gemma_mtp.calibrate", "--repeats", "1", "--json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    cells = json.loads(done.stdout)["cells"]
+    assert [(cell["rows"], len(cell["break_even"])) for cell in cells[: len(ROWS)]] == [(r, MAX_DRAFTS) for r in ROWS]
+    assert mx.metal.is_available() or "CPU" in json.loads(done.stdout)["measured"]
