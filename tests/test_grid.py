@@ -2,8 +2,9 @@
 
 Two pairs, the bundled one and tests/data/e2b, whose layers borrow keys and whose drafter has a centroid head. 200
 prompts, 180 tokens each without a stop, past wrapped windows; 32 cells of 50 prompts (e2b: 25), each prompt in 8 (4) of
-them, at every batch size. A difference counts as a near-tie where the two logits lie within 1e-4; two are forgiven in the whole run of a pair.
-`python -m pytest -m slow tests/test_grid.py` runs it all (an hour and more); a few cells of it run always.
+them, at every batch size. A difference counts as a near-tie where the two logits lie within 1e-4; two are forgiven in
+the whole run of a pair. `python -m pytest -m slow tests/test_grid.py` runs it all (an hour and more); a few cells of it
+run always.
 """
 
 import json
@@ -83,7 +84,7 @@ def differences(engine, plain, params: SamplingParams, rows: int, drafts: int, s
 
 
 def of_cell(pair: str, number: int) -> list[int]:
-    """The prompts of one of the 32 cells; each prompt comes at every batch size, at one or two draft lengths of each."""
+    """The prompts of one of the 32 cells; each prompt comes at every batch size, at one or two draft lengths."""
     return [i for i in range(len(PROMPTS)) if (i + number) % SHARE[pair] == 0]
 
 
@@ -102,7 +103,7 @@ def test_the_grid(pair, engine, plain, params, capsys):
     for number, (rows, drafts) in enumerate(CELLS):
         found = differences(engine, plain, params, rows, drafts, of_cell(pair, number))
         with capsys.disabled():
-            print(f"\n{pair}, {rows} rows, {drafts} drafts: {len(found)} differ", *found, sep="\n  ", end="", flush=True)
+            print(f"\n{pair}, {rows} rows, {drafts} drafts: {len(found)} differ", *found, sep="\n  ", flush=True)
         every += found
     assert all(abs(each.gap) <= NEAR for each in every) and len(every) <= FORGIVEN
 
