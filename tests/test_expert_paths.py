@@ -46,6 +46,7 @@ def test_both_layers_have_the_same_weights(bits):
         name: mx.dequantize(*(tensors[f"switch_glu.{name}.{p}"] for p in ("weight", "scales", "biases")), 64, bits)
         for name in expert_paths.PROJECTIONS
     }
+    assert mx.var(codes["gate_proj"]).item() * HIDDEN == pytest.approx(1, rel=0.1)  # outputs as large as inputs
     inputs = expert_paths.random_inputs(5, HIDDEN, SMALL)
     expected = by_hand(codes, *inputs)
     for name, path in expert_paths.layers(HIDDEN, SMALL, bits).items():

@@ -12,6 +12,7 @@ from mlx_gemma_mtp.overlap import uniform
 
 LAYERS, HIDDEN, VOCAB = 30, 2816, 262144
 STEPS = dict(zip(("stock", "4bit", "32k", "cached", "grouped", "tuned"), STACK.values(), strict=True))
+STEPS["tile"] = replace(STEPS["grouped"], dense_tile=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ def test_the_fitted_fixed_time_gives_the_reported_speed(model):
         ("M5", "grouped", "code", 1, 1.76), ("M5 Max", "32k", "code", 1, 1.88),
         ("M2 Max", "grouped", "general", 8, 1.91), ("M4 Max", "grouped", "general", 4, 1.28),
         ("M5", "4bit", "general", 4, 1.00), ("M5 Max", "grouped", "general", 16, 1.70),
+        ("M4 Max", "tile", "general", 4, 1.44), ("M5", "tile", "general", 8, 1.47), ("M5 Max", "tile", "general", 16, 1.60),
     ],
 )  # fmt: skip
 def test_ceilings(model, chip, step, kind, rows, speedup):
