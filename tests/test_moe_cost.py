@@ -94,7 +94,8 @@ def test_the_fitted_fixed_time_gives_the_reported_speed(model):
         ("M5", "grouped", "code", 1, 1.76), ("M5 Max", "32k", "code", 1, 1.88),
         ("M2 Max", "grouped", "general", 8, 1.91), ("M4 Max", "grouped", "general", 4, 1.28),
         ("M5", "4bit", "general", 4, 1.00), ("M5 Max", "grouped", "general", 16, 1.70),
-        ("M4 Max", "tile", "general", 4, 1.44), ("M5", "tile", "general", 8, 1.47), ("M5 Max", "tile", "general", 16, 1.60),
+        ("M4 Max", "tile", "general", 4, 1.44), ("M5", "tile", "general", 8, 1.47),
+        ("M5 Max", "tile", "general", 16, 1.60),
     ],
 )  # fmt: skip
 def test_ceilings(model, chip, step, kind, rows, speedup):
