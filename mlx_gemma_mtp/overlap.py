@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .routing import Verify
+if TYPE_CHECKING:
+    from .routing import Verify
 
 TOKENS = (*range(1, 9), 12, 16, 24, 32)  # M of U(M)
 FITTED = range(2, 9)  # M that gamma is fitted to: the widths of one row's verify

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import blas
 from .errors import UserError
 from .generate import Bar, Parser, read_prompts
+from .overlap import FITTED, NEIGHBOURS, Figures
 from .params import SamplingParams
 from .verify import PROMPTS
 
@@ -110,7 +111,6 @@ def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingPa
     from . import hub, memory, weights  # after the BLAS: these import MLX
     from .config import TargetConfig
     from .engine import MAX_ROWS, load
-    from .overlap import Figures
     from .routing import trace
 
     if not 1 <= args.batch <= MAX_ROWS:
@@ -194,7 +194,7 @@ def _share(point: dict[str, Any]) -> str:
 def _by_layer(record: dict[str, Any]) -> Iterator[str]:
     """gamma, U at the widths of a verify, and neighbours' share of each layer."""
     runs = [point for point in record["runs"] if point["tokens"] in (2, 4, 5, 8)]
-    shares = [point for point in record["shares"] if point["kind"].startswith("neighbours")]
+    shares = [point for point in record["shares"] if point["kind"] == NEIGHBOURS]
     yield "layer  gamma" + "".join(f"   U({point['tokens']})" for point in runs) + "  neighbours" * len(shares)
     for layer, gamma in enumerate(record["gamma_by_layer"]):
         cells = "".join(f" {point['by_layer'][layer]:6.2f}" for point in runs)
@@ -210,7 +210,7 @@ def plot(record: dict[str, Any], path: Path, kind: str) -> None:
     k, width = record["top_k"], record["num_draft_tokens"] + 1
     points = record["runs"]
     _distinct(runs, record, [point["tokens"] for point in points], points, [k * point["tokens"] for point in points])
-    fitted = [point["tokens"] for point in points if point["tokens"] <= 8]
+    fitted = [point["tokens"] for point in points if point["tokens"] <= max(FITTED)]
     label = f"{k} M^{record['gamma']:.2f}, fitted to M = 2..8 (uniform: {record['gamma_uniform']:.2f})"
     runs.plot(fitted, [k * m ** record["gamma"] for m in fitted], color="tab:orange", lw=1, label=label)
     runs.set(title="Consecutive tokens of a text", xlabel="tokens M")
@@ -218,11 +218,12 @@ def plot(record: dict[str, Any], path: Path, kind: str) -> None:
     pairs = [k * point["rows"] * point["tokens"] for point in points]
     _distinct(verifies, record, [point["rows"] for point in points], points, pairs)
     verifies.set(title=f"One verify of R rows x {width} tokens", xlabel="rows R", xticks=range(1, record["batch"] + 1))
+    top = min(1, 1.6 * max((max(point["by_layer"]) for point in record["shares"]), default=1))  # room for the legend
     for point, marker in zip(record["shares"], "os^v", strict=False):
         layers = range(len(point["by_layer"]))
         shares.plot(layers, point["by_layer"], marker=marker, label=f"{point['kind']}: {point['measured']:.2f}")
     shares.axhline(k / record["experts"], color="gray", ls="--", label=f"by chance, k/E: {k / record['experts']:.2f}")
-    shares.set(title="Experts shared by two tokens", xlabel="layer", ylabel="share of a token's experts", ylim=(0, 1))
+    shares.set(title="Experts shared by two tokens", xlabel="layer", ylabel="share of a token's experts", ylim=(0, top))
     shares.xaxis.get_major_locator().set_params(integer=True)
     for axes in (runs, verifies, shares):
         axes.grid(alpha=0.3)
