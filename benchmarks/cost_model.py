@@ -38,7 +38,6 @@ class Chip:
     bandwidth: float
     tflops: float
     generation: int
-    announced: str
 
     @property
     def bytes_per_s(self) -> float:
@@ -53,27 +52,27 @@ class Chip:
         return self.tflops * 1e12 / 2 * MATRIX * (ACCELERATED if accelerated and self.generation >= 17 else 1.0)
 
 
-# Bandwidth: Apple's announcement of the chip on that day; M1: LPDDR4X-4266 on 128 bits, as teardowns say. Float32 rate:
-# 128 units a core x 2 x clock; Apple's own figure up to M2, from reported clocks after it.
+# Bandwidth: as Apple announces it; M1: LPDDR4X-4266 on 128 bits, as teardowns say. Float32 rate: 128 units a core x 2 x
+# clock; Apple's own figure up to M2, from reported clocks after it.
 CHIPS = {
-    "M1": Chip(68, 2.6, 13, "2020-11-10"),
-    "M1 Pro": Chip(200, 5.2, 13, "2021-10-18"),
-    "M1 Max": Chip(400, 10.4, 13, "2021-10-18"),
-    "M1 Ultra": Chip(800, 20.8, 13, "2022-03-08"),
-    "M2": Chip(100, 3.6, 14, "2022-06-06"),
-    "M2 Pro": Chip(200, 6.8, 14, "2023-01-17"),
-    "M2 Max": Chip(400, 13.5, 14, "2023-01-17"),
-    "M2 Ultra": Chip(800, 27.0, 14, "2023-06-05"),
-    "M3": Chip(100, 3.6, 15, "2023-10-30"),
-    "M3 Pro": Chip(150, 6.4, 15, "2023-10-30"),
-    "M3 Max": Chip(400, 14.2, 15, "2023-10-30"),
-    "M3 Ultra": Chip(819, 28.4, 15, "2025-03-05"),
-    "M4": Chip(120, 4.3, 16, "2024-05-07"),
-    "M4 Pro": Chip(273, 8.6, 16, "2024-10-30"),
-    "M4 Max": Chip(546, 17.2, 16, "2024-10-30"),
-    "M5": Chip(153.6, 4.6, 17, "2025-10-15"),
-    "M5 Pro": Chip(307, 9.2, 17, "2026-03-03"),
-    "M5 Max": Chip(614, 18.4, 17, "2026-03-03"),
+    "M1": Chip(68, 2.6, 13),
+    "M1 Pro": Chip(200, 5.2, 13),
+    "M1 Max": Chip(400, 10.4, 13),
+    "M1 Ultra": Chip(800, 20.8, 13),
+    "M2": Chip(100, 3.6, 14),
+    "M2 Pro": Chip(200, 6.8, 14),
+    "M2 Max": Chip(400, 13.5, 14),
+    "M2 Ultra": Chip(800, 27.0, 14),
+    "M3": Chip(100, 3.6, 15),
+    "M3 Pro": Chip(150, 6.4, 15),
+    "M3 Max": Chip(400, 14.2, 15),
+    "M3 Ultra": Chip(819, 28.4, 15),
+    "M4": Chip(120, 4.3, 16),
+    "M4 Pro": Chip(273, 8.6, 16),
+    "M4 Max": Chip(546, 17.2, 16),
+    "M5": Chip(153.6, 4.6, 17),
+    "M5 Pro": Chip(307, 9.2, 17),
+    "M5 Max": Chip(614, 18.4, 17),
 }
 
 

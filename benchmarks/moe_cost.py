@@ -152,13 +152,13 @@ def ceilings(model: Model, chips: list[str]) -> Iterator[str]:
         yield ""
         yield f"one row, {kind} text (drafts accepted, given those before: {drafts} ..)"
         yield ""
-        yield f"| chip | GB/s, announced | plain | {' | '.join(STACK)} |"
+        yield f"| chip | GB/s | plain | {' | '.join(STACK)} |"
         yield "|---" * (3 + len(STACK)) + "|"
         for name in chips:
             found = [model.best(name, setup, acceptance) for setup in STACK.values()]
             cells = [f"{speedup:.2f}x [{drafts}] {rate:.0f}" for speedup, drafts, rate in found]
             chip, plain = CHIPS[name], 1 / model.forward(name, STOCK, 1)
-            yield f"| {name} | {chip.bandwidth:g}, {chip.announced} | {plain:.0f} | {' | '.join(cells)} |"
+            yield f"| {name} | {chip.bandwidth:g} | {plain:.0f} | {' | '.join(cells)} |"
     yield from _batches(model, chips)
     yield from _limits(model, chips)
 

@@ -135,7 +135,7 @@ def test_the_command(capsys, tmp_path):
     assert "PREDICTED, not measured" in out and f"measured, {path}" in out and "| 4 | 32 | 29.1 | 29.1 |" in out
     assert moe_cost.main([]) == 0
     out = capsys.readouterr().out
-    assert all(re.search(rf"^\| {chip} \| {CHIPS[chip].bandwidth:g}, 20\d\d-", out, re.M) for chip in CHIPS)
+    assert all(re.search(rf"^\| {chip} \| {CHIPS[chip].bandwidth:g} \|", out, re.M) for chip in CHIPS)
     assert "| 1.23x | 1.22x | +1% | performance.md" in out and "mean 5%, largest 10%" in out
 
 
