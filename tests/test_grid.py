@@ -2,9 +2,9 @@
 
 Two pairs, the bundled one and tests/data/e2b, whose layers borrow keys and whose drafter has a centroid head. 200
 prompts, 180 tokens each without a stop, past wrapped windows; 32 cells of 50 prompts (e2b: 25), each prompt in 8 (4) of
-them, at every batch size. A difference counts as a near-tie where the two logits lie within 1e-4; two are forgiven in
-the whole run of a pair. `python -m pytest -m slow tests/test_grid.py` runs it all (an hour and more); a few cells of it
-run always.
+them, at every batch size. A difference counts as a near-tie where the two logits lie within 1e-4; two places of all texts
+of a pair are forgiven, in however many cells they come up. `python -m pytest -m slow tests/test_grid.py` runs it all (an
+hour and more); a few cells of it run always.
 """
 
 import json
@@ -105,7 +105,8 @@ def test_the_grid(pair, engine, plain, params, capsys):
         with capsys.disabled():
             print(f"\n{pair}, {rows} rows, {drafts} drafts: {len(found)} differ", *found, sep="\n  ", flush=True)
         every += found
-    assert all(abs(each.gap) <= NEAR for each in every) and len(every) <= FORGIVEN
+    places = {(each.prompt, each.position) for each in every}
+    assert all(abs(each.gap) <= NEAR for each in every) and len(places) <= FORGIVEN
 
 
 @pytest.mark.parametrize(
