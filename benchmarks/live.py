@@ -1,6 +1,6 @@
 """The automatic draft length against plain decoding, live: `python -m benchmarks.live [--model FOLDER]`.
 
-Classes of text as in benchmarks/traces.py. A pair is the same answers made plainly and with `auto`, in turn; reported
+Classes of text as in benchmarks/texts.py. A pair is the same answers made plainly and with `auto`, in turn; reported
 are the median of the pairs' ratios (decoding, without the prefill) and its 95 % interval by order statistics. Exit code
 1 where a whole interval lies below 0.97: the machine's noise alone fails nothing.
 """
@@ -17,7 +17,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from benchmarks.traces import texts
+from benchmarks.texts import texts
 from mlx_gemma_mtp import UserError, blas
 
 BAR = 0.97

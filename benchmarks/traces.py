@@ -9,8 +9,6 @@ drafter said; and starts, where the texts of the class begin.
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.texts import texts
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.costs import MAX_DRAFTS
@@ -25,26 +24,7 @@ from mlx_gemma_mtp.drafter import draft
 from mlx_gemma_mtp.engine import Engine
 from mlx_gemma_mtp.sampling import Rules
 
-PROMPTS = Path(__file__).parent.parent / "tests" / "data" / "prompts.json"
 ROW = slice(0, 1)
-GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
-SAMPLED = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, ignore_eos=True, seed=3)
-WILD = SamplingParams(temperature=1.5, top_k=-1, top_p=1.0, ignore_eos=True, seed=3)
-
-
-def texts(count: int) -> dict[str, list[tuple[str, bool, SamplingParams]]]:
-    """Prompts of each class: the text, whether the chat template goes round it, and how its answer is sampled."""
-    prompts = [each["prompt"] for each in json.loads(PROMPTS.read_text())]
-    code = [p for p in prompts if p.startswith("Write") or p.startswith("def ")][:count]
-    prose = [p for p in prompts if p.startswith("What") or p.startswith("Explain")][:count]
-    words = " ".join(prompts).split()
-    random.Random(0).shuffle(words)
-    shuffled = [" ".join(words[i * 40 : (i + 1) * 40]) for i in range(count)]
-    return {
-        "code": [(p, True, GREEDY) for p in code],
-        "prose": [(p, True, SAMPLED) for p in prose],
-        "shuffled": [(p, False, WILD) for p in shuffled],
-    }
 
 
 def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:

@@ -8,18 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from . import blas
 from .costs import MAX_DRAFTS, ROWS, CostTable
 from .depth import break_even
 from .errors import UserError
 from .generate import Bar, Parser
-
-if TYPE_CHECKING:
-    from .calibration import Costs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,50 +66,62 @@ def run(args: argparse.Namespace) -> int:
     if engine.drafter is None:
         raise UserError("there is no drafter, so nothing to choose; name one with --draft-model")
     if args.show:
-        table = engine.costs.kept()
-        if table is None:
-            raise UserError(f"nothing was measured before ({engine.costs.where}); leave --show out to measure it")
+        tables = {kind: table for kind, costs in engine.costs.items() if (table := costs.kept())}
+        if not tables:
+            where = engine.costs["greedy"].where
+            raise UserError(f"nothing was measured before (there is no {where}); leave --show out to measure it")
     else:
-        table = engine.calibrate(args.repeats, Bar("measuring"))
+        tables = engine.calibrate(args.repeats, Bar("measuring"))
     if args.plot:
-        plot(table, engine.description, Path(args.plot))
-    show(table, engine.description, engine.costs, args.json)
+        plot(tables, engine.description, Path(args.plot))
+    if args.json:
+        print(json.dumps({"measured": engine.description} | {kind: record(t) for kind, t in tables.items()}))
+        return 0
+    print(f"measured: {engine.description}")
+    print("milliseconds of a round, by drafts; below, the acceptance at every position from which it pays")
+    for kind, table in tables.items():
+        print(f"\n{kind} text (kept in {engine.costs[kind].where})\n{text(table)}")
     return 0
 
 
-def show(table: CostTable, description: str, costs: Costs, as_json: bool) -> None:
-    """The rounds' milliseconds, and the acceptance from which they beat plain decoding."""
-    even = {(rows, context): break_even(table, rows, context) for context in table.contexts for rows in ROWS}
-    if as_json:
-        cells = [{"rows": rows, "context": context, "break_even": each} for (rows, context), each in even.items()]
-        print(json.dumps({"measured": description, "file": costs.where, "table": asdict(table), "cells": cells}))
-        return
-    print(f"measured: {description}\nkept in: {costs.where}")
-    print("milliseconds of a round, by drafts; below, the acceptance at every position from which it pays")
-    print("context  rows " + "".join(f"{drafts:8}" for drafts in range(MAX_DRAFTS + 1)))
-    for (rows, context), each in even.items():
-        times = "".join(f"{1e3 * seconds:8.2f}" for seconds in table.rounds_at(rows, context))
-        marks = "".join("   never" if rate is None else f"{rate:8.2f}" for rate in each)
-        print(f"{context:7} {rows:5} {times}\n{'':22}{marks}")
+def cells(table: CostTable) -> Iterator[tuple[int, int, list[float], list[float | None]]]:
+    """(context, rows, seconds of rounds with 0 to MAX_DRAFTS drafts, break-even acceptance of 1 to MAX_DRAFTS)."""
+    for context in table.contexts:
+        for rows in ROWS:
+            yield context, rows, table.rounds_at(rows, context), break_even(table, rows, context)
 
 
-def plot(table: CostTable, description: str, path: Path) -> None:
-    """Left the rounds over a plain one, right the break-even acceptance; a line for each number of rows."""
+def record(table: CostTable) -> list[dict[str, Any]]:
+    """For JSON."""
+    names = ("context", "rows", "seconds", "break_even")
+    return [dict(zip(names, cell, strict=True)) for cell in cells(table)]
+
+
+def text(table: CostTable) -> str:
+    lines = ["context  rows " + "".join(f"{drafts:8}" for drafts in range(MAX_DRAFTS + 1))]
+    for context, rows, seconds, even in cells(table):
+        lines.append(f"{context:7} {rows:5} " + "".join(f"{1e3 * each:8.2f}" for each in seconds))
+        lines.append(" " * 22 + "".join("   never" if rate is None else f"{rate:8.2f}" for rate in even))
+    return "\n".join(lines)
+
+
+def plot(tables: Mapping[str, CostTable], description: str, path: Path) -> None:
+    """Above the rounds over a plain one, below the break-even acceptance; a line for each number of rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(
-        2, len(table.contexts), figsize=(5 * len(table.contexts), 7), layout="constrained", squeeze=False
-    )
-    for (above, below), context in zip(panels.T, table.contexts, strict=True):
+    columns = [(kind, table, context) for kind, table in tables.items() for context in table.contexts]
+    figure, panels = plt.subplots(2, len(columns), figsize=(4.5 * len(columns), 7), layout="constrained", squeeze=False)
+    drafts = range(MAX_DRAFTS + 1)
+    for (above, below), (kind, table, context) in zip(panels.T, columns, strict=True):
         for rows in ROWS:
-            seconds = table.rounds_at(rows, context)
-            above.plot(range(MAX_DRAFTS + 1), [s / seconds[0] for s in seconds], marker=".", label=f"{rows} rows")
-            drafts = range(1, MAX_DRAFTS + 1)
-            below.plot(drafts, [rate or float("nan") for rate in break_even(table, rows, context)], marker=".")
-        above.set(title=f"after {context} tokens", xlabel="drafts a round", ylabel="round, in plain steps")
+            seconds, even = table.rounds_at(rows, context), break_even(table, rows, context)
+            label = "1 row" if rows == 1 else f"{rows} rows"
+            above.plot(drafts, [each / seconds[0] for each in seconds], marker=".", label=label)
+            below.plot(drafts[1:], [rate or float("nan") for rate in even], marker=".")
+        above.set(title=f"{kind}, after {context} tokens", xlabel="drafts a round", ylabel="round, in plain steps")
         below.set(xlabel="drafts a round", ylabel="break-even acceptance", ylim=(0, 1))
         above.legend()
     figure.suptitle(description, fontsize=8, wrap=True)

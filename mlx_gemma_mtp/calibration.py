@@ -28,24 +28,36 @@ from .speculative import Speculation, prefill
 from .weights import format_of
 
 QUICK_SECONDS = 0.7  # what a first start may spend
-QUICK_WIDTHS = (0, 1, 2, 4, MAX_DRAFTS)
+QUICK_WIDTHS = (0, 1, 4)
 LONG = 2048  # tokens of the calibration's long context
 LIVE_ROUNDS, LIVE_SHARE = 16, 0.2  # from so many rounds on, their median counts for so much of a cell
-GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, seed=0)
+# Kinds of text: their rounds differ in cost (noise, filters) and in acceptance.
+KINDS = {
+    "greedy": SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, seed=0),
+    "sampled": SamplingParams(temperature=1.0, top_p=0.95, top_k=64, seed=0),
+}
 
 
 @dataclass
 class Timings:
-    """Seconds by cell, one for each repeat; see costs.Verified and costs.Drafted."""
+    """Seconds by (rows, context, drafts verified), one for each repeat, of rounds that make as many new drafts
+    (chained) or none (alone).
+    """
 
-    verified: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
-    drafted: dict[int, list[float]] = field(default_factory=dict)
+    chained: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
+    alone: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
 
-    def medians(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
-        """A round's parts can't take less than nothing, whatever the noise says."""
-        verified = {cell: median(seconds) for cell, seconds in self.verified.items()}
-        floor = min(verified.values(), default=1.0) * 1e-3
-        return verified, {rows: max(median(seconds), floor) for rows, seconds in self.drafted.items()}
+    def parts(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
+        """costs.Verified and costs.Drafted, so that together they give the chained rounds. No part takes less than
+        nothing, whatever the noise says.
+        """
+        rounds = {cell: median(seconds) for cell, seconds in self.chained.items()}
+        floor, each = min(rounds.values()) * 1e-3, {}
+        for (rows, context, width), seconds in self.alone.items():
+            if width:
+                each.setdefault(rows, []).append((rounds[rows, context, width] - median(seconds)) / width)
+        drafted = {rows: max(median(seconds), floor) for rows, seconds in each.items()}
+        return {cell: max(s - cell[2] * drafted[cell[0]], floor) for cell, s in rounds.items()}, drafted
 
 
 class Bench:
@@ -55,18 +67,23 @@ class Bench:
     context is zeros, which take the same time.
     """
 
-    def __init__(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int], rows: int, context: int):
+    def __init__(
+        self, target: Gemma4, drafter: Drafter, prompt: Sequence[int], params: SamplingParams, rows: int, context: int
+    ):
         self.target, self.drafter, self.rows, self.context = target, drafter, rows, max(context, len(prompt))
         block = max(MAX_DRAFTS + 1, len(prompt))
-        self.cache = Cache(target.config.kv, rows, self.context + 4 * block, block, target.dtype)
+        self.cache = Cache(target.config.kv, rows, self.context + 5 * block, block, target.dtype)
         self.hidden = prefill(target, self.cache, slice(0, rows), [prompt] * rows)
-        self.rules = Rules.of([GREEDY] * rows, target.config.vocab_size)
+        self.rules = Rules.of([params] * rows, target.config.vocab_size)
 
     def rounds(self, width: int) -> tuple[float, float]:
-        """Seconds of a round that verifies `width` drafts and makes as many, and of one that makes none."""
+        """Seconds of a round that verifies `width` drafts and makes as many, and of one that makes none; both after a
+        round of the same kind, since in use the weights are in the caches.
+        """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
         loop = Speculation(self.target, self.drafter, self.cache, self.rules, self.hidden, confident=True)
         loop.start(width, self.context)
+        loop.step(width)
         chained, alone = _seconds(loop, width), _seconds(loop, 0)
         loop.launch()  # what was built must not stay behind as a copy of the cache
         mx.synchronize()
@@ -84,6 +101,7 @@ def measure(
     target: Gemma4,
     drafter: Drafter,
     prompt: Sequence[int],
+    params: SamplingParams,
     rows: Sequence[int],
     contexts: Sequence[int],
     widths: Sequence[int],
@@ -94,10 +112,10 @@ def measure(
     """Times every cell `repeats` times, in turn, once more to warm up.
 
     widths: drafts verified, 0 and more, rising. seconds: after which nothing more begins; None if not one repeat of
-    everything was done by then. prompt: token ids.
+    everything was done by then. prompt: token ids; params: how tokens are drawn after it.
     """
     timings, began, done = Timings(), time.perf_counter(), 0
-    benches = [Bench(target, drafter, prompt, count, context) for count in rows for context in contexts]
+    benches = [Bench(target, drafter, prompt, params, count, context) for count in rows for context in contexts]
     for repeat in range(repeats + 1):
         for bench in benches:
             for width in widths:
@@ -105,44 +123,46 @@ def measure(
                     return timings if repeat > 1 else None
                 chained, alone = bench.rounds(width)
                 if repeat:
-                    timings.verified.setdefault((bench.rows, bench.context, width), []).append(alone)
-                if repeat and width:
-                    timings.drafted.setdefault(bench.rows, []).append((chained - alone) / width)
+                    cell = (bench.rows, bench.context, width)
+                    timings.chained.setdefault(cell, []).append(chained)
+                    timings.alone.setdefault(cell, []).append(alone)
                 done += 1
                 progress(done, len(benches) * len(widths) * (repeats + 1))
     return timings
 
 
 class Costs:
-    """Where an engine's table comes from: the file of its pair on this machine, else a short measurement.
+    """Where an engine's table for a kind of text comes from: the file of its pair on this machine, else a short
+    measurement.
 
-    file: None keeps nothing. notice: told in a sentence what the user should know. seconds: what a first start may
-    spend, besides the round in which they run out.
+    kind: of KINDS; file: None keeps nothing. notice: told in a sentence what the user should know. seconds: what a
+    first start may spend, besides the round in which they run out.
     """
 
     def __init__(
         self,
+        kind: str,
         file: CostFile | None = None,
         notice: Callable[[str], None] = lambda message: None,
         seconds: float = QUICK_SECONDS,
     ):
-        self.file, self.notice, self.seconds = file, notice, seconds
+        self.kind, self.file, self.notice, self.seconds = kind, file, notice, seconds
 
     @classmethod
-    def of(cls, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None]) -> Costs:
-        return cls(CostFile(_key(pair, target, drafter)) if drafter is not None else None, notice)
+    def of(cls, kind: str, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None]) -> Costs:
+        key = {} if drafter is None else {"text": kind} | _key(pair, target, drafter)
+        return cls(kind, CostFile(key) if key else None, notice)
 
     def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
-        """Read, or measured quickly and written; UNKNOWN where that is too short. prompt: token ids that
-        rounds can be timed after.
-        """
+        """Read, or measured quickly and written; UNKNOWN where that is too short. prompt: token ids to time after."""
         if (kept := self.kept()) is not None:
             return kept
-        timings = measure(target, drafter, prompt, (1,), (len(prompt),), QUICK_WIDTHS, 3, self.seconds)
+        once = (1,), (len(prompt),), QUICK_WIDTHS
+        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds)
         if timings is None:
             return UNKNOWN
-        self._write(*timings.medians())
-        return CostTable.of(*timings.medians())
+        self._write(*timings.parts())
+        return CostTable.of(*timings.parts())
 
     def measured(
         self,
@@ -154,10 +174,10 @@ class Costs:
     ) -> CostTable:
         """The whole grid, measured now and written."""
         contexts = sorted({len(prompt), min(LONG, target.config.context // 2)})
-        widths = range(MAX_DRAFTS + 1)
-        timings = measure(target, drafter, prompt, ROWS, contexts, widths, repeats, progress=progress)
-        self._write(*timings.medians())
-        return CostTable.of(*timings.medians())
+        grid = ROWS, contexts, range(MAX_DRAFTS + 1)
+        timings = measure(target, drafter, prompt, KINDS[self.kind], *grid, repeats, progress=progress)
+        self._write(*timings.parts())
+        return CostTable.of(*timings.parts())
 
     def kept(self) -> CostTable | None:
         """What was measured before; None where there is nothing."""

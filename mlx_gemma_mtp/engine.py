@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
 from . import blas, hub, memory, weights
-from .calibration import Costs
+from .calibration import KINDS, Costs
 from .config import MODES, GenerationDefaults
 from .costs import CostTable
 from .depth import AUTO, Auto, Fixed
@@ -54,13 +54,13 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         draft_position: int = 0,
         draft_temperature: float = DRAFT_TEMPERATURE,
-        costs: Costs | None = None,
+        costs: Mapping[str, Costs] | None = None,
     ):
         self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
         self.num_draft_tokens, self.prefill_chunk, self.draft_position = num_draft_tokens, prefill_chunk, draft_position
         self.draft_temperature = draft_temperature
-        self.costs = costs or Costs()
-        self._auto: Auto | None = None
+        self.costs = costs or {kind: Costs(kind) for kind in KINDS}
+        self._autos: dict[str, Auto] = {}
         self._no_drafter_reason = no_drafter_reason
         self.end_tokens = frozenset((*defaults.eos_token_ids, *target.config.eos_token_ids))
         self._grammars: Grammars | None = None
@@ -182,34 +182,36 @@ class Engine:
         opening, closing = (self.text.token_id(name) for name in (OPEN, CLOSE))
         return Thinking(opening, closing, vocab, params.thinking_budget, reply, tuple(self.end_tokens))
 
-    def _depth(self, drafts: int | str) -> Fixed | Auto:
+    def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
         """Who chooses the draft length. The costs are measured or read once, when they are first needed."""
         if self.drafter is None or drafts != AUTO:
             return Fixed(0 if self.drafter is None else drafts)
-        if self._auto is None:
+        kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
+        if kind not in self._autos:
             prompt = self.text.encode(CALIBRATION, chat_template=False)
-            self._auto = Auto(self.costs.table(self.target, self.drafter, prompt))
-        return self._auto
+            self._autos[kind] = Auto(self.costs[kind].table(self.target, self.drafter, prompt))
+        return self._autos[kind]
 
-    def calibrate(self, repeats: int = 5, progress: Progress = weights.no_progress) -> CostTable:
-        """Measures what rounds cost here, keeps it for the next starts, and goes by it from now on. Takes about a
-        minute. Raises UserError without a drafter.
+    def calibrate(self, repeats: int = 5, progress: Progress = weights.no_progress) -> dict[str, CostTable]:
+        """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
+        on. Takes a minute or two. Raises UserError without a drafter.
         """
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
-        prompt = self.text.encode(CALIBRATION, chat_template=False)
+        prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
         with memory.wired_limit():
-            table = self.costs.measured(self.target, self.drafter, prompt, repeats, progress)
-        self._auto = Auto(table)
-        return table
+            for kind, costs in self.costs.items():
+                tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
+                self._autos[kind] = Auto(tables[kind])
+        return tables
 
     def _run(
         self, requests: list[Request], drafts: int | str, cancel: threading.Event, progress: Progress
     ) -> Iterator[Chunk]:
         with memory.wired_limit():
-            depth = self._depth(drafts)
             for start in range(0, len(requests), MAX_ROWS):
                 some = requests[start : start + MAX_ROWS]
+                depth = self._depth(drafts, some)
                 suppress = self.defaults.suppress_token_ids
                 batch = Batch(
                     self.target,
@@ -222,9 +224,9 @@ class Engine:
                     self.draft_temperature,
                 )
                 yield from batch.run(cancel, progress)
-            if isinstance(depth, Auto):
-                self.costs.learn(depth.live)
-                depth.live.clear()
+        for kind, auto in self._autos.items():
+            self.costs[kind].learn(auto.live)
+            auto.live.clear()
 
 
 def check_depth(drafts: int | str) -> None:
@@ -296,7 +298,7 @@ def load(
         prefill_chunk=prefill_chunk,
         draft_position=draft_position,
         draft_temperature=draft_temperature,
-        costs=Costs.of(pair, target, drafter, notice),
+        costs={kind: Costs.of(kind, pair, target, drafter, notice) for kind in KINDS},
     )
 
 

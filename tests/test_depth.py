@@ -13,7 +13,7 @@ import tiny
 
 from benchmarks import replay
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.calibration import Costs
+from mlx_gemma_mtp.calibration import KINDS, Costs
 from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable
 from mlx_gemma_mtp.depth import (
     BEST,
@@ -203,8 +203,8 @@ def engine():
 
 
 def with_table(engine, costs: CostTable):
-    """The engine, its controller new."""
-    engine._auto = Auto(costs)
+    """The engine, its controllers new."""
+    engine._autos = {kind: Auto(costs) for kind in KINDS}
     return engine
 
 
@@ -246,7 +246,7 @@ def test_a_number_pins_it(engine):
 
 def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine):
     notices = []
-    costs = Costs(CostFile({"a": 1}, tmp_path), notices.append, seconds=1e9)
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path), notices.append, seconds=1e9)
     prompt = engine.text.encode("def f(x):\n    return x\n")
     first = costs.table(engine.target, engine.drafter, prompt)
     assert costs.file.path.exists() and costs.table(engine.target, engine.drafter, prompt) == first
@@ -260,14 +260,14 @@ def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine):
 
 
 def test_a_machine_too_slow_to_measure_starts_from_a_guess(tmp_path, engine):
-    costs = Costs(CostFile({"a": 1}, tmp_path), seconds=0.0)
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path), seconds=0.0)
     assert costs.table(engine.target, engine.drafter, [5, 6, 7]) == UNKNOWN and not costs.file.path.exists()
 
 
 @pytest.mark.parametrize("broken", ["corrupt", "foreign", "unwritable"])
 def test_a_file_that_is_no_use_is_measured_anew(tmp_path, engine, broken):
     notices = []
-    costs = Costs(CostFile({"a": 1}, tmp_path / "costs"), notices.append, seconds=1e9)
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path / "costs"), notices.append, seconds=1e9)
     prompt = engine.text.encode("def f(x):\n    return x\n")
     if broken == "unwritable":
         (tmp_path / "costs").write_text("a file where the folder should be")
@@ -283,6 +283,11 @@ def test_the_command(tmp_path, capsys):
     folder = Path(tiny.__file__).parent.parent
     command = [sys.executable, "-m", "mlx_gemma_mtp.calibrate", "--repeats", "1", "--json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    cells = json.loads(done.stdout)["cells"]
-    assert [(cell["rows"], len(cell["break_even"])) for cell in cells[: len(ROWS)]] == [(r, MAX_DRAFTS) for r in ROWS]
-    assert mx.metal.is_available() or "CPU" in json.loads(done.stdout)["measured"]
+    shown = json.loads(done.stdout)
+    for kind in KINDS:
+        cells = shown[kind]
+        assert [(cell["rows"], len(cell["break_even"])) for cell in cells[: len(ROWS)]] == [
+            (r, MAX_DRAFTS) for r in ROWS
+        ]
+        assert all(len(cell["seconds"]) == MAX_DRAFTS + 1 and min(cell["seconds"]) > 0 for cell in cells)
+    assert mx.metal.is_available() or "CPU" in shown["measured"]
