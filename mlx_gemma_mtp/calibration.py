@@ -30,7 +30,7 @@ from .weights import format_of
 QUICK_SECONDS = 0.7  # what a first start may spend
 QUICK_WIDTHS = (0, 1, 4)
 LONG = 2048  # tokens of the calibration's long context
-LIVE_ROUNDS, LIVE_SHARE = 16, 0.2  # from so many rounds on, their median counts for so much of a cell
+LIVE_ROUNDS, LIVE_SHARE = 16, 0.2  # from so many rounds on, their lower quartile counts for so much of a cell
 # Kinds of text: their rounds differ in cost (noise, filters) and in acceptance.
 KINDS = {
     "greedy": SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, seed=0),
@@ -51,11 +51,11 @@ class Timings:
         """costs.Verified and costs.Drafted, so that together they give the chained rounds. No part takes less than
         nothing, whatever the noise says.
         """
-        rounds = {cell: median(seconds) for cell, seconds in self.chained.items()}
+        rounds = {cell: min(seconds) for cell, seconds in self.chained.items()}  # noise only adds
         floor, each = min(rounds.values()) * 1e-3, {}
         for (rows, context, width), seconds in self.alone.items():
             if width:
-                each.setdefault(rows, []).append((rounds[rows, context, width] - median(seconds)) / width)
+                each.setdefault(rows, []).append((rounds[rows, context, width] - min(seconds)) / width)
         drafted = {rows: max(median(seconds), floor) for rows, seconds in each.items()}
         return {cell: max(s - cell[2] * drafted[cell[0]], floor) for cell, s in rounds.items()}, drafted
 
@@ -190,7 +190,7 @@ class Costs:
 
     def learn(self, live: Mapping[tuple[int, int, int], Sequence[float]]) -> None:
         """Moves the file towards what verifies took in use; an engine keeps the table that it has."""
-        enough = {c: median(s) for c, s in live.items() if c[0] in ROWS and len(s) >= LIVE_ROUNDS}
+        enough = {c: sorted(s)[len(s) // 4] for c, s in live.items() if c[0] in ROWS and len(s) >= LIVE_ROUNDS}
         if enough and (known := self._read()):
             verified, drafted = known
             for cell, now in enough.items():

@@ -9,13 +9,13 @@ import json
 import math
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
 ROWS = (1, 2, 4, 8)
@@ -62,14 +62,8 @@ class CostTable:
         return cls(contexts, tuple(planes), draft)
 
     def verify_at(self, rows: int, context: int) -> list[float]:
-        """Seconds for w = 0..MAX_DRAFTS; between grid points linear, outside as at the nearest (rows), or with the last
-        slope (context).
-        """
-        lines = [
-            [_line(rows, ROWS, [line[width] for line in plane]) for width in range(MAX_DRAFTS + 1)]
-            for plane in self.verify
-        ]
-        return [_line(context, self.contexts, [line[width] for line in lines]) for width in range(MAX_DRAFTS + 1)]
+        """Seconds for w = 0..MAX_DRAFTS; between grid points linear, beyond the last with the last slope."""
+        return _verify_at(self, rows, context)
 
     def draft_at(self, rows: int) -> float:
         """Seconds of one draft."""
@@ -79,6 +73,14 @@ class CostTable:
         """Seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts."""
         draft = self.draft_at(rows)
         return [verify + width * draft for width, verify in enumerate(self.verify_at(rows, context))]
+
+
+@lru_cache(maxsize=1024)
+def _verify_at(table: CostTable, rows: int, context: int) -> list[float]:
+    """Asked in every round."""
+    widths = range(MAX_DRAFTS + 1)
+    planes = [[_line(rows, ROWS, [line[width] for line in plane]) for width in widths] for plane in table.verify]
+    return [_line(context, table.contexts, [plane[width] for plane in planes]) for width in widths]
 
 
 def rising(values: Sequence[float]) -> list[float]:
@@ -94,9 +96,11 @@ def rising(values: Sequence[float]) -> list[float]:
 
 def _line(x: float, xs: Sequence[int], ys: Sequence[float]) -> float:
     """Linear through the points; left of the first as there, right of the last with the last slope, never falling."""
-    if x <= xs[-1] or len(xs) == 1:
-        return float(np.interp(x, xs, ys))
-    return ys[-1] + max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])) * (x - xs[-1])
+    if x <= xs[0] or len(xs) == 1:
+        return ys[0]
+    right = min(bisect_left(xs, x), len(xs) - 1)
+    slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
+    return ys[right] + (slope if x < xs[right] else max(0.0, slope)) * (x - xs[right])
 
 
 # Where nothing is known yet, in plain steps: what fits a dense model on a Mac without being optimistic.

@@ -28,6 +28,7 @@ RECENT, LASTING = 0.9, 0.98  # what a round keeps of the past: of a request's ow
 PROBE_FROM, PROBE_TO = 8, 24  # rounds without drafts before a probe; doubled after each failure
 PROBE_SHARE = 0.015  # of the time may go into probes
 BINS = 10
+CONTEXT_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,11 @@ def break_even(table: CostTable, rows: int, context: int) -> list[float | None]:
     return found
 
 
+def _coarse(context: int) -> int:
+    """A context that stays the same for some rounds, so that what follows from it need not be computed anew."""
+    return -(-context // CONTEXT_STEP) * CONTEXT_STEP
+
+
 class Fixed:
     """A number of drafts that was asked for; 0 is plain decoding."""
 
@@ -235,7 +241,7 @@ class Auto:
     def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
         """How many drafts to make. rows: the requests' numbers; the rest as in `choose`."""
         own = [self._own.get(row, History()) for row in rows]
-        self._drafted = choose(self.table, own, self.pool, context, useful, self.pause)
+        self._drafted = choose(self.table, own, self.pool, _coarse(context), useful, self.pause)
         self.pause = self.pause.chosen(self._drafted.reason)
         return self._drafted.drafts
 
@@ -243,7 +249,7 @@ class Auto:
         self, rows: Sequence[int], context: int, useful: Sequence[int], confidences: Sequence[Sequence[float]]
     ) -> int:
         """How many of the drafts to verify; see `worthwhile`."""
-        width = worthwhile(self.table, self.trust, confidences, context, useful, self._drafted.rate)
+        width = worthwhile(self.table, self.trust, confidences, _coarse(context), useful, self._drafted.rate)
         self._verified, self._width = self._drafted, width
         self._confidences = dict(zip(rows, confidences, strict=True))
         return width
