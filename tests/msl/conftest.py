@@ -1,0 +1,28 @@
+"""One body for each kernel test, two backends: emulated, and real Metal under `-m metal`."""
+
+from __future__ import annotations
+
+import pytest
+from emulator import Emulator, missing
+
+from mlx_gemma_mtp import kernels
+
+
+@pytest.fixture
+def emulator(monkeypatch) -> Emulator:
+    """Kernels run in the emulator; its order, flags and counting are the test's to set."""
+    if reason := missing():
+        pytest.skip(reason)
+    emulator = Emulator()
+    monkeypatch.setattr(kernels, "build", emulator.build)
+    return emulator
+
+
+@pytest.fixture(params=["emulated", pytest.param("metal", marks=pytest.mark.metal)])
+def kernel_backend(request) -> str:
+    """Where the kernels of a test run. Results must agree within rounding on both, so bodies ask nothing more."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulator")
+    elif not kernels.metal_available():
+        pytest.skip("no Metal here")
+    return request.param
