@@ -1,4 +1,7 @@
-"""The mixture of experts beside the dense MLP of Gemma 4 26B-A4B: routing, and the chosen experts."""
+"""The mixture of experts beside the dense MLP of Gemma 4 26B-A4B: routing, and the chosen experts.
+
+Three ways give the same sums: see paths.py. Grouping is kernels/grouping.py, a pure function too.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import paths
 from .config import MoESpec
+from .kernels import down, gate_up, metal_available, why_off
+from .kernels.grouping import group
+from .kernels.products import Weights
 from .layers import geglu
 from .linear import Linear, Settled, Stack, input_major
-
-SORT_FROM = 64  # pairs; below it MLX reads one expert matrix a pair, sorted or not
 
 
 def route(logits: mx.array, top_k: int, expert_scale: mx.array) -> tuple[mx.array, mx.array]:
     """logits: [N, E] -> (experts [N, k] uint32, weights [N, k] float32).
 
     Softmax over all experts, the k best, renormalised, equals softmax over the k best logits. Then the per-expert
-    scale.
+    scale. The slots are in ascending order of logits; of equal logits the higher expert is kept, and comes later
+    (MLX's argsort is stable).
     """
-    experts = mx.argpartition(logits, kth=-top_k, axis=-1)[:, -top_k:]
+    experts = mx.argsort(logits, axis=-1)[:, -top_k:]
     chosen = mx.take_along_axis(logits, experts, axis=-1).astype(mx.float32)
     return experts, mx.softmax(chosen, axis=-1, precise=True) * expert_scale[experts].astype(mx.float32)
 
@@ -48,7 +54,9 @@ class Router(nn.Module):
 
 
 class ExpertLinear(Settled):
-    """One linear for each expert. weight: [experts, out, in]."""
+    """One linear for each expert. weight: [experts, out, in]. form: its name in the table of paths."""
+
+    form = "float"
 
     def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
@@ -58,6 +66,10 @@ class ExpertLinear(Settled):
 
     def derive(self) -> None:
         self.weight, self._transposed = input_major(self.weight)
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.weight)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
@@ -73,9 +85,14 @@ class QuantizedExpertLinear(nn.Module):
     def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.form = f"{mode}{bits}"
         self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
         if biases:
             self.biases = biases[0]
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
@@ -113,9 +130,30 @@ class SwitchGLU(nn.Module):
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """x: [N, hidden] -> one row for each pair, [P, 1, hidden]."""
-        gate_up = self.gate_up(x[:, None], rows, experts, ordered)
-        inner = geglu(*mx.split(gate_up, 2, axis=-1))  # [P, 1, size]
+        both = self.gate_up(x[:, None], rows, experts, ordered)
+        inner = geglu(*mx.split(both, 2, axis=-1))  # [P, 1, size]
         return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)  # [P, 1, hidden]
+
+    def groupable(self, dtype: mx.Dtype, pairs: int) -> bool:
+        """Whether the kernels run for these weights (gate and up of one format) and so many pairs."""
+        if why_off("gate_up") or why_off("down"):
+            return False
+        first, *rest = self.gate_up.values()
+        alone = not rest and gate_up.usable(first.weights, dtype)
+        return alone and down.usable(self.down_proj.weights, dtype, pairs)
+
+    def grouped(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """x: [N, hidden]; experts, weights: [N, k] -> the mixture, [N, hidden], every expert read once for 8 rows."""
+        (both,) = self.gate_up.values()
+        groups = group(experts.reshape(-1), both.weight.shape[0])
+        inner = gate_up.gate_up(x, both.weights, experts, groups)
+        return down.down(inner, self.down_proj.weights, experts, weights, groups)
+
+
+@lru_cache(maxsize=1)
+def chip() -> str:
+    """The device's name in the table of paths."""
+    return mx.device_info()["device_name"] if metal_available() else "cpu"
 
 
 class Experts(nn.Module):
@@ -128,10 +166,17 @@ class Experts(nn.Module):
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """x: [N, hidden]; experts, weights: [N, k] -> [N, hidden]."""
         (tokens, top_k), pairs = experts.shape, experts.reshape(-1)
-        if pairs.size >= SORT_FROM:
+        path = self.path(x.dtype, pairs.size)
+        if path == paths.Path.GROUPED:
+            return self.switch_glu.grouped(x, experts, weights)
+        if path == paths.Path.SORTED:
             order = mx.argsort(pairs)
             y = self.switch_glu(x, order // top_k, pairs[order], True)[mx.argsort(order)]
         else:
             y = self.switch_glu(x, _rows(tokens, top_k), pairs, False)
-        y = y.reshape(tokens, top_k, -1) * weights[..., None]
-        return y.sum(axis=1).astype(x.dtype)
+        return down.combine(y.reshape(tokens, top_k, -1), weights)
+
+    def path(self, dtype: mx.Dtype, pairs: int) -> paths.Path:
+        """The way that so many pairs of inputs of dtype go."""
+        glu = self.switch_glu
+        return paths.choose(chip(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))

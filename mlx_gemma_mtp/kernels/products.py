@@ -1,8 +1,8 @@
 """What the kernels over weight rows share: the weights' formats, and a SIMD-group's part of a few products.
 
 A SIMD-group holds C rows of weights and up to R inputs: each lane reads its piece of the C rows once, keeps the words
-in registers and uses them for every input. So weights are read once for R inputs, and what is added up for an input, and
-in which order, does not depend on the inputs beside it.
+in registers and uses them for every input. So weights are read once for R inputs, and what is added up for an input,
+and in which order, does not depend on the inputs beside it.
 
 Kept from MLX 0.32's gather_qmv and gather_mv, so that a row gets their bits where the compiler contracts alike (not
 seen on a Mac): a lane takes VALUES neighbouring inputs, the 32 lanes a block, block after block. Affine weights add

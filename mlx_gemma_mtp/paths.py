@@ -1,0 +1,81 @@
+"""Which way the routed experts are computed: one table, by chip, dtype, quantisation and number of pairs.
+
+PAIRS reads an expert's weights once for each (token, expert) pair. SORTED orders the pairs by expert first: MLX then
+reads each expert once a tile of rows, for floats always, for quantised weights from 4 pairs an expert on, and otherwise
+leaves repeats to the cache. GROUPED is our kernels: each expert once for 8 rows.
+
+A pass of a verify must give a row the bits that a pass of one token gives it. So a rule may change path with the number
+of pairs only among paths found bit-equal on its chip, up to VERIFY pairs; above that only prefill chunks come, which
+are the same whatever is drafted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+import mlx.core as mx
+
+VERIFY = 1024  # pairs: 128 tokens of 8 experts
+
+
+class Path(StrEnum):
+    PAIRS = "pairs"
+    SORTED = "sorted"
+    GROUPED = "grouped"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """steps: (pairs from which on, path), ascending from 1. "" stands for every chip, dtype or format of weights.
+
+    chip: what the device's name begins with, "cpu" without Metal; weights: the `form` of the experts' linears, such as
+    float or affine4; equal: the paths that agree bit for bit there. Raises ValueError where steps break the law above.
+    """
+
+    chip: str
+    dtype: str
+    weights: str
+    steps: tuple[tuple[int, Path], ...]
+    equal: frozenset[Path] = frozenset()
+
+    def __post_init__(self):
+        starts = [start for start, _ in self.steps]
+        if starts[:1] != [1] or starts != sorted(set(starts)):
+            raise ValueError(f"steps begin at {starts}; expected ascending numbers of pairs from 1")
+        used = {path for start, path in self.steps if start <= VERIFY}
+        if len(used) > 1 and not used <= self.equal:
+            raise ValueError(f"{self.chip or 'any chip'}: {sorted(used)} alternate but are not known to be bit-equal")
+
+    def covers(self, chip: str, dtype: str, weights: str) -> bool:
+        return chip.startswith(self.chip) and self.dtype in ("", dtype) and self.weights in ("", weights)
+
+    @property
+    def needs_kernels(self) -> bool:
+        return any(path == Path.GROUPED for _, path in self.steps)
+
+    def path(self, pairs: int) -> Path:
+        return next(path for start, path in reversed(self.steps) if start <= pairs)
+
+
+STOCK = ((1, Path.PAIRS), (64, Path.SORTED))  # mlx-lm's
+EQUAL = frozenset((Path.PAIRS, Path.SORTED))
+# The first rule that covers a case decides; one with GROUPED counts only where the kernels run. The rules for chips
+# other than the CPU are by MLX's source, not measured.
+RULES = (
+    Rule("cpu", "", "", STOCK, EQUAL),
+    Rule("", "", "", ((1, Path.GROUPED), (VERIFY + 1, Path.SORTED))),
+    Rule("", "", "float", ((1, Path.SORTED),)),
+    Rule("", "", "", STOCK, EQUAL),
+)
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    chip: str, dtype: mx.Dtype, weights: str, pairs: int, grouped: bool, rules: tuple[Rule, ...] = RULES
+) -> Path:
+    """The path of `pairs` pairs. grouped: whether the kernels run for this format."""
+    name = str(dtype).removeprefix("mlx.core.")
+    fit = (rule for rule in rules if rule.covers(chip, name, weights))
+    return next(rule for rule in fit if grouped or not rule.needs_kernels).path(pairs)
