@@ -25,7 +25,7 @@ AFFINE_BREAKS = [
 ]
 FLOAT_BREAKS = [
     ("expert_gate_up", "step > 0", "step > 1"),
-    ("expert_gate_up", "i < held ? static_cast<float>(weight", "true ? static_cast<float>(weight"),
+    ("expert_gate_up", "words[c][i] * value[i]", "words[c][0] * value[i]"),
     ("expert_down", "K - first)", "K - first - 1)"),
 ]
 GROUPING_BREAKS = [

@@ -1,0 +1,109 @@
+"""Which way the experts go, how ties are routed, and that the ways which may alternate agree bit for bit."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_gemma_mtp import moe, paths
+from mlx_gemma_mtp.config import MoESpec
+from mlx_gemma_mtp.kernels import SWITCH, metal_available
+from mlx_gemma_mtp.kernels.down import combine
+from mlx_gemma_mtp.linear import settle
+from mlx_gemma_mtp.paths import EQUAL, RULES, Path, Rule, choose
+
+
+def test_of_equal_logits_the_higher_expert_is_kept():
+    """On every row and at every number of rows, best last."""
+    logits = np.random.default_rng(0).integers(0, 3, (300, 16)).astype(np.float32)
+    logits[0] = 1
+    for rows in (1, 7, 300):
+        experts, weights = moe.route(mx.array(logits[:rows]), 4, mx.ones(16))
+        assert experts.tolist() == np.argsort(logits[:rows], axis=-1, kind="stable")[:, -4:].tolist()
+        assert weights.dtype == mx.float32
+    assert experts[0].tolist() == [12, 13, 14, 15] and weights[0].tolist() == [0.25] * 4
+
+
+def test_route_is_a_softmax_over_the_chosen_in_float32():
+    logits = mx.random.normal((5, 300), key=mx.random.key(0)).astype(mx.bfloat16)
+    scale = mx.arange(1, 301).astype(mx.bfloat16)
+    experts, weights = moe.route(logits, 270, scale)  # so many that a bfloat16 sum would stall at 256
+    chosen = np.array(mx.take_along_axis(logits, experts, axis=-1).astype(mx.float32), np.float64)
+    want = np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True)
+    want *= np.array(scale[experts].astype(mx.float32))
+    np.testing.assert_allclose(np.array(weights), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_slots_are_added_in_their_order(tokens):
+    products, weights = mx.random.normal((tokens, 8, 37)), mx.random.uniform(shape=(tokens, 8))
+    terms = np.array(products) * np.array(weights)[..., None]
+    total = terms[:, 0]
+    for slot in range(1, 8):
+        total = total + terms[:, slot]
+    if metal_available():
+        np.testing.assert_allclose(np.array(combine(products, weights)), total, rtol=1e-5, atol=1e-6)
+    else:
+        assert np.array_equal(np.array(combine(products, weights)), total)
+
+
+@pytest.mark.skipif(metal_available(), reason="the CPU's rule")
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_pairs_and_sorted_pairs_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
+    experts = moe.Experts(64, MoESpec(8, 3, 32))
+    nn.quantize(experts, 32, bits) if bits else None
+    settle(experts)
+    x, routed = mx.random.normal((tokens, 64)), moe.route(mx.random.normal((tokens, 8)), 3, mx.ones(8))
+    outputs = []
+    for path in EQUAL:
+        monkeypatch.setattr(paths, "choose", lambda *_, path=path: path)
+        outputs.append(experts(x, *routed))
+    assert len(EQUAL) == 2 and mx.array_equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("chip", "weights", "grouped", "pairs", "path"),
+    [
+        ("cpu", "float", False, 63, Path.PAIRS),
+        ("cpu", "affine4", False, 64, Path.SORTED),
+        ("Apple M4 Max", "affine4", True, 8, Path.GROUPED),
+        ("Apple M4 Max", "float", True, 1024, Path.GROUPED),
+        ("Apple M4 Max", "affine4", True, 1025, Path.SORTED),
+        ("Apple M4 Max", "affine4", False, 8, Path.PAIRS),
+        ("Apple M4 Max", "mxfp4", False, 64, Path.SORTED),
+        ("Apple M4 Max", "float", False, 8, Path.SORTED),
+    ],
+)
+def test_the_table(chip, weights, grouped, pairs, path):
+    assert choose(chip, mx.bfloat16, weights, pairs, grouped) == path
+
+
+def test_a_rule_measured_on_a_chip_goes_first():
+    rule = Rule("Apple M4", "bfloat16", "affine4", ((1, Path.PAIRS), (16, Path.GROUPED)), frozenset(Path))
+    case = ("affine4", 16, True, (rule, *RULES))
+    assert choose("Apple M4 Max", mx.bfloat16, *case) == Path.GROUPED
+    assert choose("Apple M4 Max", mx.bfloat16, "affine4", 15, True, (rule, *RULES)) == Path.PAIRS
+    assert choose("Apple M1", mx.bfloat16, "affine4", 15, True, (rule, *RULES)) == Path.GROUPED
+
+
+@pytest.mark.parametrize(
+    ("steps", "complaint"),
+    [
+        (((1, Path.PAIRS), (64, Path.GROUPED)), "not known to be bit-equal"),
+        (((8, Path.PAIRS),), "ascending"),
+        (((1, Path.PAIRS), (1, Path.SORTED)), "ascending"),
+        ((), "ascending"),
+    ],
+)
+def test_a_rule_that_could_change_bits_within_a_verify_is_refused(steps, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Rule("", "", "", steps, EQUAL)
+    Rule("", "", "", ((1, Path.GROUPED), (1025, Path.SORTED)))  # prefill chunks are the same whatever is drafted
+
+
+def test_without_metal_or_with_the_switch_the_stock_paths_run(monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    experts = moe.Experts(64, MoESpec(8, 3, 32))
+    settle(experts)
+    assert experts.path(mx.float32, 8) in EQUAL and not experts.switch_glu.groupable(mx.float32, 8)
