@@ -14,6 +14,8 @@ import mlx.nn as nn
 from .cache import Cache, Span
 from .config import DrafterConfig
 from .gemma4 import Block, Ropes
+from .kernels import head_argmax
+from .kernels.products import Weights
 from .layers import RMSNorm
 from .linear import Embedding, Linear
 from .penalties import Said
@@ -47,6 +49,13 @@ class DenseHead(nn.Module):
         """y: [B, hidden] -> (float32 logits [B, V], None)."""
         return embedding.as_linear(y).astype(mx.float32), None
 
+    def table(self, embedding: nn.Module) -> Weights:
+        """The vocabulary's weights, as kernels take them."""
+        if "scales" not in embedding:
+            return Weights(embedding.weight)
+        form = (embedding.group_size, embedding.bits, embedding.mode)
+        return Weights(embedding.weight, embedding.scales, embedding.get("biases"), *form)
+
 
 class Drafter(nn.Module):
     """Parameters carry the checkpoint's names; embed_tokens, layers and norm lie below `model.` there."""
@@ -75,11 +84,28 @@ class Drafter(nn.Module):
         """y: [B, size] -> (float32 logits [B, C], the token ids [B, C] they stand for; None: all, in order)."""
         return self.masked_embedding(y, self.embed_tokens)
 
+    def pick(self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None) -> mx.array:
+        """The token drafted for each row, int32 [B]; a greedy one from a dense head without a row of logits.
+
+        y: [B, size]; positions: [B, 1], of the tokens to be drawn.
+        """
+        if rules.all_greedy and rules.reordered is None and isinstance(self.masked_embedding, DenseHead):
+            table = self.masked_embedding.table(self.embed_tokens)
+            if head_argmax.usable(table, y.dtype):
+                return head_argmax.best_token_metal(y, table, rules.suppressed)
+        return drawn(*self.scores(y), rules, positions, said)
+
     def step_shares(self) -> dict[str, float]:
         """As Gemma4.step_shares: the centroid head reads the tokens of the best centroids alone."""
         config = self.config
         share = config.centroid_top_k / config.centroids if config.centroids else 1.0
         return {"embed_tokens.": share, "token_ordering": share}
+
+
+def drawn(logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, said: Said | None) -> mx.array:
+    """A token for each row from a drafter's scores [B, C] of the tokens ids (None: all): int32 [B]."""
+    ids = None if ids is None else ids[:, None]
+    return sample(logits[:, None], rules, positions, ids=ids, said=said)[:, 0]
 
 
 def draft(
@@ -108,9 +134,7 @@ def draft(
     newest, drafts, confidences = span.lengths[:, None], [], []
     for i in range(steps):
         y, hidden = drafter(embed(token), hidden, span, rotations)
-        logits, ids = drafter.scores(y)
-        ids = None if ids is None else ids[:, None]
-        token = sample(logits[:, None], rules, newest + (i + 1), ids=ids, said=said)[:, 0]
+        token = drafter.pick(y, rules, newest + (i + 1), said)
         said = said and said.followed_by(token)
         if confident:
             confidences.append(mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1)))

@@ -14,6 +14,7 @@ from test_sampling import distribution
 
 from mlx_gemma_mtp import speculative
 from mlx_gemma_mtp.cache import Cache
+from mlx_gemma_mtp.drafter import drawn
 from mlx_gemma_mtp.params import SamplingParams
 from mlx_gemma_mtp.sampling import Rules, accept
 from mlx_gemma_mtp.speculative import Speculation
@@ -65,8 +66,8 @@ class ToyDrafter:
     def __call__(self, embedded, hidden, span, rotations):
         return embedded, hidden
 
-    def scores(self, tokens):
-        return self.table[tokens], None
+    def pick(self, tokens, rules, positions, said):
+        return drawn(self.table[tokens], None, rules, positions, said)
 
 
 def draw(drafter: np.ndarray, params: SamplingParams, count: int = ROWS) -> tuple[np.ndarray, float]:

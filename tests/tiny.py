@@ -10,7 +10,7 @@ from mlx.utils import tree_map
 from mlx_gemma_mtp import gemma4
 from mlx_gemma_mtp.cache import Cache, Span
 from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
-from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp.drafter import Drafter, drawn
 from mlx_gemma_mtp.gemma4 import Gemma4
 from mlx_gemma_mtp.guide import Constraint, guide
 from mlx_gemma_mtp.linear import settle
@@ -147,8 +147,8 @@ class OracleDrafter:
         hit = mx.take_along_axis(self.hit, place, axis=1)
         return mx.where(hit, right, (right + 1) % self.vocabulary), hidden  # [B, 1]
 
-    def scores(self, y: mx.array) -> tuple[mx.array, None]:
-        return (mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None
+    def pick(self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None) -> mx.array:
+        return drawn((mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None, rules, positions, said)
 
 
 def decode(

@@ -14,7 +14,7 @@ from importlib import import_module
 
 import mlx.core as mx
 
-KERNELS = ("grouping", "gate_up", "down")  # modules of this package; each has self_check()
+KERNELS = ("grouping", "gate_up", "down", "head_argmax")  # modules of this package; each has self_check()
 SWITCH = "MLX_GEMMA_MTP_METAL"  # 0: the references run instead
 
 

@@ -225,6 +225,12 @@ def specialised(source: str, quantised: bool) -> tuple[str, tuple[str, ...], str
     return source.replace("FORM", form).replace("WEIGHTS", ", ".join(names)), names, header
 
 
+def flat(weights: Weights) -> Weights:
+    """[E, N, K] as [E N, K]."""
+    parts = [None if part is None else part.flatten(0, 1) for part in weights[:3]]
+    return Weights(*parts, *weights[3:])
+
+
 def example(bits: int, outputs: int, inputs: int) -> tuple[mx.array, Weights, mx.array]:
     """x, weights of five experts and routes for a self-check in bfloat16: one expert chosen 11 times, one never.
 
