@@ -232,15 +232,13 @@ def flat(weights: Weights) -> Weights:
 
 
 def example(bits: int, outputs: int, inputs: int) -> tuple[mx.array, Weights, mx.array]:
-    """x, weights of five experts and routes for a self-check in bfloat16: one expert chosen 11 times, one never.
-
-    bits: 0 for floats.
+    """x of 8 tokens, weights of five experts and 8 routes each for a self-check in bfloat16: one expert is chosen 24
+    times, one never. bits: 0 for floats.
     """
     keys = mx.random.split(mx.random.key(bits), 2)
     weight = (mx.random.normal((5, outputs, inputs), key=keys[0]) * inputs**-0.5).astype(mx.bfloat16)
-    x = mx.random.normal((11, inputs), key=keys[1]).astype(mx.bfloat16)
-    other = mx.array([0, 1, 0, 0, 3, 0, 1, 1, 0, 3, 0], dtype=mx.uint32)
-    experts = mx.stack([mx.full((11,), 4, dtype=mx.uint32), other], axis=1)
+    x = mx.random.normal((8, inputs), key=keys[1]).astype(mx.bfloat16)
+    experts = mx.array([4, 0, 1, 4, 3, 0, 4, 1], dtype=mx.uint32)[(mx.arange(64) * 5) % 62 % 8].reshape(8, 8)
     if not bits:
         return x, Weights(weight), experts
     return x, Weights(*mx.quantize(weight, 64, bits), group_size=64, bits=bits), experts

@@ -28,8 +28,8 @@ from mlx_gemma_mtp.kernels import Kernel
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(tempfile.gettempdir()) / f"msl_emulator_{os.getuid()}"
-FAST = ("-O1", "-march=native", "-ffp-contract=off")
-SANITIZED = ("-O1", "-march=native", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+FAST = ("-Og", "-march=native", "-ffp-contract=off")
+SANITIZED = ("-Og", "-march=native", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 CLANG = shutil.which("clang++")
 ORDERS = (0, 1, 2)  # forward, reverse, shuffled
 

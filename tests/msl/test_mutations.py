@@ -8,31 +8,30 @@ from emulator import KernelFault
 from mlx_gemma_mtp import kernels
 from mlx_gemma_mtp.kernels import Kernel, grouping
 
-AFFINE_BREAKS = [
-    ("expert_gate_up", "rows[2 * c] + static_cast<uint>(SIZE)", "rows[2 * c] + static_cast<uint>(SIZE - 1)"),
-    ("expert_gate_up", "pairs[r] / static_cast<uint>(TOP_K)", "pairs[r] % static_cast<uint>(TOP_K)"),
-    ("expert_gate_up", "exp(-turn)", "exp(turn)"),
-    ("expert_gate_up", "order[start + r]", "order[start]"),
-    ("expert_gate_up", "lane == 0 && c < columns", "lane == 0"),
-    ("expert_gate_up", "(1u << BITS) - 1u", "(1u << BITS) - 2u"),
-    ("expert_gate_up", "first / GS]);\n            bias", "first / GS + 1]);\n            bias"),
-    ("expert_down", "start + BLOCK <= K", "start + BLOCK < K - BLOCK"),
-    ("expert_down", "simd_sum(part)", "part"),
-    ("expert_down", "g += SIMDGROUPS", "g += SIMDGROUPS + 1"),
-    ("expert_down", "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
-    ("expert_down", "* scale[pair]", "* scale[token]"),
-    ("expert_down", "total * bias[c]", "bias[c]"),
+GATE_UP, DOWN, GROUPS = "expert_gate_up", "expert_down", "expert_groups"
+BREAKS = [
+    (AFFINE, GATE_UP, "rows[2 * c] + static_cast<uint>(SIZE)", "rows[2 * c] + static_cast<uint>(SIZE - 1)"),
+    (AFFINE, GATE_UP, "lane == 0 && c < columns", "lane == 0"),
+    (AFFINE, GATE_UP, "(1u << BITS) - 1u", "(1u << BITS) - 2u"),
+    (AFFINE, GATE_UP, "first / GS]);\n            bias", "first / GS + 1]);\n            bias"),
+    (AFFINE, DOWN, "g += SIMDGROUPS", "g += SIMDGROUPS + 1"),
+    (AFFINE, DOWN, "threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    (AFFINE, DOWN, "* scale[pair]", "* scale[token]"),
+    (AFFINE, GROUPS, "start + done", "start"),
+    (AFFINE, GROUPS, "rest < 3 * most", "rest < 3 * most - 1"),
+    (FLOAT, DOWN, "K - first)", "K - first - 1)"),
 ]
-FLOAT_BREAKS = [
-    ("expert_gate_up", "step > 0", "step > 1"),
-    ("expert_gate_up", "words[c][i] * value[i]", "words[c][0] * value[i]"),
-    ("expert_down", "K - first)", "K - first - 1)"),
-]
-GROUPING_BREAKS = [
-    ("expert_groups", "start + done", "start"),
-    ("expert_groups", "held[before] + ROWS - 1", "held[before] + ROWS"),
-    ("expert_groups", "start += 1;", "start += 2;"),
-    ("expert_groups", "rest < 3 * most", "rest < 3 * most - 1"),
+MORE = [
+    (AFFINE, GATE_UP, "pairs[r] / static_cast<uint>(TOP_K)", "pairs[r] % static_cast<uint>(TOP_K)"),
+    (AFFINE, GATE_UP, "exp(-turn)", "exp(turn)"),
+    (AFFINE, GATE_UP, "order[start + r]", "order[start]"),
+    (AFFINE, DOWN, "start + BLOCK <= K", "start + BLOCK < K - BLOCK"),
+    (AFFINE, DOWN, "simd_sum(part)", "part"),
+    (AFFINE, DOWN, "total * bias[c]", "bias[c]"),
+    (AFFINE, GROUPS, "held[before] + ROWS - 1", "held[before] + ROWS"),
+    (AFFINE, GROUPS, "start += 1;", "start += 2;"),
+    (FLOAT, GATE_UP, "step > 0", "step > 1"),
+    (FLOAT, GATE_UP, "words[c][i] * value[i]", "words[c][0] * value[i]"),
 ]
 
 
@@ -52,8 +51,7 @@ def noticed(form, layer: Layer) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("form", "kernel", "text", "broken"),
-    [(form, *one) for form, some in ((AFFINE, AFFINE_BREAKS + GROUPING_BREAKS), (FLOAT, FLOAT_BREAKS)) for one in some],
+    ("form", "kernel", "text", "broken"), [*BREAKS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)]
 )
 def test_a_small_break_is_noticed(monkeypatch, emulator, form, kernel, text, broken):
     whole, layer = kernels.build, Layer(form)
