@@ -71,11 +71,19 @@ RULES = (
 )
 
 
+_measured: tuple[Rule, ...] = ()
+
+
+def adopt(rules: tuple[Rule, ...]) -> None:
+    """From now on these rules, measured on this machine, come before RULES; () forgets them."""
+    global _measured
+    _measured = rules
+    choose.cache_clear()
+
+
 @lru_cache(maxsize=4096)
-def choose(
-    chip: str, dtype: mx.Dtype, weights: str, pairs: int, grouped: bool, rules: tuple[Rule, ...] = RULES
-) -> Path:
+def choose(chip: str, dtype: mx.Dtype, weights: str, pairs: int, grouped: bool) -> Path:
     """The path of `pairs` pairs. grouped: whether the kernels run for this format."""
     name = str(dtype).removeprefix("mlx.core.")
-    fit = (rule for rule in rules if rule.covers(chip, name, weights))
+    fit = (rule for rule in (*_measured, *RULES) if rule.covers(chip, name, weights))
     return next(rule for rule in fit if grouped or not rule.needs_kernels).path(pairs)

@@ -10,7 +10,7 @@ from mlx_gemma_mtp.config import MoESpec
 from mlx_gemma_mtp.kernels import SWITCH, metal_available
 from mlx_gemma_mtp.kernels.down import combine
 from mlx_gemma_mtp.linear import settle
-from mlx_gemma_mtp.paths import EQUAL, RULES, Path, Rule, choose
+from mlx_gemma_mtp.paths import EQUAL, Path, Rule, choose
 
 
 def test_of_equal_logits_the_higher_expert_is_kept():
@@ -81,10 +81,17 @@ def test_the_table(chip, weights, grouped, pairs, path):
 
 def test_a_rule_measured_on_a_chip_goes_first():
     rule = Rule("Apple M4", "bfloat16", "affine4", ((1, Path.PAIRS), (16, Path.GROUPED)), frozenset(Path))
-    case = ("affine4", 16, True, (rule, *RULES))
-    assert choose("Apple M4 Max", mx.bfloat16, *case) == Path.GROUPED
-    assert choose("Apple M4 Max", mx.bfloat16, "affine4", 15, True, (rule, *RULES)) == Path.PAIRS
-    assert choose("Apple M1", mx.bfloat16, "affine4", 15, True, (rule, *RULES)) == Path.GROUPED
+    case = (mx.bfloat16, "affine4")
+    assert choose("Apple M4 Max", *case, 15, True) == Path.GROUPED
+    paths.adopt((rule,))
+    try:
+        assert choose("Apple M4 Max", *case, 15, True) == Path.PAIRS
+        assert choose("Apple M4 Max", *case, 16, True) == Path.GROUPED
+        assert choose("Apple M4 Max", *case, 64, False) == Path.SORTED  # its kernels do not run
+        assert choose("Apple M1", *case, 15, True) == Path.GROUPED
+    finally:
+        paths.adopt(())
+    assert choose("Apple M4 Max", *case, 15, True) == Path.GROUPED
 
 
 @pytest.mark.parametrize(
