@@ -62,14 +62,8 @@ def template(weights: Weights, dtype: mx.Dtype) -> list[tuple[str, mx.Dtype | in
     K, N, bits = weights.inputs, weights.outputs, weights.bits
     if weights.scales is None:
         return [("T", dtype), ("K", K), ("VALUES", 4)]
-    wide = K % (2048 // bits) == 0 and N % 8 == 0
-    return [
-        ("T", dtype),
-        ("K", K),
-        ("VALUES", 32 // bits * (2 if wide else 1)),
-        ("BITS", bits),
-        ("GS", weights.group_size),
-    ]
+    values = 32 // bits * (2 if K % (2048 // bits) == 0 and N % 8 == 0 else 1)
+    return [("T", dtype), ("K", K), ("VALUES", values), ("BITS", bits), ("GS", weights.group_size)]
 
 
 def gather_reference(x: mx.array, weights: Weights, rows: mx.array, experts: mx.array) -> mx.array:

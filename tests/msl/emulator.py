@@ -73,9 +73,7 @@ class Emulator:
     def build(self, kernel: Kernel) -> Callable[..., list[mx.array]]:
         """What `kernels.build` returns: a callable with the arguments of mx.fast.metal_kernel's objects."""
 
-        def launch(
-            *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=(), init_value=None, verbose=False
-        ) -> list[mx.array]:
+        def launch(*, inputs, output_shapes, output_dtypes, grid, threadgroup, template=()) -> list[mx.array]:
             if len(output_shapes) != len(kernel.outputs) or np.prod(threadgroup) > 1024:
                 raise ValueError(f"{kernel.name}: wrong number of outputs, or over 1024 threads in a threadgroup")
             inputs = [mx.contiguous(x if isinstance(x, mx.array) else mx.array(x)) for x in inputs]
@@ -83,15 +81,15 @@ class Emulator:
             sign = signature(kernel, inputs, output_dtypes, list(template))
             text = emulated(kernel, sign, self.counting)
             outputs = list(zip(output_shapes, output_dtypes, strict=True))
-            return self._run(kernel, text, sign, inputs, outputs, grid, threadgroup, init_value)
+            return self._run(kernel, text, sign, inputs, outputs, grid, threadgroup)
 
         return launch
 
-    def _run(self, kernel, text, sign: Signature, inputs, outputs, grid, threadgroup, init_value) -> list[mx.array]:
+    def _run(self, kernel, text, sign: Signature, inputs, outputs, grid, threadgroup) -> list[mx.array]:
         library = _library(text, self.flags)
         held = dict(zip(kernel.inputs, inputs, strict=True))
         made = dict(zip(kernel.outputs, outputs, strict=True))
-        buffers = [_buffer(name, part, held, made, init_value) for name, part in sign.buffers]
+        buffers = [_buffer(name, part, held, made) for name, part in sign.buffers]
         try:
             tallies, seen = self._tallies(buffers)
             message = ctypes.create_string_buffer(512)
@@ -134,24 +132,20 @@ def _reads(total: int, bits: np.ndarray) -> Reads:
     return Reads(total, int(np.unpackbits(bits).sum()), int(np.count_nonzero(bits.view(np.uint16))))
 
 
-def _buffer(name: str, part: str, held: dict, made: dict, init_value: float | None) -> Guarded:
-    """A guarded copy of an input (or of its shape, strides, rank); an output full of NaN or of init_value."""
+def _buffer(name: str, part: str, held: dict, made: dict) -> Guarded:
+    """A guarded copy of an input (or of its shape, strides, rank), or an output full of NaN."""
     if name in made:
         shape, dtype = made[name]
-        buffer = Guarded(name, int(np.prod(shape)) * dtype.size, fill=0xFF)
-        raw = None if init_value is None else _raw(mx.full(tuple(shape), init_value, dtype=dtype))
-    else:
-        array = held[name]
-        strides = [int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim)]
-        raw = {
-            "": lambda: _raw(array),
-            "shape": lambda: np.array(array.shape, np.int32),
-            "strides": lambda: np.array(strides, np.int64),
-            "ndim": lambda: np.array([array.ndim], np.int32),
-        }[part]()
-        buffer = Guarded(name, raw.nbytes)
-    if raw is not None:
-        ctypes.memmove(buffer.ptr, raw.ctypes.data, raw.nbytes)
+        return Guarded(name, int(np.prod(shape)) * dtype.size, fill=0xFF)
+    array = held[name]
+    raw = {
+        "": lambda: _raw(array),
+        "shape": lambda: np.array(array.shape, np.int32),
+        "strides": lambda: np.array([int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim)], np.int64),
+        "ndim": lambda: np.array([array.ndim], np.int32),
+    }[part]()
+    buffer = Guarded(name, raw.nbytes)
+    ctypes.memmove(buffer.ptr, raw.ctypes.data, raw.nbytes)
     return buffer
 
 
