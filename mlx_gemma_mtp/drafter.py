@@ -84,16 +84,22 @@ class Drafter(nn.Module):
         """y: [B, size] -> (float32 logits [B, C], the token ids [B, C] they stand for; None: all, in order)."""
         return self.masked_embedding(y, self.embed_tokens)
 
-    def pick(self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None) -> mx.array:
-        """The token drafted for each row, int32 [B]; a greedy one from a dense head without a row of logits.
+    def pick(
+        self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
+    ) -> tuple[mx.array, mx.array | None]:
+        """The token drafted for each row, int32 [B], and if `confident` how sure that is, see `draft`. A greedy one
+        comes from a dense head without a row of logits where nobody asks for its confidence.
 
         y: [B, size]; positions: [B, 1], of the tokens to be drawn.
         """
-        if rules.all_greedy and rules.reordered is None and isinstance(self.masked_embedding, DenseHead):
+        plain = rules.all_greedy and rules.reordered is None and not confident
+        if plain and isinstance(self.masked_embedding, DenseHead):
             table = self.masked_embedding.table(self.embed_tokens)
             if head_argmax.usable(table, y.dtype):
-                return head_argmax.best_token_metal(y, table, rules.suppressed)
-        return drawn(*self.scores(y), rules, positions, said)
+                return head_argmax.best_token_metal(y, table, rules.suppressed), None
+        logits, ids = self.scores(y)
+        sure = mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1)) if confident else None
+        return drawn(logits, ids, rules, positions, said), sure
 
     def step_shares(self) -> dict[str, float]:
         """As Gemma4.step_shares: the centroid head reads the tokens of the best centroids alone."""
@@ -134,10 +140,9 @@ def draft(
     newest, drafts, confidences = span.lengths[:, None], [], []
     for i in range(steps):
         y, hidden = drafter(embed(token), hidden, span, rotations)
-        token = drafter.pick(y, rules, newest + (i + 1), said)
+        token, sure = drafter.pick(y, rules, newest + (i + 1), said, confident)
         said = said and said.followed_by(token)
-        if confident:
-            confidences.append(mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1)))
+        confidences += [sure] if confident else []
         mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
         drafts.append(token)
     sure = mx.stack(confidences, axis=1) if confident else mx.zeros((token.shape[0], 0))

@@ -66,8 +66,8 @@ class ToyDrafter:
     def __call__(self, embedded, hidden, span, rotations):
         return embedded, hidden
 
-    def pick(self, tokens, rules, positions, said):
-        return drawn(self.table[tokens], None, rules, positions, said)
+    def pick(self, tokens, rules, positions, said, confident):
+        return drawn(self.table[tokens], None, rules, positions, said), None
 
 
 def draw(drafter: np.ndarray, params: SamplingParams, count: int = ROWS) -> tuple[np.ndarray, float]:

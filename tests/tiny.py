@@ -147,8 +147,10 @@ class OracleDrafter:
         hit = mx.take_along_axis(self.hit, place, axis=1)
         return mx.where(hit, right, (right + 1) % self.vocabulary), hidden  # [B, 1]
 
-    def pick(self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None) -> mx.array:
-        return drawn((mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None, rules, positions, said)
+    def pick(
+        self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
+    ) -> tuple[mx.array, None]:
+        return drawn((mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None, rules, positions, said), None
 
 
 def decode(

@@ -79,13 +79,13 @@ def test_a_greedy_drafter_asks_the_kernel_and_drafts_the_same(monkeypatch, emula
     drafter = tiny.drafter(model, "dense")
     y, positions = mx.random.normal((3, drafter.config.hidden_size)), mx.zeros((3, 1), mx.int32)
     rules = Rules.of([tiny.GREEDY] * 3, drafter.config.vocab_size, suppress=[5, 9])
-    by_head = drafter.pick(y, rules, positions, None)
+    by_head = drafter.pick(y, rules, positions, None, False)[0]
     monkeypatch.setattr(kernels, "metal_available", lambda: True)
     emulator.counting = True
-    by_kernel = drafter.pick(y, rules, positions, None)
+    by_kernel = drafter.pick(y, rules, positions, None, False)[0]
     assert by_kernel.dtype == by_head.dtype == mx.int32 and by_kernel.tolist() == by_head.tolist()
     assert set(emulator.reads) == {"head_argmax"}
     emulator.reads.clear()
     sampled = Rules.of([replace(tiny.GREEDY, temperature=1.0)] * 3, drafter.config.vocab_size)
-    drafter.pick(y, sampled, positions, None)
+    drafter.pick(y, sampled, positions, None, False)
     assert not emulator.reads
