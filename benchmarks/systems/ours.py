@@ -1,0 +1,63 @@
+"""mlx_gemma_mtp through its Python interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from benchmarks.systems.call import TOP_K, TOP_P, Clock, MlxSystem, Request, Timing
+from mlx_gemma_mtp import SamplingParams, load
+from mlx_gemma_mtp.engine import MAX_ROWS
+from mlx_gemma_mtp.memory import step_bytes
+
+
+class Ours(MlxSystem):
+
+    def __init__(self, target: str, drafter: str) -> None:
+        self.engine = load(model=target, draft_model=drafter or "none")
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """Chat turns as token ids, for all systems."""
+        return [self.engine.text.encode(prompt) for prompt in prompts]
+
+    def about(self) -> dict[str, Any]:
+        """What computes, and the bytes of weights that a pass reads."""
+        target, drafter = self.engine.target, self.engine.drafter
+        shares = target.step_shares()
+        experts = sum(
+            value.nbytes for path, value in tree_flatten(target.parameters()) if any(part in path for part in shares)
+        )
+        share = next(iter(shares.values()), 1.0)
+        return super().about() | {
+            "computes": self.engine.description,
+            "rows_at_once": MAX_ROWS,
+            "end_tokens": sorted(self.engine.end_tokens),
+            "dense_bytes": step_bytes(target) - int(experts * share),
+            "expert_bytes": experts,
+            "expert_share": share,
+            "draft_bytes": step_bytes(drafter) if drafter else 0,
+        }
+
+    def measured(self, request: Request) -> Timing:
+        params = SamplingParams(
+            max_tokens=request.max_tokens, temperature=request.temperature, top_k=TOP_K, top_p=TOP_P, seed=request.seed
+        )
+        clock, results = Clock(len(request.prompts)), {}
+        for chunk in self.engine.stream(request.prompts, params, num_draft_tokens=request.drafts):
+            clock.saw(chunk.index)
+            if chunk.result is not None:
+                results[chunk.index] = chunk.result
+        ordered = [results[index] for index in sorted(results)]
+        timing = clock.timing([result.tokens for result in ordered], 0)
+        # Rows beyond the engine's limit are a batch of their own, after the first: each has its prefill and its passes.
+        batches = [ordered[start : start + MAX_ROWS] for start in range(0, len(ordered), MAX_ROWS)]
+        timing.prefill_seconds = sum(max(result.stats.ttft_s for result in batch) for batch in batches)
+        timing.passes = sum(max(result.stats.rounds for result in batch) for batch in batches)
+        for stats in (result.stats for result in ordered):
+            timing.rounds += stats.rounds
+            timing.drafted += stats.drafted
+            timing.accepted += stats.accepted
+            kept = [share * stats.rounds for share in stats.acceptance_by_position]
+            timing.add([stats.rounds] * len(kept), kept)
+        return timing
