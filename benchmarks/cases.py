@@ -1,8 +1,8 @@
 """Cases, the order in which they are measured, and the record that each becomes.
 
-A case is a system, a draft length, a number of rows, a temperature and a class of prompts. Every case is warmed; then one
-call at a time goes round all cases of the same prompts, in an order that turns from repeat to repeat, so that other load
-and heat fall on all alike.
+A case is a system, a draft length, a number of rows, a temperature and a class of prompts. Every case is warmed; then
+one call at a time goes round all cases of the same prompts, in an order that turns from repeat to repeat, so that
+other load and heat fall on all alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, product
+from itertools import cycle, groupby, islice, product
 from typing import Any
 
 from benchmarks.machine import Sensors
@@ -90,10 +90,11 @@ class Job:
     enough: Callable[[], bool] = lambda: False
 
     def calls(self, batch: int, text: str) -> list[Tokens]:
-        """The prompts in batches; those of a class over again where there are fewer than rows."""
+        """The prompts in batches; the first ones again where the last batch would not be full."""
         prompts = self.prompts[text]
-        rows = prompts * -(-batch // len(prompts))
-        return [rows[start : start + batch] for start in range(0, len(rows) - batch + 1, batch)]
+        count = -(-len(prompts) // batch)
+        rows = list(islice(cycle(prompts), count * batch))
+        return [rows[start : start + batch] for start in range(0, len(rows), batch)]
 
     def length(self, cases: Sequence[Case]) -> int:
         """Ticks to come, if nothing fails."""
@@ -204,8 +205,8 @@ def _turned(items: list, turns: int) -> list:
 
 
 def texts_of(case: Case, end: set[int]) -> list[Tokens]:
-    """For each repeat the tokens of every prompt. Some systems return the token that ended a text and some do not: it is
-    no text, so it counts for nobody.
+    """For each repeat the tokens of every prompt. Some systems return the token that ended a text and some do not: it
+    is no text, so it counts for nobody.
     """
     return [
         [row[:-1] if row and row[-1] in end else row for call in repeat for row in call["tokens"]]
@@ -226,8 +227,8 @@ def first_difference(reference: Tokens, made: Tokens) -> dict[str, int | None] |
 
 
 def reference_of(case: Case, cases: Sequence[Case]) -> Case | None:
-    """What a greedy case's tokens are compared with: plain decoding of the same class in the fewest rows, mlx-lm's before
-    ours.
+    """What a greedy case's tokens are compared with: plain decoding of the same class in the fewest rows, mlx-lm's
+    before ours.
     """
     order = ("mlx-lm", OURS)
     able = [

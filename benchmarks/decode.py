@@ -6,10 +6,11 @@ that it verifies. Primitives and syncs a round: see trace.py; on this backend, n
 records.py. Texts of greedy cases are compared with plain decoding, mlx-lm's where it runs.
 
 --against: mlx-lm, mlx-vlm and this package open one float32 MLX folder, made once from one Hugging Face source;
-transformers opens that source. The source is --hf-path, or the bundled pair written in that layout again. A --model that
-has none is compared as it is (on a CPU as a float32 copy), without transformers.
+transformers opens that source. The source is --hf-path, or the bundled pair written in that layout again. A --model
+that has none is compared as it is (on a CPU as a float32 copy), without transformers.
 
-On Linux MLX's wheel multiplies with the reference BLAS. `--blas openblas` preloads OpenBLAS, one thread, into every system.
+On Linux MLX's wheel multiplies with the reference BLAS. `--blas openblas` preloads OpenBLAS, one thread, into every
+system.
 """
 
 from __future__ import annotations
@@ -157,13 +158,12 @@ def context(args: argparse.Namespace, ready: Sequence[Setup]) -> dict[str, Any]:
     return common
 
 
-def encoded(setup: Setup, texts: Sequence[str], count: int) -> dict[str, list[list[int]]]:
-    """The prompts of each class as token ids, by our tokenizer."""
-    worker = setup.start()
-    try:
-        return {text: worker.ask("encode", prompts=prompts.of(text)[:count]) for text in texts}
-    finally:
-        worker.close()
+def encoded(folder: Path, texts: Sequence[str], count: int) -> dict[str, list[list[int]]]:
+    """The prompts of each class as chat turns in token ids, for all systems the same."""
+    from mlx_gemma_mtp.text import Text
+
+    text_of = Text(folder, ())
+    return {text: [text_of.encode(prompt) for prompt in prompts.of(text)[:count]] for text in texts}
 
 
 def blas_choices(choice: str, note: Any) -> list[str]:
@@ -182,16 +182,13 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="decode-") as work:
         ready = setups(args, Path(work), terminal.note)
         common = context(args, ready)
-        try:
-            ids = encoded(ready[0], args.classes, args.prompts)
-        except workers.Failed as error:
-            raise UserError(f"this package cannot open the model: {error}") from None
+        ids = encoded(ready[0].pair.target, args.classes, args.prompts)
         axes = Axes(args.num_draft_tokens, args.batch, args.temps, args.classes)
         for blas in blas_choices(args.blas, terminal.note):
             cases = axes.cases([Setup(setup.system, setup.pair, blas) for setup in ready])
             records = measured(cases, ids, args, common)
             title = f"{common['model']}, {blas} BLAS, {common['machine']['cpu']}, load {machine.load()}"
-            terminal.out.print(terminal.table(records, title))
+            terminal.out.print(*terminal.tables(records, title))
             for line in terminal.remarks(records):
                 terminal.out.print(line, markup=False, highlight=False)
             if args.json:
@@ -224,6 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 where a case of this package failed, 2 for bad input, 130 after Ctrl-C."""
     try:
         return run(parser().parse_args(argv))
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; pip install 'mlx-gemma-mtp[bench]'", file=sys.stderr)
+        return 2
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

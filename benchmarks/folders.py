@@ -36,7 +36,8 @@ def _sha256(folder: Path) -> str:
 def hugging_face(pair: Pair, out: Path) -> Pair:
     """Writes unquantised MLX folders of ours in Hugging Face layout again, bit for bit.
 
-    The bundled pair is shipped in MLX's layout alone. A target becomes a Gemma4ForCausalLM; a drafter has the same names.
+    The bundled pair is shipped in MLX's layout alone. A target becomes a Gemma4ForCausalLM; a drafter has the same
+    names.
     """
     return _each(_hugging_face, pair, out)
 

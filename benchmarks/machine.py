@@ -1,6 +1,7 @@
 """What a figure depends on: the machine, the versions, the commit, and what macOS tells without root.
 
-The macOS part was written from Apple's manual pages and has not been tried on a Mac. A fact that cannot be had is absent.
+The macOS part was written from Apple's manual pages and has not been tried on a Mac. A fact that cannot be had is
+absent.
 """
 
 from __future__ import annotations

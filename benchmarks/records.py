@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
-from benchmarks.cases import Case, Job, first_difference, median, reference_of, texts_of
+from benchmarks.cases import Case, Job, Tokens, first_difference, median, reference_of, texts_of
 
 
 def record(case: Case, cases: Sequence[Case], job: Job, about: dict[str, Any], bandwidth: float | None) -> dict:
@@ -24,7 +25,8 @@ def record(case: Case, cases: Sequence[Case], job: Job, about: dict[str, Any], b
     }
     if case.failed or not any(case.timings):
         return fields | {"failed": case.failed or "nothing was measured"}
-    texts = texts_of(case, set(about.get("end_tokens", ())))
+    end = set(about.get("end_tokens", ()))
+    texts = texts_of(case, end)
     fields |= speeds(case, texts) | drafting(case)
     fields |= case.traced | case.sensed
     peaks = [call["peak_bytes"] for repeat in case.timings for call in repeat if call["peak_bytes"]]
@@ -34,10 +36,10 @@ def record(case: Case, cases: Sequence[Case], job: Job, about: dict[str, Any], b
         fields |= traffic(case, fields, about, bandwidth)
         if case.batch > about["rows_at_once"]:
             fields["rows_at_once"] = about["rows_at_once"]
-    return fields | equality(case, cases, texts, set(about.get("end_tokens", ())))
+    return fields | equality(case, cases, texts, end, len(job.prompts[case.text]))
 
 
-def speeds(case: Case, texts: list[list[list[int]]]) -> dict[str, Any]:
+def speeds(case: Case, texts: list[Tokens]) -> dict[str, Any]:
     """Tokens a second of whole calls and of decoding alone (after every row had its first token)."""
     sums = [
         {key: sum(call[key] for call in repeat) for key in ("seconds", "prefill_seconds", "passes")}
@@ -105,13 +107,14 @@ def traffic(case: Case, fields: dict, about: dict[str, Any], bandwidth: float | 
     return found
 
 
-def equality(case: Case, cases: Sequence[Case], texts: list[list[list[int]]], end: set[int]) -> dict[str, Any]:
-    """How many texts of every repeat are the reference's, and where the first one parts from it."""
+def equality(case: Case, cases: Sequence[Case], texts: list[Tokens], end: set[int], prompts: int) -> dict[str, Any]:
+    """How many texts of every repeat are the reference's, and where the first one parts from it. prompts: how many
+    there are, before the first ones come again to fill a batch.
+    """
     reference = reference_of(case, cases)
     if reference is None:
         return {}
-    expected = texts_of(reference, end)[0]
-    expected = (expected * -(-len(texts[0]) // len(expected)))[: len(texts[0])]  # a wide batch has prompts twice
+    expected = list(islice(cycle(texts_of(reference, end)[0][:prompts]), len(texts[0])))
     same = sum(all(repeat[i] == row for repeat in texts) for i, row in enumerate(expected))
     fields: dict[str, Any] = {"equal": same, "compared": len(expected), "reference": reference.setup.system}
     parted = [found for repeat in texts if (found := first_difference(expected, repeat))]

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import OPENBLAS, ROOT
@@ -62,7 +61,7 @@ class Worker:
         if setup.blas == "openblas":
             environment["LD_PRELOAD"] = OPENBLAS
         folders = [str(folder) for folder in (setup.pair.target, setup.pair.drafter) if folder]
-        self.system, self._log = setup.system, tempfile.TemporaryFile("w+")
+        self.system, self._log = setup.system, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.systems", setup.system, *folders], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,

@@ -1,8 +1,8 @@
 """A system in a process of its own: `python -m benchmarks.systems SYSTEM TARGET [DRAFTER]`.
 
-It loads, tells on one line of JSON what it is, then answers each line of standard input, {METHOD: {ARGUMENT: VALUE}}, with
-a line: {"result": ...} or {"error": "..."}. benchmarks/workers.py is the end that asks. What a library prints goes to
-standard error. A call has ended when its time is read: its tokens are on the host.
+It loads, tells on one line of JSON what it is, then answers each line of standard input, {METHOD: {ARGUMENT: VALUE}},
+with a line: {"result": ...} or {"error": "..."}. benchmarks/workers.py is the end that asks. What a library prints
+goes to standard error. A call has ended when its time is read: its tokens are on the host.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def load(name: str, target: str, drafter: str) -> System:
 
 
 def trace(system: System, tokens: Sequence[int], **request: Any) -> dict[str, float]:
-    """Primitives and host syncs of a pass: what a longer call takes more than a shorter one, so that the prefill and the
-    ends cancel. tokens: the lengths of the two calls. Empty where both make as many passes.
+    """Primitives and host syncs of a pass: what a longer call takes more than a shorter one, so that the prefill and
+    the ends cancel. tokens: the lengths of the two calls. Empty where both make as many passes.
     """
     from benchmarks.trace import Trace
 
@@ -48,11 +48,10 @@ def trace(system: System, tokens: Sequence[int], **request: Any) -> dict[str, fl
 
 
 def methods(system: System) -> dict[str, Callable[..., Any]]:
-    """What can be asked; `encode` of ours alone."""
+    """What can be asked."""
     return {
         "call": lambda **request: asdict(system.call(Request(**request))),
         "trace": lambda **request: trace(system, **request),
-        "encode": lambda prompts: system.encode(prompts),
     }
 
 

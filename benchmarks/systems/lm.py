@@ -10,7 +10,6 @@ from benchmarks.systems.call import TOP_K, TOP_P, Clock, MlxSystem, Request, Tim
 
 
 class MlxLm(MlxSystem):
-
     def __init__(self, target: str, drafter: str) -> None:
         self.model, self.tokenizer = load(target)
 
@@ -24,9 +23,7 @@ class MlxLm(MlxSystem):
     def _one(self, request: Request, options: dict) -> Timing:
         clock, tokens = Clock(1), []
         (prompt,) = request.prompts
-        for response in stream_generate(
-            self.model, self.tokenizer, prompt, max_tokens=request.max_tokens, **options
-        ):
+        for response in stream_generate(self.model, self.tokenizer, prompt, max_tokens=request.max_tokens, **options):
             clock.saw(0)
             # A last response may repeat a token only to carry the reason; its count does not.
             if response.generation_tokens > len(tokens):

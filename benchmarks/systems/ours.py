@@ -13,13 +13,8 @@ from mlx_gemma_mtp.memory import step_bytes
 
 
 class Ours(MlxSystem):
-
     def __init__(self, target: str, drafter: str) -> None:
         self.engine = load(model=target, draft_model=drafter or "none")
-
-    def encode(self, prompts: list[str]) -> list[list[int]]:
-        """Chat turns as token ids, for all systems."""
-        return [self.engine.text.encode(prompt) for prompt in prompts]
 
     def about(self) -> dict[str, Any]:
         """What computes, and the bytes of weights that a pass reads."""

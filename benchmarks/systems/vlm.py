@@ -16,7 +16,6 @@ from benchmarks.systems.call import TOP_K, TOP_P, Clock, MlxSystem, Request, Tim
 
 
 class MlxVlm(MlxSystem):
-
     def __init__(self, target: str, drafter: str) -> None:
         self.model, self.processor = load(target)
         self.drafter, self.kind = load_drafter(drafter) if drafter else (None, None)

@@ -1,0 +1,221 @@
+"""The 2.2x claim, on your Mac: `python -m benchmarks.claim --model gemma-4-26B-A4B-it-4bit`.
+
+The claim. Google's announcement of the MTP drafters (5 May 2026) says of Gemma 4 26B-A4B on Apple Silicon that routing
+makes MTP hard at batch size 1, and that several requests at once, 4 to 8, give up to about 2.2x. It names no chip,
+quantisation, draft length or prompts, nor what the 2.2x is relative to. No measurement that others can repeat is known
+to us.
+
+What is compared, on the same files, prompts and token limits, greedily, at 1, 4 and 8 rows:
+  A  this package, plain          C  mlx-vlm, plain
+  B  this package, with MTP       D  mlx-vlm, with MTP
+Tokens a second of all rows together, prefill included; the median of the repeats.
+
+The speed-up that is judged is B, with the one draft length that is best over the classes, over the BETTER of A and C
+in as many rows: never over a smaller batch, never over a slow baseline of one's own. The same is said of D. A baseline
+counts as sane where a plain step of a larger batch takes no less time than one of a smaller batch, and no more than so
+many steps of single rows (10 % tolerance); where it is not, the verdict says so instead of a ratio. "Reached" is 2.2x
+or more at 4 or at 8 rows, as the mean over the classes of prompts; the best class is reported beside.
+
+The run is planned for 20 minutes: repeats begin until --minutes are over, one at least. Where both systems do not fit
+into memory together, they are loaded in turn. Close other programs, connect the charger, and do not touch the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks import decode, machine, prompts, workers
+from benchmarks.cases import Axes, Job
+from benchmarks.records import record
+from benchmarks.series import geometric_mean
+from benchmarks.workers import OURS, Setup
+from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.generate import Parser
+from mlx_gemma_mtp.hub import Pair, find_pair
+
+BATCHES = (1, 4, 8)
+CLAIMED, CLAIMED_AT = 2.2, (4, 8)
+TEXTS = ("code", "prose")
+TOLERANCE = 0.1  # of a plain step's time
+ROOM = 0.75  # of the memory, that both systems may take together
+EXPERTS = 128  # of the model that the claim is about
+SEND = """\
+To send it back: open an issue in this project's repository, title "Claim: <your chip>", and attach the file. It holds
+the chip, memory, versions, weights' checksums and figures; no names, paths or texts."""
+
+Record = dict[str, Any]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser("benchmarks.claim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", help="the converted 26B-A4B (default: the small bundled pair, a rehearsal)")
+    p.add_argument("--draft-model", default="auto", metavar="PATH|auto", help="its drafter (default: auto)")
+    p.add_argument("--num-draft-tokens", type=decode.draft_lengths, default=[2, 3, 4], metavar="LIST",
+                   help="draft lengths of B and D; 0 is always measured (default: 2,3,4)")  # fmt: skip
+    p.add_argument("--minutes", type=float, default=20.0, help="no repeat begins later (default: 20)")
+    p.add_argument("--max-tokens", type=int, default=128, help="of each text (default: 128)")
+    p.add_argument("--out", type=Path, default=Path("mtp-claim.json"), help="the result file (default: mtp-claim.json)")
+    p.add_argument("--quick", action="store_true", help="a rehearsal: one class, 16 tokens, one repeat, 2 drafts")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    from benchmarks import terminal
+
+    if args.out.exists():
+        raise UserError(f"--out {args.out} exists already; move it away or name another file")
+    if args.max_tokens < 2 or not args.minutes > 0:
+        raise UserError(f"--max-tokens {args.max_tokens}, --minutes {args.minutes}: expected at least 2, and above 0")
+    if line := workers.missing("mlx-vlm"):
+        raise UserError(f"{line}; the protocol compares with it")
+    terminal.out.print(__doc__, markup=False, highlight=False)
+    texts = TEXTS[:1] if args.quick else TEXTS
+    length, drafts = (16, [2]) if args.quick else (args.max_tokens, args.num_draft_tokens)
+    with tempfile.TemporaryDirectory(prefix="claim-") as work:
+        pair = opened(args, Path(work))
+        setups = [Setup(system, pair, "stock") for system in (OURS, "mlx-vlm")]
+        common = decode.context(argparse.Namespace(hf_path=None, model=args.model), setups)
+        cases = Axes(list(dict.fromkeys([0, *drafts])), BATCHES, [0.0], texts).cases(setups)
+        ids = decode.encoded(pair.target, texts, prompts.EACH)
+        deadline = time.monotonic() + 60 * args.minutes
+        job = Job(ids, length, 1 if args.quick else 99, lambda case: None, terminal.note,
+                  lambda: time.monotonic() > deadline)  # fmt: skip
+        state = {"load_before": machine.load(), "thermal_before": machine.thermal_note()}
+        with terminal.bar(None) as bar:
+            job.tick = lambda case: bar.update(bar.task_ids[0], advance=1, description=case.name())
+            about = (job.together if fit_together(pair) else job.one_at_a_time)(cases)
+        state |= {"load_after": machine.load(), "thermal_after": machine.thermal_note()}
+        own, speed = about.get(OURS, {}), machine.bandwidth(common["machine"])
+        known = {key: value for key, value in state.items() if value is not None}
+        records = [common | known | record(case, cases, job, own, speed) for case in cases]
+    lines = verdict(records, is_the_model(pair))
+    save(args.out, {"claim": __doc__, "verdict": lines, "records": records})
+    terminal.out.print(*terminal.tables(records, common["model"]))
+    for line in [*terminal.remarks(records), "", *lines, "", f"written: {args.out}", SEND]:
+        terminal.out.print(line, markup=False, highlight=False)
+    return 1 if any("failed" in each for each in records if each["system"] == OURS) else 0
+
+
+def opened(args: argparse.Namespace, work: Path) -> Pair:
+    """The folders of both systems: as they are on a Mac, float32 copies on a CPU."""
+    from benchmarks import folders
+    from mlx_gemma_mtp.kernels import metal_available
+
+    pair = find_pair(args.model, args.draft_model)
+    if pair.drafter is None:
+        raise UserError(f"{pair.target} has no drafter ({pair.reason}); name one with --draft-model")
+    return pair if metal_available() else folders.float32(pair, work / "mlx")
+
+
+def fit_together(pair: Pair) -> bool:
+    """Whether two processes can hold the weights at the same time."""
+    from mlx_gemma_mtp.memory import total_bytes, weight_bytes
+
+    needed = sum(weight_bytes(folder) for folder in (pair.target, pair.drafter))
+    return 2 * needed < ROOM * total_bytes()
+
+
+def is_the_model(pair: Pair) -> bool:
+    text = json.loads((pair.target / "config.json").read_text()).get("text_config", {})
+    return text.get("num_experts") == EXPERTS
+
+
+def verdict(records: list[Record], the_model: bool) -> list[str]:
+    """The judgement of a run, as sentences."""
+    lines = (
+        [] if the_model else ["A rehearsal: this is not the 26B-A4B, so nothing here speaks for or against the claim."]
+    )
+    measured = [r for r in records if "failed" not in r]
+    lines += [f"failed: {r['system']}, {r['drafts']} drafts, {r['batch']} rows, {r['text']}: {r['failed']}"
+              for r in records if "failed" in r]  # fmt: skip
+    reached = None
+    for batch in sorted({r["batch"] for r in measured}):
+        for system in (OURS, "mlx-vlm"):
+            if found := best_drafts(measured, system, batch):
+                drafts, ratios = found
+                mean = geometric_mean(list(ratios.values()))
+                each = ", ".join(f"{text} {ratio:.2f}x" for text, ratio in sorted(ratios.items()))
+                lines.append(
+                    f"{batch} rows: {system} with {drafts} drafts over the better plain decoding: {mean:.2f}x ({each})"
+                )
+                if system == OURS and batch in CLAIMED_AT:
+                    reached = max(mean, reached or 0.0)
+    doubts = [doubt for system in (OURS, "mlx-vlm") for doubt in insane(measured, system)]
+    if doubts:
+        lines += [f"the plain baseline is not sane: {doubt}" for doubt in doubts]
+        lines.append("verdict: none; run again on a quiet machine")
+    elif reached is None:
+        lines.append("verdict: none; nothing was measured at 4 or 8 rows")
+    else:
+        word = "reached" if reached >= CLAIMED else "not reached"
+        lines.append(f"verdict: {CLAIMED}x at 4 or 8 rows is {word} by this package: {reached:.2f}x")
+    return lines
+
+
+def best_drafts(records: list[Record], system: str, batch: int) -> tuple[int | str, dict[str, float]] | None:
+    """A system's draft length with the best mean over the classes, and its tokens a second in each class over the
+    better plain decoding of both systems, in as many rows. None where some of it was not measured.
+    """
+    alike = [r for r in records if r["batch"] == batch]
+    texts = {r["text"] for r in alike}
+    plain = {text: max((r["tokens_per_s"] for r in alike if r["text"] == text and r["drafts"] == 0), default=None)
+             for text in texts}  # fmt: skip
+    able = [r for r in alike if r["system"] == system and r["drafts"] != 0 and plain[r["text"]]]
+    ratios: dict[int | str, dict[str, float]] = {}
+    for r in able:
+        ratios.setdefault(r["drafts"], {})[r["text"]] = r["tokens_per_s"] / plain[r["text"]]
+    whole = {drafts: found for drafts, found in ratios.items() if found.keys() == texts}
+    best = max(whole, key=lambda drafts: geometric_mean(list(whole[drafts].values())), default=None)
+    return None if best is None else (best, whole[best])
+
+
+def insane(records: list[Record], system: str) -> list[str]:
+    """What speaks against a system's plain steps: a larger batch that steps faster, or slower than its rows alone."""
+    doubts = []
+    for text in sorted({r["text"] for r in records}):
+        plain = [r for r in records if (r["system"], r["drafts"], r["text"]) == (system, 0, text)]
+        steps = {r["batch"]: r["ms_per_round"] for r in plain if "ms_per_round" in r}
+        sizes = sorted(steps)
+        for small, large in pairwise(sizes):
+            least, most = steps[small] * (1 - TOLERANCE), steps[small] * large / small * (1 + TOLERANCE)
+            if not least <= steps[large] <= most:
+                doubts.append(
+                    f"{system}, {text}: {steps[small]:.1f} ms a step of {small} rows, {steps[large]:.1f} of {large}"
+                )
+    return doubts
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Written beside, then renamed: a file that is there is whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, 1 where a case of this package failed, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        return run(parser().parse_args(argv))
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; pip install 'mlx-gemma-mtp[bench]'", file=sys.stderr)
+        return 2
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

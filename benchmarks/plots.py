@@ -1,0 +1,119 @@
+"""The pictures of a report, through matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, no window; before pyplot
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks import series
+from benchmarks.series import Record, Series
+
+SIZE = (8.5, 5.0)  # inches
+DPI = 130
+MARKERS = "osD^vP*X<>"
+
+
+def draw(records: Sequence[Record], title: str, out: Path, number: str) -> list[Path]:
+    """Writes out/NUMBER-NAME.png for each picture that these records have points for; returns the files."""
+    made = []
+    for name, (numbers, paint) in PICTURES.items():
+        lines = numbers(records)
+        if not lines:
+            continue
+        figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+        paint(axes, lines)
+        axes.set_title(f"{axes.get_title()}\n{title}", fontsize=10)
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+        path = out / f"{number}-{name}.png"
+        figure.savefig(path, dpi=DPI)
+        plt.close(figure)
+        made.append(path)
+    return made
+
+
+def _lines(axes: Axes, lines: Series) -> None:
+    """A line for each series; words among the x stand right of the numbers."""
+    numbers = sorted({x for line in lines.values() for x in line if not isinstance(x, str)})
+    words = sorted({x for line in lines.values() for x in line if isinstance(x, str)})
+    places = {x: place for place, x in enumerate([*numbers, *words])}
+    for i, (label, line) in enumerate(lines.items()):
+        axes.plot([places[x] for x in line], line.values(), marker=MARKERS[i % len(MARKERS)], label=label)
+    axes.set_xticks(range(len(places)), [str(x) for x in places])
+    axes.grid(alpha=0.3)
+
+
+def _even(axes: Axes) -> None:
+    axes.axhline(1.0, color="grey", linestyle="--", linewidth=1)
+    axes.set_ylim(bottom=0)
+
+
+def _bars(axes: Axes, bars: Series) -> None:
+    groups = list(dict.fromkeys(x for bar in bars.values() for x in bar))
+    width = 0.8 / len(bars)
+    for i, (label, bar) in enumerate(bars.items()):
+        places = [groups.index(x) + (i - (len(bars) - 1) / 2) * width for x in bar]
+        drawn = axes.bar(places, list(bar.values()), width, label=label)
+        axes.bar_label(drawn, fmt="%.2g" if max(bar.values()) < 10 else "%.0f", fontsize=7, padding=2)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _by_batch(axes: Axes, lines: Series) -> None:
+    _lines(axes, lines)
+    _even(axes)
+    axes.set(title="Speed-up of MTP by batch (greedy, mean of the classes)", xlabel="batch (rows)",
+             ylabel="tokens/s over plain decoding in as many rows (ratio)")  # fmt: skip
+
+
+def _by_drafts(axes: Axes, lines: Series) -> None:
+    _lines(axes, lines)
+    _even(axes)
+    axes.set(title="Speed-up of MTP by draft length (greedy, mean of the classes)", xlabel="drafts a round (tokens)",
+             ylabel="tokens/s over plain decoding in as many rows (ratio)")  # fmt: skip
+
+
+def _by_class(axes: Axes, bars: Series) -> None:
+    _bars(axes, bars)
+    _even(axes)
+    axes.set(title="Speed-up of MTP by class, with the best draft length of each", xlabel="class of prompts",
+             ylabel="tokens/s over plain decoding (ratio)")  # fmt: skip
+
+
+def _acceptance(axes: Axes, lines: Series) -> None:
+    _lines(axes, lines)
+    axes.set_ylim(0, 1)
+    axes.set(title="Drafts kept by position", xlabel="position in the draft (token)",
+             ylabel="rounds that kept it and all before it (share)")  # fmt: skip
+
+
+def _round_cost(axes: Axes, lines: Series) -> None:
+    for i, (label, line) in enumerate(lines.items()):
+        axes.plot(line.keys(), line.values(), marker=MARKERS[i % len(MARKERS)], label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.set(title="Cost of a round (greedy, mean of the classes)", xlabel="rows x (drafts + 1) (tokens verified)",
+             ylabel="time of a round (ms)")  # fmt: skip
+
+
+def _rates(axes: Axes, bars: Series) -> None:
+    _bars(axes, bars)
+    axes.set(title="Speed in the fewest rows measured (greedy, mean of the classes)", xlabel="system",
+             ylabel="tokens a second, prefill included")  # fmt: skip
+
+
+PICTURES: dict[str, tuple[Callable[[Sequence[Record]], Series], Callable[[Axes, Series], None]]] = {
+    "tokens_per_second": (series.rates, _rates),
+    "speed-up_by_batch": (series.by_batch, _by_batch),
+    "speed-up_by_draft_length": (series.by_drafts, _by_drafts),
+    "speed-up_by_class": (series.by_class, _by_class),
+    "acceptance_by_position": (series.acceptance, _acceptance),
+    "cost_of_a_round": (series.round_cost, _round_cost),
+}
