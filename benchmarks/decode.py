@@ -146,12 +146,13 @@ def context(args: argparse.Namespace, ready: Sequence[Setup]) -> dict[str, Any]:
     """What all records of a run have in common."""
     from benchmarks.folders import hashes
 
+    known = {setup.pair: hashes(setup.pair) for setup in ready}
     common = {
         "kind": "decode",
         "model": Path(args.hf_path or args.model).name if args.hf_path or args.model else "bundled",
         "machine": machine.facts(),
         "versions": machine.versions(),
-        "folders": {setup.system: hashes(setup.pair) for setup in ready},
+        "folders": {setup.system: known[setup.pair] for setup in ready},
     }
     if commit := machine.commit():
         common["commit"] = commit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -17,7 +18,7 @@ from benchmarks.series import Record, Series
 
 SIZE = (8.5, 5.0)  # inches
 DPI = 130
-MARKERS = "osD^vP*X<>"
+MARKERS, STROKES = "os^DvP", ("-", "--", ":", "-.")
 
 
 def draw(records: Sequence[Record], title: str, out: Path, number: str) -> list[Path]:
@@ -30,7 +31,7 @@ def draw(records: Sequence[Record], title: str, out: Path, number: str) -> list[
         figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
         paint(axes, lines)
         axes.set_title(f"{axes.get_title()}\n{title}", fontsize=10)
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3.5)
         path = out / f"{number}-{name}.png"
         figure.savefig(path, dpi=DPI)
         plt.close(figure)
@@ -39,14 +40,26 @@ def draw(records: Sequence[Record], title: str, out: Path, number: str) -> list[
 
 
 def _lines(axes: Axes, lines: Series) -> None:
-    """A line for each series; words among the x stand right of the numbers."""
+    """A line for each series; a word among the x (a draft length that is chosen) is a point right of the numbers."""
     numbers = sorted({x for line in lines.values() for x in line if not isinstance(x, str)})
-    words = sorted({x for line in lines.values() for x in line if isinstance(x, str)})
+    words = list(dict.fromkeys(x for line in lines.values() for x in line if isinstance(x, str)))
     places = {x: place for place, x in enumerate([*numbers, *words])}
-    for i, (label, line) in enumerate(lines.items()):
-        axes.plot([places[x] for x in line], line.values(), marker=MARKERS[i % len(MARKERS)], label=label)
+    for label, line in lines.items():
+        style = _style(label, list(lines))
+        joined = {places[x]: y for x, y in line.items() if not isinstance(x, str)}
+        axes.plot(joined.keys(), joined.values(), label=label, **style)
+        apart = {places[x]: y for x, y in line.items() if isinstance(x, str)}
+        axes.plot(apart.keys(), apart.values(), **(style | {"linestyle": "none"}))
     axes.set_xticks(range(len(places)), [str(x) for x in places])
     axes.grid(alpha=0.3)
+
+
+def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
+    """A line's looks, by the two halves of its label: what comes first says the stroke, what comes last the colour."""
+    firsts, lasts = (list(dict.fromkeys(each.split(", ")[i] for each in labels)) for i in (0, -1))
+    first, last = (names.index(label.split(", ")[i]) for i, names in ((0, firsts), (-1, lasts)))
+    colour = plt.get_cmap("turbo")(0.1 + 0.8 * last / max(1, len(lasts) - 1))
+    return {"color": colour, "linestyle": STROKES[first % len(STROKES)], "marker": MARKERS[first % len(MARKERS)]}
 
 
 def _even(axes: Axes) -> None:
@@ -60,8 +73,15 @@ def _bars(axes: Axes, bars: Series) -> None:
     for i, (label, bar) in enumerate(bars.items()):
         places = [groups.index(x) + (i - (len(bars) - 1) / 2) * width for x in bar]
         drawn = axes.bar(places, list(bar.values()), width, label=label)
-        axes.bar_label(drawn, fmt="%.2g" if max(bar.values()) < 10 else "%.0f", fontsize=7, padding=2)
+        axes.bar_label(
+            drawn,
+            fmt="%.2f" if max(bar.values()) < 10 else "%.0f",
+            fontsize=7,
+            padding=3,
+            rotation=90 * (len(bars) > 2),
+        )
     axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.15)  # room for the labels
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -94,8 +114,8 @@ def _acceptance(axes: Axes, lines: Series) -> None:
 
 
 def _round_cost(axes: Axes, lines: Series) -> None:
-    for i, (label, line) in enumerate(lines.items()):
-        axes.plot(line.keys(), line.values(), marker=MARKERS[i % len(MARKERS)], label=label)
+    for label, line in lines.items():
+        axes.plot(line.keys(), line.values(), label=label, **_style(label, list(lines)))
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

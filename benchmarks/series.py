@@ -29,25 +29,32 @@ def geometric_mean(values: Sequence[float]) -> float:
 def collected(
     points: Iterable[tuple[str, Any, float]], mean: Callable[[list[float]], float] = geometric_mean
 ) -> Series:
-    """(label, x, y) -> series, with the mean where several fall on one x; x ascending, numbers before words."""
+    """(label, x, y) -> series, with the mean where several fall on one x; numbers ascend, words stay as they come."""
     gathered: dict[str, dict[Any, list[float]]] = {}
     for label, x, y in points:
         gathered.setdefault(label, {}).setdefault(x, []).append(y)
-    order = lambda item: (isinstance(item[0], str), item[0])  # noqa: E731
+    order = lambda item: (1, 0) if isinstance(item[0], str) else (0, item[0])  # noqa: E731
     return {label: {x: mean(ys) for x, ys in sorted(line.items(), key=order)} for label, line in gathered.items()}
+
+
+def counted(count: int | str, noun: str) -> str:
+    """'1 row', '2 rows', 'auto drafts'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def by_batch(records: Sequence[Record]) -> Series:
     """Mean speed-up over the classes, greedy: a line for each system and draft length."""
     return collected(
-        (f"{r['system']}, {r['drafts']} drafts", r["batch"], y) for r, y in speedups(records) if not r["temperature"]
+        (f"{r['system']}, {counted(r['drafts'], 'draft')}", r["batch"], y)
+        for r, y in speedups(records)
+        if not r["temperature"]
     )
 
 
 def by_drafts(records: Sequence[Record]) -> Series:
     """Mean speed-up over the classes, greedy: a line for each system and batch."""
     return collected(
-        (f"{r['system']}, {r['batch']} {'row' if r['batch'] == 1 else 'rows'}", r["drafts"], y)
+        (f"{r['system']}, {counted(r['batch'], 'row')}", r["drafts"], y)
         for r, y in speedups(records) if not r["temperature"]
     )  # fmt: skip
 
@@ -71,17 +78,17 @@ def acceptance(records: Sequence[Record]) -> Series:
     longest = max(len(r["acceptance_by_position"]) for r in able)
     chosen = [r for r in able if r["batch"] == rows and len(r["acceptance_by_position"]) == longest]
     return collected(
-        ((f"{r['text']}, T {r['temperature']:g}", i, y) for r in chosen
+        ((f"T {r['temperature']:g}, {r['text']}", i, y) for r in chosen
          for i, y in enumerate(r["acceptance_by_position"], 1)),
         mean=lambda values: sum(values) / len(values),
     )  # fmt: skip
 
 
 def round_cost(records: Sequence[Record]) -> Series:
-    """Milliseconds of a round, greedy, over rows x (drafts + 1): a line for each system, plain and with drafts."""
+    """Milliseconds of a round, greedy, over rows x (drafts + 1): a line for each system and batch, from plain on."""
     able = [r for r in records if "ms_per_round" in r and "positions_per_round" in r and not r["temperature"]]
     return collected(
-        (f"{r['system']}, {'MTP' if r['drafts'] else 'plain'}", round(r["positions_per_round"]), r["ms_per_round"])
+        (f"{r['system']}, {counted(r['batch'], 'row')}", round(r["positions_per_round"]), r["ms_per_round"])
         for r in able
     )
 
