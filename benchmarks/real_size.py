@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -28,12 +27,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks import machine
 from mlx_gemma_mtp.errors import UserError  # nothing large: a child's peak starts with its parent's memory
 
 ROOT = Path(__file__).parent.parent
@@ -138,14 +137,11 @@ class Report:
         return step
 
     def as_dict(self) -> dict[str, Any]:
-        return {"machine": machine(), "idle_peak": self._idle, "steps": [asdict(step) for step in self.steps]}
-
-
-def machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm")}
-    return {"system": platform.platform(), "cores": os.cpu_count(), "memory": memory,
-            "python": platform.python_version(), **versions}  # fmt: skip
+        return {
+            "machine": machine.facts() | machine.versions(),
+            "idle_peak": self._idle,
+            "steps": [asdict(step) for step in self.steps],
+        }
 
 
 TABLE = (

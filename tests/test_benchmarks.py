@@ -208,7 +208,8 @@ LINES = [
 
 def test_series():
     assert series.by_batch(LINES) == {f"{OURS}, 2 drafts": {1: pytest.approx(1.0), 4: pytest.approx(2.0)}}
-    assert series.by_class(LINES) == {f"{OURS}, T 0": {"code": 2.0, "prose": 0.5}}
+    worse = line(drafts=4, rate=5.0)
+    assert series.by_class([*LINES, worse]) == {f"{OURS}, T 0": {"code": 2.0, "prose": 0.5}}
     assert series.acceptance(LINES)["T 0, code"] == {1: 0.8, 2: 0.6}
     assert series.round_cost(LINES)[f"{OURS}, 1 row"] == {1: pytest.approx(5.0), 3: pytest.approx(5.0)}
     assert series.rates(LINES)["plain"] == {OURS: pytest.approx(10.0), "mlx-lm": pytest.approx(8.0)}
@@ -256,9 +257,10 @@ def test_no_repeat_begins_that_would_end_too_late():
 
 
 def test_a_result_is_whole_or_not_there(tmp_path):
-    with pytest.raises(TypeError):
-        claim.save(tmp_path / "a.json", {"claim": object()})
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        claim.save(tmp_path / "folder", {"claim": "text"})
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     claim.save(tmp_path / "a.json", {"claim": "text", "records": LINES})
     assert report.read([tmp_path / "a.json"]) == LINES
 
