@@ -131,9 +131,11 @@ class Job:
             first = self.calls(case.batch, case.text)[0]
             self._ask(case, workers, "call", prompts=first, max_tokens=WARM_TOKENS)
             kind = (case.setup.system, case.drafts, case.batch, case.temperature)
-            if kind not in counted and case.setup.system != "transformers":
+            if case.traced or case.setup.system == "transformers":
+                continue
+            if kind not in counted:
                 counted[kind] = self._ask(case, workers, "trace", prompts=first, tokens=TRACED) or {}
-            case.traced = counted.get(kind, {})
+            case.traced = counted[kind]
 
     def _repeat(self, cases: Sequence[Case], workers: dict[str, Worker], repeat: int) -> None:
         for place, group in groupby(cases, lambda case: case.place):
@@ -155,14 +157,15 @@ class Job:
         self.tick(case)
         if case.failed:
             return None
+        asked = workers[case.setup.system]
         try:
-            asked = workers[case.setup.system]
             return asked.ask(method, drafts=case.drafts, temperature=case.temperature, **request)
         except Failed as error:
             case.failed = str(error)
             self.note(f"{case.name()} failed: {error}")
             if isinstance(error, Gone):
-                workers[case.setup.system] = Ended(str(error))
+                asked.close()
+                workers[case.setup.system] = Ended(str(error), asked.about)
             return None
 
 

@@ -134,7 +134,7 @@ def folders_for(args: argparse.Namespace, peers: Sequence[str], work: Path) -> t
         hf = Pair(source, beside if beside.is_dir() and args.draft_model != "none" else None, None)
         return hf, folders.converted(hf, work / "mlx")
     pair = find_pair(args.model, args.draft_model)
-    if "transformers" in peers:
+    if peers and args.model is None:
         hf = folders.hugging_face(pair, work / "hf")
         return hf, folders.converted(hf, work / "mlx")
     if peers and not metal_available():
@@ -190,13 +190,18 @@ def run(args: argparse.Namespace) -> int:
             records = measured(cases, ids, args, common)
             title = f"{common['model']}, {blas} BLAS, {common['machine']['cpu']}, load {machine.load()}"
             terminal.out.print(*terminal.tables(records, title))
-            for line in terminal.remarks(records):
+            for line in (*terminal.remarks(records), *thermal(records)):
                 terminal.out.print(line, markup=False, highlight=False)
             if args.json:
                 with args.json.open("a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(each) + "\n" for each in records))
             failed |= any("failed" in each for each in records if each["system"] == OURS)
     return 1 if failed else 0
+
+
+def thermal(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A note on the thermal state, where the system tells it."""
+    return [f"thermal state: {note}" for note in {r["thermal_after"] for r in records if "thermal_after" in r}]
 
 
 def measured(cases: list[Case], ids: dict, args: argparse.Namespace, common: dict[str, Any]) -> list[dict[str, Any]]:

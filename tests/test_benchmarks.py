@@ -76,7 +76,7 @@ class Fake:
     about = ABOUT
 
     def __init__(self, fails=None):
-        self.fails, self.asked = fails or {}, []
+        self.fails, self.asked, self.closed = fails or {}, [], 0
 
     def ask(self, method: str, drafts: int, **request):
         if drafts in self.fails:
@@ -84,7 +84,8 @@ class Fake:
         self.asked.append((method, drafts, request.get("seed")))
         return {"primitives_per_round": 7} if method == "trace" else timing([[3, 4, END]] * len(request["prompts"]))
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.closed += 1
 
 
 def run(monkeypatch, crew: dict[str, Fake], run_alone: bool = False) -> tuple[list[Case], list[str]]:
@@ -118,7 +119,9 @@ def test_a_case_that_fails_is_reported_and_the_rest_goes_on(monkeypatch, alone):
 
 
 def test_a_process_that_ends_takes_only_its_own_cases_with_it(monkeypatch):
-    cases, _ = run(monkeypatch, {OURS: Fake(), "mlx-vlm": Fake({2: Gone("killed")})})
+    lost = Fake({2: Gone("killed")})
+    cases, _ = run(monkeypatch, {OURS: Fake(), "mlx-vlm": lost})
+    assert lost.closed == 1
     assert [case.failed for case in cases] == [None, None, "killed", "killed"]
 
 
