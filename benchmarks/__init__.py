@@ -1,1 +1,1 @@
-"""Speed measurements, run from a checkout: `python -m benchmarks.peers`."""
+"""Measurements, run from a checkout: `python -m benchmarks.decode`, `report`, `claim`, `overhead`, and more."""
