@@ -2,17 +2,13 @@
 
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
 
 from benchmarks import replay
-from mlx_gemma_mtp import SamplingParams, load
+from mlx_gemma_mtp import SamplingParams, calibrate, calibration, load
 from mlx_gemma_mtp.calibration import KINDS, Costs
 from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable
 from mlx_gemma_mtp.depth import (
@@ -279,15 +275,42 @@ def test_a_file_that_is_no_use_is_measured_anew(tmp_path, engine, broken):
     assert (costs.file.read() is not None) if broken != "unwritable" else not costs.file.path.exists()
 
 
-def test_the_command(tmp_path, capsys):
-    folder = Path(tiny.__file__).parent.parent
-    command = [sys.executable, "-m", "mlx_gemma_mtp.calibrate", "--repeats", "1", "--json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    shown = json.loads(done.stdout)
+def test_the_command(tmp_path, capsys, monkeypatch):
+    """On a small grid: measured, kept, shown again without measuring."""
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "ROWS", (1,))
+    monkeypatch.setattr(calibration, "LONG", 64)
+    assert calibrate.main(["--show"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: nothing was measured before")
+    assert calibrate.main(["--repeats", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
     for kind in KINDS:
-        cells = shown[kind]
-        assert [(cell["rows"], len(cell["break_even"])) for cell in cells[: len(ROWS)]] == [
-            (r, MAX_DRAFTS) for r in ROWS
-        ]
-        assert all(len(cell["seconds"]) == MAX_DRAFTS + 1 and min(cell["seconds"]) > 0 for cell in cells)
+        assert [each["rows"] for each in shown[kind]][: len(ROWS)] == list(ROWS)
+        assert all(len(each["break_even"]) == MAX_DRAFTS for each in shown[kind])
+        assert all(len(each["seconds"]) == MAX_DRAFTS + 1 and min(each["seconds"]) > 0 for each in shown[kind])
     assert mx.metal.is_available() or "CPU" in shown["measured"]
+    assert calibrate.main(["--show"]) == 0
+    text = capsys.readouterr().out
+    assert "greedy text" in text and "sampled text" in text and f"{1e3 * shown['greedy'][0]['seconds'][0]:8.2f}" in text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--draft-model", "none"], "it is drafts whose cost is measured"),
+        (["--plot", "nowhere/x.png"], "--plot"),
+        (["--plot", "x.jpg"], "--plot"),
+        (["--model", "nowhere"], "there is no model"),
+    ],
+)
+def test_bad_input(capsys, argv, message):
+    assert calibrate.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("error: ") and message in err
+
+
+def test_the_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    calibrate.plot({"greedy": table(0.1, 0.1)}, "a machine", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -167,7 +167,7 @@ def test_one_readback_a_round(moe):
     # Weights and Rope's tables are evaluated once; prefill waits for each chunk.
     assert waits.pop("speculative") == {
         "prefill": ["eval"],
-        "_readback": ["eval", "tolist", "tolist", "tolist", "tolist"],
+        "_readback": ["eval", *["tolist"] * 5],
     }
     assert waits.pop("layers") == {"__init__": ["eval"], "compile_islands": ["eval", "eval"]}
     assert waits.pop("linear") == {"settle": ["eval"]}
