@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
-from . import blas, hub, memory, weights
+from . import blas, health, hub, kernels, memory, weights
 from .calibration import KINDS, Costs
 from .config import MODES, GenerationDefaults
 from .costs import CostTable
@@ -129,7 +129,7 @@ class Engine:
         dtype = str(self.target.dtype).removeprefix("mlx.core.")
         models = {"target": self.target} | ({"drafter": self.drafter} if self.drafter else {})
         formats = [f"{name} {weights.format_of(model)}" for name, model in models.items()]
-        device = "Metal" if metal_available() else f"CPU ({blas.name()})"
+        device = f"Metal, {kernels.summary()}" if metal_available() else f"CPU ({blas.name()})"
         return f"{', '.join(formats)}, computed in {dtype} on {device}, MLX {mx.__version__}"
 
     @property
@@ -274,6 +274,7 @@ def load(
     pair = hub.find_pair(model, draft_model, revision)
     weights.check_pair(pair.target, pair.drafter)
     defaults = weights.read_generation_defaults(pair.target)
+    health.ensure(notice)
     cast = weights.DTYPES[dtype] if dtype else None
     if cast is None and not metal_available():
         cast = mx.float32

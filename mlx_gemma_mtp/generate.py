@@ -147,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         print_speedup(engine, prompts, params, args, results)
     if args.stats:
         print_stats(results)
+        print(f"computed: {engine.description}", file=sys.stderr)
         if engine.advice:
             print(f"note: {engine.advice}", file=sys.stderr)
     return 130 if cancel.is_set() else 0

@@ -165,8 +165,11 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """x: [N, hidden]; experts, weights: [N, k] -> [N, hidden]."""
+        return self.along(self.path(x.dtype, experts.size), x, experts, weights)
+
+    def along(self, path: paths.Path, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """The same by a way of the caller's choice."""
         (tokens, top_k), pairs = experts.shape, experts.reshape(-1)
-        path = self.path(x.dtype, pairs.size)
         if path == paths.Path.GROUPED:
             return self.switch_glu.grouped(x, experts, weights)
         if path == paths.Path.SORTED:

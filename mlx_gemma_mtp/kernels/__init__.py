@@ -59,12 +59,29 @@ def why_off(kernel: str) -> str | None:
         return "no Metal device"
     if os.environ.get(SWITCH) == "0":
         return f"switched off by {SWITCH}=0"
+    finding = _failed.get(kernel)
+    return finding and f"self-check failed: {finding}"
+
+
+def failure(kernel: str) -> str | None:
+    """What a kernel's self-check found, None where it passed or did not run."""
     return _failed.get(kernel)
+
+
+def forget_failures() -> None:
+    """Every kernel may run again until it is checked."""
+    _failed.clear()
 
 
 def status() -> dict[str, str]:
     """Every kernel: "on", or why its reference runs instead."""
     return {kernel: why_off(kernel) or "on" for kernel in KERNELS}
+
+
+def summary() -> str:
+    """A phrase for a log line."""
+    off = [f"{kernel} off ({reason})" for kernel in KERNELS if (reason := why_off(kernel))]
+    return f"our kernels: {', '.join(off)}" if off else "our kernels on"
 
 
 def self_check() -> dict[str, str]:
@@ -80,7 +97,7 @@ def self_check() -> dict[str, str]:
 
 def switch_off(kernel: str, reason: str) -> None:
     """From now on the reference of a kernel runs: its self-check failed, now or, by a cached report, earlier."""
-    _failed[kernel] = f"self-check failed: {reason}"
+    _failed[kernel] = reason
 
 
 def difference(ours: mx.array, reference: mx.array, tolerance: float) -> str | None:

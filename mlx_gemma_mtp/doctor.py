@@ -1,0 +1,223 @@
+"""`python -m mlx_gemma_mtp.doctor`: does this machine run our Metal kernels right, and which way is fastest here?
+
+Compiles and checks every kernel against its reference, times the ways through a layer of routed experts and a draft
+step, and keeps what it found: later loads on this machine switch failing kernels off and take the fastest way. Written
+without a Mac: on Linux the kernels run in the tests' emulator alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as File
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from . import blas
+from .errors import UserError
+from .generate import Bar, Parser
+
+if TYPE_CHECKING:
+    from .moe import Experts
+    from .paths import Path, Rule
+
+LAYER = (2816, 704, 128, 8)  # of the 26B-A4B: hidden size, expert size, experts, experts a token
+ROWS = (1, 2, 4, 8, 16, 32)
+FORMATS = {"4-bit": 4, "8-bit": 8, "bf16": 0}
+Times = Mapping["Path", Mapping[int, float]]  # path -> tokens -> seconds
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser("mlx_gemma_mtp.doctor", description="Check this machine's Metal kernels and time the ways through them.")
+    p.add_argument("--model", help="the pair whose draft step is timed (default: the small bundled pair)")
+    p.add_argument(
+        "--layer", type=int, nargs=4, default=LAYER, metavar=("HIDDEN", "SIZE", "EXPERTS", "TOP_K"),
+        help="the layer that is timed (default: the 26B-A4B's, 2816 704 128 8)",
+    )  # fmt: skip
+    p.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="tokens of a pass (default: 1 .. 32)")
+    p.add_argument("--repeats", type=int, default=20, help="of every time (default: 20)")
+    p.add_argument("--no-times", action="store_true", help="check the kernels, time nothing")
+    p.add_argument("--json", type=File, metavar="FILE", help="write a report there that can be shared")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 where a kernel failed its check, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        return run(parser().parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    blas.preload()
+    from . import kernels, memory, paths
+    from .health import Report, check, machine
+
+    about = machine() | {"memory_gb": round(memory.total_bytes() / 1e9, 1)}
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    checked = check()
+    print("\n".join(f"kernel {name}: {state}" for name, state in kernels.status().items()))
+    rules, times, drafts = (), {}, {}
+    if kernels.metal_available() and not args.no_times:
+        paths.adopt(())
+        rules, times = time_experts(args, about["chip"])
+        drafts = time_drafts(args.model)
+    elif not kernels.metal_available():
+        print("no Metal device: plain MLX runs, and nothing is timed")
+    if any(kernels.why_off(name) is None or checked[name] for name in kernels.KERNELS):
+        _keep(Report(), checked, rules)
+    if args.json:
+        record = {"machine": about, "kernels": kernels.status(), "experts": times, "draft_step": drafts}
+        try:
+            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {args.json} cannot be written: {error.strerror}; name another file") from None
+    return 1 if any(checked.values()) else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    hidden, size, experts, top_k = args.layer
+    if min(hidden, size) < 64 or hidden % 64 or size % 64 or not 1 <= top_k <= experts:
+        raise UserError(f"--layer is {hidden} {size} {experts} {top_k}, expected sizes in 64s and TOP_K of EXPERTS")
+    if min(args.rows) < 1 or args.repeats < 1:
+        raise UserError(f"--rows {args.rows}, --repeats {args.repeats}: expected 1 or more")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise UserError(f"--json {args.json}: expected a file in a folder that exists; create {args.json.parent}")
+
+
+def _keep(report: Any, checked: dict[str, str | None], rules: tuple[Rule, ...]) -> None:
+    """For later loads."""
+    try:
+        report.write(checked, rules)
+        print(f"kept in {report.path}")
+    except OSError as error:
+        print(f"note: this cannot be kept in {report.path} ({error.strerror})", file=sys.stderr)
+
+
+def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...], dict[str, Any]]:
+    """(the rules that follow, microseconds by format, path and tokens)."""
+    import mlx.core as mx
+
+    rules, shown = [], {}
+    for name, bits in FORMATS.items():
+        experts = layer(args.layer, bits)
+        form = experts.switch_glu.down_proj.form
+        times, equal = measure(experts, args.layer, args.rows, args.repeats)
+        rules.append(rule(chip, "bfloat16", form, times, equal, args.layer[3]))
+        shown[name] = {str(path): {str(m): round(1e6 * s, 1) for m, s in each.items()} for path, each in times.items()}
+        print(f"\n{name}, microseconds of a layer's experts by tokens; bit-equal: {', '.join(map(str, sorted(equal)))}")
+        print(f"{'':10}" + "".join(f"{m:>9}" for m in args.rows))
+        for path, each in times.items():
+            print(f"{path:10}" + "".join(f"{1e6 * each[m]:9.1f}" for m in args.rows))
+        print("from so many pairs on: " + ", ".join(f"{start} {path}" for start, path in rules[-1].steps))
+        del experts
+        mx.clear_cache()
+    return tuple(rules), shown
+
+
+def layer(shape: Sequence[int], bits: int) -> Experts:
+    """Random experts in bfloat16, quantised in groups of 64; bits: 0 leaves them."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from .config import MoESpec
+    from .linear import settle
+    from .moe import Experts
+
+    hidden, size, count, top_k = shape
+    experts = Experts(hidden, MoESpec(num_experts=count, top_k=top_k, size=size))
+    experts.set_dtype(mx.bfloat16)
+    if bits:
+        nn.quantize(experts, group_size=64, bits=bits)
+    settle(experts)
+    return experts
+
+
+def measure(
+    experts: Experts, shape: Sequence[int], rows: Sequence[int], repeats: int
+) -> tuple[dict[Path, dict[int, float]], frozenset[Path]]:
+    """(seconds by path and tokens, the paths that gave the same bits as plain pairs everywhere)."""
+    import mlx.core as mx
+
+    from .paths import Path
+
+    hidden, _, count, top_k = shape
+    times: dict[Path, dict[int, float]] = {}
+    equal = set(Path)
+    for m in rows:
+        keys = mx.random.split(mx.random.key(m), 2)
+        x = mx.random.normal((m, hidden), key=keys[0]).astype(mx.bfloat16)
+        chosen = mx.argsort(mx.random.uniform(shape=(m, count), key=keys[1]), axis=-1)[:, :top_k].astype(mx.uint32)
+        weights = mx.full((m, top_k), 1 / top_k)
+        ways = [path for path in Path if path != Path.GROUPED or experts.switch_glu.groupable(x.dtype, m * top_k)]
+        plain = experts.along(Path.PAIRS, x, chosen, weights)
+        for path in ways:
+            if not mx.array_equal(experts.along(path, x, chosen, weights), plain):
+                equal.discard(path)
+            times.setdefault(path, {})[m] = _seconds(lambda: experts.along(path, x, chosen, weights), repeats)  # noqa: B023
+    return {path: each for path, each in times.items() if len(each) == len(rows)}, frozenset(equal & times.keys())
+
+
+def _seconds(compute: Callable[[], Any], repeats: int) -> float:
+    import mlx.core as mx
+
+    found = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        mx.eval(compute())
+        found.append(time.perf_counter() - began)
+    return median(found[2:])
+
+
+def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Path], top_k: int) -> Rule:
+    """The fastest way at each width among the paths that agree bit for bit with plain pairs; the one path that is
+    fastest on the whole, by the geometric mean, where none but itself may be taken.
+    """
+    from .paths import VERIFY, Path, Rule
+
+    widths = sorted(next(iter(times.values())))
+
+    def whole(picks: Sequence[Path]) -> float:
+        return sum(math.log(times[path][m]) for path, m in zip(picks, widths, strict=True))
+
+    alone = min(times, key=lambda path: whole([path] * len(widths)))
+    mixed = [min((path for path in times if path in equal), key=lambda path: times[path][m]) for m in widths]
+    picks = min(([alone] * len(widths), mixed), key=whole)
+    steps = [(1, picks[0])]
+    for m, before, path in zip(widths[1:], picks, picks[1:], strict=False):
+        if path != before:
+            steps.append((m * top_k, path))
+    if steps[-1][1] == Path.GROUPED:
+        steps.append((VERIFY + 1, Path.SORTED))
+    return Rule(chip, dtype, weights, tuple(steps), equal if len(set(picks)) > 1 else frozenset())
+
+
+def time_drafts(model: str | None) -> dict[str, float]:
+    """Milliseconds of one draft with the drafter as it is, and in 4 bits."""
+    from .calibration import KINDS, Bench
+    from .engine import load
+    from .weights import is_quantized
+
+    found: dict[str, float] = {}
+    for name, bits in (("as it is", None), ("4-bit", 4)):
+        engine = load(model, draft_bits=bits, num_draft_tokens=0, progress=Bar("loading"))
+        if engine.drafter is None or (bits is None and is_quantized(engine.drafter)):
+            break
+        bench = Bench(engine.target, engine.drafter, engine.text.encode("def f(x):"), KINDS["greedy"], 1, 64)
+        both = [bench.rounds(4) for _ in range(6)][1:]
+        found[name] = round(1e3 * (min(a for a, _ in both) - min(b for _, b in both)) / 4, 3)
+        print(f"draft step, drafter {name}: {found[name]:.3f} ms")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

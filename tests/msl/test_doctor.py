@@ -1,0 +1,126 @@
+"""The doctor and what a load takes up of it: with the kernels emulated, and without any Metal."""
+
+import json
+import math
+
+import pytest
+
+import mlx_gemma_mtp.engine  # noqa: F401 - every room is imported before a test pretends that there is Metal
+from mlx_gemma_mtp import doctor, health, kernels, paths
+from mlx_gemma_mtp.kernels import gate_up
+from mlx_gemma_mtp.paths import VERIFY, Path
+
+P, S, G = Path.PAIRS, Path.SORTED, Path.GROUPED
+EQUAL = frozenset((P, S))
+
+
+@pytest.fixture
+def metal(monkeypatch, emulator, tmp_path):
+    """A machine whose Metal is the emulator; nothing of it is left behind."""
+    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    monkeypatch.setattr(kernels, "_failed", {})
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
+    yield tmp_path
+    paths.adopt(())
+
+
+def times(pairs, ordered, grouped) -> dict:
+    return {path: dict(zip((1, 4, 16), each, strict=True)) for path, each in ((P, pairs), (S, ordered), (G, grouped))}
+
+
+@pytest.mark.parametrize(
+    "seconds, equal, steps",
+    [
+        (times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, ((1, P), (32, S))),  # each at its best: they agree in bits
+        (times([1, 4, 9], [2, 3, 5], [3, 6, 9]), frozenset((P,)), ((1, S),)),  # one for all: they do not
+        (times([1, 4, 9], [2, 3, 5], [1, 2, 3]), EQUAL, ((1, G), (VERIFY + 1, S))),
+        (times([1, 4, 9], [2, 3, 5], [1.5, 2, 3]), frozenset(Path), ((1, P), (32, G), (VERIFY + 1, S))),
+    ],
+    ids=["two ways", "one way", "grouped", "all equal"],
+)
+def test_the_rule_that_follows(seconds, equal, steps):
+    rule = doctor.rule("M9", "bfloat16", "affine4", seconds, equal, 8)
+    assert (
+        rule.steps == steps and rule.covers("M9 Max", "bfloat16", "affine4") and not rule.covers("M8", "bfloat16", "")
+    )
+
+
+def test_a_rule_outlives_its_file(tmp_path):
+    report = health.Report(tmp_path)
+    checked = dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}
+    rules = (doctor.rule("M9", "bfloat16", "float", times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, 8),)
+    assert report.read() is None
+    report.write(checked, rules)
+    assert report.read() == (checked, rules) and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"format": 1}', '{"format": 1, "machine": {}, "checked": {}, "rules": []}']
+)
+def test_a_file_that_is_none_is_written_anew(tmp_path, text):
+    report = health.Report(tmp_path)
+    report.path.write_text(text)
+    assert report.read() is None
+
+
+def test_the_first_load_checks_and_the_second_knows(metal, monkeypatch):
+    notices = []
+    monkeypatch.setattr(gate_up, "self_check", lambda: "off by 3")
+    health.ensure(notices.append)
+    assert len(notices) == 1 and "gate_up is off" in notices[0] and "off by 3" in notices[0]
+    monkeypatch.setattr(kernels, "_failed", {})
+    monkeypatch.setattr(health, "check", lambda: pytest.fail("checked again"))
+    health.ensure(notices.append)
+    assert kernels.why_off("gate_up") == "self-check failed: off by 3" and kernels.why_off("down") is None
+    assert len(notices) == 2 and "gate_up off (self-check failed: off by 3)" in kernels.summary()
+
+
+def test_a_load_without_metal_asks_nothing(monkeypatch):
+    monkeypatch.setattr(health, "check", lambda: pytest.fail("nothing to check"))
+    health.ensure(lambda notice: pytest.fail(notice))
+
+
+def test_an_unwritable_folder_is_a_notice(metal, monkeypatch):
+    (metal / "file").write_text("")
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(metal / "file"))
+    notices = []
+    health.ensure(notices.append)
+    assert len(notices) == 1 and "cannot be kept" in notices[0]
+
+
+def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "FORMATS", {"4-bit": 4})
+    monkeypatch.setattr(doctor, "time_drafts", lambda model: {})
+    argv = ["--layer", "64", "64", "4", "2", "--rows", "1", "2", "--repeats", "1", "--json", str(metal / "r.json")]
+    assert doctor.main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"kernel {name}: on" in out for name in kernels.KERNELS) and "4-bit, microseconds" in out
+    record = json.loads((metal / "r.json").read_text())
+    assert set(record["experts"]["4-bit"]) == set(map(str, Path)) and record["kernels"]["down"] == "on"
+    assert all(t > 0 and math.isfinite(t) for each in record["experts"]["4-bit"].values() for t in each.values())
+    checked, rules = health.Report().read()
+    assert set(checked.values()) == {None} and [rule.weights for rule in rules] == ["affine4"]
+
+
+def test_the_command_without_metal(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
+    if kernels.metal_available():
+        pytest.skip("there is Metal here")
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    assert "kernel down: no Metal device" in out and "nothing is timed" in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--layer", "60", "64", "4", "2"], "--layer is 60 64 4 2"),
+        (["--layer", "64", "64", "4", "5"], "--layer is 64 64 4 5"),
+        (["--rows", "0"], "--rows"),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json"),
+    ],
+)
+def test_bad_input(capsys, argv, message):
+    assert doctor.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and message in err
