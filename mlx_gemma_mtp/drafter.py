@@ -88,18 +88,16 @@ class Drafter(nn.Module):
         self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
     ) -> tuple[mx.array, mx.array | None]:
         """The token drafted for each row, int32 [B], and if `confident` how sure that is, see `draft`. A greedy one
-        comes from a dense head without a row of logits where nobody asks for its confidence.
+        comes from a dense head without a row of logits.
 
         y: [B, size]; positions: [B, 1], of the tokens to be drawn.
         """
-        plain = rules.all_greedy and rules.reordered is None and not confident
-        if plain and isinstance(self.masked_embedding, DenseHead):
+        if rules.all_greedy and rules.reordered is None and isinstance(self.masked_embedding, DenseHead):
             table = self.masked_embedding.table(self.embed_tokens)
             if head_argmax.usable(table, y.dtype):
-                return head_argmax.best_token_metal(y, table, rules.suppressed), None
+                return head_argmax.best_token_metal(y, table, rules.suppressed)
         logits, ids = self.scores(y)
-        sure = mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1)) if confident else None
-        return drawn(logits, ids, rules, positions, said), sure
+        return drawn(logits, ids, rules, positions, said), head_argmax.certainty(logits) if confident else None
 
     def step_shares(self) -> dict[str, float]:
         """As Gemma4.step_shares: the centroid head reads the tokens of the best centroids alone."""

@@ -1,6 +1,7 @@
-"""The likeliest token of a dense head: the product with the vocabulary and its argmax in one pass, without logits.
+"""The likeliest token of a dense head and its probability: the product with the vocabulary, its argmax and the sum of
+its exponentials in one pass, without a row of logits.
 
-For greedy drafts, where nothing but the best token is asked for. Drafter.pick chooses between this and the head.
+For greedy drafts, where nothing else is asked for. Drafter.pick chooses between this and the head.
 """
 
 from __future__ import annotations
@@ -32,15 +33,22 @@ def logits_reference(y: mx.array, weights: Weights, bias: mx.array | None) -> mx
     return logits if bias is None else logits + bias
 
 
-def best_token_reference(y: mx.array, weights: Weights, bias: mx.array | None) -> mx.array:
-    """argmax(y weights^T + bias), the lower token of equals.
+def best_token_reference(y: mx.array, weights: Weights, bias: mx.array | None) -> tuple[mx.array, mx.array]:
+    """argmax(y weights^T + bias), the lower token of equals, and its probability in their softmax.
 
-    y: [B, K]; weights: [V, K]; bias: float32 [V], -inf at tokens that nobody may say. Returns int32 [B].
+    y: [B, K]; weights: [V, K]; bias: float32 [V], -inf at tokens that nobody may say. Returns int32 and float32 [B].
     """
-    return mx.argmax(logits_reference(y, weights, bias), axis=-1).astype(mx.int32)
+    logits = logits_reference(y, weights, bias)
+    return mx.argmax(logits, axis=-1).astype(mx.int32), certainty(logits)
 
 
-# Part p takes LENGTH tokens from p * LENGTH on, in ascending order; its lane 0 keeps the best of each row.
+def certainty(logits: mx.array) -> mx.array:
+    """The probability of the likeliest: float32 [B, C] -> [B]."""
+    return mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1))
+
+
+# Part p takes LENGTH tokens from p * LENGTH on, in ascending order; its lane 0 keeps the best of each row, and the sum
+# of exp(logit - best) over its tokens, rescaled whenever the best changes.
 SOURCE = """
     int lane = static_cast<int>(thread_index_in_simdgroup);
     int part = static_cast<int>(threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup);
@@ -48,10 +56,12 @@ SOURCE = """
     int count = y_shape[0];
     uint inputs[ROWS];
     float best[ROWS];
+    float mass[ROWS];
     int token[ROWS];
     for (int r = 0; r < ROWS; r++) {
         inputs[r] = static_cast<uint>(r);
         best[r] = -INFINITY;
+        mass[r] = 0.0f;
         token[r] = 0;
     }
     for (int first = part * LENGTH; first < end; first += COLUMNS) {
@@ -71,8 +81,11 @@ SOURCE = """
                     float logit = static_cast<float>(static_cast<T>(total(sums[c * ROWS + r])));
                     logit += BIASED ? bias[first + c] : 0.0f;
                     if (logit > best[r]) {
+                        mass[r] = mass[r] * metal::precise::exp(best[r] - logit) + 1.0f;
                         best[r] = logit;
                         token[r] = first + c;
+                    } else if (logit > -INFINITY) {
+                        mass[r] += metal::precise::exp(logit - best[r]);
                     }
                 }
             }
@@ -81,6 +94,7 @@ SOURCE = """
     for (int r = 0; r < ROWS; r++) {
         if (lane == 0 && r < count) {
             values[r * PARTS + part] = best[r];
+            masses[r * PARTS + part] = mass[r];
             tokens[r * PARTS + part] = token[r];
         }
     }
@@ -90,10 +104,12 @@ SOURCE = """
 @cache
 def kernel(quantised: bool) -> Kernel:
     source, names, header = specialised(SOURCE, quantised)
-    return Kernel("head_argmax", ("y", *names, "bias"), ("values", "tokens"), source, header)
+    return Kernel("head_argmax", ("y", *names, "bias"), ("values", "masses", "tokens"), source, header)
 
 
-def best_token_metal(y: mx.array, weights: Weights, bias: mx.array | None, parts: int = PARTS) -> mx.array:
+def best_token_metal(
+    y: mx.array, weights: Weights, bias: mx.array | None, parts: int = PARTS
+) -> tuple[mx.array, mx.array]:
     """The same, one pass over the weights for every ROWS rows."""
     vocab, biased = weights.outputs, bias is not None
     length = -(-vocab // parts)
@@ -101,7 +117,7 @@ def best_token_metal(y: mx.array, weights: Weights, bias: mx.array | None, parts
     found = []
     for start in range(0, y.shape[0], ROWS):
         some = y[start : start + ROWS]
-        values, tokens = kernel(weights.scales is not None)(
+        values, masses, tokens = kernel(weights.scales is not None)(
             inputs=[some, *arrays(weights), bias if biased else mx.zeros((1,))],
             template=[
                 *template(weights, y.dtype),
@@ -110,12 +126,14 @@ def best_token_metal(y: mx.array, weights: Weights, bias: mx.array | None, parts
             ],
             grid=(SIMD * parts, 1, 1),
             threadgroup=(SIMD * SIMDGROUPS, 1, 1),
-            output_shapes=[(some.shape[0], parts)] * 2,
-            output_dtypes=[mx.float32, mx.int32],
+            output_shapes=[(some.shape[0], parts)] * 3,
+            output_dtypes=[mx.float32, mx.float32, mx.int32],
         )
         best = mx.argmax(values, axis=-1, keepdims=True)  # the first of equals, whose tokens are lower
-        found.append(mx.take_along_axis(tokens, best, axis=-1)[:, 0])
-    return found[0] if len(found) == 1 else mx.concatenate(found)
+        largest = mx.take_along_axis(values, best, axis=-1)
+        sure = 1 / (masses * mx.exp(values - largest)).sum(axis=-1)
+        found.append((mx.take_along_axis(tokens, best, axis=-1)[:, 0], sure))
+    return found[0] if len(found) == 1 else tuple(map(mx.concatenate, zip(*found, strict=True)))
 
 
 def usable(weights: Weights, dtype: mx.Dtype) -> bool:
@@ -131,7 +149,9 @@ def self_check() -> str | None:
         head = flat(weights)
         bias = mx.where(mx.arange(head.outputs) % 5 == 1, -mx.inf, 0.0)
         logits = logits_reference(y, head, bias)
-        ours = mx.take_along_axis(logits, best_token_metal(y, head, bias)[:, None], axis=-1)[:, 0]
-        if error := difference(ours, logits.max(axis=-1), BF16_CLOSE):
-            return f"{bits or 16}-bit weights: {error}"
+        token, sure = best_token_metal(y, head, bias)
+        ours = mx.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+        for found, expected in ((ours, logits.max(axis=-1)), (sure, certainty(logits))):
+            if error := difference(found, expected, 4 * BF16_CLOSE):
+                return f"{bits or 16}-bit weights: {error}"
     return None

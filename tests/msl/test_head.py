@@ -28,12 +28,14 @@ def test_the_token_is_that_of_the_whole_product(kernel_backend, head, rows, supp
     form, table = head
     y, bias = normal(form, rows, form.inputs, seed=5), None
     if suppressed:
-        best = head_argmax.best_token_reference(y, table, None)
+        best, _ = head_argmax.best_token_reference(y, table, None)
         bias = mx.where((mx.arange(VOCAB)[None] == best[:, None]).any(axis=0), -mx.inf, 0.0)
-    found = head_argmax.best_token_metal(y, table, bias, PARTS)
+    found, sure = head_argmax.best_token_metal(y, table, bias, PARTS)
     logits = head_argmax.logits_reference(y, table, bias)
     assert found.dtype == mx.int32 and found.shape == (rows,)
     missed = logits.max(axis=-1) - mx.take_along_axis(logits, found[:, None], axis=-1)[:, 0]
+    expected = mx.softmax(logits, axis=-1, precise=True).max(axis=-1)
+    assert (mx.abs(sure - expected) / expected).max().item() <= max(1e-5, 8 * form.tolerance)
     assert missed.max().item() <= 2 * form.tolerance * mx.where(mx.isinf(logits), 0, mx.abs(logits)).max().item()
 
 
@@ -41,8 +43,9 @@ def test_of_equal_logits_the_lower_token_is_drafted(kernel_backend):
     rows = mx.repeat(weights(FLOAT, 60, experts=1).weight[0], 2, axis=0)
     head = Weights(mx.concatenate([rows, rows]))  # every logit beside itself, in one part, and again in another
     y = normal(FLOAT, 8, FLOAT.inputs, seed=6)
-    found = head_argmax.best_token_metal(y, head, None, PARTS)
-    assert found.tolist() == head_argmax.best_token_reference(y, head, None).tolist()
+    found, sure = head_argmax.best_token_metal(y, head, None, PARTS)
+    tokens, chances = head_argmax.best_token_reference(y, head, None)
+    assert found.tolist() == tokens.tolist() and mx.allclose(sure, chances, rtol=1e-5, atol=0)
     assert all(token < 120 and token % 2 == 0 for token in found.tolist())
 
 
@@ -61,6 +64,8 @@ def test_the_vocabulary_is_read_once_for_eight_rows(emulator):
         ("logit > best[r]", "logit >= best[r]"),
         ("(part + 1) * LENGTH", "(part + 1) * LENGTH - 4"),
         ("first + c;", "first;"),
+        ("mass[r] * metal::precise::exp(best[r] - logit) + 1.0f", "mass[r] + 1.0f"),
+        ("mass[r] += metal", "mass[r] = metal"),
     ],
 )
 def test_a_small_break_is_noticed(monkeypatch, emulator, text, broken):
@@ -79,10 +84,10 @@ def test_a_greedy_drafter_asks_the_kernel_and_drafts_the_same(monkeypatch, emula
     drafter = tiny.drafter(model, "dense")
     y, positions = mx.random.normal((3, drafter.config.hidden_size)), mx.zeros((3, 1), mx.int32)
     rules = Rules.of([tiny.GREEDY] * 3, drafter.config.vocab_size, suppress=[5, 9])
-    by_head = drafter.pick(y, rules, positions, None, False)[0]
+    by_head, _ = drafter.pick(y, rules, positions, None, False)
     monkeypatch.setattr(kernels, "metal_available", lambda: True)
     emulator.counting = True
-    by_kernel = drafter.pick(y, rules, positions, None, False)[0]
+    by_kernel, _ = drafter.pick(y, rules, positions, None, True)
     assert by_kernel.dtype == by_head.dtype == mx.int32 and by_kernel.tolist() == by_head.tolist()
     assert set(emulator.reads) == {"head_argmax"}
     emulator.reads.clear()
