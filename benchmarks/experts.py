@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.real_size import machine
+from benchmarks import machine
 from mlx_gemma_mtp import blas
 from mlx_gemma_mtp.config import TargetConfig
 from mlx_gemma_mtp.errors import UserError
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check(args)
         blas.preload()
-        facts = machine() | {"blas": blas.name(), "load": round(os.getloadavg()[0], 1)}
+        facts = machine.facts() | machine.versions() | {"blas": blas.name(), "load": round(os.getloadavg()[0], 1)}
         print(", ".join(f"{key} {value}" for key, value in facts.items()), HEADER, sep="\n\n")
         for record in tqdm(_run(args), unit="path", disable=None):
             tqdm.write(row(record))
