@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,11 +36,12 @@ from typing import Any
 
 from benchmarks import decode, machine, prompts, workers
 from benchmarks.cases import Axes, Job
+from benchmarks.command import command
 from benchmarks.records import record
 from benchmarks.series import geometric_mean
 from benchmarks.workers import OURS, Setup
+from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.generate import Parser
 from mlx_gemma_mtp.hub import Pair, find_pair
 
 BATCHES = (1, 4, 8)
@@ -230,16 +230,7 @@ def save(path: Path, result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 where a case of this package failed, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        return run(parser().parse_args(argv))
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; pip install 'mlx-gemma-mtp[bench]'", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,11 @@ from typing import Any
 
 from benchmarks import machine, prompts, workers
 from benchmarks.cases import Axes, Case, Job
+from benchmarks.command import command
 from benchmarks.records import record
 from benchmarks.workers import OURS, PEERS, Setup
+from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.generate import Parser
 from mlx_gemma_mtp.hub import Pair, find_pair
 
 LONGEST_DRAFT = 8
@@ -225,16 +225,7 @@ def measured(cases: list[Case], ids: dict, args: argparse.Namespace, common: dic
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 where a case of this package failed, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        return run(parser().parse_args(argv))
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; pip install 'mlx-gemma-mtp[bench]'", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, prompts
+from benchmarks.command import command
 from mlx_gemma_mtp import blas
+from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.generate import Parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,16 +94,7 @@ def shown(found: dict[str, Any], title: str) -> list[Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        return run(parser().parse_args(argv))
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; pip install 'mlx-gemma-mtp[bench]'", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command(run, parser, argv)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.command import command
 from benchmarks.series import Record
+from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.generate import Parser
 
 NEEDED = ("system", "drafts", "batch", "temperature", "text", "blas", "machine", "versions")
 TABLE = (
@@ -152,14 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 2 for bad input."""
-    try:
-        return run(parser().parse_args(argv))
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; pip install 'mlx-gemma-mtp[bench]'", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command(run, parser, argv)
 
 
 if __name__ == "__main__":

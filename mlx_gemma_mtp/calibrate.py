@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from . import blas
+from .cli import Bar, Parser, command
 from .costs import MAX_DRAFTS, ROWS, CostTable
 from .depth import break_even
 from .errors import UserError
-from .generate import Bar, Parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,13 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        return run(parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

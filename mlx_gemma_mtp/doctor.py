@@ -18,8 +18,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from . import blas
+from .cli import Bar, Parser, command
 from .errors import UserError
-from .generate import Bar, Parser
 
 if TYPE_CHECKING:
     from .moe import Experts
@@ -47,13 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 where a kernel failed its check, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        return run(parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from . import __version__, blas
+from .cli import Bar, Parser, command
 from .errors import UserError
 from .params import SamplingParams
 
@@ -27,13 +26,6 @@ BUNDLED = (
     "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
     "For a real one: python -m mlx_gemma_mtp.generate --model FOLDER (see README.md, conversion)."
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """Usage errors as one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,13 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
     try:
-        args = parser().parse_args(argv)
-        return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        return command(run, parser, argv)
     except BrokenPipeError:  # the reader has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -313,22 +299,6 @@ def depths(counts: dict[int, dict[str, int]]) -> str:
     """'4: 31 best, 2 confidence; 0: 1 limit'."""
     each = {drafts: ", ".join(f"{n} {reason}" for reason, n in counts[drafts].items()) for drafts in sorted(counts)}
     return "; ".join(f"{drafts}: {text}" for drafts, text in each.items()) or "none"
-
-
-class Bar:
-    """A progress bar on a terminal's standard error that shows itself after a second."""
-
-    def __init__(self, what: str):
-        self.what = what
-        self.bar: tqdm | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is None:
-            self.bar = tqdm(total=total, desc=self.what, delay=1, leave=False, disable=None)
-        self.bar.update(done - self.bar.n)
-        if done >= total:
-            self.bar.close()
-            self.bar = None
 
 
 @contextmanager

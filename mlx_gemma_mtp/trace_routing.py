@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import blas
+from .cli import Bar, Parser, command
 from .errors import UserError
-from .generate import Bar, Parser, read_prompts
+from .generate import read_prompts
 from .overlap import FITTED, NEIGHBOURS, Figures
 from .params import SamplingParams
 from .verify import PROMPTS
@@ -65,13 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        return run(parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,8 +13,9 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from . import blas
+from .cli import Bar, Parser, command
 from .errors import UserError
-from .generate import Bar, Parser, read_lines
+from .generate import read_lines
 from .params import SamplingParams
 
 if TYPE_CHECKING:
@@ -53,13 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 all equal, 1 something differs, 2 bad input."""
-    try:
-        return run(parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,25 @@
+"""What the benchmarks' commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from mlx_gemma_mtp import cli
+from mlx_gemma_mtp.errors import UserError
+
+
+def command(
+    run: Callable[[argparse.Namespace], int], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
+) -> int:
+    """As cli.command; a package that is not installed and a file that cannot be had are bad input, too."""
+
+    def asked(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed; pip install 'mlx-gemma-mtp[bench]'") from None
+        except OSError as error:
+            raise UserError(str(error)) from None
+
+    return cli.command(asked, parser, argv)

@@ -1,0 +1,47 @@
+"""What the commands share: errors as one line, exit codes, progress."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from .errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Usage errors as one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def command(
+    run: Callable[[argparse.Namespace], int], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
+) -> int:
+    """The exit code: what `run` returns, 2 with one line on standard error for bad input, 130 after Ctrl-C."""
+    try:
+        return run(parser().parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class Bar:
+    """A progress bar on a terminal's standard error that shows itself after a second."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self.bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.what, delay=1, leave=False, disable=None)
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.bar.close()
+            self.bar = None
