@@ -41,9 +41,10 @@ class Speedup:
 
 def measure(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, **options: object) -> Speedup:
     """Generates up to TOKENS tokens of each prompt with the engine's drafts and plainly, in turn, PAIRS times or for
-    SECONDS. params: with a seed, so that both sides say the same. options: of `Engine.generate`.
+    SECONDS. params: with a seed, so that both sides say the same; only a grammar may end a text earlier. options: of
+    `Engine.generate`.
     """
-    params = replace(params, max_tokens=min(params.max_tokens, TOKENS), ignore_eos=True, stop=())
+    params = replace(params, max_tokens=min(params.max_tokens, TOKENS), ignore_eos=not params.grammars, stop=())
 
     def run(**drafts: int) -> list[Result]:
         return engine.generate(list(prompts), params, **options, **drafts)
