@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import blas
-from .cli import Bar, Parser, command
+from .cli import Bar, Parser, check_plot, command, note, written
 from .costs import MAX_DRAFTS, ROWS, CostTable
 from .depth import break_even
 from .errors import UserError
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", help="float32, bfloat16 or float16 for what is not quantised")
     p.add_argument("--repeats", type=int, default=5, help="of every cell of the table (default: 5)")
     p.add_argument("--show", action="store_true", help="show what was measured before; measure nothing")
-    p.add_argument("--plot", metavar="FILE", help="a PNG of the table (needs matplotlib)")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table (extra `bench`)")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output, instead of text")
     return p
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             "--draft-model is none, but it is drafts whose cost is measured; name a drafter, or leave it out"
         )
     if args.plot:
-        _matplotlib(args.plot)
+        check_plot(args.plot)
     blas.preload()
     from .engine import load
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         args.draft_model,
         dtype=args.dtype,
         draft_bits=args.draft_bits,
-        notice=lambda message: print(f"note: {message}", file=sys.stderr),
+        notice=note,
         progress=Bar("loading"),
     )
     if engine.drafter is None:
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         tables = engine.calibrate(args.repeats, Bar("measuring"))
     if args.plot:
-        plot(tables, engine.description, Path(args.plot))
+        with written(args.plot) as part:
+            plot(tables, engine.description, part, args.plot.suffix[1:])
     if args.json:
         print(json.dumps({"measured": engine.description} | {kind: record(t) for kind, t in tables.items()}))
         return 0
@@ -99,7 +100,7 @@ def text(table: CostTable) -> str:
     return "\n".join(lines)
 
 
-def plot(tables: Mapping[str, CostTable], description: str, path: Path) -> None:
+def plot(tables: Mapping[str, CostTable], description: str, path: Path, kind: str = "png") -> None:
     """Above the rounds over a plain one, below the break-even acceptance; a line for each number of rows."""
     import matplotlib
 
@@ -109,27 +110,17 @@ def plot(tables: Mapping[str, CostTable], description: str, path: Path) -> None:
     columns = [(kind, table, context) for kind, table in tables.items() for context in table.contexts]
     figure, panels = plt.subplots(2, len(columns), figsize=(4.5 * len(columns), 7), layout="constrained", squeeze=False)
     drafts = range(MAX_DRAFTS + 1)
-    for (above, below), (kind, table, context) in zip(panels.T, columns, strict=True):
+    for (above, below), (text_kind, table, context) in zip(panels.T, columns, strict=True):
         for rows in ROWS:
             seconds, even = table.rounds_at(rows, context), break_even(table, rows, context)
             label = "1 row" if rows == 1 else f"{rows} rows"
             above.plot(drafts, [each / seconds[0] for each in seconds], marker=".", label=label)
             below.plot(drafts[1:], [rate or float("nan") for rate in even], marker=".")
-        above.set(title=f"{kind}, after {context} tokens", xlabel="drafts a round", ylabel="round, in plain steps")
+        above.set(title=f"{text_kind}, after {context} tokens", xlabel="drafts a round", ylabel="round, in plain steps")
         below.set(xlabel="drafts a round", ylabel="break-even acceptance", ylim=(0, 1))
         above.legend()
     figure.suptitle(description, fontsize=8, wrap=True)
-    figure.savefig(path, dpi=110)
-
-
-def _matplotlib(path: str) -> None:
-    """Refuses a plot that could not be drawn, before anything is measured."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(f"--plot {path} needs matplotlib; pip install 'mlx-gemma-mtp[bench]'") from None
-    if not Path(path).parent.is_dir() or Path(path).suffix != ".png":
-        raise UserError(f"--plot is {path}, expected a .png file in a folder that exists")
+    figure.savefig(path, format=kind, dpi=110)
 
 
 if __name__ == "__main__":

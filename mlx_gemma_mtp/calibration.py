@@ -109,25 +109,26 @@ def measure(
     seconds: float = math.inf,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Timings | None:
-    """Times every cell `repeats` times, in turn, once more to warm up.
+    """Times every cell `repeats` times, the widths in turn, once more to warm up; one batch is in memory at a time.
 
     widths: drafts verified, 0 and more, rising. seconds: after which nothing more begins; None if not one repeat of
     everything was done by then. prompt: token ids; params: how tokens are drawn after it.
     """
     timings, began, done = Timings(), time.perf_counter(), 0
-    benches = [Bench(target, drafter, prompt, params, count, context) for count in rows for context in contexts]
-    for repeat in range(repeats + 1):
-        for bench in benches:
+    places = [(count, context) for count in rows for context in contexts]
+    for place in places:
+        bench = Bench(target, drafter, prompt, params, *place)
+        for repeat in range(repeats + 1):
             for width in widths:
                 if time.perf_counter() - began > seconds:
-                    return timings if repeat > 1 else None
+                    return timings if repeat > 1 and place == places[-1] else None
                 chained, alone = bench.rounds(width)
                 if repeat:
                     cell = (bench.rows, bench.context, width)
                     timings.chained.setdefault(cell, []).append(chained)
                     timings.alone.setdefault(cell, []).append(alone)
                 done += 1
-                progress(done, len(benches) * len(widths) * (repeats + 1))
+                progress(done, len(places) * len(widths) * (repeats + 1))
     return timings
 
 
@@ -149,9 +150,14 @@ class Costs:
         self.kind, self.file, self.notice, self.seconds = kind, file, notice, seconds
 
     @classmethod
-    def of(cls, kind: str, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None]) -> Costs:
-        key = {} if drafter is None else {"text": kind} | _key(pair, target, drafter)
-        return cls(kind, CostFile(key) if key else None, notice)
+    def of_pair(
+        cls, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None]
+    ) -> dict[str, Costs]:
+        """For every kind of text."""
+        if drafter is None:
+            return {kind: cls(kind) for kind in KINDS}
+        key = _key(pair, target, drafter)
+        return {kind: cls(kind, CostFile({"text": kind} | key), notice) for kind in KINDS}
 
     def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
         """Read, or measured quickly and written; UNKNOWN where that is too short. prompt: token ids to time after."""

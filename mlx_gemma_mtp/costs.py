@@ -17,6 +17,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from .files import whole
+
 MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
 ROWS = (1, 2, 4, 8)
 FORMAT = 1
@@ -162,7 +164,7 @@ class CostFile:
         return verified, drafted
 
     def write(self, verified: Verified, drafted: Drafted) -> None:
-        """Beside, then renamed. Raises OSError."""
+        """Raises OSError."""
         data = {
             "format": FORMAT,
             "key": self.key,
@@ -170,9 +172,5 @@ class CostFile:
             "draft": [[rows, seconds] for rows, seconds in sorted(drafted.items())],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            beside.replace(self.path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole(self.path) as part:
+            part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from . import blas
-from .cli import Bar, Parser, command
+from .cli import Bar, Parser, check_file, command, written
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -71,10 +71,8 @@ def run(args: argparse.Namespace) -> int:
         _keep(Report(), checked, rules)
     if args.json:
         record = {"machine": about, "kernels": kernels.status(), "experts": times, "draft_step": drafts}
-        try:
-            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {args.json} cannot be written: {error.strerror}; name another file") from None
+        with written(args.json) as part:
+            part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 1 if any(checked.values()) else 0
 
 
@@ -84,8 +82,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--layer is {hidden} {size} {experts} {top_k}, expected sizes in 64s and TOP_K of EXPERTS")
     if min(args.rows) < 1 or args.repeats < 1:
         raise UserError(f"--rows {args.rows}, --repeats {args.repeats}: expected 1 or more")
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise UserError(f"--json {args.json}: expected a file in a folder that exists; create {args.json.parent}")
+    if args.json:
+        check_file("--json", args.json)
 
 
 def _keep(report: Any, checked: dict[str, str | None], rules: tuple[Rule, ...]) -> None:

@@ -299,7 +299,7 @@ def load(
         prefill_chunk=prefill_chunk,
         draft_position=draft_position,
         draft_temperature=draft_temperature,
-        costs={kind: Costs.of(kind, pair, target, drafter, notice) for kind in KINDS},
+        costs=Costs.of_pair(pair, target, drafter, notice),
     )
 
 

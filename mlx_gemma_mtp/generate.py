@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from . import __version__, blas
-from .cli import Bar, Parser, command
+from .cli import Bar, Parser, command, note
 from .errors import UserError
 from .params import SamplingParams
 
@@ -209,7 +209,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
         num_draft_tokens=args.num_draft_tokens,
         draft_bits=args.draft_bits,
         draft_temperature=args.draft_temperature,
-        notice=lambda message: print(f"note: {message}", file=sys.stderr),
+        notice=note,
         progress=Bar("loading"),
     )
 

@@ -7,7 +7,6 @@ for the routed experts that `python -m mlx_gemma_mtp.doctor` measured come befor
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -18,6 +17,7 @@ import mlx.core as mx
 
 from . import __version__, kernels, paths
 from .costs import cache_folder
+from .files import whole
 
 FORMAT = 1
 
@@ -52,7 +52,7 @@ class Report:
             return None
 
     def write(self, checked: dict[str, str | None], rules: Sequence[paths.Rule], **more: Any) -> None:
-        """Beside, then renamed. more: for the reader. Raises OSError."""
+        """more: for the reader. Raises OSError."""
         data = {
             "format": FORMAT,
             "machine": self.key,
@@ -60,12 +60,8 @@ class Report:
             "rules": [_plain(rule) for rule in rules],
         } | more
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            beside.replace(self.path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole(self.path) as part:
+            part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def check() -> dict[str, str | None]:

@@ -9,12 +9,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import blas
-from .cli import Bar, Parser, command
+from .cli import Bar, Parser, check_file, check_plot, command, note, written
 from .errors import UserError
 from .generate import read_prompts
 from .overlap import FITTED, NEIGHBOURS, Figures
@@ -39,7 +38,6 @@ in a text, rows of a batch at one offset, rejected drafts with the token that ca
 rejected draft of a round follows the same text as that token, later ones do not. The text is that of
 mlx_gemma_mtp.generate. benchmarks/moe_cost.py turns a --json file into predicted speeds.
 """
-PLOTS = (".png", ".svg", ".pdf")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
     record = about | figures
     print(text(record))
     if args.json:
-        with _whole(args.json) as part:
+        with written(args.json) as part:
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        with _whole(args.plot) as part:
+        with written(args.plot) as part:
             plot(record, part, args.plot.suffix[1:])
     return 0
 
@@ -89,16 +87,10 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.num_draft_tokens < 0:
         raise UserError(f"--num-draft-tokens is {args.num_draft_tokens}, expected 0 (plain decoding) or more")
-    for flag, path in (("--json", args.json), ("--plot", args.plot)):
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"{flag} {path}: expected a file in a folder that exists; create {path.parent}")
-    if args.plot and args.plot.suffix not in PLOTS:
-        raise UserError(f"--plot {args.plot}: expected a name that ends in {', '.join(PLOTS)}")
+    if args.json:
+        check_file("--json", args.json)
     if args.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise UserError("--plot needs matplotlib; install it: pip install 'mlx-gemma-mtp[bench]'") from None
+        check_plot(args.plot)
 
 
 def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingParams) -> tuple[dict, dict]:
@@ -114,8 +106,7 @@ def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingPa
     moe = TargetConfig.from_dict(weights.read_config(folder)).moe
     if moe is None:
         raise UserError(f"{folder} has no experts to route to; expected a mixture of experts, such as the 26B-A4B")
-    notice = lambda message: print(f"note: {message}", file=sys.stderr)  # noqa: E731
-    engine = load(args.model, args.draft_model, draft_bits=args.draft_bits, notice=notice, progress=Bar("loading"))
+    engine = load(args.model, args.draft_model, draft_bits=args.draft_bits, notice=note, progress=Bar("loading"))
     if engine.drafter is None and args.num_draft_tokens:
         raise UserError(
             "there is no drafter; name one with --draft-model, or trace plain decoding: --num-draft-tokens 0"
@@ -235,19 +226,6 @@ def _distinct(axes: Axes, record: dict[str, Any], x: list[int], points: list[dic
     low, high = ([pick(point["by_layer"]) for point in points] for pick in (min, max))
     axes.fill_between(x, low, high, color="tab:blue", alpha=0.2, lw=0, label="least to greatest layer")
     axes.set(ylabel=f"distinct experts a layer, of {record['experts']}", ylim=(0, 1.05 * record["experts"]))
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes the name at the end, and goes where something fails."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; name another file") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

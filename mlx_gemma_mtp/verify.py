@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from . import blas
-from .cli import Bar, Parser, command
+from .cli import Bar, Parser, command, note
 from .errors import UserError
 from .generate import read_lines
 from .params import SamplingParams
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         args.draft_model,
         dtype=args.dtype,
         draft_bits=args.draft_bits,
-        notice=lambda message: print(f"note: {message}", file=sys.stderr),
+        notice=note,
         progress=Bar("loading"),
     )
     if engine.drafter is None:
