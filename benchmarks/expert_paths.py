@@ -19,7 +19,7 @@ from mlx_gemma_mtp.config import MoESpec
 from mlx_gemma_mtp.engine import Engine
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.hub import DEMO
-from mlx_gemma_mtp.layers import geglu
+from mlx_gemma_mtp.islands import geglu
 from mlx_gemma_mtp.linear import settle
 from mlx_gemma_mtp.moe import Experts
 from mlx_gemma_mtp.routing import watched

@@ -13,7 +13,9 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from . import islands
 from .config import KVSpec
+from .islands import number
 from .kernels.attention import attention, attention_mask
 
 CAPACITY_STEP = 256
@@ -29,18 +31,15 @@ def visible(lengths: mx.array, written: int, queries: mx.array, slots: int, wind
     (written, never committed) lies exactly `slots` later than p, so the ring law slots >= window + block - 1 puts p
     out of sight.
     """
-    last = (lengths + (written - 1))[:, None, None, None]
-    queries = queries[:, None, :, None]
-    slot = _slots(slots)
+    lengths, queries, last = lengths[:, None, None, None], queries[:, None, :, None], number(written - 1)
     if window is None:  # a full layer never wraps
-        return slot <= mx.minimum(queries, last)
-    position = last - (last - slot) % slots  # [B, 1, 1, S]; negative: never written
-    return (position >= mx.maximum(queries - (window - 1), 0)) & (position <= queries)
+        return islands.in_line(lengths, queries, _count(slots), last)
+    return islands.in_ring(lengths, queries, _count(slots), last, number(slots), number(window - 1))
 
 
 @cache
-def _slots(count: int) -> mx.array:
-    return mx.array(np.arange(count, dtype=np.int32))  # from the host: no part of any graph
+def _count(end: int, start: int = 0) -> mx.array:
+    return mx.array(np.arange(start, end, dtype=np.int32))  # from the host: no part of any graph
 
 
 class LayerKV:
@@ -55,15 +54,22 @@ class LayerKV:
     def slots(self) -> int:
         return self.keys.shape[2]
 
-    def write(self, index: tuple[mx.array, mx.array, mx.array], keys: mx.array, values: mx.array) -> None:
-        """keys, values: [B, kv_heads, T, head_dim]; index: (row, head, slot) arrays of shape [B, kv_heads, T].
+    def write(self, rows: slice, slot: mx.array, keys: mx.array, values: mx.array) -> None:
+        """keys, values: [B, kv_heads, T, head_dim] of the rows; slot: of each, the same shape.
 
-        In place when no other handle or queued read of the buffers is left. The old handles stay as they are (an
-        assignment would change them too), so that a write that was never dispatched can be dropped.
+        In place when no other handle or queued read of the buffers is left. The old handles stay as they are, so that
+        a write that was never dispatched can be dropped.
         """
-        self.keys, self.values = copy(self.keys), copy(self.values)
-        self.keys[index] = keys
-        self.values[index] = values
+        self.keys = self._written(self.keys, rows, slot, keys)
+        self.values = self._written(self.values, rows, slot, values)
+
+    def _written(self, old: mx.array, rows: slice, slot: mx.array, new: mx.array) -> mx.array:
+        if rows == slice(0, old.shape[0]):
+            return mx.put_along_axis(old, slot, new, axis=2)
+        written = copy(old)  # an assignment would change the old handle too
+        row, head = _count(rows.stop, rows.start)[:, None, None], _count(self.spec.kv_heads)[:, None]
+        written[row, head, slot[..., 0]] = new
+        return written
 
     def attend(self, rows: slice, queries: mx.array, mask: mx.array) -> mx.array:
         """queries: [B, heads, T, head_dim]; mask: see kernels.attention. Returns the queries' shape; scale is 1."""
@@ -169,34 +175,34 @@ class Span:
         self.cache, self.rows, self.tokens = cache, rows, tokens
         full = rows == slice(0, cache.rows)
         self.lengths = cache.lengths if full else cache.lengths[rows]
-        steps = mx.arange(tokens) if tokens else mx.array([query_offset])
-        self.positions = self.lengths[:, None] + steps[None]  # [B, T]
-        self._masks: dict[tuple[int, int | None], mx.array] = {}
-        self._slots: dict[tuple[int, int], tuple[mx.array, mx.array, mx.array]] = {}
+        steps = _count(tokens) if tokens else number(query_offset)
+        self.positions = self.lengths[:, None] + steps  # [B, T]
+        self._masks: dict[tuple[KVSpec, int, int], mx.array] = {}
+        self._slots: dict[tuple[KVSpec, int], mx.array] = {}
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """keys, values: [B, kv_heads, T, head_dim] of the new positions."""
         kv = self.cache.layers[layer]
-        kv.write(self._index(kv.spec.kv_heads, kv.slots), keys, values)
+        kv.write(self.rows, self._slot(kv.spec, kv.slots), keys, values)
 
     def attend(self, layer: int, queries: mx.array) -> mx.array:
         """queries: [B, heads, T, head_dim] at `positions`. Returns the same shape."""
         kv = self.cache.layers[layer]
-        return kv.attend(self.rows, queries, self._mask(kv.slots, kv.spec.window))
+        return kv.attend(self.rows, queries, self._mask(kv.spec, kv.slots, queries.shape[1]))
 
-    def _index(self, heads: int, slots: int) -> tuple[mx.array, mx.array, mx.array]:
-        key = (heads, slots)
+    def _slot(self, spec: KVSpec, slots: int) -> mx.array:
+        key = (spec, slots)
         if key not in self._slots:
-            row = mx.arange(self.rows.start, self.rows.stop)[:, None, None]
-            head = mx.arange(heads)[None, :, None]
-            self._slots[key] = tuple(mx.broadcast_arrays(row, head, (self.positions % slots)[:, None, :]))
+            slot = (self.positions % number(slots))[:, None, :, None]
+            shape = (slot.shape[0], spec.kv_heads, self.tokens, spec.head_dim)
+            self._slots[key] = mx.broadcast_to(slot, shape)
         return self._slots[key]
 
-    def _mask(self, slots: int, window: int | None) -> mx.array:
-        key = (slots, window)
+    def _mask(self, spec: KVSpec, slots: int, heads: int) -> mx.array:
+        key = (spec, slots, heads)
         if key not in self._masks:
-            seen = visible(self.lengths, self.tokens, self.positions, slots, window)
-            self._masks[key] = attention_mask(seen)
+            seen = visible(self.lengths, self.tokens, self.positions, slots, spec.window)
+            self._masks[key] = attention_mask(seen, heads, spec.kv_heads)
         return self._masks[key]
 
 

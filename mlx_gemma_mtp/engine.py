@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
-from . import blas, health, hub, kernels, memory, weights
+from . import blas, health, hub, islands, kernels, memory, weights
 from .calibration import KINDS, Costs
 from .config import MODES, GenerationDefaults
 from .costs import CostTable
@@ -19,7 +19,6 @@ from .gemma4 import Gemma4
 from .grammar import Grammars
 from .guide import Constraint
 from .kernels import metal_available
-from .layers import compile_islands
 from .params import SamplingParams
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
@@ -280,7 +279,7 @@ def load(
         cast = mx.float32
         notice("no Metal here: running on the CPU, in float32")
     _check_memory(pair, cast)
-    compiling = threading.Thread(target=compile_islands)
+    compiling = threading.Thread(target=islands.compile_all)
     compiling.start()
     target = weights.load_target(pair.target, cast, progress)
     drafter = weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits) if pair.drafter else None

@@ -12,7 +12,8 @@ import mlx.nn as nn
 
 from .cache import Span
 from .config import LayerSpec, MoESpec, TargetConfig
-from .layers import MLP, Attention, FastRotation, RMSNorm, Rope, Rotation, geglu, rms_norm
+from .islands import geglu
+from .layers import MLP, Attention, FastRotation, RMSNorm, Rope, Rotation, rms_norm, rooted
 from .linear import Embedding, Linear, Settled
 from .moe import Experts, Router
 
@@ -64,12 +65,11 @@ class MoEBlock(Block, Settled):
     def derive(self) -> None:
         """The weights of the three norms that read the residual: of the MLP, of the experts, of the router."""
         weights = (self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2)
-        self._norms = mx.stack([*(norm.weight for norm in weights), self.router.norm_weight])[:, None]  # [3, 1, hidden]
+        stacked = mx.stack([*(norm.weight for norm in weights), self.router.norm_weight])
+        self._norms = rooted(stacked)[:, None]  # [3, 1, hidden]
 
     def feedforward(self, x: mx.array) -> mx.array:
-        normed = (rms_norm(x, self.eps) * self._norms).reshape(
-            -1, x.shape[-1]
-        )  # [3 N, hidden], for each its own weight
+        normed = rms_norm(x, self.eps, self._norms).reshape(-1, x.shape[-1])  # [3 N, hidden], for each its own weight
         to_mlp, to_experts, to_router = mx.split(normed, 3, axis=0)
         dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
         chosen = self.experts(to_experts, *self.router(to_router))

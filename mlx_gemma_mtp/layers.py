@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache, partial
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import islands
 from .cache import Span
 from .config import LayerSpec, RopeSpec
+from .islands import number
 from .kernels import metal_available
 from .linear import Linear, Settled, Stack
 
 
-def rms_norm(x: mx.array, eps: float) -> mx.array:
-    """RMS norm over the last axis, without a weight."""
+def rms_norm(x: mx.array, eps: float, weights: mx.array | None = None) -> mx.array:
+    """RMS norm over the last axis. weights: from `rooted`, any shape that x broadcasts to; None: without."""
     if metal_available():
-        return mx.fast.rms_norm(x, None, eps)
+        y = mx.fast.rms_norm(x, None, eps)
+        return y if weights is None else y * weights
     size = x.shape[-1]
-    return _weighted(x, _square_sum(x), _number(size * eps), _rooted_ones(size))
+    return islands.normed(x, _square_sum(x), number(size * eps), _rooted_ones(size) if weights is None else weights)
+
+
+def rooted(weights: mx.array) -> mx.array:
+    """Norms' weights as `rms_norm` takes them on this device: on a CPU times sqrt(size), see RMSNorm."""
+    return weights if metal_available() else weights * weights.shape[-1] ** 0.5
+
+
+@cache
+def _rooted_ones(size: int) -> mx.array:
+    return mx.array([size**0.5] * size)
+
+
+def _square_sum(x: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32)).sum(axis=-1, keepdims=True)
 
 
 class RMSNorm(Settled):
     """RMS norm over the last axis; Gemma 4 multiplies by `weight` itself, not by 1 + weight.
 
-    On a CPU mx.fast has no kernels but chains of primitives, and MLX spends about 5 microseconds of the main thread on
-    each, which is most of a small model's time. So there the elementwise work after the sum is one compiled island:
+    On a CPU mx.fast has no kernels but chains of primitives. So there the elementwise work after the sum is one island:
     x * rsqrt(mean(x^2) + eps) = x * rsqrt(sum(x^2) + n eps) * sqrt(n), with sqrt(n) kept in the weight.
     """
 
@@ -37,81 +52,19 @@ class RMSNorm(Settled):
         self.derive()
 
     def derive(self) -> None:
-        self._size_eps = _number(self.weight.size * self.eps)
-        self._rooted = self.weight * self.weight.size**0.5
+        self._size_eps = number(self.weight.size * self.eps)
+        self._rooted = rooted(self.weight)
 
     def __call__(self, x: mx.array) -> mx.array:
         if metal_available():
             return mx.fast.rms_norm(x, self.weight, self.eps)
-        return _weighted(x, _square_sum(x), self._size_eps, self._rooted)
+        return islands.normed(x, _square_sum(x), self._size_eps, self._rooted)
 
     def add(self, residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
         """(residual + norm(x)) * scale: how a sub-layer's output joins the stream."""
         if metal_available():
             return (residual + mx.fast.rms_norm(x, self.weight, self.eps)) * scale
-        return _weighted_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
-
-
-def _square_sum(x: mx.array) -> mx.array:
-    return mx.square(x.astype(mx.float32)).sum(axis=-1, keepdims=True)
-
-
-@cache
-def _number(value: float) -> mx.array:
-    return mx.array(value)
-
-
-@cache
-def _rooted_ones(size: int) -> mx.array:
-    return mx.array([size**0.5] * size)
-
-
-@partial(mx.compile, shapeless=True)
-def _weighted(x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array) -> mx.array:
-    return (x * mx.rsqrt(total + size_eps) * weight).astype(x.dtype)
-
-
-@partial(mx.compile, shapeless=True)
-def _weighted_sum(
-    residual: mx.array, x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array, scale: mx.array
-) -> mx.array:
-    return ((residual + x * mx.rsqrt(total + size_eps) * weight) * scale).astype(x.dtype)
-
-
-@partial(mx.compile, shapeless=True)
-def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu_tanh(gate) * up, in float32 inside."""
-    # gelu_tanh(x) = x / 2 (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
-    slope = 2 * math.sqrt(2 / math.pi)
-    x = gate.astype(mx.float32)
-    return ((x * up) * mx.sigmoid((mx.square(x) * (0.044715 * slope) + slope) * x)).astype(gate.dtype)
-
-
-@partial(mx.compile, shapeless=True)
-def _turned(
-    x: mx.array, swapped: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array
-) -> mx.array:
-    return (x * weight * cos + swapped * swapped_weight * sin).astype(x.dtype)
-
-
-def compile_islands() -> None:
-    """Runs every island in the layouts of a real forward. The first time on a machine each costs MLX's CPU backend a
-    second of g++, which is best spent while something else is waited for; afterwards they lie in its own cache.
-    """
-    if metal_available():
-        return
-    for rows in (1, 2):
-        x, weight, one = mx.ones((rows, 8)), mx.ones((8,)), mx.ones((1,))
-        heads, table = mx.ones((1, rows, 3, 8)).transpose(0, 2, 1, 3), mx.ones((1, 1, rows, 8))
-        total, norms = _square_sum(x), mx.ones((3, 1, 8))
-        mx.eval(x, heads)
-        mx.eval(
-            _weighted(x, total, _number(1.0), weight),
-            _weighted(heads, _square_sum(heads), _number(1.0), weight),
-            _weighted_sum(x, x, total, _number(1.0), weight, one),
-            _turned(heads[:, :2], swap_halves(heads[:, :2]), norms[:2], norms[:2], table, table),
-            geglu(*mx.split(mx.ones((rows, 16)), 2, axis=-1)),
-        )
+        return islands.normed_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
 
 
 class Rope:
@@ -122,10 +75,12 @@ class Rope:
         half = spec.head_dim // 2
         exponents = mx.arange(0, 2 * spec.pairs, 2, dtype=mx.float32) / spec.head_dim
         still = half - spec.pairs
-        self.frequencies = mx.concatenate([mx.power(spec.theta, -exponents), mx.zeros((still,))])
+        frequencies = mx.concatenate([mx.power(spec.theta, -exponents), mx.zeros((still,))])
+        self.frequencies = mx.concatenate([frequencies, frequencies])  # of both halves
+        self.signs = mx.repeat(mx.array([-1.0, 1.0]), half)
         # mx.fast.rope takes periods; an infinite one does not turn.
         self.periods = mx.concatenate([mx.power(spec.theta, exponents), mx.full((still,), mx.inf)])
-        mx.eval(self.frequencies, self.periods)
+        mx.eval(self.frequencies, self.signs, self.periods)
 
     def at(self, positions: mx.array) -> Rotation | FastRotation:
         """positions: [B, T], consecutive along T. Made once a forward and shared by the layers of the kind."""
@@ -149,14 +104,11 @@ class Rotation:
     """The same from a table (elsewhere, where mx.fast.rope recomputes sines for every call)."""
 
     def __init__(self, rope: Rope, positions: mx.array):
-        angles = positions[:, None, :, None].astype(mx.float32) * rope.frequencies  # [B, 1, T, D/2]
-        cos, sin = mx.cos(angles), mx.sin(angles)
-        self.cos = mx.concatenate([cos, cos], axis=-1)
-        self.sin = mx.concatenate([-sin, sin], axis=-1)
+        self.cos, self.sin = islands.angles(positions[:, None, :, None], rope.frequencies, rope.signs)  # [B, 1, T, D]
 
     def __call__(self, x: mx.array, weight: mx.array, swapped_weight: mx.array) -> mx.array:
         """As FastRotation."""
-        return _turned(x, swap_halves(x), weight, swapped_weight, self.cos, self.sin)
+        return islands.turned(x, swap_halves(x), weight, swapped_weight, self.cos, self.sin)
 
 
 def swap_halves(x: mx.array) -> mx.array:
@@ -200,9 +152,11 @@ class Attention(Settled):
         heads = _split_heads(self.qkv(x), B, T, spec.kv.head_dim)  # [B, q + k + v heads, T, D]
         heads = rms_norm(heads, self.eps)  # one norm and one rotation for all heads
         if spec.owns_kv:
-            values = heads[:, -spec.kv.kv_heads :]  # with v_is_k these are the raw keys, normed without a weight
-            turned = rotate(heads[:, : self._norms.shape[0]], self._norms, self._swapped_norms)
-            queries, keys = mx.split(turned, [spec.heads], axis=1)
+            if spec.v_is_k:
+                values = heads[:, spec.heads :]  # the raw keys, normed without a weight
+            else:
+                heads, values = mx.split(heads, [self._norms.shape[0]], axis=1)
+            queries, keys = mx.split(rotate(heads, self._norms, self._swapped_norms), [spec.heads], axis=1)
             span.write(spec.kv_layer, keys, values)
         else:
             queries = rotate(heads, self._norms, self._swapped_norms)
@@ -231,4 +185,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(size, hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(geglu(*mx.split(self.gate_up(x), 2, axis=-1)))
+        return self.down_proj(islands.geglu(*mx.split(self.gate_up(x), 2, axis=-1)))

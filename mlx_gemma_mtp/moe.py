@@ -14,10 +14,10 @@ import numpy as np
 
 from . import paths
 from .config import MoESpec
+from .islands import geglu
 from .kernels import down, gate_up, metal_available, why_off
 from .kernels.grouping import group
 from .kernels.products import Weights
-from .layers import geglu
 from .linear import Linear, Settled, Stack, input_major
 
 

@@ -5,10 +5,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp import layers, moe
+from mlx_gemma_mtp import islands, layers, moe
 from mlx_gemma_mtp.config import MoESpec, RopeSpec
 from mlx_gemma_mtp.kernels import metal_available
-from mlx_gemma_mtp.kernels.attention import attention, attention_mask, attention_reference
+from mlx_gemma_mtp.kernels.attention import additive_mask, attention, attention_mask, attention_reference
 from mlx_gemma_mtp.linear import settle
 
 CLOSE = 1e-3 if metal_available() else 2e-6
@@ -47,7 +47,7 @@ def test_norms(shape):
 def test_geglu():
     gate, up = normal(7, 20) * 4, normal(7, 20)
     x = np.array(gate)
-    close(layers.geglu(gate, up), x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * np.array(up))
+    close(islands.geglu(gate, up), x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * np.array(up))
 
 
 @pytest.mark.parametrize("spec", [RopeSpec(1e4, 8, 16), RopeSpec(1e6, 4, 32)], ids=["default", "proportional"])
@@ -77,8 +77,8 @@ def test_attention(tokens):
         scores = np.where(seen[b, 0, t], np.array(k)[b, h // 2] @ np.array(q)[b, h, t], -np.inf)
         weights = np.exp(scores - scores.max())
         want[b, h, t] = weights / weights.sum() @ np.array(v)[b, h // 2]
-    close(attention(q, k, v, attention_mask(mx.array(seen))), want)
-    close(attention_reference(q, k, v, mx.where(mx.array(seen), 0.0, -mx.inf)), want)
+    close(attention(q, k, v, attention_mask(mx.array(seen), 6, 3)), want)
+    close(attention_reference(q, k, v, additive_mask(mx.array(seen), 6, 3)), want)
 
 
 def test_routing():
@@ -115,5 +115,5 @@ def test_experts_are_a_loop_over_pairs(tokens, bits):
     for t in range(tokens):
         for e, w in zip(np.array(chosen)[t], np.array(weights)[t], strict=True):
             inner = gate_up[e] @ np.array(x)[t]
-            want[t] += w * (down[e] @ np.array(layers.geglu(*mx.split(mx.array(inner), 2))))
+            want[t] += w * (down[e] @ np.array(islands.geglu(*mx.split(mx.array(inner), 2))))
     np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=1e-3 if metal_available() else 1e-5)

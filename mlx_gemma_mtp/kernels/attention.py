@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .. import islands
 from . import metal_available
 
 
-def attention_mask(seen: mx.array) -> mx.array:
+def attention_mask(seen: mx.array, heads: int, kv_heads: int) -> mx.array:
     """seen: bool [B, 1, T, S] -> the mask that `attention` takes on this device; made once, used by many layers."""
-    return seen if metal_available() else mx.where(seen, 0.0, -mx.inf)
+    return seen if metal_available() else additive_mask(seen, heads, kv_heads)
+
+
+def additive_mask(seen: mx.array, heads: int, kv_heads: int) -> mx.array:
+    """What is added to the scores of `attention_reference`: 0 or -inf, [B, kv_heads, heads / kv_heads * T, S]."""
+    rows, _, tokens, slots = seen.shape
+    each = mx.broadcast_to(islands.added_mask(seen)[:, :, None], (rows, kv_heads, heads // kv_heads, tokens, slots))
+    return each.reshape(rows, kv_heads, -1, slots)
 
 
 def attention_reference(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
-    """queries: [B, heads, T, D]; keys, values: [B, kv_heads, S, D]; mask: [B, 1, T, S], added to the scores.
+    """queries: [B, heads, T, D]; keys, values: [B, kv_heads, S, D]; mask: from `additive_mask`.
 
     The queries that share a key head go through one product. Softmax in float32. Returns [B, heads, T, D].
     """
-    B, heads, T, D = queries.shape
-    shared = (B, keys.shape[1], heads // keys.shape[1] * T)
-    scores = queries.reshape(*shared, D) @ keys.swapaxes(-1, -2)  # [B, kv_heads, heads / kv_heads * T, S]
-    if T > 1:
-        weights = mx.softmax(scores.reshape(B, heads, T, -1) + mask, axis=-1, precise=True).reshape(scores.shape)
-    else:
-        weights = mx.softmax(scores + mask, axis=-1, precise=True)
-    return (weights @ values).reshape(B, heads, T, D)
+    grouped = queries.reshape(*mask.shape[:3], -1)  # [B, kv_heads, heads / kv_heads * T, D]
+    weights = mx.softmax(mx.addmm(mask, grouped, keys.swapaxes(-1, -2)), axis=-1, precise=True)
+    return (weights @ values).reshape(queries.shape)
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from ..layers import geglu
+from ..islands import geglu
 from . import Kernel, checked, difference, why_off
 from .grouping import Groups, group
 from .products import (
