@@ -34,8 +34,6 @@ def record(case: Case, cases: Sequence[Case], job: Job, about: dict[str, Any], b
         fields["peak_memory_gb"] = round(max(peaks) / 1e9, 4)
     if case.setup.system == "mlx_gemma_mtp":
         fields |= traffic(case, fields, about, bandwidth)
-        if case.batch > about["rows_at_once"]:
-            fields["rows_at_once"] = about["rows_at_once"]
     return fields | equality(case, cases, texts, end, len(job.prompts[case.text]))
 
 
@@ -96,10 +94,9 @@ def traffic(case: Case, fields: dict, about: dict[str, Any], bandwidth: float | 
     """
     if "positions_per_round" not in fields or not fields["target_forwards_per_token"]:
         return {}
-    rows = min(case.batch, about["rows_at_once"])
-    positions = fields["positions_per_round"] * rows / case.batch
+    positions = fields["positions_per_round"]
     experts = about["expert_bytes"] * (1 - (1 - about["expert_share"]) ** positions)
-    drafts = (positions / rows - 1) * about["draft_bytes"]
+    drafts = (positions / case.batch - 1) * about["draft_bytes"]
     bytes_a_token = (about["dense_bytes"] + experts + drafts) * fields["target_forwards_per_token"]
     found = {"weight_bytes_per_token": round(bytes_a_token)}
     if bandwidth:

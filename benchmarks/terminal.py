@@ -36,7 +36,7 @@ def bar(total: int) -> Iterator[Progress]:
 CASE = (
     ("system", lambda r: r["system"]),
     ("drafts", lambda r: str(r["drafts"] or "plain")),
-    ("rows", lambda r: str(r["batch"]) + (f" ({r['rows_at_once']} at once)" if "rows_at_once" in r else "")),
+    ("rows", lambda r: str(r["batch"])),
     ("T", lambda r: f"{r['temperature']:g}"),
     ("text", lambda r: r["text"]),
 )

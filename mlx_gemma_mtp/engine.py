@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 256
 DRAFT_TEMPERATURE = 1.0  # the drafter's, as a multiple of the request's
-MAX_ROWS = 8  # prompts in one batch; the others wait for the next
+MAX_ROWS = 8  # prompts in one batch, unless `load` is told otherwise; the others wait for the next
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
 
 CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
@@ -50,14 +50,15 @@ class Engine:
         *,
         no_drafter_reason: str | None = None,
         num_draft_tokens: int | str = AUTO,
+        max_rows: int = MAX_ROWS,
         prefill_chunk: int = PREFILL_CHUNK,
         draft_position: int = 0,
         draft_temperature: float = DRAFT_TEMPERATURE,
         costs: Mapping[str, Costs] | None = None,
     ):
         self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
-        self.num_draft_tokens, self.prefill_chunk, self.draft_position = num_draft_tokens, prefill_chunk, draft_position
-        self.draft_temperature = draft_temperature
+        self.num_draft_tokens, self.max_rows, self.prefill_chunk = num_draft_tokens, max_rows, prefill_chunk
+        self.draft_position, self.draft_temperature = draft_position, draft_temperature
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
         self._autos: dict[str, Auto] = {}
         self._no_drafter_reason = no_drafter_reason
@@ -208,8 +209,8 @@ class Engine:
         self, requests: list[Request], drafts: int | str, cancel: threading.Event, progress: Progress
     ) -> Iterator[Chunk]:
         with memory.wired_limit():
-            for start in range(0, len(requests), MAX_ROWS):
-                some = requests[start : start + MAX_ROWS]
+            for start in range(0, len(requests), self.max_rows):
+                some = requests[start : start + self.max_rows]
                 depth = self._depth(drafts, some)
                 suppress = self.defaults.suppress_token_ids
                 batch = Batch(
@@ -242,6 +243,7 @@ def load(
     num_draft_tokens: int | str = AUTO,
     dtype: str | None = None,
     draft_bits: int | None = None,
+    max_rows: int = MAX_ROWS,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
     draft_temperature: float = DRAFT_TEMPERATURE,
@@ -256,15 +258,17 @@ def load(
     'float32', 'bfloat16' or 'float16' for what is not quantised; None keeps the folder's, except on a CPU, which gets
     float32 (MLX's CPU has no bf16 experts).
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
-    dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. draft_position,
-    draft_temperature: see Speculation. notice: told in a sentence what the user should know; progress: parts read and
+    dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. max_rows: prompts in
+    one batch, the others wait for the next; each costs the memory of its K/V. draft_position, draft_temperature: see
+    Speculation. notice: told in a sentence what the user should know; progress: parts read and
     in all, of each model. Raises UserError for whatever cannot be loaded.
     """
     if not 0 < draft_temperature < float("inf"):
         raise UserError(f"draft_temperature is {draft_temperature}, expected a number above 0; 1 is the request's own")
     check_depth(num_draft_tokens)
-    if prefill_chunk < 1:
-        raise UserError(f"prefill_chunk is {prefill_chunk}, expected at least 1")
+    for name, value in {"max_rows": max_rows, "prefill_chunk": prefill_chunk}.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}, expected at least 1")
     if dtype is not None and dtype not in weights.DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(weights.DTYPES)}")
     bits = MODES["affine"][1]
@@ -295,6 +299,7 @@ def load(
         defaults,
         no_drafter_reason=pair.reason,
         num_draft_tokens=num_draft_tokens,
+        max_rows=max_rows,
         prefill_chunk=prefill_chunk,
         draft_position=draft_position,
         draft_temperature=draft_temperature,

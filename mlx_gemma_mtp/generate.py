@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompt", action="append", default=[], help="a prompt; repeat it for a batch; - reads standard input"
     )
     p.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, made as a batch")
+    p.add_argument("--max-rows", type=int, default=8, metavar="N", help="prompts in one batch (default: 8)")
     p.add_argument("--system-prompt", help="a system turn before each prompt")
     p.add_argument("--ignore-chat-template", action="store_true", help="take prompts as raw text")
     p.add_argument("--max-tokens", type=int, default=512, help="at most so many tokens a prompt (default: 512)")
@@ -208,6 +209,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
         revision=args.revision,
         num_draft_tokens=args.num_draft_tokens,
         draft_bits=args.draft_bits,
+        max_rows=args.max_rows,
         draft_temperature=args.draft_temperature,
         notice=note,
         progress=Bar("loading"),
@@ -265,11 +267,10 @@ def print_speedup(
 ) -> None:
     """What MTP is worth on these prompts, for the bundled model, which is small enough to try it both ways."""
     from . import speedup
-    from .engine import MAX_ROWS
 
     if not any(result.stats.rounds and result.stats.mtp for result in results):
         return
-    some, same = prompts[:MAX_ROWS], replace(params, seed=results[0].stats.seed)
+    some, same = prompts[: engine.max_rows], replace(params, seed=results[0].stats.seed)
     options = {"system_prompt": args.system_prompt, "chat_template": not args.ignore_chat_template}
     print(speedup.measure(engine, some, same, **options), file=sys.stderr)
 

@@ -15,8 +15,9 @@ class Stats:
     rounds: verify passes (the first token comes from the prefill); drafted and accepted: draft tokens that were
     verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
     1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
-    batch; depths[K]: rounds that verified K drafts, by the reason of K (depth.REASONS); target_step_bytes,
-    draft_step_bytes: weights read for one token by the target, and for one draft.
+    batch; depths[K]: rounds that verified K drafts, by the reason of K (depth.REASONS); offered[i],
+    kept[i]: rounds that verified at least i + 1 drafts, and that kept so many; target_step_bytes, draft_step_bytes:
+    weights read for one token by the target, and for one draft.
     """
 
     prompt_tokens: int = 0
@@ -37,8 +38,8 @@ class Stats:
     target_step_bytes: int = 0
     draft_step_bytes: int = 0
     depths: dict[int, dict[str, int]] = field(default_factory=dict)
-    _offered: list[int] = field(default_factory=list)  # rounds that verified at least i + 1 drafts
-    _kept: list[int] = field(default_factory=list)
+    offered: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
 
     def count_round(self, drafted: int, accepted: int, reason: str = "") -> None:
         """Adds one verify pass of this request. reason: why it had so many drafts."""
@@ -47,12 +48,12 @@ class Stats:
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
-        while len(self._offered) < drafted:
-            self._offered.append(0)
-            self._kept.append(0)
+        while len(self.offered) < drafted:
+            self.offered.append(0)
+            self.kept.append(0)
         for i in range(drafted):
-            self._offered[i] += 1
-            self._kept[i] += i < accepted
+            self.offered[i] += 1
+            self.kept[i] += i < accepted
 
     def say_why_off(self) -> None:
         """Where no round verified a draft, though there is a drafter: MTP was off, for the commonest reason."""
@@ -67,12 +68,9 @@ class Stats:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        return [kept / offered for kept, offered in zip(self._kept, self._offered, strict=True)]
+        return [kept / offered for kept, offered in zip(self.kept, self.offered, strict=True)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The public figures, for JSON."""
-        public = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
-        return public | {
-            "tokens_per_round": self.tokens_per_round,
-            "acceptance_by_position": self.acceptance_by_position,
-        }
+        """All figures, for JSON."""
+        rates = {"tokens_per_round": self.tokens_per_round, "acceptance_by_position": self.acceptance_by_position}
+        return asdict(self) | rates

@@ -61,12 +61,10 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_lines(args.prompt_file) if args.prompt_file else PROMPTS
     _check(args, prompts)
     blas.preload()
-    from .engine import MAX_ROWS, load  # after the BLAS: these import MLX
+    from .engine import load  # after the BLAS: these import MLX
     from .equality import compare, same_distribution
     from .invariance import probe
 
-    if not all(1 <= rows <= MAX_ROWS for rows in args.rows):
-        raise UserError(f"--rows is {args.rows}, expected 1 to {MAX_ROWS}")
     base = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True, seed=0)
     every = [replace(base, temperature=temperature) for temperature in args.temps]
     engine = load(
@@ -74,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         args.draft_model,
         dtype=args.dtype,
         draft_bits=args.draft_bits,
+        max_rows=max(args.rows),
         notice=note,
         progress=Bar("loading"),
     )
@@ -117,6 +116,8 @@ def _check(args: argparse.Namespace, prompts: Sequence[str]) -> None:
         raise UserError(f"--prompt-file {args.prompt_file} has no prompt; expected one a line")
     if not all(drafts >= 1 for drafts in args.num_draft_tokens):
         raise UserError(f"--num-draft-tokens is {args.num_draft_tokens}, expected 1 or more")
+    if not all(rows >= 1 for rows in args.rows):
+        raise UserError(f"--rows is {args.rows}, expected 1 or more")
     if args.samples < 0 or args.samples == 1:
         raise UserError(f"--samples is {args.samples}, expected 0 (no statistical test), or 2 and more")
     if args.draft_model == "none":

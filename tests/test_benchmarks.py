@@ -16,7 +16,7 @@ from mlx_gemma_mtp.hub import Pair
 
 END = 1
 ABOUT = {
-    "rows_at_once": 8, "end_tokens": [END], "dense_bytes": 100, "expert_bytes": 800, "expert_share": 0.25,
+    "end_tokens": [END], "dense_bytes": 100, "expert_bytes": 800, "expert_share": 0.25,
     "draft_bytes": 10,
 }  # fmt: skip
 

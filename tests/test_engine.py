@@ -195,6 +195,7 @@ def test_bad_calls_are_named(engine, call, message):
         ({"model": "nothing-here"}, "no model 'nothing-here'"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ({"max_rows": 0}, "max_rows is 0"),
     ],
 )
 def test_bad_loads_are_named(options, message):

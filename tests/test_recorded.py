@@ -70,7 +70,7 @@ def test_acceptance_is_that_of_transformers(engine):
     for result, tokens in zip(results, ragged(recorded, "tokens"), strict=True):
         assert result.tokens == [token for token in tokens if token not in (1, 6)]
     offered = sum(r.stats.rounds for r in results)
-    kept = [sum(r.stats._kept[i] for r in results if i < len(r.stats._kept)) / offered for i in range(4)]
+    kept = [sum(r.stats.kept[i] for r in results if i < len(r.stats.kept)) / offered for i in range(4)]
     for rule in ("ours", "transformers"):
         rounds = recorded[f"accepted_{rule}"]
         theirs = [(rounds > i).mean() for i in range(4)]

@@ -233,8 +233,7 @@ def test_a_model_without_experts(capsys, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--batch", "0"], "--batch is 0, expected 1 to 8"),
-        (["--batch", "9"], "--batch is 9"),
+        (["--batch", "0"], "--batch is 0, expected 1 or more"),
         (["--num-draft-tokens", "-1"], "--num-draft-tokens is -1"),
         (["--max-tokens", "0"], "max_tokens is 0"),
         (["--temp", "-1"], "temperature is -1.0"),

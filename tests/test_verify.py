@@ -62,8 +62,7 @@ def test_widths_that_agree_are_told_from_those_that_do_not():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--rows", "0"], "--rows is [0], expected 1 to 8"),
-        (["--rows", "9"], "--rows is [9]"),
+        (["--rows", "0"], "--rows is [0], expected 1 or more"),
         (["--num-draft-tokens", "0"], "--num-draft-tokens is [0], expected 1 or more"),
         (["--samples", "-1"], "--samples is -1"),
         (["--draft-model", "none"], "--draft-model is none"),
