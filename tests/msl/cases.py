@@ -1,8 +1,9 @@
-"""Inputs for the tests of the expert kernels: one odd shape and its routes."""
+"""Inputs for the tests of the expert kernels: one odd shape, its routes, and routes of the bundled pair."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from mlx_gemma_mtp.kernels.grouping import ROWS, group_reference
 from mlx_gemma_mtp.kernels.products import Weights
 
 EXPERTS, TOP_K = 19, 8
+RECORDED = Path(__file__).parents[1] / "data" / "routings.npz"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ def routes(tokens: int, kind: str = "mixed") -> mx.array:
     chosen = np.random.default_rng(tokens).integers(0, EXPERTS - 6, (tokens, TOP_K)).astype(np.uint32)
     chosen[:, [1, 5]] = 4
     return mx.array(chosen)
+
+
+def recorded(tokens: int) -> list[np.ndarray]:
+    """Routes of consecutive tokens of the bundled target, two places in each of its layers: [tokens, 4] of 24."""
+    with np.load(RECORDED) as file:
+        return [layer[start : start + tokens] for layer in file["experts"] for start in (0, 90)]
 
 
 class Layer:
