@@ -22,11 +22,14 @@ from .cli import Bar, Parser, command
 from .errors import UserError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from .moe import Experts
     from .paths import Path, Rule
 
 LAYER = (2816, 704, 128, 8)  # of the 26B-A4B: hidden size, expert size, experts, experts a token
 ROWS = (1, 2, 4, 8, 16, 32)
+WARM = 2  # calls before those that count
 FORMATS = {"4-bit": 4, "8-bit": 8, "bf16": 0}
 Times = Mapping["Path", Mapping[int, float]]  # path -> tokens -> seconds
 
@@ -139,37 +142,51 @@ def layer(shape: Sequence[int], bits: int) -> Experts:
 def measure(
     experts: Experts, shape: Sequence[int], rows: Sequence[int], repeats: int
 ) -> tuple[dict[Path, dict[int, float]], frozenset[Path]]:
-    """(seconds by path and tokens, the paths that gave the same bits as plain pairs everywhere)."""
+    """(seconds by path and tokens, the paths that gave the same bits as plain pairs there and at the widest verify)."""
     import mlx.core as mx
 
-    from .paths import Path
+    from .paths import VERIFY, Path
 
-    hidden, _, count, top_k = shape
+    top_k = shape[3]
     times: dict[Path, dict[int, float]] = {}
     equal = set(Path)
-    for m in rows:
-        keys = mx.random.split(mx.random.key(m), 2)
-        x = mx.random.normal((m, hidden), key=keys[0]).astype(mx.bfloat16)
-        chosen = mx.argsort(mx.random.uniform(shape=(m, count), key=keys[1]), axis=-1)[:, :top_k].astype(mx.uint32)
-        weights = mx.full((m, top_k), 1 / top_k)
-        ways = [path for path in Path if path != Path.GROUPED or experts.switch_glu.groupable(x.dtype, m * top_k)]
-        plain = experts.along(Path.PAIRS, x, chosen, weights)
-        for path in ways:
-            if not mx.array_equal(experts.along(path, x, chosen, weights), plain):
+    for m in (*rows, max(1, VERIFY // top_k)):
+        # every call has routes of its own, so that weights come from memory, as in a model, and not from a cache
+        inputs = [_inputs(m, shape, seed) for seed in range(repeats + WARM)]
+        plain = experts.along(Path.PAIRS, *inputs[0])
+        for path in Path:
+            if path == Path.GROUPED and not experts.switch_glu.groupable(mx.bfloat16, m * top_k):
+                continue
+            if not mx.array_equal(experts.along(path, *inputs[0]), plain):
                 equal.discard(path)
-            times.setdefault(path, {})[m] = _seconds(lambda: experts.along(path, x, chosen, weights), repeats)  # noqa: B023
+            if m in rows:
+                times.setdefault(path, {})[m] = _seconds(lambda each: experts.along(path, *each), inputs)  # noqa: B023
     return {path: each for path, each in times.items() if len(each) == len(rows)}, frozenset(equal & times.keys())
 
 
-def _seconds(compute: Callable[[], Any], repeats: int) -> float:
+def _inputs(tokens: int, shape: Sequence[int], seed: int) -> tuple[mx.array, mx.array, mx.array]:
+    """x [tokens, hidden], experts and their weights [tokens, top_k], computed."""
+    import mlx.core as mx
+
+    hidden, _, count, top_k = shape
+    keys = mx.random.split(mx.random.key(seed), 2)
+    x = mx.random.normal((tokens, hidden), key=keys[0]).astype(mx.bfloat16)
+    chosen = mx.argsort(mx.random.uniform(shape=(tokens, count), key=keys[1]), axis=-1)[:, :top_k].astype(mx.uint32)
+    inputs = x, chosen, mx.full((tokens, top_k), 1 / top_k)
+    mx.eval(inputs)
+    return inputs
+
+
+def _seconds(compute: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
+    """The median over inputs; the first ones warm up."""
     import mlx.core as mx
 
     found = []
-    for _ in range(repeats + 2):
+    for each in inputs:
         began = time.perf_counter()
-        mx.eval(compute())
+        mx.eval(compute(each))
         found.append(time.perf_counter() - began)
-    return median(found[2:])
+    return median(found[WARM:])
 
 
 def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Path], top_k: int) -> Rule:

@@ -95,7 +95,11 @@ class QuantizedExpertLinear(nn.Module):
         return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
-        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
+        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out].
+
+        MLX takes tiles, which give other bits, for pairs that it knows to be sorted, from 4 an expert on. So it is told
+        in prefill alone.
+        """
         return mx.gather_qmm(
             x,
             self.weight,
@@ -107,7 +111,7 @@ class QuantizedExpertLinear(nn.Module):
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
-            sorted_indices=ordered,
+            sorted_indices=ordered and experts.size > paths.VERIFY,
         )
 
 

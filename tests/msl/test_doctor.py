@@ -6,7 +6,7 @@ import math
 import pytest
 
 import mlx_gemma_mtp.engine  # noqa: F401 - every room is imported before a test pretends that there is Metal
-from mlx_gemma_mtp import doctor, health, kernels, paths
+from mlx_gemma_mtp import doctor, health, kernels, moe, paths
 from mlx_gemma_mtp.kernels import gate_up
 from mlx_gemma_mtp.paths import VERIFY, Path
 
@@ -43,6 +43,20 @@ def test_the_rule_that_follows(seconds, equal, steps):
     assert (
         rule.steps == steps and rule.covers("M9 Max", "bfloat16", "affine4") and not rule.covers("M8", "bfloat16", "")
     )
+
+
+def test_paths_that_differ_in_a_wide_verify_alone_are_not_equal(monkeypatch):
+    """Wider than what is timed: MLX chooses kernels by the number of pairs."""
+    along = moe.Experts.along
+
+    def off(self, path, x, experts, weights):
+        return along(self, path, x, experts, weights) + (path == S and experts.size == VERIFY)
+
+    layer = doctor.layer((64, 64, 4, 2), 4)
+    times, equal = doctor.measure(layer, (64, 64, 4, 2), [1, 2], 1)
+    assert {path: list(each) for path, each in times.items()} == {P: [1, 2], S: [1, 2]} and equal == {P, S}
+    monkeypatch.setattr(moe.Experts, "along", off)
+    assert doctor.measure(layer, (64, 64, 4, 2), [1, 2], 1)[1] == {P}
 
 
 def test_a_rule_outlives_its_file(tmp_path):
