@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import count, groupby, takewhile
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -187,3 +188,8 @@ class Experts(nn.Module):
         """The way that so many pairs of inputs of dtype go."""
         glu = self.switch_glu
         return paths.choose(chip(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))
+
+    def ways(self, dtype: mx.Dtype, top_k: int) -> list[str]:
+        """The paths that passes of 1 to paths.VERIFY pairs take, narrow ones first."""
+        widths = takewhile(lambda pairs: pairs <= paths.VERIFY, (top_k << i for i in count()))
+        return [str(path) for path, _ in groupby(self.path(dtype, pairs) for pairs in widths)]
