@@ -63,15 +63,19 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     checked = check()
     print("\n".join(f"kernel {name}: {state}" for name, state in kernels.status().items()))
-    rules, times, drafts = (), {}, {}
-    if kernels.metal_available() and not args.no_times:
+    report, times, drafts = Report(), {}, {}
+    known = report.read()
+    rules = known[1] if known else ()
+    timed = kernels.metal_available() and not args.no_times
+    if timed:
         paths.adopt(())
         rules, times = time_experts(args, about["chip"])
-        drafts = time_drafts(args.model)
     elif not kernels.metal_available():
         print("no Metal device: plain MLX runs, and nothing is timed")
     if any(kernels.why_off(name) is None or checked[name] for name in kernels.KERNELS):
-        _keep(Report(), checked, rules)
+        _keep(report, checked, rules)
+    if timed:
+        drafts = time_drafts(args.model)  # a load, which takes up what is kept
     if args.json:
         record = {"machine": about, "kernels": kernels.status(), "experts": times, "draft_step": drafts}
         try:

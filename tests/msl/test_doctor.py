@@ -116,6 +116,24 @@ def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     assert set(checked.values()) == {None} and [rule.weights for rule in rules] == ["affine4"]
 
 
+def test_checks_alone_keep_the_rules_that_were_measured(metal, monkeypatch, capsys):
+    rules = (doctor.rule("M9", "bfloat16", "float", times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, 8),)
+    passed = dict.fromkeys(kernels.KERNELS)
+    health.Report().write(passed, rules)
+    monkeypatch.setattr(health, "check", lambda: passed)
+    assert doctor.main(["--no-times"]) == 0
+    assert "kept in" in capsys.readouterr().out and health.Report().read() == (passed, rules)
+
+
+def test_a_kernel_that_was_mended_counts_as_such_in_the_same_run(metal, monkeypatch, capsys):
+    """The load that times drafts must not take up what an earlier run kept."""
+    health.Report().write(dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}, ())
+    monkeypatch.setattr(doctor, "time_experts", lambda args, chip: ((), {}))
+    monkeypatch.setattr(doctor, "time_drafts", lambda model: health.ensure(pytest.fail) or {})
+    assert doctor.main(["--json", str(metal / "r.json")]) == 0
+    assert json.loads((metal / "r.json").read_text())["kernels"]["down"] == "on"
+
+
 def test_the_command_without_metal(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
     if kernels.metal_available():
