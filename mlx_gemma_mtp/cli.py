@@ -1,10 +1,12 @@
-"""What the commands share: errors as one line, exit codes, progress."""
+"""What the commands share: errors as one line, exit codes, files written whole or not at all, progress."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -29,6 +31,22 @@ def command(
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the name at the end, and goes where something fails.
+
+    Raises UserError where it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; name another file") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Bar:

@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from . import blas
-from .cli import Bar, Parser, command
+from .cli import Bar, Parser, command, written
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -78,10 +78,8 @@ def run(args: argparse.Namespace) -> int:
         drafts = time_drafts(args.model)  # a load, which takes up what is kept
     if args.json:
         record = {"machine": about, "kernels": kernels.status(), "experts": times, "draft_step": drafts}
-        try:
-            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {args.json} cannot be written: {error.strerror}; name another file") from None
+        with written(args.json) as part:
+            part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 1 if any(checked.values()) else 0
 
 

@@ -9,12 +9,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import blas
-from .cli import Bar, Parser, command
+from .cli import Bar, Parser, command, written
 from .errors import UserError
 from .generate import read_prompts
 from .overlap import FITTED, NEIGHBOURS, Figures
@@ -78,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
     record = about | figures
     print(text(record))
     if args.json:
-        with _whole(args.json) as part:
+        with written(args.json) as part:
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        with _whole(args.plot) as part:
+        with written(args.plot) as part:
             plot(record, part, args.plot.suffix[1:])
     return 0
 
@@ -235,19 +234,6 @@ def _distinct(axes: Axes, record: dict[str, Any], x: list[int], points: list[dic
     low, high = ([pick(point["by_layer"]) for point in points] for pick in (min, max))
     axes.fill_between(x, low, high, color="tab:blue", alpha=0.2, lw=0, label="least to greatest layer")
     axes.set(ylabel=f"distinct experts a layer, of {record['experts']}", ylim=(0, 1.05 * record["experts"]))
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes the name at the end, and goes where something fails."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; name another file") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
