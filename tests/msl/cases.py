@@ -63,6 +63,20 @@ def weights(form: Format, rows: int, experts: int = EXPERTS) -> Weights:
     return Weights(*mx.quantize(values, form.group_size, form.bits), group_size=form.group_size, bits=form.bits)
 
 
+def coded(experts: int, rows: int, inputs: int, dtype: mx.Dtype = mx.float32, group: int = 64) -> Weights:
+    """[experts, rows, inputs] of random 4-bit codes, of about unit gain: what is too many to quantise."""
+    words = np.random.default_rng(0).integers(0, 2**32, (experts, rows, inputs // 8), np.uint32)
+    scales = np.random.default_rng(1).normal(size=(experts, rows, inputs // group)) * inputs**-0.5 / 8
+    scales = mx.array(scales.astype(np.float32)).astype(dtype)
+    return Weights(mx.array(words), scales, -8 * scales, group, 4)
+
+
+def uniform(tokens: int) -> np.ndarray:
+    """Routes of the 26B's shape, [tokens, 8] of 128, even and independent."""
+    rng = np.random.default_rng(tokens)
+    return np.stack([rng.choice(128, 8, replace=False) for _ in range(tokens)])
+
+
 def routes(tokens: int, kind: str = "mixed") -> mx.array:
     """uint32 [tokens, TOP_K]; mixed: expert 4 twice for every token, some experts never; one: all on expert 7."""
     if kind == "one":

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import stock
-from cases import Format, normal, recorded, routes, weights
+from cases import Format, coded, normal, recorded, routes, uniform, weights
 from emulator import CONTRACTED, FAST
 
 from mlx_gemma_mtp import kernels
@@ -61,44 +61,56 @@ def products(monkeypatch, emulator, x: mx.array, both: Weights, experts: mx.arra
 
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "build", build)
-        return gate_up.gate_up_metal(x, both, experts, group_reference(experts.reshape(-1), EXPERTS, rows))
+        return gate_up.gate_up_metal(x, both, experts, group_reference(experts.reshape(-1), both.weight.shape[0], rows))
 
 
-def gate_up_agrees(monkeypatch, emulator, form: Format, experts: mx.array, rows: int) -> bool:
+def gate_up_agrees(monkeypatch, emulator, x: mx.array, both: Weights, experts: mx.array, rows: int) -> bool:
     """Whether gate and up have MLX's bits at every pair."""
-    both, (tokens, top_k), chosen = weights(form, 2 * form.outputs, EXPERTS), experts.shape, experts.reshape(-1)
-    x = normal(form, tokens, form.inputs, seed=1)
-    theirs = stock.gather(x, both, mx.arange(chosen.size, dtype=mx.uint32) // top_k, chosen)
+    chosen = experts.reshape(-1)
+    theirs = stock.gather(x, both, mx.arange(chosen.size, dtype=mx.uint32) // experts.shape[1], chosen)
     return mx.array_equal(products(monkeypatch, emulator, x, both, experts, rows), theirs).item()
 
 
-def down_agrees(form: Format, experts: mx.array, rows: int) -> bool:
+def down_agrees(inner: mx.array, single: Weights, experts: mx.array, rows: int) -> bool:
     """Whether down has: every pair as a token of one slot and weight 1, so that what is combined is the product."""
-    single, chosen = weights(form, form.outputs, EXPERTS), experts.reshape(-1)
-    inner, groups = normal(form, chosen.size, form.inputs, seed=3), group_reference(chosen, EXPERTS, rows)
-    theirs = stock.gather(inner, single, mx.arange(chosen.size, dtype=mx.uint32), chosen)
+    chosen = experts.reshape(-1)
+    groups = group_reference(chosen, single.weight.shape[0], rows)
     ours = down.down_metal(inner, single, chosen[:, None], mx.ones((chosen.size, 1)), groups)
-    return mx.array_equal(ours, theirs).item()
+    return mx.array_equal(ours, stock.gather(inner, single, mx.arange(chosen.size, dtype=mx.uint32), chosen)).item()
+
+
+def of_down(form: Format, experts: mx.array) -> tuple[mx.array, Weights, mx.array]:
+    """Inputs of `down_agrees`."""
+    return normal(form, experts.size, form.inputs, seed=3), weights(form, form.outputs, EXPERTS), experts
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_products_have_the_bits_of_gather_qmv_and_gemv(monkeypatch, emulator, form):
     """Whatever the rows of a group, on recorded routes of the bundled target and on random ones."""
+    both = weights(form, 2 * form.outputs, EXPERTS)
     for kind, rows in (("recorded", ROWS), ("random", ROWS), ("random", 1)):
-        assert gate_up_agrees(monkeypatch, emulator, form, taken(kind), rows)
-        assert down_agrees(form, taken(kind), rows)
+        experts = taken(kind)
+        x = normal(form, experts.shape[0], form.inputs, seed=1)
+        assert gate_up_agrees(monkeypatch, emulator, x, both, experts, rows)
+        assert down_agrees(*of_down(form, experts), rows)
+
+
+@pytest.mark.slow
+def test_the_real_26b_layer_has_them(monkeypatch, emulator):
+    """2816 inputs, 704 inner, 128 experts, 8 of them, 4 bits in groups of 64, bfloat16, 4 tokens."""
+    experts, form = mx.array(uniform(4).astype(np.uint32)), Format(mx.bfloat16, 4, 64)
+    both, single = coded(128, 1408, 2816, mx.bfloat16), coded(128, 2816, 704, mx.bfloat16)
+    assert gate_up_agrees(monkeypatch, emulator, normal(form, 4, 2816), both, experts, ROWS)
+    assert down_agrees(normal(form, 32, 704), single, experts, ROWS)
 
 
 @pytest.mark.parametrize("form", FORMATS[:2], ids=str)
 def test_they_keep_them_where_products_are_fused_into_sums(monkeypatch, emulator, form):
     """As a GPU does; in float32, where a product is not exact. The same expressions leave the same choice."""
     emulator.flags = CONTRACTED
-    assert down_agrees(form, taken("random"), ROWS)
-    single, inner, pairs = (
-        weights(form, form.outputs, EXPERTS),
-        normal(form, 8, form.inputs),
-        mx.arange(8, dtype=mx.uint32),
-    )
+    inner, single, experts = of_down(form, taken("random"))
+    assert down_agrees(inner, single, experts, ROWS)
+    pairs = mx.arange(8, dtype=mx.uint32)
     fused = stock.gather(inner, single, pairs, pairs)
     emulator.flags = FAST
     assert not mx.array_equal(fused, stock.gather(inner, single, pairs, pairs))  # the flag does what it says
@@ -120,4 +132,4 @@ def test_another_order_of_addition_is_noticed(monkeypatch, emulator, text, broke
         return emulator.build(replace(kernel, header=kernel.header.replace(text, broken)))
 
     monkeypatch.setattr(kernels, "build", build)
-    assert not down_agrees(FORMATS[0], taken("random"), ROWS)
+    assert not down_agrees(*of_down(FORMATS[0], taken("random")), ROWS)
