@@ -110,13 +110,16 @@ def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...],
     for name, bits in FORMATS.items():
         experts = layer(args.layer, bits)
         form = experts.switch_glu.down_proj.form
-        times, equal = measure(experts, args.layer, args.rows, args.repeats)
-        rules.append(rule(chip, "bfloat16", form, times, equal, args.layer[3]))
+        times, steady, equal = measure(experts, args.layer, args.rows, args.repeats)
+        able = {path: each for path, each in times.items() if path in steady}
+        rules.append(rule(chip, "bfloat16", form, able, equal, args.layer[3]))
         shown[name] = {str(path): {str(m): round(1e6 * s, 1) for m, s in each.items()} for path, each in times.items()}
         print(f"\n{name}, microseconds of a layer's experts by tokens; bit-equal: {', '.join(map(str, sorted(equal)))}")
         print(f"{'':10}" + "".join(f"{m:>9}" for m in args.rows))
         for path, each in times.items():
             print(f"{path:10}" + "".join(f"{1e6 * each[m]:9.1f}" for m in args.rows))
+        if unsteady := times.keys() - steady:
+            print(f"not taken, since company changes a token's bits: {', '.join(map(str, sorted(unsteady)))}")
         print("from so many pairs on: " + ", ".join(f"{start} {path}" for start, path in rules[-1].steps))
         del experts
         mx.clear_cache()
@@ -143,27 +146,35 @@ def layer(shape: Sequence[int], bits: int) -> Experts:
 
 def measure(
     experts: Experts, shape: Sequence[int], rows: Sequence[int], repeats: int
-) -> tuple[dict[Path, dict[int, float]], frozenset[Path]]:
-    """(seconds by path and tokens, the paths that gave the same bits as plain pairs there and at the widest verify)."""
+) -> tuple[dict[Path, dict[int, float]], frozenset[Path], frozenset[Path]]:
+    """(seconds by path and tokens, the steady paths, those of them that are bit-equal to plain pairs).
+
+    Steady: a token has the same bits alone and in company. Bits are compared up to the widest verify.
+    """
     import mlx.core as mx
 
     from .paths import VERIFY, Path
 
     top_k = shape[3]
     times: dict[Path, dict[int, float]] = {}
-    equal = set(Path)
+    steady, equal = set(Path), set(Path)
     for m in (*rows, max(1, VERIFY // top_k)):
         # every call has routes of its own, so that weights come from memory, as in a model, and not from a cache
         inputs = [_inputs(m, shape, seed) for seed in range(repeats + WARM)]
-        plain = experts.along(Path.PAIRS, *inputs[0])
+        first, alone = inputs[0], [part[:1] for part in inputs[0]]
+        plain = experts.along(Path.PAIRS, *first)
         for path in Path:
             if path == Path.GROUPED and not experts.switch_glu.groupable(mx.bfloat16, m * top_k):
                 continue
-            if not mx.array_equal(experts.along(path, *inputs[0]), plain):
-                equal.discard(path)
+            if m * top_k <= VERIFY:
+                found = experts.along(path, *first)
+                steady -= set() if mx.array_equal(found[:1], experts.along(path, *alone)) else {path}
+                equal -= set() if mx.array_equal(found, plain) else {path}
             if m in rows:
                 times.setdefault(path, {})[m] = _seconds(lambda each: experts.along(path, *each), inputs)  # noqa: B023
-    return {path: each for path, each in times.items() if len(each) == len(rows)}, frozenset(equal & times.keys())
+    times = {path: each for path, each in times.items() if len(each) == len(rows)}
+    steady = (steady | {Path.PAIRS}) & times.keys()  # of what there is, pairs depend least on company
+    return times, frozenset(steady), frozenset(equal & steady)
 
 
 def _inputs(tokens: int, shape: Sequence[int], seed: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -209,8 +220,8 @@ def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Pat
     for m, before, path in zip(widths[1:], picks, picks[1:], strict=False):
         if path != before:
             steps.append((m * top_k, path))
-    if steps[-1][1] == Path.GROUPED:
-        steps.append((VERIFY + 1, Path.SORTED))
+    if steps[-1][1] != Path.SORTED:
+        steps.append((VERIFY + 1, Path.SORTED))  # prefill reads an expert once a tile
     return Rule(chip, dtype, weights, tuple(steps), equal if len(set(picks)) > 1 else frozenset())
 
 

@@ -4,11 +4,12 @@ A SIMD-group holds C rows of weights and up to R inputs: each lane reads its pie
 in registers and uses them for every input. So weights are read once for R inputs, and what is added up for an input,
 and in which order, does not depend on the inputs beside it.
 
-Kept from MLX 0.32's gather_qmv and gather_mv, so that a row gets their bits where the compiler contracts alike (not
-seen on a Mac): a lane takes VALUES neighbouring inputs, the 32 lanes a block, block after block. Affine weights add
-scale * (integer products) + bias * (sum of inputs) a block, the products by fours at 4 bits, one by one at 8. All in
-float32; lanes last, by simd_sum (affine) or by halves (floats). VALUES is 8 at 4 bits and 4 at 8, twice that where
-gather_qmv's fast form runs (K a multiple of 512 or 256, N of 8), and 4 for floats, as there where 64 < K < 16 N.
+Kept from MLX 0.32's gather_qmv and gemv_gather, so that a row gets their bits where the compiler treats both alike (not
+seen on a Mac; tests/msl/test_stock.py compares with MLX's own text): a lane takes VALUES neighbouring inputs, the 32
+lanes a block, block after block. Affine weights add scale * (integer products) + bias * (sum of inputs) a block, the
+products by fours at 4 bits, one by one at 8. All in float32; lanes last, by simd_sum (affine) or by halves (floats).
+VALUES is 8 at 4 bits and 4 at 8, twice that where gather_qmv's fast form runs (K a multiple of 512 or 256, N of 8), and
+4 for floats, as there where 64 < K < 16 N.
 """
 
 from __future__ import annotations

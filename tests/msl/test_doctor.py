@@ -34,9 +34,14 @@ def times(pairs, ordered, grouped) -> dict:
         (times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, ((1, P), (32, S))),  # each at its best: they agree in bits
         (times([1, 4, 9], [2, 3, 5], [3, 6, 9]), frozenset((P,)), ((1, S),)),  # one for all: they do not
         (times([1, 4, 9], [2, 3, 5], [1, 2, 3]), EQUAL, ((1, G), (VERIFY + 1, S))),
+        (
+            times([1, 2, 3], [2, 3, 5], [3, 6, 9]),
+            EQUAL,
+            ((1, P), (VERIFY + 1, S)),
+        ),  # prefill is not plain pairs' ground
         (times([1, 4, 9], [2, 3, 5], [1.5, 2, 3]), frozenset(Path), ((1, P), (32, G), (VERIFY + 1, S))),
     ],
-    ids=["two ways", "one way", "grouped", "all equal"],
+    ids=["two ways", "one way", "grouped", "pairs", "all equal"],
 )
 def test_the_rule_that_follows(seconds, equal, steps):
     rule = doctor.rule("M9", "bfloat16", "affine4", seconds, equal, 8)
@@ -45,18 +50,28 @@ def test_the_rule_that_follows(seconds, equal, steps):
     )
 
 
-def test_paths_that_differ_in_a_wide_verify_alone_are_not_equal(monkeypatch):
-    """Wider than what is timed: MLX chooses kernels by the number of pairs."""
+@pytest.mark.parametrize(
+    ("rows", "off", "steady", "equal"),
+    [
+        ([1, 2], lambda pairs: False, {P, S}, {P, S}),
+        ([1, 2], lambda pairs: True, {P, S}, {P}),
+        ([1, 2], lambda pairs: pairs == VERIFY, {P}, {P}),  # wider than what is timed
+        ([VERIFY // 2 + 1], lambda pairs: pairs > VERIFY, {P, S}, {P, S}),  # a prefill
+    ],
+    ids=["alike", "other bits", "other bits in a wide verify", "other bits in prefill"],
+)
+def test_which_paths_a_rule_may_take(monkeypatch, rows, off, steady, equal):
+    """Where sorted pairs are off for some numbers of pairs."""
     along = moe.Experts.along
 
-    def off(self, path, x, experts, weights):
-        return along(self, path, x, experts, weights) + (path == S and experts.size == VERIFY)
+    def changed(self, path, x, experts, weights):
+        return along(self, path, x, experts, weights) + (path == S and off(experts.size))
 
+    monkeypatch.setattr(moe.Experts, "along", changed)
     layer = doctor.layer((64, 64, 4, 2), 4)
-    times, equal = doctor.measure(layer, (64, 64, 4, 2), [1, 2], 1)
-    assert {path: list(each) for path, each in times.items()} == {P: [1, 2], S: [1, 2]} and equal == {P, S}
-    monkeypatch.setattr(moe.Experts, "along", off)
-    assert doctor.measure(layer, (64, 64, 4, 2), [1, 2], 1)[1] == {P}
+    times, *found = doctor.measure(layer, (64, 64, 4, 2), rows, 1)
+    assert {path: list(each) for path, each in times.items()} == {P: rows, S: rows}
+    assert found == [steady, equal]
 
 
 def test_a_rule_outlives_its_file(tmp_path):
