@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line, exit codes, progress."""
+"""What the commands share: errors as one line, exit codes, files written whole or not at all, progress."""
 
 from __future__ import annotations
 

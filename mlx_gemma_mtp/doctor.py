@@ -22,11 +22,14 @@ from .cli import Bar, Parser, check_file, command, written
 from .errors import UserError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from .moe import Experts
     from .paths import Path, Rule
 
 LAYER = (2816, 704, 128, 8)  # of the 26B-A4B: hidden size, expert size, experts, experts a token
 ROWS = (1, 2, 4, 8, 16, 32)
+WARM = 2  # calls before those that count
 FORMATS = {"4-bit": 4, "8-bit": 8, "bf16": 0}
 Times = Mapping["Path", Mapping[int, float]]  # path -> tokens -> seconds
 
@@ -60,15 +63,19 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     checked = check()
     print("\n".join(f"kernel {name}: {state}" for name, state in kernels.status().items()))
-    rules, times, drafts = (), {}, {}
-    if kernels.metal_available() and not args.no_times:
+    report, times, drafts = Report(), {}, {}
+    known = report.read()
+    rules = known[1] if known else ()
+    timed = kernels.metal_available() and not args.no_times
+    if timed:
         paths.adopt(())
         rules, times = time_experts(args, about["chip"])
-        drafts = time_drafts(args.model)
     elif not kernels.metal_available():
         print("no Metal device: plain MLX runs, and nothing is timed")
     if any(kernels.why_off(name) is None or checked[name] for name in kernels.KERNELS):
-        _keep(Report(), checked, rules)
+        _keep(report, checked, rules)
+    if timed:
+        drafts = time_drafts(args.model)  # a load, which takes up what is kept
     if args.json:
         record = {"machine": about, "kernels": kernels.status(), "experts": times, "draft_step": drafts}
         with written(args.json) as part:
@@ -103,13 +110,16 @@ def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...],
     for name, bits in FORMATS.items():
         experts = layer(args.layer, bits)
         form = experts.switch_glu.down_proj.form
-        times, equal = measure(experts, args.layer, args.rows, args.repeats)
-        rules.append(rule(chip, "bfloat16", form, times, equal, args.layer[3]))
+        times, steady, equal = measure(experts, args.layer, args.rows, args.repeats)
+        able = {path: each for path, each in times.items() if path in steady}
+        rules.append(rule(chip, "bfloat16", form, able, equal, args.layer[3]))
         shown[name] = {str(path): {str(m): round(1e6 * s, 1) for m, s in each.items()} for path, each in times.items()}
         print(f"\n{name}, microseconds of a layer's experts by tokens; bit-equal: {', '.join(map(str, sorted(equal)))}")
         print(f"{'':10}" + "".join(f"{m:>9}" for m in args.rows))
         for path, each in times.items():
             print(f"{path:10}" + "".join(f"{1e6 * each[m]:9.1f}" for m in args.rows))
+        if unsteady := times.keys() - steady:
+            print(f"not taken, since company changes a token's bits: {', '.join(map(str, sorted(unsteady)))}")
         print("from so many pairs on: " + ", ".join(f"{start} {path}" for start, path in rules[-1].steps))
         del experts
         mx.clear_cache()
@@ -136,38 +146,60 @@ def layer(shape: Sequence[int], bits: int) -> Experts:
 
 def measure(
     experts: Experts, shape: Sequence[int], rows: Sequence[int], repeats: int
-) -> tuple[dict[Path, dict[int, float]], frozenset[Path]]:
-    """(seconds by path and tokens, the paths that gave the same bits as plain pairs everywhere)."""
+) -> tuple[dict[Path, dict[int, float]], frozenset[Path], frozenset[Path]]:
+    """(seconds by path and tokens, the steady paths, those of them that are bit-equal to plain pairs).
+
+    Steady: a token has the same bits alone and in company. Bits are compared up to the widest verify.
+    """
     import mlx.core as mx
 
-    from .paths import Path
+    from .paths import VERIFY, Path
+
+    top_k = shape[3]
+    times: dict[Path, dict[int, float]] = {}
+    steady, equal = set(Path), set(Path)
+    for m in (*rows, max(1, VERIFY // top_k)):
+        # every call has routes of its own, so that weights come from memory, as in a model, and not from a cache
+        inputs = [_inputs(m, shape, seed) for seed in range(repeats + WARM)]
+        first, alone = inputs[0], [part[:1] for part in inputs[0]]
+        plain = experts.along(Path.PAIRS, *first)
+        for path in Path:
+            if path == Path.GROUPED and not experts.switch_glu.groupable(mx.bfloat16, m * top_k):
+                continue
+            if m * top_k <= VERIFY:
+                found = experts.along(path, *first)
+                steady -= set() if mx.array_equal(found[:1], experts.along(path, *alone)) else {path}
+                equal -= set() if mx.array_equal(found, plain) else {path}
+            if m in rows:
+                times.setdefault(path, {})[m] = _seconds(lambda each: experts.along(path, *each), inputs)  # noqa: B023
+    times = {path: each for path, each in times.items() if len(each) == len(rows)}
+    steady = (steady | {Path.PAIRS}) & times.keys()  # of what there is, pairs depend least on company
+    return times, frozenset(steady), frozenset(equal & steady)
+
+
+def _inputs(tokens: int, shape: Sequence[int], seed: int) -> tuple[mx.array, mx.array, mx.array]:
+    """x [tokens, hidden], experts and their weights [tokens, top_k], computed."""
+    import mlx.core as mx
 
     hidden, _, count, top_k = shape
-    times: dict[Path, dict[int, float]] = {}
-    equal = set(Path)
-    for m in rows:
-        keys = mx.random.split(mx.random.key(m), 2)
-        x = mx.random.normal((m, hidden), key=keys[0]).astype(mx.bfloat16)
-        chosen = mx.argsort(mx.random.uniform(shape=(m, count), key=keys[1]), axis=-1)[:, :top_k].astype(mx.uint32)
-        weights = mx.full((m, top_k), 1 / top_k)
-        ways = [path for path in Path if path != Path.GROUPED or experts.switch_glu.groupable(x.dtype, m * top_k)]
-        plain = experts.along(Path.PAIRS, x, chosen, weights)
-        for path in ways:
-            if not mx.array_equal(experts.along(path, x, chosen, weights), plain):
-                equal.discard(path)
-            times.setdefault(path, {})[m] = _seconds(lambda: experts.along(path, x, chosen, weights), repeats)  # noqa: B023
-    return {path: each for path, each in times.items() if len(each) == len(rows)}, frozenset(equal & times.keys())
+    keys = mx.random.split(mx.random.key(seed), 2)
+    x = mx.random.normal((tokens, hidden), key=keys[0]).astype(mx.bfloat16)
+    chosen = mx.argsort(mx.random.uniform(shape=(tokens, count), key=keys[1]), axis=-1)[:, :top_k].astype(mx.uint32)
+    inputs = x, chosen, mx.full((tokens, top_k), 1 / top_k)
+    mx.eval(inputs)
+    return inputs
 
 
-def _seconds(compute: Callable[[], Any], repeats: int) -> float:
+def _seconds(compute: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
+    """The median over inputs; the first ones warm up."""
     import mlx.core as mx
 
     found = []
-    for _ in range(repeats + 2):
+    for each in inputs:
         began = time.perf_counter()
-        mx.eval(compute())
+        mx.eval(compute(each))
         found.append(time.perf_counter() - began)
-    return median(found[2:])
+    return median(found[WARM:])
 
 
 def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Path], top_k: int) -> Rule:
@@ -188,8 +220,8 @@ def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Pat
     for m, before, path in zip(widths[1:], picks, picks[1:], strict=False):
         if path != before:
             steps.append((m * top_k, path))
-    if steps[-1][1] == Path.GROUPED:
-        steps.append((VERIFY + 1, Path.SORTED))
+    if steps[-1][1] != Path.SORTED:
+        steps.append((VERIFY + 1, Path.SORTED))  # prefill reads an expert once a tile
     return Rule(chip, dtype, weights, tuple(steps), equal if len(set(picks)) > 1 else frozenset())
 
 

@@ -125,11 +125,14 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """What computes: the dtype, the weights' format, the device and MLX's version."""
+        """What computes: the dtype, the weights' format, the device, the experts' ways (paths.py) and MLX's version."""
         dtype = str(self.target.dtype).removeprefix("mlx.core.")
         models = {"target": self.target} | ({"drafter": self.drafter} if self.drafter else {})
         formats = [f"{name} {weights.format_of(model)}" for name, model in models.items()]
         device = f"Metal, {kernels.summary()}" if metal_available() else f"CPU ({blas.name()})"
+        if moe := self.target.config.moe:
+            ways = self.target.layers[0].experts.ways(self.target.dtype, moe.top_k)
+            device += f", experts {' then '.join(ways)}"
         return f"{', '.join(formats)}, computed in {dtype} on {device}, MLX {mx.__version__}"
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import count, groupby, takewhile
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -95,7 +96,11 @@ class QuantizedExpertLinear(nn.Module):
         return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
-        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
+        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out].
+
+        MLX takes tiles, which give other bits, for pairs that it knows to be sorted, from 4 an expert on. So it is told
+        in prefill alone.
+        """
         return mx.gather_qmm(
             x,
             self.weight,
@@ -107,7 +112,7 @@ class QuantizedExpertLinear(nn.Module):
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
-            sorted_indices=ordered,
+            sorted_indices=ordered and experts.size > paths.VERIFY,
         )
 
 
@@ -183,3 +188,8 @@ class Experts(nn.Module):
         """The way that so many pairs of inputs of dtype go."""
         glu = self.switch_glu
         return paths.choose(chip(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))
+
+    def ways(self, dtype: mx.Dtype, top_k: int) -> list[str]:
+        """The paths that passes of 1 to paths.VERIFY pairs take, narrow ones first."""
+        widths = takewhile(lambda pairs: pairs <= paths.VERIFY, (top_k << i for i in count()))
+        return [str(path) for path, _ in groupby(self.path(dtype, pairs) for pairs in widths)]

@@ -1,8 +1,8 @@
 """Which way the routed experts are computed: one table, by chip, dtype, quantisation and number of pairs.
 
 PAIRS reads an expert's weights once for each (token, expert) pair. SORTED orders the pairs by expert first: MLX then
-reads each expert once a tile of rows, for floats always, for quantised weights from 4 pairs an expert on, and otherwise
-leaves repeats to the cache. GROUPED is our kernels: each expert once for 8 rows.
+reads each expert of floats once a tile of rows; of quantised weights it leaves repeats to the cache, and reads tiles in
+prefill alone. GROUPED is our kernels: each expert once for 8 rows.
 
 A pass of a verify must give a row the bits that a pass of one token gives it. So a rule may change path with the number
 of pairs only among paths found bit-equal on its chip, up to VERIFY pairs; above that only prefill chunks come, which
@@ -62,7 +62,7 @@ class Rule:
 STOCK = ((1, Path.PAIRS), (64, Path.SORTED))  # mlx-lm's
 EQUAL = frozenset((Path.PAIRS, Path.SORTED))
 # The first rule that covers a case decides; one with GROUPED counts only where the kernels run. The rules for chips
-# other than the CPU are by MLX's source, not measured.
+# other than the CPU are by MLX's source, not measured: pairs of quantised weights go through one kernel, in any order.
 RULES = (
     Rule("cpu", "", "", STOCK, EQUAL),
     Rule("", "", "", ((1, Path.GROUPED), (VERIFY + 1, Path.SORTED))),

@@ -62,6 +62,19 @@ def test_pairs_and_sorted_pairs_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits
     assert len(EQUAL) == 2 and mx.array_equal(*outputs)
 
 
+@pytest.mark.parametrize(("tokens", "told"), [(paths.VERIFY // 4, False), (paths.VERIFY // 4 + 1, True)])
+def test_tiles_of_sorted_pairs_are_for_prefill_alone(monkeypatch, tokens, told):
+    """Of quantised weights: on Metal another kernel with other bits, which a verify must not meet at some widths."""
+    experts = moe.Experts(64, MoESpec(8, 4, 32))
+    nn.quantize(experts, 32, 4)
+    settle(experts)
+    product, seen = mx.gather_qmm, []
+    spy = lambda *args, **kwargs: seen.append(kwargs["sorted_indices"]) or product(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(mx, "gather_qmm", spy)
+    experts.along(Path.SORTED, mx.zeros((tokens, 64)), *moe.route(mx.zeros((tokens, 8)), 4, mx.ones(8)))
+    assert seen == [told, told]
+
+
 @pytest.mark.parametrize(
     ("chip", "weights", "grouped", "pairs", "path"),
     [

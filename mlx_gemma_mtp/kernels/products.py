@@ -4,11 +4,12 @@ A SIMD-group holds C rows of weights and up to R inputs: each lane reads its pie
 in registers and uses them for every input. So weights are read once for R inputs, and what is added up for an input,
 and in which order, does not depend on the inputs beside it.
 
-Kept from MLX 0.32's gather_qmv and gather_mv, so that a row gets their bits where the compiler contracts alike (not
-seen on a Mac): a lane takes VALUES neighbouring inputs, the 32 lanes a block, block after block. Affine weights add
-scale * (integer products) + bias * (sum of inputs) a block, the products by fours at 4 bits, one by one at 8. All in
-float32; lanes last, by simd_sum (affine) or by halves (floats). VALUES is 8 at 4 bits and 4 at 8, twice that where
-gather_qmv's fast form runs (K a multiple of 512 or 256, N of 8), and 4 for floats, as there where 64 < K < 16 N.
+Kept from MLX 0.32's gather_qmv and gemv_gather, so that a row gets their bits where the compiler treats both alike (not
+seen on a Mac; tests/msl/test_stock.py compares with MLX's own text): a lane takes VALUES neighbouring inputs, the 32
+lanes a block, block after block. Affine weights add scale * (integer products) + bias * (sum of inputs) a block, the
+products by fours at 4 bits, one by one at 8. All in float32; lanes last, by simd_sum (affine) or by halves (floats).
+VALUES is 8 at 4 bits and 4 at 8, twice that where gather_qmv's fast form runs (K a multiple of 512 or 256, N of 8), and
+4 for floats, as there where 64 < K < 16 N.
 """
 
 from __future__ import annotations
@@ -81,7 +82,13 @@ def gather_reference(x: mx.array, weights: Weights, rows: mx.array, experts: mx.
 
 # products adds to sums[c][r] this lane's part of weight row rows[c] times row inputs[r] of x, for c < columns and
 # r < count; total is the sum over the lanes, valid in lane 0.
+# A run's products are one expression, as in gather_qmv: a compiler that fuses products into sums fuses the same ones.
 AFFINE = """
+template <int BITS>
+inline float digit(uint32_t word, int i) {
+    return static_cast<float>((word >> (BITS * i)) & ((1u << BITS) - 1u));
+}
+
 template <typename T, int K, int VALUES, int BITS, int GS, int C, int R>
 inline void block(
         const device uint32_t* weight, const device T* scales, const device T* biases, const device T* x,
@@ -89,7 +96,6 @@ inline void block(
     constexpr int PER_WORD = 32 / BITS;
     constexpr int WORDS = VALUES / PER_WORD;
     constexpr int RUN = BITS == 4 ? 4 : 1;
-    constexpr uint32_t MASK = (1u << BITS) - 1u;
     uint32_t words[C][WORDS];
     float scale[C];
     float bias[C];
@@ -120,13 +126,16 @@ inline void block(
             for (int c = 0; c < C; c++) {
                 if (c < columns) {
                     float dot = 0.0f;
-                    for (int i = 0; i < VALUES; i += RUN) {
-                        uint32_t word = words[c][i / PER_WORD] >> (BITS * (i % PER_WORD));
-                        float run = value[i] * static_cast<float>(word & MASK);
-                        for (int j = 1; j < RUN; j++) {
-                            run += value[i + j] * static_cast<float>((word >> (BITS * j)) & MASK);
+                    if (BITS == 4) {
+                        for (int i = 0; i < VALUES; i += 4) {
+                            uint32_t word = words[c][i / PER_WORD] >> (BITS * (i % PER_WORD));
+                            dot += value[i] * digit<BITS>(word, 0) + value[i + 1] * digit<BITS>(word, 1) +
+                                value[i + 2] * digit<BITS>(word, 2) + value[i + 3] * digit<BITS>(word, 3);
                         }
-                        dot += run;
+                    } else {
+                        for (int i = 0; i < VALUES; i++) {
+                            dot += value[i] * digit<BITS>(words[c][i / PER_WORD], i % PER_WORD);
+                        }
                     }
                     sums[c * R + r] += scale[c] * dot + total * bias[c];
                 }

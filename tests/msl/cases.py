@@ -1,8 +1,9 @@
-"""Inputs for the tests of the expert kernels: one odd shape and its routes."""
+"""Inputs for the tests of the expert kernels: one odd shape, its routes, and routes of the bundled pair."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from mlx_gemma_mtp.kernels.grouping import ROWS, group_reference
 from mlx_gemma_mtp.kernels.products import Weights
 
 EXPERTS, TOP_K = 19, 8
+RECORDED = Path(__file__).parents[1] / "data" / "routings.npz"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ def weights(form: Format, rows: int, experts: int = EXPERTS) -> Weights:
     return Weights(*mx.quantize(values, form.group_size, form.bits), group_size=form.group_size, bits=form.bits)
 
 
+def coded(experts: int, rows: int, inputs: int, dtype: mx.Dtype = mx.float32, group: int = 64) -> Weights:
+    """[experts, rows, inputs] of random 4-bit codes, of about unit gain: what is too many to quantise."""
+    words = np.random.default_rng(0).integers(0, 2**32, (experts, rows, inputs // 8), np.uint32)
+    scales = np.random.default_rng(1).normal(size=(experts, rows, inputs // group)) * inputs**-0.5 / 8
+    scales = mx.array(scales.astype(np.float32)).astype(dtype)
+    return Weights(mx.array(words), scales, -8 * scales, group, 4)
+
+
+def uniform(tokens: int) -> np.ndarray:
+    """Routes of the 26B's shape, [tokens, 8] of 128, even and independent."""
+    rng = np.random.default_rng(tokens)
+    return np.stack([rng.choice(128, 8, replace=False) for _ in range(tokens)])
+
+
 def routes(tokens: int, kind: str = "mixed") -> mx.array:
     """uint32 [tokens, TOP_K]; mixed: expert 4 twice for every token, some experts never; one: all on expert 7."""
     if kind == "one":
@@ -68,6 +84,12 @@ def routes(tokens: int, kind: str = "mixed") -> mx.array:
     chosen = np.random.default_rng(tokens).integers(0, EXPERTS - 6, (tokens, TOP_K)).astype(np.uint32)
     chosen[:, [1, 5]] = 4
     return mx.array(chosen)
+
+
+def recorded(tokens: int) -> list[np.ndarray]:
+    """Routes of consecutive tokens of the bundled target, two places in each of its layers: [tokens, 4] of 24."""
+    with np.load(RECORDED) as file:
+        return [layer[start : start + tokens] for layer in file["experts"] for start in (0, 90)]
 
 
 class Layer:

@@ -29,6 +29,7 @@ from mlx_gemma_mtp.kernels import Kernel
 HERE = Path(__file__).resolve().parent
 CACHE = Path(tempfile.gettempdir()) / f"msl_emulator_{os.getuid()}"
 FAST = ("-Og", "-march=native", "-ffp-contract=off")
+CONTRACTED = ("-O2", "-march=native", "-ffp-contract=fast")  # products are fused into sums
 SANITIZED = ("-Og", "-march=native", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 CLANG = shutil.which("clang++")
 ORDERS = (0, 1, 2)  # forward, reverse, shuffled

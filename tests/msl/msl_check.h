@@ -31,6 +31,9 @@ S1(simd_sum) S1(simd_product) S1(simd_max) S1(simd_min) S1(simd_or) S1(simd_and)
 #define S2(f) template <typename T> T f(T, ushort);
 S2(simd_shuffle) S2(simd_broadcast) S2(simd_shuffle_xor) S2(simd_shuffle_up) S2(simd_shuffle_down)
 bool simd_all(bool); bool simd_any(bool); bool simd_is_first();
+// Types that Metal's own headers put here and `using namespace metal` brings in: a kernel's helper of such a name is ambiguous.
+struct level; struct bias; struct gradient2d; struct gradient3d; struct gradientcube; struct min_lod_clamp; struct sampler;
+template <typename T, size_t N> struct array; template <typename T> struct atomic; template <typename T> struct visible_function_table;
 struct simd_vote { typedef uint64_t vote_t; explicit operator vote_t() const; bool all() const; bool any() const; }; simd_vote simd_ballot(bool);
 }
 using namespace metal;

@@ -265,7 +265,7 @@ template <typename T, int N> struct alignas(sizeof(T) * (N == 3 ? 4 : N)) emu_ve
 };
 #define EMU_VECS(T, NAME) typedef emu_vec<T, 2> NAME##2; typedef emu_vec<T, 3> NAME##3; typedef emu_vec<T, 4> NAME##4;
 EMU_VECS(float, float) EMU_VECS(half, half) EMU_VECS(bfloat, bfloat) EMU_VECS(int, int) EMU_VECS(uint, uint)
-EMU_VECS(uchar, uchar) EMU_VECS(char, char) EMU_VECS(ushort, ushort) EMU_VECS(short, short) EMU_VECS(bool, bool)
+EMU_VECS(uchar, uchar) EMU_VECS(char, char) EMU_VECS(ushort, ushort) EMU_VECS(short, short) EMU_VECS(ulong, ulong) EMU_VECS(bool, bool)
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
 

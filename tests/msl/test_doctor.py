@@ -6,7 +6,7 @@ import math
 import pytest
 
 import mlx_gemma_mtp.engine  # noqa: F401 - every room is imported before a test pretends that there is Metal
-from mlx_gemma_mtp import doctor, health, kernels, paths
+from mlx_gemma_mtp import doctor, health, kernels, moe, paths
 from mlx_gemma_mtp.kernels import gate_up
 from mlx_gemma_mtp.paths import VERIFY, Path
 
@@ -34,15 +34,44 @@ def times(pairs, ordered, grouped) -> dict:
         (times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, ((1, P), (32, S))),  # each at its best: they agree in bits
         (times([1, 4, 9], [2, 3, 5], [3, 6, 9]), frozenset((P,)), ((1, S),)),  # one for all: they do not
         (times([1, 4, 9], [2, 3, 5], [1, 2, 3]), EQUAL, ((1, G), (VERIFY + 1, S))),
+        (
+            times([1, 2, 3], [2, 3, 5], [3, 6, 9]),
+            EQUAL,
+            ((1, P), (VERIFY + 1, S)),
+        ),  # prefill is not plain pairs' ground
         (times([1, 4, 9], [2, 3, 5], [1.5, 2, 3]), frozenset(Path), ((1, P), (32, G), (VERIFY + 1, S))),
     ],
-    ids=["two ways", "one way", "grouped", "all equal"],
+    ids=["two ways", "one way", "grouped", "pairs", "all equal"],
 )
 def test_the_rule_that_follows(seconds, equal, steps):
     rule = doctor.rule("M9", "bfloat16", "affine4", seconds, equal, 8)
     assert (
         rule.steps == steps and rule.covers("M9 Max", "bfloat16", "affine4") and not rule.covers("M8", "bfloat16", "")
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "off", "steady", "equal"),
+    [
+        ([1, 2], lambda pairs: False, {P, S}, {P, S}),
+        ([1, 2], lambda pairs: True, {P, S}, {P}),
+        ([1, 2], lambda pairs: pairs == VERIFY, {P}, {P}),  # wider than what is timed
+        ([VERIFY // 2 + 1], lambda pairs: pairs > VERIFY, {P, S}, {P, S}),  # a prefill
+    ],
+    ids=["alike", "other bits", "other bits in a wide verify", "other bits in prefill"],
+)
+def test_which_paths_a_rule_may_take(monkeypatch, rows, off, steady, equal):
+    """Where sorted pairs are off for some numbers of pairs."""
+    along = moe.Experts.along
+
+    def changed(self, path, x, experts, weights):
+        return along(self, path, x, experts, weights) + (path == S and off(experts.size))
+
+    monkeypatch.setattr(moe.Experts, "along", changed)
+    layer = doctor.layer((64, 64, 4, 2), 4)
+    times, *found = doctor.measure(layer, (64, 64, 4, 2), rows, 1)
+    assert {path: list(each) for path, each in times.items()} == {P: rows, S: rows}
+    assert found == [steady, equal]
 
 
 def test_a_rule_outlives_its_file(tmp_path):
@@ -100,6 +129,24 @@ def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     assert all(t > 0 and math.isfinite(t) for each in record["experts"]["4-bit"].values() for t in each.values())
     checked, rules = health.Report().read()
     assert set(checked.values()) == {None} and [rule.weights for rule in rules] == ["affine4"]
+
+
+def test_checks_alone_keep_the_rules_that_were_measured(metal, monkeypatch, capsys):
+    rules = (doctor.rule("M9", "bfloat16", "float", times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, 8),)
+    passed = dict.fromkeys(kernels.KERNELS)
+    health.Report().write(passed, rules)
+    monkeypatch.setattr(health, "check", lambda: passed)
+    assert doctor.main(["--no-times"]) == 0
+    assert "kept in" in capsys.readouterr().out and health.Report().read() == (passed, rules)
+
+
+def test_a_kernel_that_was_mended_counts_as_such_in_the_same_run(metal, monkeypatch, capsys):
+    """The load that times drafts must not take up what an earlier run kept."""
+    health.Report().write(dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}, ())
+    monkeypatch.setattr(doctor, "time_experts", lambda args, chip: ((), {}))
+    monkeypatch.setattr(doctor, "time_drafts", lambda model: health.ensure(pytest.fail) or {})
+    assert doctor.main(["--json", str(metal / "r.json")]) == 0
+    assert json.loads((metal / "r.json").read_text())["kernels"]["down"] == "on"
 
 
 def test_the_command_without_metal(capsys, tmp_path, monkeypatch):

@@ -150,3 +150,10 @@ def test_the_signature_is_the_one_that_mlx_writes(tmp_path, capfd):
 def test_address_spaces(source, complaint):
     found = typecheck(Kernel("t", ("a",), ("out",), source), [mx.zeros((64,))], [mx.float32], [])
     assert (found == "") if complaint is None else complaint in found
+
+
+@pytest.mark.skipif(CLANG is None, reason="no clang++: names are not checked")
+def test_names_of_metals_own_headers_are_ambiguous():
+    header = "inline float level(float x) { return x; }"
+    found = typecheck(Kernel("t", ("a",), ("out",), "out[0] = level(a[0]);", header), [mx.zeros(64)], [mx.float32], [])
+    assert "reference to 'level' is ambiguous" in found

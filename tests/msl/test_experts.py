@@ -3,13 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from cases import AFFINE, EXPERTS, FLOAT, FORMATS, TOP_K, Layer, routes
+from cases import AFFINE, EXPERTS, FLOAT, FORMATS, TOP_K, Layer, normal, routes, weights
 from emulator import CLANG, ORDERS, SANITIZED, Emulator, typecheck
 from signature import printed_parameters, signature
 
 from mlx_gemma_mtp import kernels, moe, paths
 from mlx_gemma_mtp.config import MoESpec
-from mlx_gemma_mtp.kernels import Kernel, down, gate_up, grouping
+from mlx_gemma_mtp.kernels import Kernel, down, gate_up, grouping, head_argmax
+from mlx_gemma_mtp.kernels.products import flat
 from mlx_gemma_mtp.linear import settle
 
 layer = pytest.fixture(scope="module", params=FORMATS, ids=str)(lambda request: Layer(request.param))
@@ -100,7 +101,7 @@ def test_no_undefined_behaviour(monkeypatch, emulator, form):
 
 
 def launches(monkeypatch, form) -> list[tuple[Kernel, dict]]:
-    """(kernel, arguments) of every launch of a layer."""
+    """(kernel, arguments) of every launch of a layer, and of a head with and without tokens that nobody may say."""
     seen = []
 
     def build(kernel: Kernel):
@@ -114,6 +115,9 @@ def launches(monkeypatch, form) -> list[tuple[Kernel, dict]]:
     layer, experts = Layer(form), routes(8)
     layer.run(experts, layer.inputs(8))
     grouping.group_metal(experts.reshape(-1), EXPERTS)
+    vocabulary = flat(weights(form, 203, experts=1))
+    for bias in (None, mx.zeros((203,))):
+        head_argmax.best_token_metal(normal(form, 3, form.inputs), vocabulary, bias)
     monkeypatch.undo()
     return seen
 
@@ -121,7 +125,9 @@ def launches(monkeypatch, form) -> list[tuple[Kernel, dict]]:
 @pytest.mark.skipif(CLANG is None, reason="no clang++: address spaces are not checked")
 @pytest.mark.parametrize("form", [AFFINE, FLOAT], ids=str)
 def test_address_spaces(monkeypatch, form):
-    for kernel, launch in launches(monkeypatch, form):
+    seen = launches(monkeypatch, form)
+    assert {kernel.name for kernel, _ in seen} == {"expert_groups", "expert_gate_up", "expert_down", "head_argmax"}
+    for kernel, launch in seen:
         assert typecheck(kernel, launch["inputs"], launch["output_dtypes"], launch["template"]) == ""
 
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from cases import AFFINE, FLOAT, Format, normal, weights
+from emulator import ORDERS, SANITIZED
 
 from mlx_gemma_mtp import kernels
 from mlx_gemma_mtp.kernels import head_argmax
@@ -47,6 +48,20 @@ def test_of_equal_logits_the_lower_token_is_drafted(kernel_backend):
     tokens, chances = head_argmax.best_token_reference(y, head, None)
     assert found.tolist() == tokens.tolist() and mx.allclose(sure, chances, rtol=1e-5, atol=0)
     assert all(token < 120 and token % 2 == 0 for token in found.tolist())
+
+
+@pytest.mark.parametrize("form", [AFFINE, FLOAT], ids=str)
+def test_neither_order_of_threads_nor_undefined_behaviour(emulator, form):
+    y, table = normal(form, 3, form.inputs, seed=5), flat(weights(form, VOCAB, experts=1))
+    results = []
+    for emulator.order in ORDERS:
+        results.append(head_argmax.best_token_metal(y, table, None, PARTS))
+    emulator.flags = SANITIZED
+    results.append(head_argmax.best_token_metal(y, table, None, PARTS))
+    tokens, sure = head_argmax.best_token_reference(y, table, None)
+    for found, chance in results:
+        assert found.tolist() == tokens.tolist() and mx.allclose(chance, sure, rtol=1e-5, atol=0)
+    assert len({tuple(chance.tolist()) for _, chance in results[:3]}) == 1
 
 
 def test_the_vocabulary_is_read_once_for_eight_rows(emulator):

@@ -7,6 +7,20 @@ from mlx_gemma_mtp import SamplingParams, kernels, load, moe
 PROMPT = "def fibonacci(n):"
 
 
+@pytest.mark.skipif(kernels.metal_available(), reason="begins as a CPU")
+def test_the_log_says_which_way_the_experts_go(monkeypatch):
+    engine = load(draft_model="none")
+    assert "experts pairs then sorted" in engine.description
+    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    monkeypatch.setattr(moe, "chip", lambda: "Apple M4")
+    assert "experts grouped" in engine.description
+    monkeypatch.setattr(kernels, "_failed", {"down": "off by 2"})
+    assert "experts sorted" in engine.description
+    monkeypatch.setattr(kernels, "_failed", {})
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    assert "experts sorted" in engine.description
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_mtp_through_the_kernels_is_plain_decoding(monkeypatch, emulator, temperature):
