@@ -26,7 +26,8 @@ from tqdm import tqdm
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.engine import Engine
-from mlx_gemma_mtp.sampling import Rules, gumbel, soft_cap
+from mlx_gemma_mtp.noise import gumbel
+from mlx_gemma_mtp.sampling import Rules, soft_cap
 from mlx_gemma_mtp.speculative import prefill
 
 PROMPTS = Path(__file__).parent.parent / "tests" / "data" / "prompts.json"

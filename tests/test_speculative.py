@@ -14,7 +14,7 @@ from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.sampling import Rules
 from mlx_gemma_mtp.speculative import Speculation, compact, prefill
 
-ROOMS = ("cache", "linear", "layers", "moe", "gemma4", "drafter", "guide", "penalties", "sampling", "speculative")
+ROOMS = ("cache", "linear", "layers", "moe", "gemma4", "drafter", "guide", "noise", "penalties", "rejection", "sampling", "speculative")
 SETTINGS = {"greedy": tiny.GREEDY, "sampled": tiny.SAMPLED, "penalised": tiny.PENALISED}
 COUNT = 40  # five times the window of 8
 
@@ -114,7 +114,7 @@ def test_the_draft_position_is_a_setting(moe):
         rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
         loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 2), batch), position)
         rows = loop.start(3, 17).tokens
-        drafts.append(loop._drafts.tolist())
+        drafts.append(loop._drafts.tokens.tolist())
         for _ in range(30):
             rows = [row + more for row, more in zip(rows, loop.step(3).tokens, strict=True)]
         emitted.append([row[:20] for row in rows])

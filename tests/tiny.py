@@ -16,7 +16,7 @@ from mlx_gemma_mtp.guide import Constraint, guide
 from mlx_gemma_mtp.linear import settle
 from mlx_gemma_mtp.params import SamplingParams
 from mlx_gemma_mtp.penalties import Said
-from mlx_gemma_mtp.sampling import Rules
+from mlx_gemma_mtp.sampling import Distribution, Rules
 from mlx_gemma_mtp.speculative import Speculation, prefill
 
 VOCAB = 97
@@ -149,8 +149,10 @@ class OracleDrafter:
 
     def pick(
         self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
-    ) -> tuple[mx.array, None]:
-        return drawn((mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None, rules, positions, said), None
+    ) -> tuple[mx.array, None, Distribution]:
+        scores = (mx.arange(self.vocabulary)[None] == y).astype(mx.float32)
+        token, q = drawn(scores, None, rules, positions, said)
+        return token, None, q
 
 
 def decode(
