@@ -88,8 +88,8 @@ class Drafter(nn.Module):
     def pick(
         self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
     ) -> tuple[mx.array, mx.array | None, Distribution | None]:
-        """The token drafted for each row, int32 [B], if `confident` how sure that is, see `draft`, and what it was drawn
-        from. A greedy one comes from a dense head without a row of logits, and without the last.
+        """The token drafted for each row, int32 [B], if `confident` how sure that is (see Drafts), and what it was
+        drawn from. A greedy one comes from a dense head without a row of logits, and so without the last.
 
         y: [B, size]; positions: [B, 1], of the tokens to be drawn.
         """

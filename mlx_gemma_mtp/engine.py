@@ -267,9 +267,9 @@ def load(
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
     dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. draft_position,
     draft_temperature: see Speculation. accept: which drafts of sampled text stay, 'coupled' (the text never depends on
-    them) or 'rejection' (block verification: more stay, the distribution is the same, but the text depends on drafts,
-    and so on draft length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and
-    in all, of each model. Raises UserError for whatever cannot be loaded.
+    them) or 'rejection' (block verification: more stay and the distribution is the same, but the text depends on
+    drafts, and so on draft length, drafter and batch). notice: told in a sentence what the user should know; progress:
+    parts read and in all, of each model. Raises UserError for whatever cannot be loaded.
     """
     if not 0 < draft_temperature < float("inf"):
         raise UserError(f"draft_temperature is {draft_temperature}, expected a number above 0; 1 is the request's own")

@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grammar", metavar="FILE|TEXT", help="the reply follows this Lark grammar (extra `grammar`)")
     p.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
     p.add_argument("--thinking-budget", type=int, metavar="N", help="close the thought after N tokens")
-    p.add_argument("--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)")
+    p.add_argument(
+        "--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)"
+    )
     p.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
     p.add_argument(
         "--num-draft-tokens",
@@ -292,7 +294,7 @@ def print_stats(results: list[Result]) -> None:
             f"prompt {number}: {s.prompt_tokens} tokens, {s.prompt_tps:.1f} tokens/s; first after {s.ttft_s:.3f} s",
             f"  generation: {s.generation_tokens} tokens, {s.generation_tps:.1f} tokens/s; end: {result.finish_reason}",
             f"  MTP {mtp}; {s.rounds} rounds, {s.tokens_per_round:.2f} tokens a round, {s.host_syncs} readbacks",
-            f"  drafts: {s.accepted} of {s.drafted} accepted, {s.accept}; by position {positions}; seed {s.seed}",
+            f"  drafts: {s.accepted} of {s.drafted} accepted ({s.accept}); by position {positions}; seed {s.seed}",
             f"  rounds by draft length: {depths(s.depths)}",
         ]
         print("\n".join(lines), file=sys.stderr)

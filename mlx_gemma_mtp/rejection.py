@@ -1,27 +1,27 @@
 """Which drafts stay by block verification (Sun et al., arXiv 2403.10444, algorithm 2), and the token after them.
 
-The text has the target's distribution and keeps more drafts than coupled sampling, or than rejection sampling one by
-one (arXiv 2211.17192); but it is another text for other drafts. What makes it exact: drafts are drawn from q with noise
-that nothing else uses, and none is dropped for what it is, or for what comes after it.
+The text has the target's distribution, and on average more drafts stay than by coupling, or by rejection one by one
+(arXiv 2211.17192); but it is another text for other drafts. What makes it exact: drafts are drawn from q with noise
+that nothing else uses, and none is cut for what it is, or for what comes after it.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from .noise import keys_of_round, uniform
+from .noise import uniform
 from .sampling import Distribution, Rules
 from .sampling import accept as agreeing
 
-NO_TOKEN = 2**32 - 1  # where noise is asked for a token's: the uniforms that decide over drafts are nobody's
+NO_TOKEN = 2**32 - 1  # and below: what decides over drafts is noise of tokens that do not exist, others each round
 TINY = 1.2e-38  # in a quotient 0 / 0, which is to be 0
 
 
 def accept(
     drafts: mx.array, q: Distribution, p: Distribution, rules: Rules, positions: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """drafts: [B, K], drawn from q under `keys_of_round`; p: the target's, K + 1 positions; positions: [B, K + 1], of
-    the tokens to be drawn; rules: the target's. Greedy rows keep drafts that agree.
+    """drafts: [B, K], drawn from q under `noise.keys_of_round`; p: the target's, K + 1 positions; rules: the target's;
+    positions: [B, K + 1], of the tokens to be drawn. Greedy rows keep drafts that agree.
 
     The token after the drafts is drawn with the noise of plain decoding, which nothing else uses here: each position
     gets one such token at most. Returns tokens [B, K + 1], of which n + 1 count, n [B], the drafts kept, and the token
@@ -29,8 +29,8 @@ def accept(
     """
     places = mx.arange(positions.shape[1])
     reach, rest = residuals(drafts, q, p, rules.vocab)
-    keys = keys_of_round(rules.keys, positions[:, 0] - 1)
-    luck = uniform(keys, positions, mx.array([[[NO_TOKEN]]], mx.uint32))[..., 0]
+    nobody = NO_TOKEN - positions[:, :1, None].astype(mx.uint32)
+    luck = uniform(rules.keys, positions, nobody)[..., 0]
     n = mx.where(luck <= chances(reach, rest), places, 0).max(axis=1)
     n = mx.where(rules.greedy[:, 0], agreeing(drafts, p.best)[0], n)[:, None]
     here = lambda array: mx.take_along_axis(array, n.reshape(-1, *[1] * (array.ndim - 1)), axis=1)  # noqa: E731

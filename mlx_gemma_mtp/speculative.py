@@ -248,17 +248,16 @@ class Speculation:
 
     def _read(self, tokens: mx.array, n: mx.array | None, drafted: int | None) -> Round:
         """Queues everything, builds the next verify meanwhile, and reads back once."""
-        drafts, sure, _ = self._drafts
-        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, drafts, sure, *self._report)
+        waiting = (self._drafts.tokens, self._drafts.sure)
+        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, *waiting, *self._report)
         if self.guide is None:
             self._verify = self._build()
         rows, kept, drafts, report = self._readback(tokens, n)
         emitted = [row[: k + 1] for row, k in zip(rows, kept, strict=True)]
         if self.guide is not None:
             self.guide.advance(emitted)
-            coupled = self._drafts.q is None
-            width, self._mask = self.guide.look(drafts, cut=coupled)
-            self._drafts = self._drafts.first(width) if coupled else self._drafts
+            width, self._mask = self.guide.look(drafts, cut=self._drafts.q is None)
+            self._drafts = self._drafts if self._drafts.q else self._drafts.first(width)
             self.confidences = [row[:width] for row in self.confidences]
             self._verify = self._build()
         return Round(emitted, drafted, _named(emitted, *report) if report else None)

@@ -15,8 +15,9 @@ class Stats:
     rounds: verify passes (the first token comes from the prefill); drafted and accepted: draft tokens that were
     verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
     1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
-    batch; accept: the rule by which drafts were kept; depths[K]: rounds that verified K drafts, by the reason of K (depth.REASONS); target_step_bytes,
-    draft_step_bytes: weights read for one token by the target, and for one draft.
+    batch; accept: the rule by which sampled drafts were kept; depths[K]: rounds that verified K drafts, by the reason
+    of K (depth.REASONS); target_step_bytes, draft_step_bytes: weights read for one token by the target, and for one
+    draft.
     """
 
     prompt_tokens: int = 0

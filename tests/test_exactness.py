@@ -18,6 +18,7 @@ from mlx_gemma_mtp import rejection, speculative
 from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.drafter import drawn
 from mlx_gemma_mtp.guide import guide, only
+from mlx_gemma_mtp.noise import uniform
 from mlx_gemma_mtp.params import COUPLED, REJECTION, SamplingParams
 from mlx_gemma_mtp.penalties import Said
 from mlx_gemma_mtp.rejection import residuals
@@ -170,11 +171,14 @@ def test_a_broken_rule_is_rejected(params, monkeypatch):
 SCHEDULES = ((3,), (1,), (5,), (1, 3, 0, 2))  # of drafts, round by round
 
 
-@pytest.mark.parametrize("index", range(len(SETTINGS)), ids=lambda i: f"T{SETTINGS[i].temperature}-k{SETTINGS[i].top_k}")
+@pytest.mark.parametrize(
+    "index", range(len(SETTINGS)), ids=lambda i: f"T{SETTINGS[i].temperature}-k{SETTINGS[i].top_k}"
+)
 def test_joint_distribution_by_rejection(index):
     """Four tokens, so that most texts draft a position again after a refusal. The slow test has all combinations."""
     drafter, schedule = list(DRAFTERS.values())[index % 3], SCHEDULES[index % 4]
-    drawn, _ = draw(drafter, SETTINGS[index], FEWER, REJECTION, schedule, length=4)
+    factor = 1.0 + 0.3 * (index % 2)
+    drawn, _ = draw(drafter, SETTINGS[index], 2 * SOME, REJECTION, schedule, length=4, draft_temperature=factor)
     assert deviation(drawn, SETTINGS[index]) < 3.09
 
 
@@ -201,20 +205,21 @@ def _target_alone(drafts, q, p, vocab):
         (rejection, "chances", lambda reach, rest: reach),  # each draft by itself: what block verification must not do
         (speculative, "keys_of_round", lambda keys, first: keys ^ 1),  # drafts meet the noise of refused ones again
         (speculative, "keys_of_round", lambda keys, first: keys),  # and that of the token after them
+        (rejection, "uniform", lambda keys, positions, tokens: uniform(keys, positions, tokens * 0 + VOCAB)),
     ],
-    ids=["no residual", "no block", "noise of another round", "noise of the residual"],
+    ids=["no residual", "no block", "noise of another round", "noise of the residual", "luck of another round"],
 )
 def test_a_broken_rejection_is_rejected(owner, name, broken, monkeypatch):
     monkeypatch.setattr(owner, name, broken)
     params = SETTINGS[6]
-    assert deviation(draw(DRAFTERS["bad"], params, FEWER, REJECTION)[0], params) > 3.09
+    assert deviation(draw(DRAFTERS["bad"], params, FEWER, REJECTION, length=4)[0], params) > 3.09
 
 
 def test_penalties_by_rejection():
     """They follow the drafts of each position, and what was emitted."""
     params = replace(SETTINGS[4], frequency_penalty=1.5, presence_penalty=-0.5)
-    said = Said.of([[FIRST]] * FEWER, VOCAB)
-    drawn, _ = draw(DRAFTERS["bad"], params, FEWER, REJECTION, said=said)
+    said = Said.of([[FIRST]] * SOME, VOCAB)
+    drawn, _ = draw(DRAFTERS["bad"], params, SOME, REJECTION, said=said)
     chances = []
     for text in itertools.product(range(VOCAB), repeat=3):
         chance, last = 1.0, FIRST
@@ -244,7 +249,7 @@ class Never:
 
 def test_constraints_by_rejection():
     """Drafts that a constraint refuses are not cut: what follows them has to come from the residual."""
-    params, count = SETTINGS[4], FEWER // 2
+    params, count = SETTINGS[4], SOME // 2
     drawn, _ = draw(DRAFTERS["bad"], params, count, REJECTION, guide=guide([Never(1)] * count, VOCAB))
     masked = np.where(np.arange(VOCAB) == 1, -np.inf, TABLE)
     assert deviation(drawn, params, masked) < 3.09
