@@ -35,8 +35,8 @@ def accept(
     n = mx.where(rules.greedy[:, 0], agreeing(drafts, p.best)[0], n)[:, None]
     here = lambda array: mx.take_along_axis(array, n.reshape(-1, *[1] * (array.ndim - 1)), axis=1)  # noqa: E731
     left = here(rest)
-    refused = (n < drafts.shape[1])[..., None] & (left.sum(axis=-1, keepdims=True) > 0)  # else from p itself
-    scores = mx.where(refused, mx.log(left), here(p.scores))
+    some = left.sum(axis=-1, keepdims=True) > 0  # rounding alone can refuse where p is q and nothing is left
+    scores = mx.where(some, mx.log(left), here(p.scores))
     after = Distribution(here(p.best), scores, None if p.tokens is None else here(p.tokens))
     following = after.drawn(rules, here(positions))
     tokens = mx.where(places == n, following, mx.pad(drafts, ((0, 0), (0, 1))))

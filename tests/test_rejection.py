@@ -10,15 +10,18 @@ import pytest
 import tiny
 from test_depth import random_table
 from test_engine import PROMPTS
+from test_guide import Stairs
 
 from benchmarks.acceptance import by_block, probabilities
 from mlx_gemma_mtp import SamplingParams, load, rejection
 from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.depth import CONFIDENCE, Auto
+from mlx_gemma_mtp.guide import guide
 from mlx_gemma_mtp.noise import gumbel, keys_of_round
 from mlx_gemma_mtp.params import REJECTION
 from mlx_gemma_mtp.rejection import chances, residuals
 from mlx_gemma_mtp.sampling import Distribution, Rules, soft_cap
+from mlx_gemma_mtp.speculative import Speculation, prefill
 
 SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, seed=5, ignore_eos=True)
 FILTERS = {
@@ -96,6 +99,21 @@ def test_rows_are_their_own_and_greedy_rows_are_plain():
         assert (
             tiny.rejected(model, drafter, batch[row : row + 1], settings[row : row + 1], 3, 30) == texts[row : row + 1]
         )
+
+
+def test_drafts_that_a_constraint_refuses_are_verified():
+    """None is cut, for that would favour the others; and every token is allowed."""
+    model = tiny.target("moe")
+    prompt, cache = tiny.prompts(1), Cache(model.config.kv, 1, 64, 16, mx.float32)
+    rules, guided = Rules.of([tiny.SAMPLED], tiny.VOCAB), guide([Stairs()], tiny.VOCAB)
+    hidden = prefill(model, cache, slice(0, 1), prompt)
+    loop = Speculation(model, tiny.drafter(model), cache, rules, hidden, guide=guided, accept=REJECTION)
+    text = list(loop.start(3, len(prompt[0])).tokens[0])
+    for _ in range(8):
+        done = loop.step(3)
+        assert done.drafted == 3
+        text += done.tokens[0]
+    assert [token % 7 for token in text] == [i % 7 for i in range(len(text))]
 
 
 @pytest.fixture(scope="module")
