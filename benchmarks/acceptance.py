@@ -8,7 +8,9 @@ each draft position, after temperature and filters) and q (the drafter's). On th
   rejection  expected drafts kept by rejection sampling with residual (arXiv 2211.17192)
   block      expected drafts kept by block verification (arXiv 2403.10444)
 
-and the limit of any rule for the first draft, sum min(p, q). Counts only: nothing here depends on the machine.
+and the limit of any rule for the first draft, sum min(p, q). With `--live N` the engine then writes N tokens a prompt
+by each rule that it has, coupled and rejection (which is block verification), and counts its own tokens a round. Counts
+only: nothing here depends on the machine.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,7 +28,9 @@ from tqdm import tqdm
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.engine import Engine
-from mlx_gemma_mtp.sampling import Rules, gumbel, soft_cap
+from mlx_gemma_mtp.noise import gumbel
+from mlx_gemma_mtp.params import ACCEPT
+from mlx_gemma_mtp.sampling import Rules, soft_cap
 from mlx_gemma_mtp.speculative import prefill
 
 PROMPTS = Path(__file__).parent.parent / "tests" / "data" / "prompts.json"
@@ -174,6 +178,19 @@ def measure(engine: Engine, prompts: list[str], params: SamplingParams, factor: 
     return counts.row()
 
 
+def live(engine: Engine, prompts: list[str], params: SamplingParams, factor: float, steps: int) -> dict[str, float]:
+    """The engine's own tokens a round by rule, all rounds together, and the rounds: `steps` drafts each, but for the
+    last ones of a text.
+    """
+    found = {}
+    for rule in ACCEPT:
+        own = Engine(engine.target, engine.drafter, engine.text, engine.defaults, draft_temperature=factor, accept=rule)
+        stats = [result.stats for result in own.generate(prompts, params, num_draft_tokens=steps)]
+        rounds = sum(each.rounds for each in stats)
+        found |= {f"live_{rule}": 1 + sum(each.accepted for each in stats) / rounds, f"live_{rule}_rounds": rounds}
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.acceptance", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the bundled pair")
@@ -185,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-draft-tokens", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=40, help="of each prompt")
+    parser.add_argument("--live", type=int, default=0, metavar="N", help="tokens a prompt that the engine writes")
     parser.add_argument("--json", help="append one line for each case")
     args = parser.parse_args(argv)
     try:
@@ -203,6 +221,10 @@ def main(argv: list[str] | None = None) -> int:
         first = " ".join(f"{row[f'first_{name}']:.3f}" for name in ("greedy", "coupled", "limit"))
         tokens = " ".join(f"{row[f'tokens_{rule}']:.3f}" for rule in RULES)
         print(f"{temp} {factor} | {first} | {tokens}", flush=True)
+        if args.live:
+            written = replace(params, max_tokens=args.live, ignore_eos=True)
+            row |= live(engine, prompts, written, factor, args.num_draft_tokens)
+            print(*(f"  live {rule}: {row[f'live_{rule}']:.3f} ({row[f'live_{rule}_rounds']})" for rule in ACCEPT))
         if args.json:
             with open(args.json, "a", encoding="utf-8") as file:
                 print(json.dumps({"temperature": temp, "draft_temperature": factor} | row), file=file)

@@ -40,7 +40,7 @@ def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tu
     for at in range(len(head), len(text) - MAX_DRAFTS):
         cache.lengths = mx.array([at], mx.int32)
         token, state = mx.array([text[at]]), hidden[:, at - 1]
-        drafts, sure = draft(
+        drafts, sure, _ = draft(
             drafter, target.embed, cache, ROW, token, state, rules, MAX_DRAFTS, engine.draft_position, confident=True
         )
         agree = np.array(drafts)[0] == np.array(text[at + 1 : at + 1 + MAX_DRAFTS])

@@ -222,11 +222,11 @@ class Auto:
     no choice: `timed` only collects, for the table of the next start.
     """
 
-    confident = True
     most = MAX_DRAFTS
 
-    def __init__(self, table: CostTable):
-        self.table = table
+    def __init__(self, table: CostTable, confident: bool = True):
+        """confident: drafts that the drafter doubts are cut; without it, all that were made are verified."""
+        self.table, self.confident = table, confident
         self.pool, self.trust, self.pause = History(), Trust(), Pause()
         self.live: dict[tuple[int, int, int], list[float]] = {}  # seconds of verifies, by cell of the table
         self._own: dict[int, History] = {}
@@ -249,7 +249,9 @@ class Auto:
         self, rows: Sequence[int], context: int, useful: Sequence[int], confidences: Sequence[Sequence[float]]
     ) -> int:
         """How many of the drafts to verify; see `worthwhile`."""
-        width = worthwhile(self.table, self.trust, confidences, _coarse(context), useful, self._drafted.rate)
+        width = self._drafted.drafts
+        if self.confident:
+            width = worthwhile(self.table, self.trust, confidences, _coarse(context), useful, self._drafted.rate)
         self._verified, self._width = self._drafted, width
         self._confidences = dict(zip(rows, confidences, strict=True))
         return width

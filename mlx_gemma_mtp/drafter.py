@@ -7,6 +7,7 @@ and a hidden state to carry on with come out. Reference: transformers, models/ge
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,7 @@ from .kernels.products import Weights
 from .layers import RMSNorm
 from .linear import Embedding, Linear
 from .penalties import Said
-from .sampling import Rules, sample
+from .sampling import Distribution, Rules
 
 
 class CentroidHead(nn.Module):
@@ -86,18 +87,19 @@ class Drafter(nn.Module):
 
     def pick(
         self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
-    ) -> tuple[mx.array, mx.array | None]:
-        """The token drafted for each row, int32 [B], and if `confident` how sure that is, see `draft`. A greedy one
-        comes from a dense head without a row of logits.
+    ) -> tuple[mx.array, mx.array | None, Distribution | None]:
+        """The token drafted for each row, int32 [B], if `confident` how sure that is (see Drafts), and what it was
+        drawn from. A greedy one comes from a dense head without a row of logits, and so without the last.
 
         y: [B, size]; positions: [B, 1], of the tokens to be drawn.
         """
         if rules.all_greedy and rules.reordered is None and isinstance(self.masked_embedding, DenseHead):
             table = self.masked_embedding.table(self.embed_tokens)
             if head_argmax.usable(table, y.dtype):
-                return head_argmax.best_token_metal(y, table, rules.suppressed)
+                return *head_argmax.best_token_metal(y, table, rules.suppressed), None
         logits, ids = self.scores(y)
-        return drawn(logits, ids, rules, positions, said), head_argmax.certainty(logits) if confident else None
+        token, q = drawn(logits, ids, rules, positions, said)
+        return token, head_argmax.certainty(logits) if confident else None, q
 
     def step_shares(self) -> dict[str, float]:
         """As Gemma4.step_shares: the centroid head reads the tokens of the best centroids alone."""
@@ -106,10 +108,36 @@ class Drafter(nn.Module):
         return {"embed_tokens.": share, "token_ordering": share}
 
 
-def drawn(logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, said: Said | None) -> mx.array:
-    """A token for each row from a drafter's scores [B, C] of the tokens ids (None: all): int32 [B]."""
-    ids = None if ids is None else ids[:, None]
-    return sample(logits[:, None], rules, positions, ids=ids, said=said)[:, 0]
+class Drafts(NamedTuple):
+    """K drafts of each row. tokens: int32 [B, K]; sure: how sure the drafter is at each, the probability of its
+    likeliest token, before temperature and filters, float32 [B, K], or [B, 0] where nobody asked; q: what they were
+    drawn from, K positions, None where nobody asked or nothing was drawn.
+    """
+
+    tokens: mx.array
+    sure: mx.array
+    q: Distribution | None = None
+
+    @classmethod
+    def none(cls, rows: int) -> Drafts:
+        return cls(mx.zeros((rows, 0), mx.int32), mx.zeros((rows, 0)))
+
+    def first(self, count: int) -> Drafts:
+        assert self.q is None, "drafts that were drawn are not cut: it would change the distribution of the text"
+        return Drafts(self.tokens[:, :count], self.sure[:, :count])
+
+    def of_rows(self, index: mx.array) -> Drafts:
+        return Drafts(self.tokens[index], self.sure[index], self.q and self.q.of_rows(index))
+
+
+def drawn(
+    logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, said: Said | None
+) -> tuple[mx.array, Distribution]:
+    """A token for each row from a drafter's scores [B, C] of the tokens ids (None: all), int32 [B], and what it was
+    drawn from.
+    """
+    q = Distribution.of(logits[:, None], rules, ids=None if ids is None else ids[:, None], said=said)
+    return q.drawn(rules, positions)[:, 0], q
 
 
 def draft(
@@ -124,24 +152,25 @@ def draft(
     query_offset: int = 0,
     said: Said | None = None,
     confident: bool = False,
-) -> tuple[mx.array, mx.array]:
+    distributed: bool = False,
+) -> Drafts:
     """Drafts `steps` tokens for every row; one batched call a step. Reads the cache, writes nothing.
 
     embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, backbone]
     the target's hidden state that predicted it. The query position is the same for all steps: the newest token's index
     plus query_offset (0 as in transformers, -1 as in vLLM). said: the tokens up to the newest, where the rules have
-    penalties. Returns int32 [B, steps] and, if `confident`, how sure the drafter is at each: the probability of its
-    likeliest token, before temperature and filters, float32 [B, steps]; else [B, 0].
+    penalties. confident, distributed: bring `sure`, bring `q`.
     """
     span = Span(cache, rows, 0, query_offset)
     rotations = drafter.ropes.at(span.positions)
-    newest, drafts, confidences = span.lengths[:, None], [], []
+    newest, drafts, confidences, each = span.lengths[:, None], [], [], []
     for i in range(steps):
         y, hidden = drafter(embed(token), hidden, span, rotations)
-        token, sure = drafter.pick(y, rules, newest + (i + 1), said, confident)
+        token, sure, q = drafter.pick(y, rules, newest + (i + 1), said, confident)
         said = said and said.followed_by(token)
         confidences += [sure] if confident else []
+        each += [q] if distributed and not rules.all_greedy else []
         mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
         drafts.append(token)
     sure = mx.stack(confidences, axis=1) if confident else mx.zeros((token.shape[0], 0))
-    return mx.stack(drafts, axis=1), sure
+    return Drafts(mx.stack(drafts, axis=1), sure, Distribution.joined(each) if each else None)

@@ -19,7 +19,7 @@ from .gemma4 import Gemma4
 from .grammar import Grammars
 from .guide import Constraint
 from .kernels import metal_available
-from .params import SamplingParams
+from .params import ACCEPT, COUPLED, SamplingParams
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .thinking import CLOSE, OPEN, Thinking
@@ -54,11 +54,12 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         draft_position: int = 0,
         draft_temperature: float = DRAFT_TEMPERATURE,
+        accept: str = COUPLED,
         costs: Mapping[str, Costs] | None = None,
     ):
         self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
         self.num_draft_tokens, self.max_rows, self.prefill_chunk = num_draft_tokens, max_rows, prefill_chunk
-        self.draft_position, self.draft_temperature = draft_position, draft_temperature
+        self.draft_position, self.draft_temperature, self.accept = draft_position, draft_temperature, accept
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
         self._autos: dict[str, Auto] = {}
         self._no_drafter_reason = no_drafter_reason
@@ -165,6 +166,7 @@ class Engine:
             mtp_reason=reason,
             blas=blas.name(),
             seed=params.seed,
+            accept=self.accept,
             target_step_bytes=self._target_bytes,
             draft_step_bytes=self._draft_bytes,
         )
@@ -192,8 +194,12 @@ class Engine:
         kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
         if kind not in self._autos:
             prompt = self.text.encode(CALIBRATION, chat_template=False)
-            self._autos[kind] = Auto(self.costs[kind].table(self.target, self.drafter, prompt))
+            self._autos[kind] = self._auto(kind, self.costs[kind].table(self.target, self.drafter, prompt))
         return self._autos[kind]
+
+    def _auto(self, kind: str, table: CostTable) -> Auto:
+        """Drafts that are accepted by rejection are not cut, see rejection.py."""
+        return Auto(table, confident=kind == "greedy" or self.accept == COUPLED)
 
     def calibrate(self, repeats: int = 5, progress: Progress = weights.no_progress) -> dict[str, CostTable]:
         """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
@@ -205,7 +211,7 @@ class Engine:
         with memory.wired_limit():
             for kind, costs in self.costs.items():
                 tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
-                self._autos[kind] = Auto(tables[kind])
+                self._autos[kind] = self._auto(kind, tables[kind])
         return tables
 
     def _run(
@@ -225,6 +231,7 @@ class Engine:
                     suppress,
                     self.draft_position,
                     self.draft_temperature,
+                    self.accept,
                 )
                 yield from batch.run(cancel, progress)
         for kind, auto in self._autos.items():
@@ -250,6 +257,7 @@ def load(
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
     draft_temperature: float = DRAFT_TEMPERATURE,
+    accept: str = COUPLED,
     notice: Callable[[str], None] = lambda message: None,
     progress: Progress = weights.no_progress,
 ) -> Engine:
@@ -263,12 +271,16 @@ def load(
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
     dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. max_rows: prompts in
     one batch, the others wait for the next; each costs the memory of its K/V. draft_position, draft_temperature: see
-    Speculation. notice: told in a sentence what the user should know; progress: parts read and
-    in all, of each model. Raises UserError for whatever cannot be loaded.
+    Speculation. accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
+    (block verification: more stay and the distribution is the same, but the text depends on drafts, and so on draft
+    length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and in all,
+    of each model. Raises UserError for whatever cannot be loaded.
     """
     if not 0 < draft_temperature < float("inf"):
         raise UserError(f"draft_temperature is {draft_temperature}, expected a number above 0; 1 is the request's own")
     check_depth(num_draft_tokens)
+    if accept not in ACCEPT:
+        raise UserError(f"accept is {accept!r}, expected one of {', '.join(ACCEPT)}")
     for name, value in {"max_rows": max_rows, "prefill_chunk": prefill_chunk}.items():
         if value < 1:
             raise UserError(f"{name} is {value}, expected at least 1")
@@ -306,6 +318,7 @@ def load(
         prefill_chunk=prefill_chunk,
         draft_position=draft_position,
         draft_temperature=draft_temperature,
+        accept=accept,
         costs=Costs.of_pair(pair, target, drafter, notice),
     )
 

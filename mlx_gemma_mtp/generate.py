@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import __version__, blas
 from .cli import Bar, Parser, command, note
 from .errors import UserError
-from .params import SamplingParams
+from .params import ACCEPT, COUPLED, SamplingParams
 
 if TYPE_CHECKING:
     from .engine import Engine, Result
@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grammar", metavar="FILE|TEXT", help="the reply follows this Lark grammar (extra `grammar`)")
     p.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
     p.add_argument("--thinking-budget", type=int, metavar="N", help="close the thought after N tokens")
-    p.add_argument("--seed", type=int, help="same seed, same text, for every draft length (default: a fresh one)")
+    p.add_argument(
+        "--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)"
+    )
     p.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
     p.add_argument(
         "--num-draft-tokens",
@@ -78,6 +80,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--draft-temperature", type=float, default=1.0, metavar="T", help="the drafter's, times --temp (default: 1)"
+    )
+    p.add_argument(
+        "--accept",
+        choices=ACCEPT,
+        default=COUPLED,
+        help="which sampled drafts stay: coupled, where the text never depends on them (default), or rejection, which "
+        "keeps more; the text then depends on the drafts, its distribution does not",
     )
     p.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
     p.add_argument("--image", "--audio", dest="media", action="append", help=argparse.SUPPRESS)
@@ -211,6 +220,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
         draft_bits=args.draft_bits,
         max_rows=args.max_rows,
         draft_temperature=args.draft_temperature,
+        accept=args.accept,
         notice=note,
         progress=Bar("loading"),
     )
@@ -285,7 +295,7 @@ def print_stats(results: list[Result]) -> None:
             f"prompt {number}: {s.prompt_tokens} tokens, {s.prompt_tps:.1f} tokens/s; first after {s.ttft_s:.3f} s",
             f"  generation: {s.generation_tokens} tokens, {s.generation_tps:.1f} tokens/s; end: {result.finish_reason}",
             f"  MTP {mtp}; {s.rounds} rounds, {s.tokens_per_round:.2f} tokens a round, {s.host_syncs} readbacks",
-            f"  drafts: {s.accepted} of {s.drafted} accepted; by position {positions}; seed {s.seed}",
+            f"  drafts: {s.accepted} of {s.drafted} accepted ({s.accept}); by position {positions}; seed {s.seed}",
             f"  rounds by draft length: {depths(s.depths)}",
         ]
         print("\n".join(lines), file=sys.stderr)

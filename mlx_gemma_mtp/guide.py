@@ -33,10 +33,12 @@ class Guide:
     def __init__(self, constraints: Sequence[Constraint | None], vocab: int):
         self.constraints, self.vocab = list(constraints), vocab
 
-    def look(self, drafts: Sequence[Sequence[int]]) -> tuple[int, mx.array]:
-        """drafts: K for every row -> (how many are worth verifying, float32 mask [B, that + 1, V]: 0 or -inf)."""
+    def look(self, drafts: Sequence[Sequence[int]], cut: bool = True) -> tuple[int, mx.array]:
+        """drafts: K for every row -> (how many to verify, float32 mask [B, that + 1, V]: 0 or -inf). cut: only those
+        that are worth it; without it all, and what comes after a refused one is free.
+        """
         walked = [_walk(each, row) for each, row in zip(self.constraints, drafts, strict=True)]
-        width = max(map(len, walked)) - 1
+        width = max(map(len, walked)) - 1 if cut else len(drafts[0])
         bits = np.full((len(walked), width + 1, -(-self.vocab // 32)), ALL, np.uint32)
         for row, masks in enumerate(walked):
             for i, mask in enumerate(masks):

@@ -15,6 +15,7 @@ from .errors import UserError
 MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
 OFF = -1  # of top_k
+COUPLED, REJECTION = ACCEPT = ("coupled", "rejection")  # how drafts are accepted: a setting of the engine
 
 
 @dataclass(frozen=True)

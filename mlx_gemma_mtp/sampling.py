@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from .noise import gumbel
 from .params import SamplingParams
 from .penalties import Penalties, Said
 
@@ -24,7 +25,7 @@ class Rules:
     tokens that no row may say; bias: [B, 1, V]; penalties, bias, suppressed: None where there are none; reordered: bool
     [B, 1], rows whose order of logits they change, None where there is no such row. candidates: how many of the best
     tokens any row may need (0: none is filtered, -1: all, sorted). logprobs: how many likeliest tokens to report, None
-    where no row wants a report.
+    where no row wants a report; vocab: V.
     """
 
     temperature: mx.array
@@ -40,6 +41,7 @@ class Rules:
     all_greedy: bool
     candidates: int
     logprobs: int | None
+    vocab: int
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab: int, suppress: Sequence[int] = ()) -> Rules:
@@ -64,6 +66,7 @@ class Rules:
             all_greedy=not sampled,
             candidates=0 if not filtered else -1 if unbounded else widest,
             logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+            vocab=vocab,
         )
 
     def drafting(self, temperature: float) -> Rules:
@@ -87,6 +90,85 @@ def soft_cap(logits: mx.array, cap: float | None) -> mx.array:
     return logits if cap is None else mx.tanh(logits / cap) * cap
 
 
+@dataclass(frozen=True)
+class Distribution:
+    """What rows may say at T positions, after soft-cap, penalties, bias, temperature, top-k, top-p and min-p
+    (transformers' order).
+
+    best: int32 [B, T], the likeliest. scores: float32 [B, T, C], log-probabilities but for a constant, -inf where a
+    filter leaves a token out; None where all rows are greedy. tokens: [B, T, C], the ids of its columns; None: column i
+    is token i.
+    """
+
+    best: mx.array
+    scores: mx.array | None = None
+    tokens: mx.array | None = None
+
+    @classmethod
+    def of(
+        cls,
+        logits: mx.array,
+        rules: Rules,
+        cap: float | None = None,
+        ids: mx.array | None = None,
+        said: Said | None = None,
+        mask: mx.array | None = None,
+    ) -> Distribution:
+        """See `sample`."""
+        forbidden = [_columns(bias, ids) for bias in (rules.suppressed, mask) if bias is not None]
+        best = mx.argmax(sum(forbidden, logits), axis=-1)
+        if rules.all_greedy and rules.reordered is None:
+            return cls(_named(best, ids))
+        logits = soft_cap(logits, cap)
+        if rules.penalties is not None:
+            logits = rules.penalties.apply(logits, said.among(ids))
+        if rules.bias is not None:
+            logits = logits + _columns(rules.bias, ids)
+        logits = sum(forbidden, logits)
+        if rules.reordered is not None:
+            best = mx.where(rules.reordered, mx.argmax(logits, axis=-1), best)
+        if rules.all_greedy:
+            return cls(_named(best, ids))
+        scaled, tokens = logits / rules.temperature, ids
+        if rules.candidates:
+            scaled, columns = _filtered(scaled, rules)
+            tokens = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
+        return cls(_named(best, ids), scaled, tokens)
+
+    @classmethod
+    def joined(cls, each: Sequence[Distribution]) -> Distribution:
+        """One after the other: positions become T."""
+        parts = zip(*((one.best, one.scores, one.tokens) for one in each), strict=True)
+        return cls(*(None if part[0] is None else mx.concatenate(part, axis=1) for part in parts))
+
+    def names(self) -> mx.array:
+        """The token of each column, [B, T, C] or [1, 1, C]."""
+        return mx.arange(self.scores.shape[-1])[None, None] if self.tokens is None else self.tokens
+
+    def drawn(self, rules: Rules, positions: mx.array) -> mx.array:
+        """The likeliest token in greedy rows, a coupled sample in others: int32 [B, T]. positions: [B, T]."""
+        if self.scores is None:
+            return self.best
+        names = self.names()
+        column = mx.argmax(self.scores + gumbel(rules.keys, positions, names), axis=-1, keepdims=True)
+        token = mx.take_along_axis(mx.broadcast_to(names, self.scores.shape), column, axis=-1)[..., 0]
+        return mx.where(rules.greedy, self.best, token.astype(mx.int32))
+
+    def at(self, ids: mx.array | None, vocab: int) -> mx.array:
+        """The probabilities of the tokens ids, [B, T, n]; None: of the whole vocabulary."""
+        p = mx.softmax(self.scores, axis=-1, precise=True)
+        if self.tokens is None:
+            return p if ids is None else mx.take_along_axis(p, ids, axis=-1)
+        if ids is not None and ids.shape[-1] * p.shape[-1] <= vocab:  # two shortlists are less than a whole row
+            same = ids[..., None] == self.tokens[..., None, :]
+            return mx.where(same, p[..., None, :], 0.0).sum(axis=-1)
+        whole = mx.put_along_axis(mx.zeros((*p.shape[:-1], vocab)), self.tokens, p, axis=-1)
+        return whole if ids is None else mx.take_along_axis(whole, ids, axis=-1)
+
+    def of_rows(self, index: mx.array) -> Distribution:
+        return Distribution(*(None if a is None else a[index] for a in (self.best, self.scores, self.tokens)))
+
+
 def sample(
     logits: mx.array,
     rules: Rules,
@@ -96,37 +178,14 @@ def sample(
     said: Said | None = None,
     mask: mx.array | None = None,
 ) -> mx.array:
-    """Greedy or coupled sampling after soft-cap, penalties, bias, temperature, top-k, top-p and min-p (transformers'
-    order).
+    """Greedy or coupled sampling.
 
     logits: float32 [B, T, C], not capped (greedy alone needs no cap: it keeps the order); positions: [B, T], absolute,
     of the tokens to be drawn; ids: [B, T, C] token ids of the columns, None where column i is token i; said: the tokens
     before each position, where the rules have penalties; mask: [B, T, V], -inf at tokens that a grammar forbids.
     Returns int32 [B, T].
     """
-    forbidden = [_columns(bias, ids) for bias in (rules.suppressed, mask) if bias is not None]
-    best = mx.argmax(sum(forbidden, logits), axis=-1)
-    if rules.all_greedy and rules.reordered is None:
-        return _named(best, ids)
-    logits = soft_cap(logits, cap)
-    if rules.penalties is not None:
-        logits = rules.penalties.apply(logits, said.among(ids))
-    if rules.bias is not None:
-        logits = logits + _columns(rules.bias, ids)
-    logits = sum(forbidden, logits)
-    if rules.reordered is not None:
-        best = mx.where(rules.reordered, mx.argmax(logits, axis=-1), best)
-    if rules.all_greedy:
-        return _named(best, ids)
-    scaled, tokens = logits / rules.temperature, ids
-    if rules.candidates:
-        scaled, columns = _filtered(scaled, rules)
-        tokens = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
-    if tokens is None:
-        tokens = mx.arange(logits.shape[-1])[None, None]
-    drawn = mx.argmax(scaled + gumbel(rules.keys, positions, tokens), axis=-1, keepdims=True)
-    drawn = mx.take_along_axis(mx.broadcast_to(tokens, scaled.shape), drawn, axis=-1)[..., 0]
-    return mx.where(rules.greedy, _named(best, ids), drawn.astype(mx.int32))
+    return Distribution.of(logits, rules, cap, ids, said, mask).drawn(rules, positions)
 
 
 def logprobs(logits: mx.array, tokens: mx.array, cap: float | None, top: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -173,28 +232,6 @@ def _best(values: mx.array, count: int) -> mx.array:
     columns = mx.sort(mx.argpartition(values, kth=-count, axis=-1)[..., -count:], axis=-1)
     order = mx.argsort(-mx.take_along_axis(values, columns, axis=-1), axis=-1)
     return mx.take_along_axis(columns, order, axis=-1)
-
-
-def gumbel(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
-    """Standard Gumbel noise, a pure function of (key, position, token). keys: uint32 [B, 2]; positions: [B, T];
-    tokens: [B, T, C] (or broadcastable). Returns float32 [B, T, C].
-
-    A counter-based hash, so that it is computed only where it is needed. -log(E) with E = -log1p(-u): the many small u
-    keep their precision, which the large values of the noise need.
-    """
-    position = positions.astype(mx.uint32)
-    first = _mix(_mix(position * 0x9E3779B9 + keys[:, :1]) ^ keys[:, 1:])[..., None]
-    second = _mix(first + 0x85EBCA6B)
-    bits = _mix(_mix(tokens.astype(mx.uint32) * 0xC2B2AE35 ^ first) + second)
-    u = (bits.astype(mx.float32) + 0.5) * 2.0**-32
-    return -mx.log(-mx.log1p(-u))
-
-
-def _mix(x: mx.array) -> mx.array:
-    """A bijection of 32-bit integers whose every output bit depends on every input bit (Wellons' lowbias32)."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
 
 
 def _key(seed: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from .depth import Auto, Fixed
 from .drafter import Drafter
 from .gemma4 import Gemma4
 from .guide import Constraint, guide
-from .params import SamplingParams
+from .params import COUPLED, SamplingParams
 from .penalties import Said
 from .sampling import Rules
 from .speculative import Round, Speculation, TokenLogprob, compact, prefill
@@ -140,11 +140,12 @@ class Batch:
         suppress: Sequence[int] = (),
         draft_position: int = 0,
         draft_temperature: float = 1.0,
+        accept: str = COUPLED,
     ):
         self.target, self.drafter, self.suppress = target, drafter, suppress
         self.requests, self.live = list(requests), list(requests)
         self.depth = depth
-        self.draft_position, self.draft_temperature = draft_position, draft_temperature
+        self.draft_position, self.draft_temperature, self.accept = draft_position, draft_temperature, accept
         self.longest = max(len(request.prompt) for request in requests)
         block = max(depth.most + 1, min(prefill_chunk, self.longest))
         self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, target.dtype)
@@ -200,6 +201,7 @@ class Batch:
             said,
             guide([request.constraint for request in self.requests], self.target.config.vocab_size),
             self.depth.confident,
+            self.accept,
         )
 
     def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:

@@ -8,16 +8,19 @@ a verify writes it, and the write is in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from . import rejection
 from .cache import Cache
-from .drafter import Drafter, draft
+from .drafter import Drafter, Drafts, draft
 from .gemma4 import Gemma4
 from .guide import Guide
+from .noise import keys_of_round
+from .params import COUPLED, REJECTION
 from .penalties import Said
-from .sampling import Rules, accept, logprobs, sample
+from .sampling import Distribution, Rules, accept, logprobs, sample
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Round:
 class _Verify:
     """A verify pass that is built but not dispatched, and the cache's buffers as they were before it."""
 
-    drafts: mx.array
+    drafts: Drafts
     hidden: mx.array
     positions: mx.array
     before: list[tuple[mx.array, mx.array]]
@@ -98,7 +101,8 @@ class Speculation:
     draft_temperature: the drafter's, as a multiple of the target's. said: the prompts, where the rules have penalties.
     guide: the rows' constraints; then the drafts are read before the verify is built, and those that are refused cut.
     confident: read the drafter's confidences with every round, into `confidences`, [B][K] for the drafts that wait to
-    be verified.
+    be verified. accept: which drafts stay, 'coupled' (those that plain decoding says) or 'rejection' (see rejection.py;
+    drafts are never cut then, which would favour those that are not).
     """
 
     def __init__(
@@ -113,10 +117,12 @@ class Speculation:
         said: Said | None = None,
         guide: Guide | None = None,
         confident: bool = False,
+        accept: str = COUPLED,
     ):
         self.target, self.drafter, self.cache, self.rules = target, drafter, cache, rules
         self.draft_position, self.draft_temperature = draft_position, draft_temperature
         self.hidden, self.said, self.guide, self.confident = hidden, said, guide, confident
+        self.rejection = accept == REJECTION
         self.confidences: list[list[float]] = [[]] * hidden.shape[0]
         self._mask = guide and guide.look([[]] * hidden.shape[0])[1]  # [B, 1, V] for the first token
         self.rows = slice(0, hidden.shape[0])
@@ -141,9 +147,9 @@ class Speculation:
         """
         if self._launched:
             return
-        if width is not None and width < self._drafts.shape[1]:
+        if width is not None and width < self._drafts.tokens.shape[1]:
             self._forget()
-            self._drafts = self._drafts[:, :width]
+            self._drafts = self._drafts.first(width)
             self._mask = self._mask[:, : width + 1] if self._mask is not None else None
         self._verify = self._verify or self._build()
         self._verify.before.clear()  # the last handles of the old buffers: from here on the write can be in place
@@ -154,15 +160,15 @@ class Speculation:
         """One round: verifies the drafts there are; num_draft: how many to draft for the next."""
         self.launch()
         verify, self._launched = self._verify, False
-        targets = self._sample(verify.hidden, verify.positions + 1, self.said and self.said.at_each(verify.drafts))
-        n, self._next = accept(verify.drafts, targets)
-        self.said = self.said and self.said.after(targets, n + 1)
+        said = self.said and self.said.at_each(verify.drafts.tokens)
+        tokens, n, self._next = self._accept(verify, said)
+        self.said = self.said and self.said.after(tokens, n + 1)
         self.cache.commit(self.rows, n + 1)
         self.hidden = mx.take_along_axis(verify.hidden, n[:, None, None], axis=1)[:, 0]
-        width = verify.drafts.shape[1]
+        width = verify.drafts.tokens.shape[1]
         self._longest += width + 1
         self._draft(num_draft)
-        return self._read(targets, n, width)
+        return self._read(tokens, n, width)
 
     def retain(self, rows: Sequence[int], rules: Rules) -> None:
         """Goes on with these rows alone, row rows[i] in place i (see `compact`); rules: theirs, in this order."""
@@ -172,7 +178,7 @@ class Speculation:
             if place != row:
                 self.cache.move(row, place)
         index = mx.array(list(rows))
-        self.hidden, self._next, self._drafts = self.hidden[index], self._next[index], self._drafts[index]
+        self.hidden, self._next, self._drafts = self.hidden[index], self._next[index], self._drafts.of_rows(index)
         self.said = self.said and self.said.of_rows(index) if rules.penalties else None
         self._mask = self._mask[index] if self._mask is not None else None
         self.guide = self.guide and self.guide.of_rows(rows)
@@ -181,27 +187,50 @@ class Speculation:
 
     def _sample(self, hidden: mx.array, positions: mx.array, said: Said | None) -> mx.array:
         """The target's own tokens at these positions, [B, T], from the hidden states that predict them."""
-        logits, cap = self.target.logits(hidden), self.target.config.softcap
-        tokens = sample(logits, self.rules, positions, cap, said=said, mask=self._mask)
-        self._report = () if self.rules.logprobs is None else logprobs(logits, tokens, cap, self.rules.logprobs)
+        logits = self.target.logits(hidden)
+        tokens = sample(logits, self.rules, positions, self.target.config.softcap, said=said, mask=self._mask)
+        self._note(logits, tokens)
         return tokens
+
+    def _accept(self, verify: _Verify, said: Said | None) -> tuple[mx.array, mx.array, mx.array]:
+        """Tokens [B, K + 1], of which n + 1 count, n [B], the drafts kept, and the token after them [B]. said: the
+        tokens before each position.
+        """
+        drafts, positions = verify.drafts, verify.positions + 1
+        if drafts.q is None or self.rules.all_greedy:
+            targets = self._sample(verify.hidden, positions, said)
+            return targets, *accept(drafts.tokens, targets)
+        logits = self.target.logits(verify.hidden)
+        p = Distribution.of(logits, self.rules, self.target.config.softcap, said=said, mask=self._mask)
+        tokens, n, following = rejection.accept(drafts.tokens, drafts.q, p, self.rules, positions)
+        self._note(logits, tokens)
+        return tokens, n, following
+
+    def _note(self, logits: mx.array, tokens: mx.array) -> None:
+        """What is to be reported of these tokens, where the rules ask for it."""
+        cap, top = self.target.config.softcap, self.rules.logprobs
+        self._report = () if top is None else logprobs(logits, tokens, cap, top)
 
     def _draft(self, count: int) -> None:
         if self.drafter is None or count < 1:
-            self._drafts, self._sure = mx.zeros((self.rows.stop, 0), mx.int32), mx.zeros((self.rows.stop, 0))
+            self._drafts = Drafts.none(self.rows.stop)
             return
-        self._drafts, self._sure = draft(
+        rules = self.rules.drafting(self.draft_temperature)
+        if self.rejection:
+            rules = replace(rules, keys=keys_of_round(rules.keys, self.cache.lengths[self.rows]))
+        self._drafts = draft(
             self.drafter,
             self.target.embed,
             self.cache,
             self.rows,
             self._next,
             self.hidden,
-            self.rules.drafting(self.draft_temperature),
+            rules,
             count,
             self.draft_position,
             self.said,
             self.confident,
+            self.rejection,
         )
 
     def _forget(self) -> None:
@@ -211,7 +240,7 @@ class Speculation:
             self._verify = None
 
     def _build(self) -> _Verify:
-        tokens = mx.concatenate([self._next[:, None], self._drafts], axis=1)
+        tokens = mx.concatenate([self._next[:, None], self._drafts.tokens], axis=1)
         self.cache.reserve(self._longest + tokens.shape[1])
         before = self.cache.buffers
         span = self.cache.span(self.rows, tokens.shape[1])
@@ -219,15 +248,16 @@ class Speculation:
 
     def _read(self, tokens: mx.array, n: mx.array | None, drafted: int | None) -> Round:
         """Queues everything, builds the next verify meanwhile, and reads back once."""
-        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, self._drafts, self._sure, *self._report)
+        waiting = (self._drafts.tokens, self._drafts.sure)
+        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, *waiting, *self._report)
         if self.guide is None:
             self._verify = self._build()
         rows, kept, drafts, report = self._readback(tokens, n)
         emitted = [row[: k + 1] for row, k in zip(rows, kept, strict=True)]
         if self.guide is not None:
             self.guide.advance(emitted)
-            width, self._mask = self.guide.look(drafts)
-            self._drafts = self._drafts[:, :width]
+            width, self._mask = self.guide.look(drafts, cut=self._drafts.q is None)
+            self._drafts = self._drafts if self._drafts.q else self._drafts.first(width)
             self.confidences = [row[:width] for row in self.confidences]
             self._verify = self._build()
         return Round(emitted, drafted, _named(emitted, *report) if report else None)
@@ -237,10 +267,11 @@ class Speculation:
         the report.
         """
         self.host_syncs += 1
-        mx.eval(tokens, self._drafts, self._sure, self.hidden, *self._report)
-        self.confidences = self._sure.tolist()
+        waiting = self._drafts
+        mx.eval(tokens, waiting.tokens, waiting.sure, self.hidden, *self._report)
+        self.confidences = waiting.sure.tolist()
         kept = [0] * tokens.shape[0] if n is None else n.tolist()
-        drafts = [] if self.guide is None else self._drafts.tolist()
+        drafts = [] if self.guide is None else waiting.tokens.tolist()
         return tokens.tolist(), kept, drafts, [part.tolist() for part in self._report]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
-from .params import SamplingParams
+from .params import REJECTION, SamplingParams
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -30,9 +30,12 @@ class Speedup:
     plain_tps: float
     ratio: float
     equal: bool
+    by_rejection: bool  # the drafts of sampled text: then another text is no error
 
     def __str__(self) -> str:
         same = "the same text" if self.equal else "ANOTHER TEXT, please report it"
+        if self.by_rejection and not self.equal:
+            same = "another text of the same distribution"
         return (
             f"MTP: {self.tokens_per_round:.2f} tokens a pass of the target; {self.mtp_tps:.0f} tokens/s against "
             f"{self.plain_tps:.0f} without drafts ({self.ratio:.2f}x) over {self.tokens} tokens, {same}"
@@ -62,5 +65,6 @@ def measure(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, *
         mtp_tps=median(rate for rate, _ in rates),
         plain_tps=median(rate for _, rate in rates),
         ratio=median(ratios),
+        by_rejection=engine.accept == REJECTION and params.resolved(engine.defaults).temperature > 0,
         equal=[result.tokens for result in mtp] == [result.tokens for result in plain],
     )

@@ -15,9 +15,9 @@ class Stats:
     rounds: verify passes (the first token comes from the prefill); drafted and accepted: draft tokens that were
     verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
     1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
-    batch; depths[K]: rounds that verified K drafts, by the reason of K (depth.REASONS); offered[i],
-    kept[i]: rounds that verified at least i + 1 drafts, and that kept so many; target_step_bytes, draft_step_bytes:
-    weights read for one token by the target, and for one draft.
+    batch; accept: the rule by which sampled drafts were kept; depths[K]: rounds that verified K drafts, by the reason
+    of K (depth.REASONS); offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept so many;
+    target_step_bytes, draft_step_bytes: weights read for one token by the target, and for one draft.
     """
 
     prompt_tokens: int = 0
@@ -35,6 +35,7 @@ class Stats:
     mtp_reason: str | None = None
     blas: str = ""
     seed: int | None = None
+    accept: str = ""
     target_step_bytes: int = 0
     draft_step_bytes: int = 0
     depths: dict[int, dict[str, int]] = field(default_factory=dict)

@@ -76,6 +76,11 @@ def test_logprobs_are_those_of_plain_decoding(engine, temperature):
     assert [each.token for piece in pieces for each in piece] == drafted[0].tokens
 
 
+def test_an_unknown_rule_of_acceptance_is_named():
+    with pytest.raises(UserError, match="accept is 'typical', expected one of coupled, rejection"):
+        load(accept="typical")
+
+
 def test_a_bias_outside_the_vocabulary_is_named(engine):
     with pytest.raises(UserError, match="logit_bias has token id 4096, expected 0 to 4095"):
         engine.generate(PROMPTS[0], SamplingParams(logit_bias={4096: 1.0}))

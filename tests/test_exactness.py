@@ -1,10 +1,12 @@
-"""Sampling is exact: the joint distribution of three tokens through the real loop, against enumeration.
+"""Sampling is exact: the joint distribution of some tokens through the real loop, against enumeration.
 
 A toy target (the next token's logits depend on the last token) with a good, a bad and an adversarial drafter: 200,000
-rows, one seed each, three drafts a round; chi-square, p > 1e-3.
+rows, one seed each, three drafts a round; chi-square, p > 1e-3. Coupled sampling says the same with any drafter;
+rejection says something else with each, so each is held against enumeration.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -12,14 +14,18 @@ import numpy as np
 import pytest
 from test_sampling import distribution
 
-from mlx_gemma_mtp import speculative
+from mlx_gemma_mtp import rejection, speculative
 from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.drafter import drawn
-from mlx_gemma_mtp.params import SamplingParams
+from mlx_gemma_mtp.guide import guide, only
+from mlx_gemma_mtp.noise import uniform
+from mlx_gemma_mtp.params import COUPLED, REJECTION, SamplingParams
+from mlx_gemma_mtp.penalties import Said
+from mlx_gemma_mtp.rejection import residuals
 from mlx_gemma_mtp.sampling import Rules, accept
 from mlx_gemma_mtp.speculative import Speculation
 
-VOCAB, ROWS, SOME, FIRST = 5, 200_000, 20_000, 2
+VOCAB, ROWS, FEWER, SOME, FIRST = 5, 200_000, 60_000, 20_000, 2
 TABLE = np.random.default_rng(5).normal(size=(VOCAB, VOCAB)).astype(np.float32) * 0.7
 DRAFTERS = {
     "good": TABLE + np.random.default_rng(6).normal(size=TABLE.shape).astype(np.float32) * 0.3,
@@ -67,12 +73,23 @@ class ToyDrafter:
         return embedded, hidden
 
     def pick(self, tokens, rules, positions, said, confident):
-        return drawn(self.table[tokens], None, rules, positions, said), None
+        token, q = drawn(self.table[tokens], None, rules, positions, said)
+        return token, None, q
 
 
-def draw(drafter: np.ndarray, params: SamplingParams, count: int = ROWS) -> tuple[np.ndarray, float]:
-    """Three tokens of `count` rows, [count, 3]; drafts kept a round."""
-    cache = NoCache((), count, 1, 4, mx.float32)
+def draw(
+    drafter: np.ndarray,
+    params: SamplingParams,
+    count: int = ROWS,
+    accept: str = COUPLED,
+    drafts: Sequence[int] = (3,),
+    **settings,
+) -> tuple[np.ndarray, float]:
+    """Three tokens of `count` rows, [count, 3]; drafts kept in the first round. drafts: of the rounds, in turn; length:
+    tokens instead of three; settings: of Speculation.
+    """
+    length, drafts = settings.pop("length", 3), itertools.cycle(drafts)
+    cache = NoCache((), count, 1, 8, mx.float32)
     cache.commit(slice(0, count), mx.ones((count,), mx.int32))
     seeds = np.stack([np.arange(count), np.full(count, 77)], axis=1).astype(np.uint32)
     rows = lambda value: mx.broadcast_to(value, (count, *value.shape[1:]))  # noqa: E731
@@ -84,25 +101,40 @@ def draw(drafter: np.ndarray, params: SamplingParams, count: int = ROWS) -> tupl
         cache,
         replace(rules, **each, keys=mx.array(seeds)),
         mx.full((count, 1), FIRST),
+        accept=accept,
+        **settings,
     )
-    texts = loop.start(3, 1).tokens
-    first = loop.step(3).tokens
+    texts = loop.start(next(drafts), 1).tokens
+    first = loop.step(next(drafts)).tokens
     for text, more in zip(texts, first, strict=True):
         text += more
-    while min(map(len, texts)) < 3:
-        for text, more in zip(texts, loop.step(3).tokens, strict=True):
+    while min(map(len, texts)) < length:
+        for text, more in zip(texts, loop.step(next(drafts)).tokens, strict=True):
             text += more
-    return np.array([text[:3] for text in texts]), float(np.mean([len(row) - 1 for row in first]))
+    return np.array([text[:length] for text in texts]), float(np.mean([len(row) - 1 for row in first]))
 
 
-def deviation(drawn: np.ndarray, params: SamplingParams) -> float:
+def joint(params: SamplingParams, length: int, table: np.ndarray = TABLE) -> np.ndarray:
+    """The probability of each text of this length, the first token's digit first."""
+    rows = np.array([distribution(row, params) for row in table])
+    chances = rows[FIRST]
+    for _ in range(length - 1):
+        chances = (chances.reshape(-1, VOCAB, 1) * rows).ravel()
+    return chances
+
+
+def deviation(drawn: np.ndarray, params: SamplingParams, table: np.ndarray = TABLE) -> float:
     """Standard deviations of the chi-square statistic (Wilson and Hilferty); 3.09 is p = 1e-3. Infinite for a token
     outside the filter.
     """
-    rows = [distribution(row, params) for row in TABLE]
-    joint = [rows[FIRST][a] * rows[a][b] * rows[b][c] for a, b, c in itertools.product(range(VOCAB), repeat=3)]
-    want = np.array(joint) * ROWS
-    seen = np.bincount(drawn @ [VOCAB**2, VOCAB, 1], minlength=VOCAB**3)
+    return chi_square(joint(params, drawn.shape[1], table), drawn)
+
+
+def chi_square(joint: np.ndarray, drawn: np.ndarray) -> float:
+    """See `deviation`; joint: [VOCAB ** length]."""
+    count, length = drawn.shape
+    want = joint * count
+    seen = np.bincount(drawn @ VOCAB ** np.arange(length)[::-1], minlength=VOCAB**length)
     if seen[want == 0].any():
         return np.inf
     large = want >= 5
@@ -134,3 +166,90 @@ def test_a_broken_rule_is_rejected(params, monkeypatch):
 
     monkeypatch.setattr(speculative, "accept", lenient)
     assert deviation(draw(DRAFTERS["bad"], params)[0], params) > 3.09
+
+
+SCHEDULES = ((3,), (1,), (5,), (1, 3, 0, 2))  # of drafts, round by round
+
+
+@pytest.mark.parametrize(
+    "index", range(len(SETTINGS)), ids=lambda i: f"T{SETTINGS[i].temperature}-k{SETTINGS[i].top_k}"
+)
+def test_joint_distribution_by_rejection(index):
+    """Four tokens, so that most texts draft a position again after a refusal. The slow test has all combinations."""
+    drafter, schedule = list(DRAFTERS.values())[index % 3], SCHEDULES[index % 4]
+    factor = 1.0 + 0.3 * (index % 2)
+    drawn, _ = draw(drafter, SETTINGS[index], 2 * SOME, REJECTION, schedule, length=4, draft_temperature=factor)
+    assert deviation(drawn, SETTINGS[index]) < 3.09
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params", SETTINGS, ids=lambda p: f"T{p.temperature}-k{p.top_k}-p{p.top_p}")
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_joint_distribution_by_rejection_everywhere(params, schedule, name):
+    drawn, _ = draw(DRAFTERS[name], params, ROWS, REJECTION, schedule, draft_temperature=1.3)
+    assert deviation(drawn, params) < 3.09
+
+
+def _target_alone(drafts, q, p, vocab):
+    """What follows refused drafts is drawn from p, not from the residual."""
+    reach, rest = residuals(drafts, q, p, vocab)
+    plain = mx.broadcast_to(mx.softmax(p.scores, axis=-1), rest.shape)
+    return reach, plain * rest.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "owner, name, broken",
+    [
+        (rejection, "residuals", _target_alone),
+        (rejection, "chances", lambda reach, rest: reach),  # each draft by itself: what block verification must not do
+        (speculative, "keys_of_round", lambda keys, first: keys ^ 1),  # drafts meet the noise of refused ones again
+        (speculative, "keys_of_round", lambda keys, first: keys),  # and that of the token after them
+        (rejection, "uniform", lambda keys, positions, tokens: uniform(keys, positions, tokens * 0 + VOCAB)),
+    ],
+    ids=["no residual", "no block", "noise of another round", "noise of the residual", "luck of another round"],
+)
+def test_a_broken_rejection_is_rejected(owner, name, broken, monkeypatch):
+    monkeypatch.setattr(owner, name, broken)
+    params = SETTINGS[6]
+    assert deviation(draw(DRAFTERS["bad"], params, FEWER, REJECTION, length=4)[0], params) > 3.09
+
+
+def test_penalties_by_rejection():
+    """They follow the drafts of each position, and what was emitted."""
+    params = replace(SETTINGS[4], frequency_penalty=1.5, presence_penalty=-0.5)
+    said = Said.of([[FIRST]] * SOME, VOCAB)
+    drawn, _ = draw(DRAFTERS["bad"], params, SOME, REJECTION, said=said)
+    chances = []
+    for text in itertools.product(range(VOCAB), repeat=3):
+        chance, last = 1.0, FIRST
+        for i, token in enumerate(text):
+            counts = np.bincount(text[:i], minlength=VOCAB)
+            chance *= distribution(TABLE[last] - 1.5 * counts + 0.5 * (counts > 0), params)[token]
+            last = token
+        chances.append(chance)
+    assert chi_square(np.array(chances), drawn) < 3.09
+
+
+class Never:
+    """A constraint: this token may never be said."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def copy(self):
+        return self
+
+    def mask(self):
+        return only([t for t in range(VOCAB) if t != self.token], VOCAB)
+
+    def advance(self, token):
+        assert token != self.token
+
+
+def test_constraints_by_rejection():
+    """Drafts that a constraint refuses are not cut: what follows them has to come from the residual."""
+    params, count = SETTINGS[4], SOME // 2
+    drawn, _ = draw(DRAFTERS["bad"], params, count, REJECTION, guide=guide([Never(1)] * count, VOCAB))
+    masked = np.where(np.arange(VOCAB) == 1, -np.inf, TABLE)
+    assert deviation(drawn, params, masked) < 3.09

@@ -18,7 +18,7 @@ PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "pr
 KEYS = {
     "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "batch_generation_tps", "ttft_s", "rounds",
     "drafted", "accepted", "tokens_per_round", "acceptance_by_position", "host_syncs", "peak_memory_gb", "mtp",
-    "mtp_reason", "blas",
+    "mtp_reason", "blas", "accept",
 }  # fmt: skip
 
 
@@ -50,6 +50,13 @@ def test_the_bundled_model_shows_what_mtp_is_worth(capsys):
     assert found and 1 < float(found[1]) <= 4 and float(found[2]) > 0
     assert "a pass of the target" not in run(capsys, *argv, "--json")[2]
     assert "a pass of the target" not in run(capsys, "--prompt", "x", "--num-draft-tokens", 0, "--max-tokens", 4)[2]
+
+
+def test_rejection_says_that_the_text_follows_the_drafts(capsys):
+    argv = ["--prompt", PROMPTS[0], "--temp", "1", "--seed", "2", "--max-tokens", "24", "--num-draft-tokens", "3"]
+    code, out, err = run(capsys, *argv, "--accept", "rejection", "--stats")
+    assert code == 0 and "accepted (rejection);" in err and "another text of the same distribution" in err
+    assert out != run(capsys, *argv)[1]
 
 
 def test_several_prompts_come_whole_and_in_order(capsys, tmp_path):
@@ -135,6 +142,7 @@ def broken_model(folder: Path, **changes) -> Path:
         (["--prompt", "x", "--logit-bias", "4096=3"], "logit_bias has token id 4096"),
         (["--prompt", "x", "--logprobs", "99"], "logprobs is 99"),
         (["--prompt", "x", "--draft-temperature", "0"], "draft_temperature is 0.0"),
+        (["--prompt", "x", "--accept", "typical"], "argument --accept: invalid choice: 'typical'"),
         (["--prompt", "x", "--num-draft-tokens", "-1"], "num-draft-tokens is -1"),
         (["--prompt", "x", "--model", "nothing-here"], "no model 'nothing-here'"),
         (["--prompt", "x", "--model", __file__], "is a file"),

@@ -49,6 +49,8 @@ def test_drafts_are_walked_on_a_copy_up_to_the_first_that_is_refused():
     assert [set(a.tolist()) for a in allowed[:3]] == [{0}, {1}, {2}] and (np.array(mask[1]) == 0).all()
     assert (stairs.step, stairs.advanced) == (0, 0)
     assert guide([stairs], VOCAB).look([[7, 15, 3, 4]])[0] == 2
+    width, mask = guide([stairs], VOCAB).look([[7, 15, 3, 4]], cut=False)
+    assert width == 4 and (np.array(mask[0, 3:]) == 0).all() and mx.isinf(mask[0, 2]).any()
     found.advance([[14, 8], [5, 6]])
     assert (stairs.step, stairs.advanced) == (2, 2)
     assert found.of_rows([1]) is None and found.of_rows([0]).constraints == [stairs]

@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gemma_mtp.noise import gumbel
 from mlx_gemma_mtp.params import SamplingParams
 from mlx_gemma_mtp.penalties import Said
-from mlx_gemma_mtp.sampling import Rules, accept, gumbel, logprobs, sample
+from mlx_gemma_mtp.sampling import Rules, accept, logprobs, sample
 
 VOCAB = 12
 

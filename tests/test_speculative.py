@@ -11,6 +11,7 @@ import tiny
 
 import mlx_gemma_mtp
 from mlx_gemma_mtp.cache import Cache
+from mlx_gemma_mtp.params import COUPLED, REJECTION
 from mlx_gemma_mtp.sampling import Rules
 from mlx_gemma_mtp.speculative import Speculation, compact, prefill
 
@@ -23,7 +24,9 @@ ROOMS = (
     "gemma4",
     "drafter",
     "guide",
+    "noise",
     "penalties",
+    "rejection",
     "sampling",
     "speculative",
 )
@@ -126,7 +129,7 @@ def test_the_draft_position_is_a_setting(moe):
         rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
         loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 2), batch), position)
         rows = loop.start(3, 17).tokens
-        drafts.append(loop._drafts.tolist())
+        drafts.append(loop._drafts.tokens.tolist())
         for _ in range(30):
             rows = [row + more for row, more in zip(rows, loop.step(3).tokens, strict=True)]
         emitted.append([row[:20] for row in rows])
@@ -166,11 +169,12 @@ def test_the_last_live_row_fills_the_hole(live, places):
 
 def test_one_readback_a_round(moe):
     """Counted where it happens; and nowhere else in the loop can the host wait for the device."""
-    for drafter, num_draft in ((None, 0), (tiny.drafter(moe), 3)):
+    drafts = tiny.drafter(moe)
+    for accept, drafter, num_draft in ((COUPLED, None, 0), (COUPLED, drafts, 3), (REJECTION, drafts, 3)):
         batch = tiny.prompts(4)
         cache = Cache(moe.config.kv, 4, 64, 16, mx.float32)
         rules = Rules.of([tiny.SAMPLED] * 4, tiny.VOCAB)
-        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 4), batch))
+        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 4), batch), accept=accept)
         loop.start(num_draft, 41)
         for done in range(5):
             assert loop.host_syncs == 1 + done

@@ -14,10 +14,10 @@ from mlx_gemma_mtp.drafter import Drafter, drawn
 from mlx_gemma_mtp.gemma4 import Gemma4
 from mlx_gemma_mtp.guide import Constraint, guide
 from mlx_gemma_mtp.linear import settle
-from mlx_gemma_mtp.params import SamplingParams
+from mlx_gemma_mtp.params import REJECTION, SamplingParams
 from mlx_gemma_mtp.penalties import Said
-from mlx_gemma_mtp.sampling import Rules
-from mlx_gemma_mtp.speculative import Speculation, prefill
+from mlx_gemma_mtp.sampling import Distribution, Rules
+from mlx_gemma_mtp.speculative import Speculation, compact, prefill
 
 VOCAB = 97
 ROPES = {
@@ -149,8 +149,10 @@ class OracleDrafter:
 
     def pick(
         self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
-    ) -> tuple[mx.array, None]:
-        return drawn((mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None, rules, positions, said), None
+    ) -> tuple[mx.array, None, Distribution]:
+        scores = (mx.arange(self.vocabulary)[None] == y).astype(mx.float32)
+        token, q = drawn(scores, None, rules, positions, said)
+        return token, None, q
 
 
 def decode(
@@ -176,6 +178,31 @@ def decode(
         for text, tokens in zip(texts, loop.step(num_draft).tokens, strict=True):
             text += tokens
     return [text[:count] for text in texts], loop
+
+
+def rejected(
+    model: Gemma4,
+    drafts: Drafter,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    num_draft: int,
+    count: int,
+) -> list[list[int]]:
+    """The same where drafts are accepted by rejection, with settings for each row; a row that has its tokens leaves."""
+    longest = max(map(len, prompts))
+    cache = Cache(model.config.kv, len(prompts), longest, 16, mx.float32)
+    rules = Rules.of(params, model.config.vocab_size)
+    said = Said.of(prompts, model.config.vocab_size) if rules.penalties else None
+    hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
+    loop = Speculation(model, drafts, cache, rules, hidden, said=said, accept=REJECTION)
+    names, texts = list(range(len(prompts))), [list(row) for row in loop.start(num_draft, longest).tokens]
+    while stay := compact([len(texts[name]) < count for name in names]):
+        if len(stay) < len(names):
+            names = [names[place] for place in stay]
+            loop.retain(stay, Rules.of([params[name] for name in names], model.config.vocab_size))
+        for name, tokens in zip(names, loop.step(num_draft).tokens, strict=True):
+            texts[name] += tokens
+    return [text[:count] for text in texts]
 
 
 def prompts(count: int, seed: int = 3) -> list[list[int]]:

@@ -99,10 +99,10 @@ def test_a_greedy_drafter_asks_the_kernel_and_drafts_the_same(monkeypatch, emula
     drafter = tiny.drafter(model, "dense")
     y, positions = mx.random.normal((3, drafter.config.hidden_size)), mx.zeros((3, 1), mx.int32)
     rules = Rules.of([tiny.GREEDY] * 3, drafter.config.vocab_size, suppress=[5, 9])
-    by_head, _ = drafter.pick(y, rules, positions, None, False)
+    by_head, *_ = drafter.pick(y, rules, positions, None, False)
     monkeypatch.setattr(kernels, "metal_available", lambda: True)
     emulator.counting = True
-    by_kernel, _ = drafter.pick(y, rules, positions, None, True)
+    by_kernel, *_ = drafter.pick(y, rules, positions, None, True)
     assert by_kernel.dtype == by_head.dtype == mx.int32 and by_kernel.tolist() == by_head.tolist()
     assert set(emulator.reads) == {"head_argmax"}
     emulator.reads.clear()
