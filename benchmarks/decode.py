@@ -19,6 +19,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ def context(args: argparse.Namespace, ready: Sequence[Setup]) -> dict[str, Any]:
     known = {setup.pair: hashes(setup.pair) for setup in ready}
     common = {
         "kind": "decode",
+        "run": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": Path(args.hf_path or args.model).name if args.hf_path or args.model else "bundled",
         "machine": machine.facts(),
         "versions": machine.versions(),

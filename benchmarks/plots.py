@@ -79,6 +79,7 @@ def _bars(axes: Axes, bars: Series) -> None:
             fontsize=7,
             padding=3,
             rotation=90 * (len(bars) > 2),
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},  # over lines
         )
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.15)  # room for the labels

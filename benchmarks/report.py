@@ -14,7 +14,7 @@ from benchmarks.series import Record
 from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.errors import UserError
 
-NEEDED = ("system", "drafts", "batch", "temperature", "text", "blas", "machine", "versions")
+NEEDED = ("run", "system", "drafts", "batch", "temperature", "text", "blas", "machine", "versions")
 TABLE = (
     "| system | drafts | rows | T | text | tokens/s | repeats | decoding | tokens/round | primitives/round | equal |"
 )
@@ -42,10 +42,10 @@ def read(paths: Sequence[Path]) -> list[Record]:
 
 
 def parts(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
-    """What may be compared: one machine, one model, one BLAS, with a title."""
+    """What may be compared: one run on one machine, of one model, with one BLAS; with a title."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        title = f"{record['model']}, {record['machine']['cpu']}, {record['blas']} BLAS"
+        title = f"{record['model']}, {record['machine']['cpu']}, {record['blas']} BLAS, {record['run']}"
         groups.setdefault(title, []).append(record)
     yield from groups.items()
 

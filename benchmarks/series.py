@@ -94,11 +94,17 @@ def round_cost(records: Sequence[Record]) -> Series:
 
 
 def rates(records: Sequence[Record]) -> Series:
-    """Tokens a second in the fewest rows, greedy, the mean over the classes: plain, and MTP with the best mean."""
+    """Tokens a second in the fewest rows, greedy, the mean over the classes that all systems have: plain, and MTP with
+    the best mean.
+    """
     able = [r for r in records if "failed" not in r and not r["temperature"]]
     fewest = min((r["batch"] for r in able), default=0)
+    texts: dict[str, set[str]] = {}
+    for r in able:
+        texts.setdefault(r["system"], set()).add(r["text"])
+    common = set.intersection(*texts.values()) if texts else set()
     few = collected(
-        (str(r["drafts"]), r["system"], r["tokens_per_s"]) for r in able if r["batch"] == fewest
+        (str(r["drafts"]), r["system"], r["tokens_per_s"]) for r in able if r["batch"] == fewest and r["text"] in common
     )  # draft length -> system -> rate
     best: dict[str, float] = {}
     for drafts, line in few.items():

@@ -195,9 +195,10 @@ def test_texts_are_compared_with_mlx_lm_and_the_place_is_told():
 
 def line(system=OURS, drafts=0, batch=1, text="code", rate=10.0, **other) -> dict:
     return {
-        "kind": "decode", "model": "m", "system": system, "drafts": drafts, "batch": batch, "temperature": 0.0,
-        "text": text, "blas": "stock", "machine": {"cpu": "c"}, "versions": {"mlx": "1"}, "tokens_per_s": rate,
-        "tokens_per_s_all": [rate], "decode_tokens_per_s": rate, "ms_per_round": 5.0, "positions_per_round": 1.0,
+        "kind": "decode", "run": "2026-11-22T10:00:00+00:00", "model": "m", "system": system, "drafts": drafts,
+        "batch": batch, "temperature": 0.0, "text": text, "blas": "stock", "machine": {"cpu": "c"},
+        "versions": {"mlx": "1"}, "tokens_per_s": rate, "tokens_per_s_all": [rate], "decode_tokens_per_s": rate,
+        "ms_per_round": 5.0, "positions_per_round": 1.0,
     } | other  # fmt: skip
 
 
@@ -216,6 +217,12 @@ def test_series():
     assert series.acceptance(LINES)["T 0, code"] == {1: 0.8, 2: 0.6}
     assert series.round_cost(LINES)[f"{OURS}, 1 row"] == {1: pytest.approx(5.0), 3: pytest.approx(5.0)}
     assert series.rates(LINES)["plain"] == {OURS: pytest.approx(10.0), "mlx-lm": pytest.approx(8.0)}
+    assert series.rates(LINES)["MTP, best draft length"] == {OURS: pytest.approx(20.0)}  # of code, which mlx-lm has too
+
+
+def test_runs_are_not_compared_with_each_other():
+    later = line(rate=1.0, run="2026-11-22T11:00:00+00:00")
+    assert [len(records) for _, records in report.parts([*LINES, later])] == [len(LINES), 1]
 
 
 # ------------------------------------------------------------------------------------------- the claim
