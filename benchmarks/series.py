@@ -42,6 +42,11 @@ def counted(count: int | str, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def fixed(records: Iterable[Record]) -> list[Record]:
+    """Those whose rounds are all alike: a chosen draft length has other rounds at each position."""
+    return [r for r in records if r["drafts"] != "auto"]
+
+
 def by_batch(records: Sequence[Record]) -> Series:
     """Mean speed-up over the classes, greedy: a line for each system and draft length."""
     return collected(
@@ -71,7 +76,8 @@ def acceptance(records: Sequence[Record]) -> Series:
     """Share of rounds that kept a draft's position, this package: a line for each class and temperature, from the
     longest drafts in the fewest rows.
     """
-    able = [r for r in records if r["system"] == "mlx_gemma_mtp" and r.get("acceptance_by_position")]
+    ours = [r for r in fixed(records) if r["system"] == "mlx_gemma_mtp"]
+    able = [r for r in ours if r.get("acceptance_by_position")]
     if not able:
         return {}
     rows = min(r["batch"] for r in able)
@@ -86,7 +92,7 @@ def acceptance(records: Sequence[Record]) -> Series:
 
 def round_cost(records: Sequence[Record]) -> Series:
     """Milliseconds of a round, greedy, over rows x (drafts + 1): a line for each system and batch, from plain on."""
-    able = [r for r in records if "ms_per_round" in r and "positions_per_round" in r and not r["temperature"]]
+    able = [r for r in fixed(records) if {"ms_per_round", "positions_per_round"} <= r.keys() and not r["temperature"]]
     return collected(
         (f"{r['system']}, {counted(r['batch'], 'row')}", round(r["positions_per_round"]), r["ms_per_round"])
         for r in able

@@ -214,7 +214,8 @@ def test_series():
     assert series.by_batch(LINES) == {f"{OURS}, 2 drafts": {1: pytest.approx(1.0), 4: pytest.approx(2.0)}}
     worse = line(drafts=4, rate=5.0)
     assert series.by_class([*LINES, worse]) == {f"{OURS}, T 0": {"code": 2.0, "prose": 0.5}}
-    assert series.acceptance(LINES)["T 0, code"] == {1: 0.8, 2: 0.6}
+    chosen = line(drafts="auto", acceptance_by_position=[0.5, 1.0, 1.0])
+    assert series.acceptance([*LINES, chosen])["T 0, code"] == {1: 0.8, 2: 0.6}
     assert series.round_cost(LINES)[f"{OURS}, 1 row"] == {1: pytest.approx(5.0), 3: pytest.approx(5.0)}
     assert series.rates(LINES)["plain"] == {OURS: pytest.approx(10.0), "mlx-lm": pytest.approx(8.0)}
     assert series.rates(LINES)["MTP, best draft length"] == {OURS: pytest.approx(20.0)}  # of code, which mlx-lm has too
