@@ -40,7 +40,8 @@ class CostTable:
     @classmethod
     def of(cls, verified: Verified, drafted: Drafted) -> CostTable:
         """From what was measured. What is missing is interpolated by the number of tokens, rows * (w + 1), which
-        decides most of a verify's time; beyond the largest, the last slope goes on.
+        decides most of a verify's time; beyond the largest, the last slope goes on. Where drafts were timed with one
+        number of rows alone, those of other rows are taken to grow as plain steps do, which flatters nobody.
         """
         contexts = tuple(sorted({context for _, context, _ in verified}))
         planes = []
@@ -60,8 +61,11 @@ class CostTable:
                 plane.append(tuple(rising(line)))
             planes.append(tuple(plane))
         rows = sorted(drafted)
-        draft = tuple(_line(count, rows, [drafted[each] for each in rows]) for count in ROWS)
-        return cls(contexts, tuple(planes), draft)
+        draft = [_line(count, rows, [drafted[each] for each in rows]) for count in ROWS]
+        if len(rows) == 1:
+            plain = [line[0] for line in planes[0]]
+            draft = [each * step / _line(rows[0], ROWS, plain) for each, step in zip(draft, plain, strict=True)]
+        return cls(contexts, tuple(planes), tuple(draft))
 
     def verify_at(self, rows: int, context: int) -> list[float]:
         """Seconds for w = 0..MAX_DRAFTS; between grid points linear, beyond the last with the last slope."""

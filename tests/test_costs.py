@@ -37,7 +37,8 @@ def test_what_is_missing_follows_from_the_number_of_tokens():
     assert table.verify_at(1, 64)[2] == pytest.approx(16.0)
     assert table.verify_at(4, 64)[1] == pytest.approx(10 + 2 * 8)
     assert table.verify_at(8, 64)[7] == pytest.approx(10 + 2 * 64)
-    assert table.draft_at(8) == 0.5
+    assert table.draft_at(1) == 0.5
+    assert table.draft_at(8) == pytest.approx(0.5 * 26 / 12)  # as a plain step grows
 
 
 def test_more_work_never_looks_cheaper():
