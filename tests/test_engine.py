@@ -170,13 +170,13 @@ def test_prefill_progress_and_long_prompts(engine, monkeypatch):
     plain = engine.generate(long_prompt, GREEDY, num_draft_tokens=0, progress=lambda d, t: told.append((d, t)))
     assert told == [(256, 700), (512, 700), (700, 700)]
     assert engine.generate(long_prompt, GREEDY).tokens == plain.tokens
-    context = 2048  # the pair's own is 8192, which would take a minute here
+    context = 1024  # the pair's own is 8192, which would take a minute here
     monkeypatch.setattr(engine.target, "config", replace(engine.target.config, context=context))
-    almost = (long_prompt * 3)[: context - 6]
+    almost = (long_prompt * 2)[: context - 6]
     result = engine.generate(almost, SamplingParams(max_tokens=50, ignore_eos=True))
     assert len(result.tokens) == 6 and result.finish_reason == "length"
     with pytest.raises(UserError, match=f"{context} tokens, expected fewer than the context of {context}"):
-        engine.generate((long_prompt * 3)[:context], GREEDY)
+        engine.generate((long_prompt * 2)[:context], GREEDY)
 
 
 @pytest.mark.parametrize(

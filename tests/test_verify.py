@@ -34,7 +34,7 @@ def test_the_bundled_pair_is_equal(capsys, prompt_file):
 def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):
     """Drafts that are kept whatever the target says: the first divergence comes with both logits."""
     monkeypatch.setattr(speculative, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
-    code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--json", "--samples", "40")
+    code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--json")
     record = json.loads(out)
     assert code == 1 and not record["equal"]
     found = [each for cell in record["cells"] if cell["temperature"] == 0 for each in cell["divergences"]]
