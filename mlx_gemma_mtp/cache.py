@@ -180,6 +180,13 @@ class Span:
         self._masks: dict[tuple[KVSpec, int, int], mx.array] = {}
         self._slots: dict[tuple[KVSpec, int], mx.array] = {}
 
+    def at(self, column: mx.array) -> Span:
+        """The same view for one query a row, at this column of the tokens written. column: [B]."""
+        one = copy(self)
+        one.positions = mx.take_along_axis(self.positions, column[:, None], axis=1)
+        one._masks = {}
+        return one
+
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """keys, values: [B, kv_heads, T, head_dim] of the new positions."""
         kv = self.cache.layers[layer]

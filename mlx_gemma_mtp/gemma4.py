@@ -102,6 +102,7 @@ class Gemma4(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.eps)
         self.embed_scale = config.hidden_size**0.5
         self.ropes = Ropes(config.layers)
+        self.writers = 1 + max(i for i, layer in enumerate(config.layers) if layer.owns_kv)  # the others only read
 
     def block(self, spec: LayerSpec) -> Block:
         config = self.config
@@ -118,14 +119,31 @@ class Gemma4(nn.Module):
         """What is computed in. (A table in MLX's FP4 and FP8 modes looks up bf16 whatever that is.)"""
         return self.norm.weight.dtype
 
-    def __call__(self, tokens: mx.array, span: Span) -> mx.array:
-        """tokens: [B, T], T == span.tokens. Writes K/V; returns hidden states after the last norm, [B, T, hidden]."""
+    def __call__(self, tokens: mx.array, span: Span, column: mx.array | None = None) -> mx.array:
+        """tokens: [B, T], T == span.tokens. Writes K/V; returns hidden states after the last norm, [B, T, hidden].
+
+        column: [B], the one token of each row whose state is wanted, [B, 1, hidden]: then no other goes through the
+        layers after the last that writes K/V (more than half of E2B's).
+        """
         x = self.embed(tokens.reshape(-1))  # [B * T, hidden]: products of two axes are fewer primitives
         inputs = self.per_layer_inputs(tokens.reshape(-1), x)
-        rotations = self.ropes.at(span.positions)
-        for layer, per_layer_input in zip(self.layers, inputs, strict=True):
+        if column is None:
+            x = self._through(slice(None), x, span, inputs)
+        else:
+            x = self._through(slice(self.writers), x, span, inputs)
+            rows = mx.arange(tokens.shape[0]) * tokens.shape[1] + column
+            inputs = [each if each is None else each[rows] for each in inputs]
+            span = span.at(column)
+            x = self._through(slice(self.writers, None), x[rows], span, inputs)
+        return self.norm(x).reshape(*span.positions.shape, -1)
+
+    def _through(self, some: slice, x: mx.array, span: Span, inputs: Sequence[mx.array | None]) -> mx.array:
+        """x: [B * T, hidden] through some layers."""
+        layers = self.layers[some]
+        rotations = self.ropes.at(span.positions) if layers else {}
+        for layer, per_layer_input in zip(layers, inputs[some], strict=True):
             x = layer(x, span, rotations[layer.kind], per_layer_input)
-        return self.norm(x).reshape(*tokens.shape, -1)
+        return x
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden: [..., hidden] -> float32 [..., vocabulary], before the soft-cap (see sampling.soft_cap)."""

@@ -75,10 +75,9 @@ def prefill(
     for start in range(0, width, cache.block):
         tokens = padded[:, start : start + cache.block]
         step = tokens.shape[1]
-        out = target(tokens, cache.span(rows, step))
-        cache.commit(rows, mx.clip(counts - start, 0, step))
         last = counts - 1 - start  # [B], the last token's column in this chunk, if it is in it
-        here = mx.take_along_axis(out, mx.clip(last, 0, step - 1)[:, None, None], axis=1)[:, 0]
+        here = target(tokens, cache.span(rows, step), mx.clip(last, 0, step - 1))[:, 0]
+        cache.commit(rows, mx.clip(counts - start, 0, step))
         inside = ((last >= 0) & (last < step))[:, None]
         hidden = here if hidden is None else mx.where(inside, here, hidden)
         mx.eval(hidden, cache.lengths)

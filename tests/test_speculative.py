@@ -6,10 +6,12 @@ import ast
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import tiny
 
 import mlx_gemma_mtp
+from mlx_gemma_mtp import gemma4
 from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.params import COUPLED, REJECTION
 from mlx_gemma_mtp.sampling import Rules
@@ -59,6 +61,19 @@ def test_plain_decoding_is_the_model(kind):
     texts, _ = tiny.decode(model, None, batch, 0, 30)
     assert texts == [naive(model, prompt, 30) for prompt in batch]
     assert len({token for text in texts for token in text}) > 20  # text that varies
+
+
+@pytest.mark.parametrize("kind", ["moe", "e2b"])
+def test_of_a_prompt_one_token_goes_through_the_layers_that_only_read(kind, monkeypatch):
+    model, seen = tiny.target(kind), []
+    call = gemma4.Block.__call__
+    monkeypatch.setattr(gemma4.Block, "__call__", lambda self, x, *rest: seen.append(len(x)) or call(self, x, *rest))
+    tokens, column = mx.array(tiny.prompts(2)[1:] * 2)[:, :6], mx.array([5, 2])
+    every = model(tokens, Cache(model.config.kv, 2, 16, 16, mx.float32).span(slice(0, 2), 6))
+    del seen[:]
+    one = model(tokens, Cache(model.config.kv, 2, 16, 16, mx.float32).span(slice(0, 2), 6), column)
+    assert seen == [12 if layer.owns_kv else 2 for layer in model.config.layers]
+    np.testing.assert_allclose(np.array(one[:, 0]), np.array(every)[[0, 1], [5, 2]], atol=1e-5)
 
 
 @pytest.mark.parametrize(
