@@ -19,7 +19,7 @@ from .gemma4 import Gemma4
 from .grammar import Grammars
 from .guide import Constraint
 from .kernels import metal_available
-from .params import ACCEPT, COUPLED, SamplingParams
+from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .thinking import CLOSE, OPEN, Thinking
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 256
 DRAFT_TEMPERATURE = 1.0  # the drafter's, as a multiple of the request's
-MAX_ROWS = 8  # prompts in one batch, unless `load` is told otherwise; the others wait for the next
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
 
 CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"

@@ -127,21 +127,21 @@ class Gemma4(nn.Module):
         """
         x = self.embed(tokens.reshape(-1))  # [B * T, hidden]: products of two axes are fewer primitives
         inputs = self.per_layer_inputs(tokens.reshape(-1), x)
+        steps = list(zip(self.layers, inputs, strict=True))
         if column is None:
-            x = self._through(slice(None), x, span, inputs)
+            x = self._through(steps, x, span)
         else:
-            x = self._through(slice(self.writers), x, span, inputs)
+            x = self._through(steps[: self.writers], x, span)
             rows = mx.arange(tokens.shape[0]) * tokens.shape[1] + column
-            inputs = [each if each is None else each[rows] for each in inputs]
+            rest = [(layer, each if each is None else each[rows]) for layer, each in steps[self.writers :]]
             span = span.at(column)
-            x = self._through(slice(self.writers, None), x[rows], span, inputs)
+            x = self._through(rest, x[rows], span)
         return self.norm(x).reshape(*span.positions.shape, -1)
 
-    def _through(self, some: slice, x: mx.array, span: Span, inputs: Sequence[mx.array | None]) -> mx.array:
-        """x: [B * T, hidden] through some layers."""
-        layers = self.layers[some]
-        rotations = self.ropes.at(span.positions) if layers else {}
-        for layer, per_layer_input in zip(layers, inputs[some], strict=True):
+    def _through(self, steps: Sequence[tuple[Block, mx.array | None]], x: mx.array, span: Span) -> mx.array:
+        """x: [B * T, hidden] through layers, each with its per-layer input."""
+        rotations = self.ropes.at(span.positions)
+        for layer, per_layer_input in steps:
             x = layer(x, span, rotations[layer.kind], per_layer_input)
         return x
 

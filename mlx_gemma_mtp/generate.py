@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import __version__, blas
 from .cli import Bar, Parser, command, note
 from .errors import UserError
-from .params import ACCEPT, COUPLED, SamplingParams
+from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 
 if TYPE_CHECKING:
     from .engine import Engine, Result
@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "--prompt", action="append", default=[], help="a prompt; repeat it for a batch; - reads standard input"
     )
     p.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, made as a batch")
-    p.add_argument("--max-rows", type=int, default=8, metavar="N", help="prompts in one batch (default: 8)")
+    p.add_argument(
+        "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"prompts in one batch (default: {MAX_ROWS})"
+    )
     p.add_argument("--system-prompt", help="a system turn before each prompt")
     p.add_argument("--ignore-chat-template", action="store_true", help="take prompts as raw text")
     p.add_argument("--max-tokens", type=int, default=512, help="at most so many tokens a prompt (default: 512)")

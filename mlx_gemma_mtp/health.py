@@ -51,14 +51,14 @@ class Report:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, checked: dict[str, str | None], rules: Sequence[paths.Rule], **more: Any) -> None:
-        """more: for the reader. Raises OSError."""
+    def write(self, checked: dict[str, str | None], rules: Sequence[paths.Rule]) -> None:
+        """Raises OSError."""
         data = {
             "format": FORMAT,
             "machine": self.key,
             "checked": checked,
             "rules": [_plain(rule) for rule in rules],
-        } | more
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole(self.path) as part:
             part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -15,7 +15,9 @@ from .errors import UserError
 MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
 OFF = -1  # of top_k
-COUPLED, REJECTION = ACCEPT = ("coupled", "rejection")  # how drafts are accepted: a setting of the engine
+# Settings of the engine, here because the command line needs them before MLX is imported.
+COUPLED, REJECTION = ACCEPT = ("coupled", "rejection")  # how drafts are accepted
+MAX_ROWS = 8  # prompts in one batch, unless `load` is told otherwise; the others wait for the next
 
 
 @dataclass(frozen=True)
