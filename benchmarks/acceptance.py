@@ -112,7 +112,6 @@ class Walk:
     def verify(self, drafts: list[int]) -> list[np.ndarray]:
         """p at each draft's position and after the last; commits nothing."""
         tokens = mx.array([[self.token, *drafts]])
-        self.cache.reserve(self.position + tokens.shape[1])
         self._verified = self.target(tokens, self.cache.span(ROWS, tokens.shape[1]))
         return self.target_p(self._verified)
 
@@ -120,7 +119,7 @@ class Walk:
         """Goes on as the package does; drafts kept."""
         kept = agreeing(self, drafts, ps)
         token = self.drawn(ps[kept], self.position + 1 + kept)
-        self.cache.commit(ROWS, mx.array([kept + 1]))
+        self.cache.commit(ROWS, mx.array([kept + 1]), [kept + 1])
         self.hidden = self._verified[:, kept]
         self.position, self.token = self.position + kept + 1, token
         return kept

@@ -16,16 +16,19 @@ import numpy as np
 from . import islands
 from .config import KVSpec
 from .islands import number
-from .kernels.attention import attention, attention_mask
+from .kernels.attention import attention, attention_mask, slots_read
 
 CAPACITY_STEP = 256
 
 
-def visible(lengths: mx.array, written: int, queries: mx.array, slots: int, window: int | None) -> mx.array:
+def visible(
+    lengths: mx.array, written: int, queries: mx.array, slots: int, window: int | None, read: int | None = None
+) -> mx.array:
     """Which slots each query may see.
 
     lengths: [B] tokens committed; written: tokens written past them by this forward (0: none);
-    queries: [B, T] absolute positions. Returns bool [B, 1, T, slots].
+    queries: [B, T] absolute positions; read: of how many of the slots it is asked (None: of all), the first ones.
+    Returns bool [B, 1, T, read].
 
     After the write, slot s holds the newest position p <= last with p % slots == s. A stale token in that slot
     (written, never committed) lies exactly `slots` later than p, so the ring law slots >= window + block - 1 puts p
@@ -33,8 +36,8 @@ def visible(lengths: mx.array, written: int, queries: mx.array, slots: int, wind
     """
     lengths, queries, last = lengths[:, None, None, None], queries[:, None, :, None], number(written - 1)
     if window is None:  # a full layer never wraps
-        return islands.in_line(lengths, queries, _count(slots), last)
-    return islands.in_ring(lengths, queries, _count(slots), last, number(slots), number(window - 1))
+        return islands.in_line(lengths, queries, _count(read or slots), last)
+    return islands.in_ring(lengths, queries, _count(read or slots), last, number(slots), number(window - 1))
 
 
 @cache
@@ -71,11 +74,13 @@ class LayerKV:
         written[row, head, slot[..., 0]] = new
         return written
 
-    def attend(self, rows: slice, queries: mx.array, mask: mx.array) -> mx.array:
-        """queries: [B, heads, T, head_dim]; mask: see kernels.attention. Returns the queries' shape; scale is 1."""
+    def attend(self, rows: slice, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
+        """queries: [B, heads, T, head_dim] over the first `slots` slots; mask: see kernels.attention. Returns the
+        queries' shape; scale is 1.
+        """
         keys, values = self.keys, self.values
-        if rows != slice(0, keys.shape[0]):
-            keys, values = keys[rows], values[rows]
+        if rows != slice(0, keys.shape[0]) or slots < self.slots:
+            keys, values = keys[rows, :, :slots], values[rows, :, :slots]
         return attention(queries, keys, values, mask)
 
     def grow(self, slots: int) -> None:
@@ -93,8 +98,9 @@ class LayerKV:
 class Cache:
     """K/V of all rows. `specs` has one entry for each KV-owning layer.
 
-    rows: how many sequences; capacity: tokens that the full layers hold (rounded up to 256, see `reserve`);
+    rows: how many sequences; capacity: tokens that the full layers hold (rounded up to 256; they grow as `span` needs);
     block: the longest write, which with the window sets the size of the rings.
+    lengths: [rows] tokens committed; most: what the host knows of them, a bound for each row.
     """
 
     def __init__(
@@ -108,6 +114,7 @@ class Cache:
     ):
         self.block = block
         self.lengths = mx.zeros((rows,), mx.int32)
+        self.most = [0] * rows
         self.layers = []
         for spec in specs:
             ring = spec.window and (ring_slots or spec.window + block - 1)
@@ -133,34 +140,43 @@ class Cache:
         for layer, (keys, values) in zip(self.layers, buffers, strict=True):
             layer.keys, layer.values = keys, values
 
-    def span(self, rows: slice, tokens: int) -> Span:
-        """The view of one forward that writes `tokens` tokens past the committed ones of the rows."""
-        assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
-        return Span(self, rows, tokens)
+    def span(self, rows: slice, tokens: int, counts: Sequence[int] | None = None) -> Span:
+        """The view of one forward that writes `tokens` tokens past the committed ones of the rows; makes room for them.
 
-    def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` positions in the full layers; a host decision, from known upper bounds."""
-        if tokens > self.capacity:
+        counts: how many of them are each row's own, the rest is padding; None: all.
+        """
+        assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
+        if (needed := self.longest(rows) + tokens) > self.capacity:
             for layer in self.layers:
                 if layer.spec.window is None:
-                    layer.grow(_round_up(tokens))
+                    layer.grow(_round_up(needed))
+        return Span(self, rows, tokens, counts=counts)
 
-    def commit(self, rows: slice, n: mx.array) -> None:
-        """lengths[rows] += n, the only move of the line. n: int32 [B]."""
+    def longest(self, rows: slice) -> int:
+        """No row of these has more committed tokens, as far as the host knows."""
+        return max(self.most[rows])
+
+    def commit(self, rows: slice, n: mx.array, most: Sequence[int]) -> None:
+        """lengths[rows] += n, the only move of the line. n: int32 [B]; most: a bound of n that the host knows."""
         if rows == slice(0, self.rows):
             self.lengths = self.lengths + n
         else:
             self.lengths = self.lengths.at[rows].add(n)
+        self.tighten(rows, [-more for more in most])
+
+    def tighten(self, rows: slice, fewer: Sequence[int]) -> None:
+        """The host has read that so many fewer tokens were committed than it had to expect."""
+        self.most[rows] = [bound - less for bound, less in zip(self.most[rows], fewer, strict=True)]
 
     def move(self, source: int, destination: int) -> None:
         """Copies a row over another: how the last live row fills the hole that a leaver makes."""
         for layer in self.layers:
             layer.move(source, destination)
-        self.lengths[destination] = self.lengths[source]
+        self.lengths[destination], self.most[destination] = self.lengths[source], self.most[source]
 
     def clear(self, row: int) -> None:
         """Empties a row for a new sequence. Its old contents are out of sight."""
-        self.lengths[row] = 0
+        self.lengths[row] = self.most[row] = 0
 
 
 class Span:
@@ -168,11 +184,20 @@ class Span:
 
     Masks and slot numbers depend on the window and the number of slots alone, so that layers of one kind share them.
     With tokens == 0 (the drafter) nothing is written, and the one query sits `query_offset` from the newest token's
-    index.
+    index. With `counts` (see Cache.span) a forward computes what it does token by token for the rows' own tokens alone,
+    packed one behind the other: `pack` and `spread` lead from [B * T, ...] to these and back.
     """
 
-    def __init__(self, cache: Cache, rows: slice, tokens: int, query_offset: int = 0):
+    def __init__(
+        self, cache: Cache, rows: slice, tokens: int, query_offset: int = 0, counts: Sequence[int] | None = None
+    ):
         self.cache, self.rows, self.tokens = cache, rows, tokens
+        self.used = cache.longest(rows) + tokens  # no slot from here on was ever written
+        self._own = self._places = None
+        if counts is not None and min(counts) < tokens:
+            own = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]
+            self._own = mx.array(np.flatnonzero(own).astype(np.int32))
+            self._places = mx.array(np.where(own.ravel(), np.cumsum(own, dtype=np.int32) - 1, 0))  # padding: any
         full = rows == slice(0, cache.rows)
         self.lengths = cache.lengths if full else cache.lengths[rows]
         steps = _count(tokens) if tokens else number(query_offset)
@@ -180,12 +205,17 @@ class Span:
         self._masks: dict[tuple[KVSpec, int, int], mx.array] = {}
         self._slots: dict[tuple[KVSpec, int], mx.array] = {}
 
-    def at(self, column: mx.array) -> Span:
-        """The same view for one query a row, at this column of the tokens written. column: [B]."""
-        one = copy(self)
-        one.positions = mx.take_along_axis(self.positions, column[:, None], axis=1)
-        one._masks = {}
-        return one
+    def places(self, index: mx.array) -> mx.array:
+        """Where tokens, numbered from 0 to B * T - 1, are among the packed ones."""
+        return index if self._places is None else self._places[index]
+
+    def pack(self, x: mx.array) -> mx.array:
+        """[B * T, ...] -> the rows' own tokens of it, [N, ...]."""
+        return x if self._own is None else x[self._own]
+
+    def spread(self, x: mx.array) -> mx.array:
+        """[N, ...] -> [B * T, ...]; what stands for padding is of no account."""
+        return x if self._places is None else x[self._places]
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """keys, values: [B, kv_heads, T, head_dim] of the new positions."""
@@ -195,7 +225,8 @@ class Span:
     def attend(self, layer: int, queries: mx.array) -> mx.array:
         """queries: [B, heads, T, head_dim] at `positions`. Returns the same shape."""
         kv = self.cache.layers[layer]
-        return kv.attend(self.rows, queries, self._mask(kv.spec, kv.slots, queries.shape[1]))
+        read = slots_read(kv.slots, self.used)
+        return kv.attend(self.rows, read, queries, self._mask(kv.spec, kv.slots, read, queries.shape[1]))
 
     def _slot(self, spec: KVSpec, slots: int) -> mx.array:
         key = (spec, slots)
@@ -205,12 +236,29 @@ class Span:
             self._slots[key] = mx.broadcast_to(slot, shape)
         return self._slots[key]
 
-    def _mask(self, spec: KVSpec, slots: int, heads: int) -> mx.array:
+    def _mask(self, spec: KVSpec, slots: int, read: int, heads: int) -> mx.array:
         key = (spec, slots, heads)
         if key not in self._masks:
-            seen = visible(self.lengths, self.tokens, self.positions, slots, spec.window)
+            seen = visible(self.lengths, self.tokens, self.positions, slots, spec.window, read)
             self._masks[key] = attention_mask(seen, heads, spec.kv_heads)
         return self._masks[key]
+
+
+class Narrow(Span):
+    """Of a span one token a row, once all are written: a query at this column of the tokens. column: [B].
+
+    source: [B], where these tokens are among the packed ones.
+    """
+
+    def __init__(self, span: Span, column: mx.array):
+        super().__init__(span.cache, span.rows, span.tokens)
+        self.positions = mx.take_along_axis(span.positions, column[:, None], axis=1)
+        self.source = span.places(mx.arange(column.size) * span.tokens + column)
+        self._column = column[:, None, None, None]
+
+    def picked(self, queries: mx.array) -> mx.array:
+        """[B, heads, T, head_dim] of all tokens -> [B, heads, 1, head_dim]."""
+        return mx.take_along_axis(queries, self._column, axis=2)
 
 
 def _round_up(tokens: int) -> int:

@@ -81,8 +81,9 @@ class Bench:
         round of the same kind, since in use the weights are in the caches.
         """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
+        self.cache.most = [self.context] * self.rows
         loop = Speculation(self.target, self.drafter, self.cache, self.rules, self.hidden, confident=True)
-        loop.start(width, self.context)
+        loop.start(width)
         loop.step(width)
         chained, alone = _seconds(loop, width), _seconds(loop, 0)
         loop.launch()  # what was built must not stay behind as a copy of the cache

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import Span
+from .cache import Narrow, Span
 from .config import LayerSpec, MoESpec, TargetConfig
 from .islands import geglu
 from .layers import MLP, Attention, FastRotation, RMSNorm, Rope, Rotation, rms_norm, rooted
@@ -34,10 +34,20 @@ class Block(nn.Module):
         self._one = mx.ones((1,))
 
     def __call__(
-        self, x: mx.array, span: Span, rotate: Rotation | FastRotation, per_layer_input: mx.array | None = None
+        self,
+        x: mx.array,
+        span: Span,
+        rotate: Rotation | FastRotation,
+        per_layer_input: mx.array | None = None,
+        narrow: Narrow | None = None,
     ) -> mx.array:
-        """x: [B * T, hidden] -> [B * T, hidden]; per_layer_input: [B * T, per_layer_size], where the model has them."""
-        attended = self.self_attn(self.input_layernorm(x), span, rotate)
+        """x: [N, hidden], the tokens of the span -> [N, hidden]; per_layer_input: [N, per_layer_size], where the model
+        has them. narrow: a view of single tokens of the span: then all write K/V, and only these go on, [B, hidden].
+        """
+        attended = self.self_attn(self.input_layernorm(x), span, rotate, narrow)
+        if narrow is not None:
+            x = x[narrow.source]
+            per_layer_input = per_layer_input if per_layer_input is None else per_layer_input[narrow.source]
         x = self.post_attention_layernorm.add(x, attended, self._one)
         return self.finish(x, self.feedforward(x), per_layer_input)
 
@@ -122,27 +132,27 @@ class Gemma4(nn.Module):
     def __call__(self, tokens: mx.array, span: Span, column: mx.array | None = None) -> mx.array:
         """tokens: [B, T], T == span.tokens. Writes K/V; returns hidden states after the last norm, [B, T, hidden].
 
-        column: [B], the one token of each row whose state is wanted, [B, 1, hidden]: then no other goes through the
-        layers after the last that writes K/V (more than half of E2B's).
+        column: [B], the one token of each row whose state is wanted, [B, 1, hidden]: then no other goes on once the
+        last layer that writes K/V has written (the last of all; in E2B less than half of the way).
         """
-        x = self.embed(tokens.reshape(-1))  # [B * T, hidden]: products of two axes are fewer primitives
-        inputs = self.per_layer_inputs(tokens.reshape(-1), x)
-        steps = list(zip(self.layers, inputs, strict=True))
+        flat = span.pack(tokens.reshape(-1))
+        x = self.embed(flat)  # [N, hidden]: products of two axes are fewer primitives
+        steps = list(zip(self.layers, self.per_layer_inputs(flat, x), strict=True))
         if column is None:
-            x = self._through(steps, x, span)
-        else:
-            x = self._through(steps[: self.writers], x, span)
-            rows = mx.arange(tokens.shape[0]) * tokens.shape[1] + column
-            rest = [(layer, each if each is None else each[rows]) for layer, each in steps[self.writers :]]
-            span = span.at(column)
-            x = self._through(rest, x[rows], span)
-        return self.norm(x).reshape(*span.positions.shape, -1)
+            return self.norm(span.spread(self._through(steps, x, span))).reshape(*tokens.shape, -1)
+        last, narrow = self.writers - 1, Narrow(span, column)
+        x = self._through(steps[:last], x, span)
+        x = self._through(steps[last : last + 1], x, span, narrow)
+        rest = [(layer, each if each is None else each[narrow.source]) for layer, each in steps[last + 1 :]]
+        return self.norm(self._through(rest, x, narrow))[:, None]
 
-    def _through(self, steps: Sequence[tuple[Block, mx.array | None]], x: mx.array, span: Span) -> mx.array:
-        """x: [B * T, hidden] through layers, each with its per-layer input."""
+    def _through(
+        self, steps: Sequence[tuple[Block, mx.array | None]], x: mx.array, span: Span, narrow: Narrow | None = None
+    ) -> mx.array:
+        """x: [N, hidden] through layers, each with its per-layer input."""
         rotations = self.ropes.at(span.positions)
         for layer, per_layer_input in steps:
-            x = layer(x, span, rotations[layer.kind], per_layer_input)
+            x = layer(x, span, rotations[layer.kind], per_layer_input, narrow)
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:

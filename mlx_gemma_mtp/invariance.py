@@ -72,7 +72,7 @@ def of_passes(model: Gemma4, prompt: Sequence[int]) -> list[int]:
     cache = Cache(model.config.kv, 1, len(prompt) + max(WIDTHS), max(len(prompt), max(WIDTHS)), model.dtype)
     row, tokens = slice(0, 1), mx.array([list(prompt)])
     mx.eval(model(tokens, cache.span(row, tokens.shape[1])))
-    cache.commit(row, mx.array([tokens.shape[1]]))
+    cache.commit(row, mx.array([tokens.shape[1]]), [tokens.shape[1]])
     following = mx.random.randint(0, model.config.vocab_size, (1, max(WIDTHS)), key=mx.random.key(0))
     first = [model(following[:, :width], cache.span(row, width))[:, 0] for width in WIDTHS]
     return [width for width, hidden in zip(WIDTHS, first, strict=True) if mx.array_equal(hidden, first[0]).item()]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import islands
-from .cache import Span
+from .cache import Narrow, Span
 from .config import LayerSpec, RopeSpec
 from .islands import number
 from .kernels import metal_available
@@ -146,10 +146,12 @@ class Attention(Settled):
             norms = mx.concatenate([norms, keys], axis=0)
         self._norms, self._swapped_norms = norms, swap_halves(norms)
 
-    def __call__(self, x: mx.array, span: Span, rotate: Rotation | FastRotation) -> mx.array:
-        """x: [B * T, hidden] -> [B * T, hidden]."""
+    def __call__(
+        self, x: mx.array, span: Span, rotate: Rotation | FastRotation, narrow: Narrow | None = None
+    ) -> mx.array:
+        """x: [N, hidden], the tokens of the span -> [N, hidden], or [B, hidden] of those that `narrow` picks."""
         spec, (B, T) = self.spec, span.positions.shape
-        heads = _split_heads(self.qkv(x), B, T, spec.kv.head_dim)  # [B, q + k + v heads, T, D]
+        heads = _split_heads(span.spread(self.qkv(x)), B, T, spec.kv.head_dim)  # [B, q + k + v heads, T, D]
         heads = rms_norm(heads, self.eps)  # one norm and one rotation for all heads
         if spec.owns_kv:
             if spec.v_is_k:
@@ -160,7 +162,9 @@ class Attention(Settled):
             span.write(spec.kv_layer, keys, values)
         else:
             queries = rotate(heads, self._norms, self._swapped_norms)
-        return self.o_proj(_join_heads(span.attend(spec.kv_layer, queries)))
+        if narrow is not None:
+            span, queries = narrow, narrow.picked(queries)
+        return self.o_proj(span.pack(_join_heads(span.attend(spec.kv_layer, queries))))
 
 
 def _split_heads(x: mx.array, rows: int, tokens: int, head_dim: int) -> mx.array:

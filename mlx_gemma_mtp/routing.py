@@ -104,7 +104,7 @@ def trace(
 
     loop = _begin(engine, prompts, params, num_draft)
     with watched(engine.target) as log:
-        take(loop.start(num_draft, longest).tokens)
+        take(loop.start(num_draft).tokens)
         while stay := compact([not texts[row].ended for row in live]):
             if len(stay) < len(live):
                 live = [live[place] for place in stay]

@@ -160,7 +160,7 @@ class Batch:
             yield from [request.cancel() for request in self.live]
             return
         self.depth.begin()
-        emitted = loop.start(self.depth.draft(*self._rows(2)), self.longest)
+        emitted = loop.start(self.depth.draft(*self._rows(2)))
         while self.live:
             chunks = self._take(emitted, loop, cancel.is_set())
             if not self.live:

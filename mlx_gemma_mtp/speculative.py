@@ -67,17 +67,17 @@ def prefill(
     progress is told after each chunk how many columns are done. Returns each row's hidden state at its last token, [B,
     1, H].
     """
-    counts = mx.array([len(p) for p in prompts])
-    width = max(len(p) for p in prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
     padded = mx.array([list(p) + [0] * (width - len(p)) for p in prompts])
-    cache.reserve(int(width + max(cache.block, 1)))
     hidden = None
     for start in range(0, width, cache.block):
         tokens = padded[:, start : start + cache.block]
         step = tokens.shape[1]
-        last = counts - 1 - start  # [B], the last token's column in this chunk, if it is in it
-        here = target(tokens, cache.span(rows, step), mx.clip(last, 0, step - 1))[:, 0]
-        cache.commit(rows, mx.clip(counts - start, 0, step))
+        counts = [max(0, min(length - start, step)) for length in lengths]  # each row's own tokens in this chunk
+        last = mx.array([length - 1 - start for length in lengths])  # the last token's column, if it is in this chunk
+        here = target(tokens, cache.span(rows, step, counts), mx.clip(last, 0, step - 1))[:, 0]
+        cache.commit(rows, mx.array(counts), counts)
         inside = ((last >= 0) & (last < step))[:, None]
         hidden = here if hidden is None else mx.where(inside, here, hidden)
         mx.eval(hidden, cache.lengths)
@@ -128,11 +128,9 @@ class Speculation:
         self.host_syncs = 0
         self._verify: _Verify | None = None
         self._launched = False
-        self._longest = 0  # an upper bound of the committed lengths
 
-    def start(self, num_draft: int, longest: int) -> Round:
-        """Draws every row's first token and drafts `num_draft` more. longest: the longest row's committed tokens."""
-        self._longest = longest
+    def start(self, num_draft: int) -> Round:
+        """Draws every row's first token and drafts `num_draft` more."""
         positions = self.cache.lengths[self.rows][:, None]
         tokens = self._sample(self.hidden[:, None], positions, self.said)
         self._next = tokens[:, 0]
@@ -162,10 +160,9 @@ class Speculation:
         said = self.said and self.said.at_each(verify.drafts.tokens)
         tokens, n, self._next = self._accept(verify, said)
         self.said = self.said and self.said.after(tokens, n + 1)
-        self.cache.commit(self.rows, n + 1)
-        self.hidden = mx.take_along_axis(verify.hidden, n[:, None, None], axis=1)[:, 0]
         width = verify.drafts.tokens.shape[1]
-        self._longest += width + 1
+        self.cache.commit(self.rows, n + 1, [width + 1] * self.rows.stop)
+        self.hidden = mx.take_along_axis(verify.hidden, n[:, None, None], axis=1)[:, 0]
         self._draft(num_draft)
         return self._read(tokens, n, width)
 
@@ -240,9 +237,8 @@ class Speculation:
 
     def _build(self) -> _Verify:
         tokens = mx.concatenate([self._next[:, None], self._drafts.tokens], axis=1)
-        self.cache.reserve(self._longest + tokens.shape[1])
-        before = self.cache.buffers
         span = self.cache.span(self.rows, tokens.shape[1])
+        before = self.cache.buffers
         return _Verify(self._drafts, self.target(tokens, span), span.positions, before)
 
     def _read(self, tokens: mx.array, n: mx.array | None, drafted: int | None) -> Round:
@@ -252,6 +248,7 @@ class Speculation:
         if self.guide is None:
             self._verify = self._build()
         rows, kept, drafts, report = self._readback(tokens, n)
+        self.cache.tighten(self.rows, [(drafted or 0) - count for count in kept])
         emitted = [row[: k + 1] for row, k in zip(rows, kept, strict=True)]
         if self.guide is not None:
             self.guide.advance(emitted)

@@ -22,7 +22,7 @@ def forward(model: Gemma4, tokens: Sequence[int], chunks: Sequence[int] = ()) ->
     logits, start = [], 0
     for size in sizes:
         hidden = model(mx.array([list(tokens[start : start + size])]), cache.span(ROW, size))
-        cache.commit(ROW, mx.array([size]))
+        cache.commit(ROW, mx.array([size]), [size])
         logits.append(np.array(soft_cap(model.logits(hidden), model.config.softcap))[0])
         start += size
     return np.concatenate(logits), cache, hidden[:, -1]

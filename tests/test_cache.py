@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_gemma_mtp.cache import CAPACITY_STEP, Cache, Span, visible
 from mlx_gemma_mtp.config import KVSpec
+from mlx_gemma_mtp.kernels.attention import READ_STEP, slots_read
 
 ROWS = 3
 
@@ -33,16 +34,18 @@ class History:
         count = rows.stop - rows.start
         stamps = self.stamp + 1 + np.arange(count * tokens).reshape(count, tokens)
         self.stamp += count * tokens
-        cache.reserve(max(map(len, self.committed)) + tokens)
         span = cache.span(rows, tokens)
         for i, layer in enumerate(cache.layers):
             kv = np.broadcast_to(stamps[:, None, :, None], (count, layer.spec.kv_heads, tokens, layer.spec.head_dim))
             span.write(i, mx.array(kv.astype(np.float32)), mx.array(-kv.astype(np.float32)))
         self.compare(cache, span, stamps)
-        cache.commit(rows, mx.array(commits))
+        cache.commit(rows, mx.array(commits), [tokens] * count)
         for row, n in enumerate(commits):
             self.committed[rows.start + row] += stamps[row, :n].tolist()
         assert cache.lengths.tolist() == [len(c) for c in self.committed]
+        assert all(most >= len(c) for most, c in zip(cache.most, self.committed, strict=True))
+        if self.stamp % 2:  # the host may read what was committed, or not
+            cache.tighten(rows, [tokens - n for n in commits])
         reader = Span(cache, rows, 0)
         self.compare(cache, reader, np.zeros((count, 1), int), reads=True)
 
@@ -50,6 +53,7 @@ class History:
         for layer in cache.layers:
             window = layer.spec.window
             mask = np.array(visible(span.lengths, span.tokens, span.positions, layer.slots, window))
+            assert not mask[..., slots_read(layer.slots, span.used) :].any()
             keys = np.array(layer.keys)
             for row in range(stamps.shape[0]):
                 past = self.committed[span.rows.start + row]
@@ -134,3 +138,22 @@ def test_a_write_that_was_only_built_can_be_dropped():
     cache.buffers = before
     assert max(float(layer.keys.max()) for layer in cache.layers) < 1e9
     history.run(cache, [(6, [1, 1, 1])])
+
+
+def test_slots_that_were_never_written_are_not_read():
+    """And what is read of the others is the same to the bit, however many there are."""
+    few, many = make(64, block=16, capacity=1), make(64, block=16, capacity=CAPACITY_STEP + 1)
+    mx.random.seed(0)
+    kv = [mx.random.normal((ROWS, layer.spec.kv_heads, 9, 4)) for layer in few.layers]
+    queries = mx.random.normal((ROWS, 2, 9, 4))
+    seen = []
+    for cache in (few, many):
+        span = cache.span(slice(0, ROWS), 9)
+        for i in range(2):
+            span.write(i, kv[i], kv[i])
+        if cache is many:
+            span.used = CAPACITY_STEP + 1
+        seen.append([np.array(span.attend(i, queries)) for i in range(2)])
+    assert slots_read(few.capacity, 9) == READ_STEP < CAPACITY_STEP
+    for ours, wide in zip(*seen, strict=True):
+        np.testing.assert_array_equal(ours, wide)

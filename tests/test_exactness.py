@@ -90,7 +90,7 @@ def draw(
     """
     length, drafts = settings.pop("length", 3), itertools.cycle(drafts)
     cache = NoCache((), count, 1, 8, mx.float32)
-    cache.commit(slice(0, count), mx.ones((count,), mx.int32))
+    cache.commit(slice(0, count), mx.ones((count,), mx.int32), [1] * count)
     seeds = np.stack([np.arange(count), np.full(count, 77)], axis=1).astype(np.uint32)
     rows = lambda value: mx.broadcast_to(value, (count, *value.shape[1:]))  # noqa: E731
     rules = Rules.of([params], VOCAB)
@@ -104,7 +104,7 @@ def draw(
         accept=accept,
         **settings,
     )
-    texts = loop.start(next(drafts), 1).tokens
+    texts = loop.start(next(drafts)).tokens
     first = loop.step(next(drafts)).tokens
     for text, more in zip(texts, first, strict=True):
         text += more

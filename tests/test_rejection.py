@@ -108,7 +108,7 @@ def test_drafts_that_a_constraint_refuses_are_verified():
     rules, guided = Rules.of([tiny.SAMPLED], tiny.VOCAB), guide([Stairs()], tiny.VOCAB)
     hidden = prefill(model, cache, slice(0, 1), prompt)
     loop = Speculation(model, tiny.drafter(model), cache, rules, hidden, guide=guided, accept=REJECTION)
-    text = list(loop.start(3, len(prompt[0])).tokens[0])
+    text = list(loop.start(3).tokens[0])
     for _ in range(8):
         done = loop.step(3)
         assert done.drafted == 3

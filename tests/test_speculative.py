@@ -143,7 +143,7 @@ def test_the_draft_position_is_a_setting(moe):
         cache = Cache(moe.config.kv, 2, 64, 16, mx.float32)
         rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
         loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 2), batch), position)
-        rows = loop.start(3, 17).tokens
+        rows = loop.start(3).tokens
         drafts.append(loop._drafts.tokens.tolist())
         for _ in range(30):
             rows = [row + more for row, more in zip(rows, loop.step(3).tokens, strict=True)]
@@ -159,7 +159,7 @@ def test_rows_leave_between_rounds(moe):
     rules = Rules.of([tiny.GREEDY] * 8, tiny.VOCAB)
     loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 8), batch))
     names = list(range(8))
-    texts = dict(enumerate(loop.start(3, 41).tokens))
+    texts = dict(enumerate(loop.start(3).tokens))
     for leavers in ([], [2], [0, 7], [], [5], [1, 3, 4]):
         for _ in range(4):
             for name, tokens in zip(names, loop.step(3).tokens, strict=True):
@@ -190,7 +190,7 @@ def test_one_readback_a_round(moe):
         cache = Cache(moe.config.kv, 4, 64, 16, mx.float32)
         rules = Rules.of([tiny.SAMPLED] * 4, tiny.VOCAB)
         loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 4), batch), accept=accept)
-        loop.start(num_draft, 41)
+        loop.start(num_draft)
         for done in range(5):
             assert loop.host_syncs == 1 + done
             loop.step(num_draft)
@@ -227,7 +227,7 @@ def test_a_long_cache_is_written_in_place(num_draft):
     cache = Cache(model.config.kv, 1, 200_000, 64, mx.float32)
     rules = Rules.of([tiny.GREEDY], tiny.VOCAB)
     loop = Speculation(model, drafter, cache, rules, prefill(model, cache, slice(0, 1), tiny.prompts(1)))
-    loop.start(num_draft, 3)
+    loop.start(num_draft)
     for _ in range(2):
         loop.step(num_draft)
     one_buffer = max(layer.keys.nbytes for layer in cache.layers)  # 12.8 MB

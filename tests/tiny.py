@@ -173,7 +173,7 @@ def decode(
     said = Said.of(prompts, model.config.vocab_size) if rules.penalties else None
     guided = guide(constraints, model.config.vocab_size)
     loop = Speculation(model, drafts if num_draft else None, cache, rules, hidden, said=said, guide=guided)
-    texts = [list(row) for row in loop.start(num_draft, longest).tokens]
+    texts = [list(row) for row in loop.start(num_draft).tokens]
     while min(map(len, texts)) < count:
         for text, tokens in zip(texts, loop.step(num_draft).tokens, strict=True):
             text += tokens
@@ -195,7 +195,7 @@ def rejected(
     said = Said.of(prompts, model.config.vocab_size) if rules.penalties else None
     hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
     loop = Speculation(model, drafts, cache, rules, hidden, said=said, accept=REJECTION)
-    names, texts = list(range(len(prompts))), [list(row) for row in loop.start(num_draft, longest).tokens]
+    names, texts = list(range(len(prompts))), [list(row) for row in loop.start(num_draft).tokens]
     while stay := compact([len(texts[name]) < count for name in names]):
         if len(stay) < len(names):
             names = [names[place] for place in stay]

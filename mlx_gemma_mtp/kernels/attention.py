@@ -7,6 +7,17 @@ import mlx.core as mx
 from .. import islands
 from . import metal_available
 
+READ_STEP = 32  # slots; a multiple of every SIMD width, so that a longer read adds zeros alone to each lane
+
+
+def slots_read(slots: int, used: int) -> int:
+    """How many of a cache's slots `attention` is given, when no slot from `used` on was ever written.
+
+    On Metal all of them: MLX's fused kernels split their sums by the number of slots, so another number gives other
+    bits. Elsewhere the used ones, rounded up.
+    """
+    return slots if metal_available() else min(slots, -(-used // READ_STEP) * READ_STEP)
+
 
 def attention_mask(seen: mx.array, heads: int, kv_heads: int) -> mx.array:
     """seen: bool [B, 1, T, S] -> the mask that `attention` takes on this device; made once, used by many layers."""
