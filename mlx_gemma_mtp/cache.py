@@ -192,7 +192,7 @@ class Span:
         self, cache: Cache, rows: slice, tokens: int, query_offset: int = 0, counts: Sequence[int] | None = None
     ):
         self.cache, self.rows, self.tokens = cache, rows, tokens
-        self.used = cache.longest(rows) + tokens  # no slot from here on was ever written
+        self.used = cache.longest(rows) + tokens  # no query sees a slot from here on
         self._own = self._places = None
         if counts is not None and min(counts) < tokens:
             own = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]

@@ -76,6 +76,24 @@ def test_of_a_prompt_one_token_goes_through_the_layers_that_only_read(kind, monk
     np.testing.assert_allclose(np.array(one[:, 0]), np.array(every)[[0, 1], [5, 2]], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["moe", "e2b"])
+def test_padding_of_ragged_prompts_goes_through_no_layer(kind, monkeypatch):
+    """In chunks of 16, so that rows end in the first, in the second, or go on to the third."""
+    model, seen = tiny.target(kind), []
+    call = gemma4.Block.__call__
+    monkeypatch.setattr(gemma4.Block, "__call__", lambda self, x, *rest: seen.append(len(x)) or call(self, x, *rest))
+    batch = [tiny.prompts(8)[i] for i in (0, 1, 7)]  # of 3, 17 and 41 tokens
+    cache = Cache(model.config.kv, 3, 41, 16, mx.float32)
+    hidden = prefill(model, cache, slice(0, 3), batch)
+    owners = sum(layer.owns_kv for layer in model.config.layers)
+    readers = len(model.config.layers) - owners
+    assert seen == [count for tokens in (3 + 16 + 16, 0 + 1 + 16, 9) for count in [tokens] * owners + [3] * readers]
+    assert cache.lengths.tolist() == cache.most == [3, 17, 41]
+    for row, prompt in enumerate(batch):
+        alone = prefill(model, Cache(model.config.kv, 1, 41, 64, mx.float32), slice(0, 1), [prompt])
+        np.testing.assert_allclose(np.array(hidden[row]), np.array(alone[0]), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "kind, centroids, settings",
     [

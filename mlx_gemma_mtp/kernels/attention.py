@@ -11,7 +11,7 @@ READ_STEP = 32  # slots; a multiple of every SIMD width, so that a longer read a
 
 
 def slots_read(slots: int, used: int) -> int:
-    """How many of a cache's slots `attention` is given, when no slot from `used` on was ever written.
+    """How many of a cache's slots `attention` is given, when no query sees a slot from `used` on.
 
     On Metal all of them: MLX's fused kernels split their sums by the number of slots, so another number gives other
     bits. Elsewhere the used ones, rounded up.
