@@ -146,10 +146,10 @@ class Cache:
         counts: how many of them are each row's own, the rest is padding; None: all.
         """
         assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
-        if (needed := self.longest(rows) + tokens) > self.capacity:
-            for layer in self.layers:
-                if layer.spec.window is None:
-                    layer.grow(_round_up(needed))
+        needed = self.longest(rows) + tokens
+        for layer in self.layers:
+            if layer.spec.window is None and layer.slots < needed:
+                layer.grow(_round_up(needed))
         return Span(self, rows, tokens, counts=counts)
 
     def longest(self, rows: slice) -> int:
@@ -184,8 +184,11 @@ class Span:
 
     Masks and slot numbers depend on the window and the number of slots alone, so that layers of one kind share them.
     With tokens == 0 (the drafter) nothing is written, and the one query sits `query_offset` from the newest token's
-    index. With `counts` (see Cache.span) a forward computes what it does token by token for the rows' own tokens alone,
-    packed one behind the other: `pack` and `spread` lead from [B * T, ...] to these and back.
+    index.
+
+    With `counts` (see Cache.span) a forward computes what it does token by token for the rows' own tokens alone, packed
+    one behind the other. own: [N] their numbers from 0 to B * T - 1; places: [B * T] where each token is among them, or
+    for padding any. Both None: nothing is packed. once: this shape is a prompt's, and hardly comes again.
     """
 
     def __init__(
@@ -193,29 +196,17 @@ class Span:
     ):
         self.cache, self.rows, self.tokens = cache, rows, tokens
         self.used = cache.longest(rows) + tokens  # no query sees a slot from here on
-        self._own = self._places = None
+        self.once, self.own, self.places = counts is not None, None, None
         if counts is not None and min(counts) < tokens:
             own = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]
-            self._own = mx.array(np.flatnonzero(own).astype(np.int32))
-            self._places = mx.array(np.where(own.ravel(), np.cumsum(own, dtype=np.int32) - 1, 0))  # padding: any
+            self.own = mx.array(np.flatnonzero(own).astype(np.int32))
+            self.places = mx.array(np.where(own.ravel(), np.cumsum(own, dtype=np.int32) - 1, 0))
         full = rows == slice(0, cache.rows)
         self.lengths = cache.lengths if full else cache.lengths[rows]
         steps = _count(tokens) if tokens else number(query_offset)
         self.positions = self.lengths[:, None] + steps  # [B, T]
         self._masks: dict[tuple[KVSpec, int, int], mx.array] = {}
         self._slots: dict[tuple[KVSpec, int], mx.array] = {}
-
-    def places(self, index: mx.array) -> mx.array:
-        """Where tokens, numbered from 0 to B * T - 1, are among the packed ones."""
-        return index if self._places is None else self._places[index]
-
-    def pack(self, x: mx.array) -> mx.array:
-        """[B * T, ...] -> the rows' own tokens of it, [N, ...]."""
-        return x if self._own is None else x[self._own]
-
-    def spread(self, x: mx.array) -> mx.array:
-        """[N, ...] -> [B * T, ...]; what stands for padding is of no account."""
-        return x if self._places is None else x[self._places]
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """keys, values: [B, kv_heads, T, head_dim] of the new positions."""
@@ -252,9 +243,15 @@ class Narrow(Span):
 
     def __init__(self, span: Span, column: mx.array):
         super().__init__(span.cache, span.rows, span.tokens)
+        self.once = span.once
         self.positions = mx.take_along_axis(span.positions, column[:, None], axis=1)
-        self.source = span.places(mx.arange(column.size) * span.tokens + column)
+        number = mx.arange(column.size) * span.tokens + column
+        self.source = number if span.places is None else span.places[number]
         self._column = column[:, None, None, None]
+
+    def of(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        """[N, ...] each -> these tokens of them, [B, ...]."""
+        return tuple(each[self.source] for each in inputs)
 
     def picked(self, queries: mx.array) -> mx.array:
         """[B, heads, T, head_dim] of all tokens -> [B, heads, 1, head_dim]."""

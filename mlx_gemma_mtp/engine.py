@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
-from . import blas, health, hub, islands, kernels, memory, weights
+from . import blas, health, hub, kernels, memory, weights
 from .calibration import KINDS, Costs
 from .config import MODES, GenerationDefaults
 from .costs import CostTable
@@ -23,6 +23,7 @@ from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .thinking import CLOSE, OPEN, Thinking
+from .warmup import warm_up
 from .weights import Progress
 
 if TYPE_CHECKING:
@@ -297,15 +298,15 @@ def load(
         cast = mx.float32
         notice("no Metal here: running on the CPU, in float32")
     _check_memory(pair, cast)
-    compiling = threading.Thread(target=islands.compile_all)
-    compiling.start()
     target = weights.load_target(pair.target, cast, progress)
     drafter = weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits) if pair.drafter else None
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
-    from .text import Text  # seconds, for it imports transformers: meanwhile the islands compile
+    warming = threading.Thread(target=warm_up, args=(target, drafter))
+    warming.start()
+    from .text import Text  # seconds, for it imports transformers
 
-    compiling.join()
+    warming.join()
     return Engine(
         target,
         drafter,

@@ -12,8 +12,6 @@ from functools import cache, partial
 
 import mlx.core as mx
 
-from .kernels import metal_available
-
 island = partial(mx.compile, shapeless=True)
 
 
@@ -79,29 +77,3 @@ def in_ring(
 def added_mask(seen: mx.array) -> mx.array:
     """What is added to the scores: 0 or -inf."""
     return mx.where(seen, 0.0, -mx.inf)
-
-
-def compile_all() -> None:
-    """Runs every island in the layouts of a real forward. The first time on a machine each costs MLX's CPU backend a
-    second of g++, which is best spent while something else is waited for; afterwards they lie in its own cache.
-    """
-    if metal_available():
-        return
-    for rows in (1, 2):
-        x, weight, one = mx.ones((rows, 8)), mx.ones((8,)), mx.ones((1,))
-        heads, table = mx.ones((1, rows, 3, 8)).transpose(0, 2, 1, 3), mx.ones((1, 1, rows, 8))
-        norms = mx.ones((3, 1, 8))
-        lengths, queries, slot = mx.ones((rows, 1, 1, 1), mx.int32), mx.ones((rows, 1, 2, 1), mx.int32), mx.arange(9)
-        mx.eval(x, heads, lengths, queries, slot)
-        total = x.sum(axis=-1, keepdims=True)
-        mx.eval(
-            normed(x, total, number(1.0), weight),
-            normed(x, total, number(1.0), norms),
-            normed(heads, heads.sum(axis=-1, keepdims=True), number(1.0), weight),
-            normed_sum(x, x, total, number(1.0), weight, one),
-            angles(queries, weight, weight),
-            turned(heads[:, :2], heads[:, :2], norms[:2], norms[:2], table, table),
-            geglu(*mx.split(mx.ones((rows, 16)), 2, axis=-1)),
-            added_mask(in_line(lengths, queries, slot, number(3))),
-            added_mask(in_ring(lengths, queries, slot, number(3), number(9), number(4))),
-        )

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import islands
-from .cache import Narrow, Span
 from .config import LayerSpec, RopeSpec
 from .islands import number
 from .kernels import metal_available
 from .linear import Linear, Settled, Stack
 
 
-def rms_norm(x: mx.array, eps: float, weights: mx.array | None = None) -> mx.array:
-    """RMS norm over the last axis. weights: from `rooted`, any shape that x broadcasts to; None: without."""
+def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | None = None) -> mx.array:
+    """RMS norm over the last axis. size_eps: number(size * eps), kept in the caller's module, so that a compiled graph
+    gets it as an input; weights: from `rooted`, any shape that x broadcasts to; None: without.
+    """
     if metal_available():
         y = mx.fast.rms_norm(x, None, eps)
         return y if weights is None else y * weights
     size = x.shape[-1]
-    return islands.normed(x, _square_sum(x), number(size * eps), _rooted_ones(size) if weights is None else weights)
+    return islands.normed(x, _square_sum(x), size_eps, _rooted_ones(size) if weights is None else weights)
 
 
 def rooted(weights: mx.array) -> mx.array:
@@ -67,48 +69,50 @@ class RMSNorm(Settled):
         return islands.normed_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
 
 
-class Rope:
-    """Rotary embedding of one layer kind, in the half-split layout."""
+class FastRotation:
+    """Rotary embedding of one layer kind, in the half-split layout: one kernel a rotation (Metal)."""
 
     def __init__(self, spec: RopeSpec):
-        self.spec = spec
-        half = spec.head_dim // 2
+        self.dims = spec.head_dim
         exponents = mx.arange(0, 2 * spec.pairs, 2, dtype=mx.float32) / spec.head_dim
-        still = half - spec.pairs
-        frequencies = mx.concatenate([mx.power(spec.theta, -exponents), mx.zeros((still,))])
-        self.frequencies = mx.concatenate([frequencies, frequencies])  # of both halves
-        self.signs = mx.repeat(mx.array([-1.0, 1.0]), half)
         # mx.fast.rope takes periods; an infinite one does not turn.
-        self.periods = mx.concatenate([mx.power(spec.theta, exponents), mx.full((still,), mx.inf)])
-        mx.eval(self.frequencies, self.signs, self.periods)
+        still = mx.full((spec.head_dim // 2 - spec.pairs,), mx.inf)
+        self.periods = mx.concatenate([mx.power(spec.theta, exponents), still])
+        mx.eval(self.periods)
 
-    def at(self, positions: mx.array) -> Rotation | FastRotation:
-        """positions: [B, T], consecutive along T. Made once a forward and shared by the layers of the kind."""
-        return FastRotation(self, positions[:, 0]) if metal_available() else Rotation(self, positions)
+    def at(self, positions: mx.array) -> tuple[mx.array, ...]:
+        """What `turn` needs of positions [B, T], consecutive along T. Made once a forward, for all of the kind."""
+        return (positions[:, 0],)
 
-
-class FastRotation:
-    """One kernel for a rotation (Metal)."""
-
-    def __init__(self, rope: Rope, offset: mx.array):
-        self.rope, self.offset = rope, offset
-
-    def __call__(self, x: mx.array, weight: mx.array, swapped_weight: mx.array) -> mx.array:
+    def turn(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, offset: mx.array) -> mx.array:
         """Turns x * weight. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim], and with its halves swapped."""
-        dims, periods = self.rope.spec.head_dim, self.rope.periods
         x = x * weight
-        return mx.fast.rope(x, dims, traditional=False, base=None, scale=1.0, offset=self.offset, freqs=periods)
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
 
 
 class Rotation:
     """The same from a table (elsewhere, where mx.fast.rope recomputes sines for every call)."""
 
-    def __init__(self, rope: Rope, positions: mx.array):
-        self.cos, self.sin = islands.angles(positions[:, None, :, None], rope.frequencies, rope.signs)  # [B, 1, T, D]
+    def __init__(self, spec: RopeSpec):
+        exponents = mx.arange(0, 2 * spec.pairs, 2, dtype=mx.float32) / spec.head_dim
+        half = spec.head_dim // 2
+        frequencies = mx.concatenate([mx.power(spec.theta, -exponents), mx.zeros((half - spec.pairs,))])
+        self.frequencies = mx.concatenate([frequencies, frequencies])  # of both halves
+        self.signs = mx.repeat(mx.array([-1.0, 1.0]), half)
+        mx.eval(self.frequencies, self.signs)
 
-    def __call__(self, x: mx.array, weight: mx.array, swapped_weight: mx.array) -> mx.array:
+    def at(self, positions: mx.array) -> tuple[mx.array, ...]:
+        """As FastRotation: cosines and signed sines, [B, 1, T, head_dim]."""
+        return islands.angles(positions[:, None, :, None], self.frequencies, self.signs)
+
+    def turn(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         """As FastRotation."""
-        return islands.turned(x, swap_halves(x), weight, swapped_weight, self.cos, self.sin)
+        return islands.turned(x, swap_halves(x), weight, swapped_weight, cos, sin)
+
+
+def rotation(spec: RopeSpec) -> Rotation | FastRotation:
+    """The rotary embedding of one layer kind as this device computes it."""
+    return FastRotation(spec) if metal_available() else Rotation(spec)
 
 
 def swap_halves(x: mx.array) -> mx.array:
@@ -126,7 +130,7 @@ class Attention(Settled):
     def __init__(self, spec: LayerSpec, hidden_size: int, eps: float):
         super().__init__()
         kv, dim = spec.kv, spec.kv.head_dim
-        self.spec, self.eps = spec, eps
+        self.spec, self.eps, self.rotation = spec, eps, rotation(spec.rope)
         linears = {"q_proj": Linear(hidden_size, spec.heads * dim)}
         self.q_norm = RMSNorm(dim, eps)
         if spec.owns_kv:
@@ -145,30 +149,36 @@ class Attention(Settled):
             keys = mx.broadcast_to(self.k_norm.weight, (self.spec.kv.kv_heads, 1, self.spec.kv.head_dim))
             norms = mx.concatenate([norms, keys], axis=0)
         self._norms, self._swapped_norms = norms, swap_halves(norms)
+        self._size_eps = number(self.spec.kv.head_dim * self.eps)
 
-    def __call__(
-        self, x: mx.array, span: Span, rotate: Rotation | FastRotation, narrow: Narrow | None = None
-    ) -> mx.array:
-        """x: [N, hidden], the tokens of the span -> [N, hidden], or [B, hidden] of those that `narrow` picks."""
-        spec, (B, T) = self.spec, span.positions.shape
-        heads = _split_heads(span.spread(self.qkv(x)), B, T, spec.kv.head_dim)  # [B, q + k + v heads, T, D]
-        heads = rms_norm(heads, self.eps)  # one norm and one rotation for all heads
-        if spec.owns_kv:
-            if spec.v_is_k:
-                values = heads[:, spec.heads :]  # the raw keys, normed without a weight
-            else:
-                heads, values = mx.split(heads, [self._norms.shape[0]], axis=1)
-            queries, keys = mx.split(rotate(heads, self._norms, self._swapped_norms), [spec.heads], axis=1)
-            span.write(spec.kv_layer, keys, values)
+    def project(self, x: mx.array, turn: Sequence[mx.array], places: mx.array | None = None) -> tuple[mx.array, ...]:
+        """x: [N, hidden] -> queries, and where the layer owns them keys and values, each [B, heads, T, head_dim].
+
+        turn: the rotation at the tokens' positions, of B rows; places: see Span, where x is packed.
+        """
+        spec, projected = self.spec, self.qkv(x)
+        if places is not None:
+            projected = projected[places]
+        heads = _split_heads(projected, turn[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
+        heads = rms_norm(heads, self.eps, self._size_eps)  # one norm and one rotation for all heads
+        if not spec.owns_kv:
+            return (self.rotation.turn(heads, self._norms, self._swapped_norms, *turn),)
+        if spec.v_is_k:
+            values = heads[:, spec.heads :]  # the raw keys, normed without a weight
         else:
-            queries = rotate(heads, self._norms, self._swapped_norms)
-        if narrow is not None:
-            span, queries = narrow, narrow.picked(queries)
-        return self.o_proj(span.pack(_join_heads(span.attend(spec.kv_layer, queries))))
+            heads, values = mx.split(heads, [self._norms.shape[0]], axis=1)
+        turned = self.rotation.turn(heads, self._norms, self._swapped_norms, *turn)
+        return *mx.split(turned, [spec.heads], axis=1), values
+
+    def join(self, attended: mx.array, own: mx.array | None = None) -> mx.array:
+        """[B, heads, T, head_dim] -> [N, hidden]. own: see Span, where that is to be packed."""
+        joined = _join_heads(attended)
+        return self.o_proj(joined if own is None else joined[own])
 
 
-def _split_heads(x: mx.array, rows: int, tokens: int, head_dim: int) -> mx.array:
+def _split_heads(x: mx.array, rows: int, head_dim: int) -> mx.array:
     """[rows * tokens, heads * head_dim] -> [rows, heads, tokens, head_dim]."""
+    tokens = x.shape[0] // rows
     if tokens == 1:  # the same memory, two primitives fewer
         return x.reshape(rows, -1, 1, head_dim)
     return x.reshape(rows, tokens, -1, head_dim).swapaxes(1, 2)

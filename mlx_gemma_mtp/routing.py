@@ -41,14 +41,15 @@ class Watched(nn.Module):
 def watched(model: Gemma4) -> Iterator[list[mx.array]]:
     """Within, each pass of `model` appends what every layer chose, [N, k] a layer, in the order of the layers."""
     log: list[mx.array] = []
-    routers = [layer.router for layer in model.layers]
+    before = [(layer.router, layer._leave) for layer in model.layers]
     try:
-        for layer, router in zip(model.layers, routers, strict=True):
+        for layer, (router, _) in zip(model.layers, before, strict=True):
             layer.router = Watched(router, log)
+            layer._leave = layer.leave  # what is compiled computes without looking at the router again
         yield log
     finally:
-        for layer, router in zip(model.layers, routers, strict=True):
-            layer.router = router
+        for layer, (router, leave) in zip(model.layers, before, strict=True):
+            layer.router, layer._leave = router, leave
 
 
 @dataclass(frozen=True)

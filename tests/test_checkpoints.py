@@ -112,6 +112,7 @@ def test_processes_of_their_own(source, tmp_path):
     )
     assert run("convert", "check", out, "--against", hf).endswith("sound\n")
     flags = ("--model", out, "--prompt", PROMPTS[0], "--temp", "0", "--max-tokens", "16", "--ignore-eos", "--json")
+    flags += ("--num-draft-tokens", "2")
     record = json.loads(run("mlx_gemma_mtp.generate", *flags))
     assert record["stats"]["mtp"] and record["stats"]["drafted"] > 0
     assert record["tokens"] == load(out, "none", dtype="float32").generate(PROMPTS[0], GREEDY).tokens

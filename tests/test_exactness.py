@@ -55,13 +55,6 @@ class ToyTarget:
         return mx.array(TABLE)[hidden[..., 0]]
 
 
-class NoCache(Cache):
-    """Lengths alone."""
-
-    def reserve(self, tokens):
-        pass
-
-
 class ToyDrafter:
     def __init__(self, table: np.ndarray):
         self.table, self.ropes = mx.array(table), self
@@ -89,7 +82,7 @@ def draw(
     tokens instead of three; settings: of Speculation.
     """
     length, drafts = settings.pop("length", 3), itertools.cycle(drafts)
-    cache = NoCache((), count, 1, 8, mx.float32)
+    cache = Cache((), count, 1, 8, mx.float32)  # lengths alone
     cache.commit(slice(0, count), mx.ones((count,), mx.int32), [1] * count)
     seeds = np.stack([np.arange(count), np.full(count, 77)], axis=1).astype(np.uint32)
     rows = lambda value: mx.broadcast_to(value, (count, *value.shape[1:]))  # noqa: E731

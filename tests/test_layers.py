@@ -39,7 +39,7 @@ def test_norms(shape):
     norm.weight = normal(24)
     settle(norm)
     x, residual, scale = normal(*shape), normal(*shape) + 1, mx.array([0.3])
-    close(layers.rms_norm(x, 1e-6), rms(np.array(x)))
+    close(layers.rms_norm(x, 1e-6, islands.number(x.shape[-1] * 1e-6)), rms(np.array(x)))
     close(norm(x), rms(np.array(x)) * np.array(norm.weight))
     close(norm.add(residual, x, scale), (np.array(residual) + rms(np.array(x)) * np.array(norm.weight)) * 0.3)
 
@@ -60,9 +60,8 @@ def test_rotation(spec):
     angles = np.where(np.arange(half) < spec.pairs, angles, 0.0)
     a, b = np.split(np.array(x) * np.array(weight), 2, axis=-1)
     want = np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
-    rope = layers.Rope(spec)
-    for rotation in (layers.Rotation(rope, mx.array(positions)), layers.FastRotation(rope, mx.array(positions[:, 0]))):
-        turned = rotation(x, weight, layers.swap_halves(weight))
+    for rotation in (layers.Rotation(spec), layers.FastRotation(spec)):
+        turned = rotation.turn(x, weight, layers.swap_halves(weight), *rotation.at(mx.array(positions)))
         np.testing.assert_allclose(np.array(turned), want, atol=1e-3 if metal_available() else 1e-4)
 
 

@@ -218,8 +218,7 @@ def test_one_readback_a_round(moe):
         "prefill": ["eval"],
         "_readback": ["eval", *["tolist"] * 5],
     }
-    assert waits.pop("layers") == {"__init__": ["eval"]}
-    assert waits.pop("islands") == {"compile_all": ["eval", "eval"]}
+    assert waits.pop("layers") == {"__init__": ["eval", "eval"]}
     assert waits.pop("linear") == {"settle": ["eval"]}
     assert not any(waits.values()), waits
 
