@@ -103,10 +103,8 @@ class MoEBlock(Block):
         self._size_eps = number(stacked.shape[-1] * self.eps)
 
     def feedforward(self, x: mx.array) -> mx.array:
-        normed = rms_norm(x, self.eps, self._size_eps, self._norms).reshape(
-            -1, x.shape[-1]
-        )  # [3 N, hidden], for each its own weight
-        to_mlp, to_experts, to_router = mx.split(normed, 3, axis=0)
+        normed = rms_norm(x, self.eps, self._size_eps, self._norms)  # [3, N, hidden], each with its own weight
+        to_mlp, to_experts, to_router = mx.split(normed.reshape(-1, x.shape[-1]), 3, axis=0)
         dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
         chosen = self.experts(to_experts, *self.router(to_router))
         return self.post_feedforward_layernorm_2.add(dense, chosen, self._one)
