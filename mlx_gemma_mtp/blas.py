@@ -57,6 +57,11 @@ class _DlInfo(ctypes.Structure):
     )
 
 
+def is_reference() -> bool:
+    """Whether the reference BLAS multiplies."""
+    return name().startswith("reference")
+
+
 def name() -> str:
     """The BLAS in use: the library in front (preloaded by us or LD_PRELOAD), or the one that MLX was built with."""
     if not sys.platform.startswith("linux"):

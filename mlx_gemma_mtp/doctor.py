@@ -153,17 +153,17 @@ def measure(
     """
     import mlx.core as mx
 
-    from .paths import VERIFY, Path
+    from .paths import ON_METAL, VERIFY, Path
 
     top_k = shape[3]
     times: dict[Path, dict[int, float]] = {}
-    steady, equal = set(Path), set(Path)
+    steady, equal = set(ON_METAL), set(ON_METAL)
     for m in (*rows, max(1, VERIFY // top_k)):
         # every call has routes of its own, so that weights come from memory, as in a model, and not from a cache
         inputs = [_inputs(m, shape, seed) for seed in range(repeats + WARM)]
         first, alone = inputs[0], [part[:1] for part in inputs[0]]
         plain = experts.along(Path.PAIRS, *first)
-        for path in Path:
+        for path in ON_METAL:
             if path == Path.GROUPED and not experts.switch_glu.groupable(mx.bfloat16, m * top_k):
                 continue
             if m * top_k <= VERIFY:

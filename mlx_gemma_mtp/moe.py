@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import paths
+from . import blas, paths
 from .config import MoESpec
 from .islands import geglu
 from .kernels import down, gate_up, metal_available, why_off
-from .kernels.grouping import group
+from .kernels.grouping import group, tiles
 from .kernels.products import Weights
 from .linear import Linear, Settled, Stack, input_major
 
@@ -139,6 +139,19 @@ class SwitchGLU(nn.Module):
         inner = geglu(*mx.split(both, 2, axis=-1))  # [P, 1, size]
         return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)  # [P, 1, hidden]
 
+    def tiled(self, x: mx.array, experts: mx.array) -> mx.array:
+        """x: [N, hidden]; experts: [N, k] -> one row for each pair, [N k, hidden]; rows that fill a tile up are zeros'
+        token, and dropped.
+        """
+        tokens, top_k = experts.shape
+        tile = tiles(experts.reshape(-1), self.down_proj.weight.shape[0])
+        count = tile.expert.size
+        token = mx.put_along_axis(mx.zeros((count * tile.rows,), mx.uint32), tile.slot, _rows(tokens, top_k), axis=0)
+        own = _rows(count, 1)
+        both = self.gate_up(x[token].reshape(count, tile.rows, -1), own, tile.expert, True)
+        y = self.down_proj(geglu(*mx.split(both, 2, axis=-1)), own, tile.expert, True)
+        return y.reshape(count * tile.rows, -1)[tile.slot]
+
     def groupable(self, dtype: mx.Dtype, pairs: int) -> bool:
         """Whether the kernels run for these weights (gate and up of one format) and so many pairs."""
         if why_off("gate_up") or why_off("down"):
@@ -158,7 +171,9 @@ class SwitchGLU(nn.Module):
 @lru_cache(maxsize=1)
 def chip() -> str:
     """The device's name in the table of paths."""
-    return mx.device_info()["device_name"] if metal_available() else "cpu"
+    if metal_available():
+        return mx.device_info()["device_name"]
+    return "cpu" if blas.is_reference() else "cpu, fast BLAS"
 
 
 class Experts(nn.Module):
@@ -177,7 +192,9 @@ class Experts(nn.Module):
         (tokens, top_k), pairs = experts.shape, experts.reshape(-1)
         if path == paths.Path.GROUPED:
             return self.switch_glu.grouped(x, experts, weights)
-        if path == paths.Path.SORTED:
+        if path == paths.Path.TILED:
+            y = self.switch_glu.tiled(x, experts)
+        elif path == paths.Path.SORTED:
             order = mx.argsort(pairs)
             y = self.switch_glu(x, order // top_k, pairs[order], True)[mx.argsort(order)]
         else:

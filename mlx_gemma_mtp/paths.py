@@ -2,7 +2,8 @@
 
 PAIRS reads an expert's weights once for each (token, expert) pair. SORTED orders the pairs by expert first: MLX then
 reads each expert of floats once a tile of rows; of quantised weights it leaves repeats to the cache, and reads tiles in
-prefill alone. GROUPED is our kernels: each expert once for 8 rows.
+prefill alone. GROUPED is our kernels: each expert once for 8 rows. TILED is the same in plain MLX, for floats: pairs of
+an expert fill matrices of 8 rows, so that a BLAS packs the expert once for them.
 
 A pass of a verify must give a row the bits that a pass of one token gives it. So a rule may change path with the number
 of pairs only among paths found bit-equal on its chip, up to VERIFY pairs; above that only prefill chunks come, which
@@ -24,6 +25,7 @@ class Path(StrEnum):
     PAIRS = "pairs"
     SORTED = "sorted"
     GROUPED = "grouped"
+    TILED = "tiled"
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,15 @@ class Rule:
         return next(path for start, path in reversed(self.steps) if start <= pairs)
 
 
+ON_METAL = (Path.PAIRS, Path.SORTED, Path.GROUPED)  # among which the doctor chooses
 STOCK = ((1, Path.PAIRS), (64, Path.SORTED))  # mlx-lm's
 EQUAL = frozenset((Path.PAIRS, Path.SORTED))
+# With a fast BLAS on a CPU a row has other bits in another width in every product, dense ones first, so that there the
+# law has nothing to keep; with MLX's own BLAS tiles are bit-equal, too, but cost what they have rows.
 # The first rule that covers a case decides; one with GROUPED counts only where the kernels run. The rules for chips
 # other than the CPU are by MLX's source, not measured: pairs of quantised weights go through one kernel, in any order.
 RULES = (
+    Rule("cpu, fast BLAS", "", "float", ((1, Path.PAIRS), (96, Path.TILED)), EQUAL | {Path.TILED}),
     Rule("cpu", "", "", STOCK, EQUAL),
     Rule("", "", "", ((1, Path.GROUPED), (VERIFY + 1, Path.SORTED))),
     Rule("", "", "float", ((1, Path.SORTED),)),

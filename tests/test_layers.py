@@ -10,6 +10,7 @@ from mlx_gemma_mtp.config import MoESpec, RopeSpec
 from mlx_gemma_mtp.kernels import metal_available
 from mlx_gemma_mtp.kernels.attention import additive_mask, attention, attention_mask, attention_reference
 from mlx_gemma_mtp.linear import settle
+from mlx_gemma_mtp.paths import Path
 
 CLOSE = 1e-3 if metal_available() else 2e-6
 
@@ -115,4 +116,7 @@ def test_experts_are_a_loop_over_pairs(tokens, bits):
         for e, w in zip(np.array(chosen)[t], np.array(weights)[t], strict=True):
             inner = gate_up[e] @ np.array(x)[t]
             want[t] += w * (down[e] @ np.array(islands.geglu(*mx.split(mx.array(inner), 2))))
-    np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=1e-3 if metal_available() else 1e-5)
+    close = 1e-3 if metal_available() else 1e-5
+    np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=close)
+    if bits is None:
+        np.testing.assert_allclose(np.array(experts.along(Path.TILED, x, chosen, weights)), want, atol=close)

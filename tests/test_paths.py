@@ -5,10 +5,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp import moe, paths
+from mlx_gemma_mtp import blas, moe, paths
 from mlx_gemma_mtp.config import MoESpec
 from mlx_gemma_mtp.kernels import SWITCH, metal_available
 from mlx_gemma_mtp.kernels.down import combine
+from mlx_gemma_mtp.kernels.grouping import tiles
 from mlx_gemma_mtp.linear import settle
 from mlx_gemma_mtp.paths import EQUAL, Path, Rule, choose
 
@@ -50,16 +51,29 @@ def test_slots_are_added_in_their_order(tokens):
 @pytest.mark.skipif(metal_available(), reason="the CPU's rule")
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("tokens", [1, 9, 40])
-def test_pairs_and_sorted_pairs_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
+def test_the_ways_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
+    """Tiles of floats, too, with MLX's own BLAS: another gives a row other bits in another width, wherever it comes."""
     experts = moe.Experts(64, MoESpec(8, 3, 32))
     nn.quantize(experts, 32, bits) if bits else None
     settle(experts)
     x, routed = mx.random.normal((tokens, 64)), moe.route(mx.random.normal((tokens, 8)), 3, mx.ones(8))
     outputs = []
-    for path in EQUAL:
+    for path in (*EQUAL, Path.TILED) if bits is None and blas.is_reference() else EQUAL:
         monkeypatch.setattr(paths, "choose", lambda *_, path=path: path)
         outputs.append(experts(x, *routed))
-    assert len(EQUAL) == 2 and mx.array_equal(*outputs)
+    assert len(outputs) >= 2 and all(mx.array_equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("pairs, count", [(1, 1), (5, 3), (64, 4), (100, 24)])
+def test_tiles_hold_every_pair_once_beside_its_own_kind(pairs, count):
+    experts = np.random.default_rng(pairs).integers(0, count, pairs)
+    found = tiles(mx.array(experts.astype(np.uint32)), count, rows=8)
+    slot, expert = np.array(found.slot), np.array(found.expert)
+    assert len(set(slot.tolist())) == pairs and slot.max() < 8 * len(expert)
+    assert np.array_equal(expert[slot // 8], experts)
+    for e in set(experts.tolist()):  # in order, and in no more tiles than it takes
+        own = slot[experts == e]
+        assert np.array_equal(own, own[0] + np.arange(len(own))) and own[0] % 8 == 0
 
 
 @pytest.mark.parametrize(("tokens", "told"), [(paths.VERIFY // 4, False), (paths.VERIFY // 4 + 1, True)])
@@ -80,6 +94,9 @@ def test_tiles_of_sorted_pairs_are_for_prefill_alone(monkeypatch, tokens, told):
     [
         ("cpu", "float", False, 63, Path.PAIRS),
         ("cpu", "affine4", False, 64, Path.SORTED),
+        ("cpu, fast BLAS", "float", False, 95, Path.PAIRS),
+        ("cpu, fast BLAS", "float", False, 96, Path.TILED),
+        ("cpu, fast BLAS", "affine4", False, 64, Path.SORTED),
         ("Apple M4 Max", "affine4", True, 8, Path.GROUPED),
         ("Apple M4 Max", "float", True, 1024, Path.GROUPED),
         ("Apple M4 Max", "affine4", True, 1025, Path.SORTED),

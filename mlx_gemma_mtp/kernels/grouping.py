@@ -46,6 +46,29 @@ def group_reference(experts: mx.array, count: int, rows: int = ROWS) -> Groups:
     return Groups(order, mx.where(real[:, None], table, 0).astype(mx.int32), rows)
 
 
+class Tiles(NamedTuple):
+    """Groups as matrices of `rows` rows each. slot: int32 [P], the row that each pair has among the G * rows of all
+    tiles; expert: int32 [G], a tile's (of tiles without a pair any).
+    """
+
+    slot: mx.array
+    expert: mx.array
+    rows: int
+
+
+def tiles(experts: mx.array, count: int, rows: int = ROWS) -> Tiles:
+    """experts: of each pair, [P] below `count`. Pairs of one expert keep their order. Nothing is read back."""
+    ids = experts.astype(mx.int32)
+    ranks = mx.cumsum((ids[None] == mx.arange(count)[:, None]).astype(mx.int32), axis=1)  # [E, P], from 1
+    held = (ranks[:, -1] + rows - 1) // rows  # tiles of each expert
+    ends = mx.cumsum(held)
+    rank = mx.take_along_axis(ranks, ids[None], axis=0)[0]
+    slot = ((ends - held) * rows)[ids] + rank - 1
+    number = mx.arange(most_groups(experts.size, count, rows))
+    expert = mx.minimum((ends[None] <= number[:, None]).sum(axis=1), count - 1)
+    return Tiles(slot, expert, rows)
+
+
 # A counting sort by one threadgroup. A thread owns every THREADS-th expert and reads all pairs twice, first to count
 # and then to place its own: no atomics, so that pairs of one expert keep their order.
 SOURCE = """

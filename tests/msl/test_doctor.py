@@ -125,7 +125,7 @@ def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(f"kernel {name}: on" in out for name in kernels.KERNELS) and "4-bit, microseconds" in out
     record = json.loads((metal / "r.json").read_text())
-    assert set(record["experts"]["4-bit"]) == set(map(str, Path)) and record["kernels"]["down"] == "on"
+    assert set(record["experts"]["4-bit"]) == set(map(str, paths.ON_METAL)) and record["kernels"]["down"] == "on"
     assert all(t > 0 and math.isfinite(t) for each in record["experts"]["4-bit"].values() for t in each.values())
     checked, rules = health.Report().read()
     assert set(checked.values()) == {None} and [rule.weights for rule in rules] == ["affine4"]
