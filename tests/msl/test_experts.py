@@ -154,7 +154,7 @@ def grouped(monkeypatch, emulator) -> Emulator:
 
 @pytest.mark.parametrize("bits", [0, 4])
 def test_experts_are_the_same_by_every_path(monkeypatch, grouped, bits):
-    """The module: route weights included, 9 tokens, as plain pairs, sorted and grouped."""
+    """The module: route weights included, 9 tokens, as plain pairs, sorted, in tiles and grouped."""
     experts = moe.Experts(64, MoESpec(8, 3, 32))
     if bits:
         moe.nn.quantize(experts, 32, bits)
@@ -163,12 +163,13 @@ def test_experts_are_the_same_by_every_path(monkeypatch, grouped, bits):
     routed = moe.route(mx.random.normal((9, 8), key=mx.random.key(1)), 3, mx.ones(8))
     outputs = {experts.path(x.dtype, 27): experts(x, *routed)}
     monkeypatch.setenv(kernels.SWITCH, "0")
-    for path in (paths.Path.PAIRS, paths.Path.SORTED):
+    for path in (paths.Path.PAIRS, paths.Path.SORTED, paths.Path.TILED):
         monkeypatch.setattr(paths, "choose", lambda *_, path=path: path)
         outputs[path] = experts(x, *routed)
     assert set(outputs) == set(paths.Path)
     same((outputs[paths.Path.PAIRS],), (outputs[paths.Path.SORTED],))
-    close(outputs[paths.Path.GROUPED], outputs[paths.Path.PAIRS], 1e-5)
+    for path in (paths.Path.GROUPED, paths.Path.TILED):
+        close(outputs[path], outputs[paths.Path.PAIRS], 1e-5)
 
 
 def test_other_formats_fall_to_the_reference(grouped):
