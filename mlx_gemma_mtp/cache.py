@@ -126,11 +126,6 @@ class Cache:
         return self.lengths.shape[0]
 
     @property
-    def capacity(self) -> int:
-        """Positions that the full layers hold."""
-        return min(layer.slots for layer in self.layers if layer.spec.window is None)
-
-    @property
     def buffers(self) -> list[tuple[mx.array, mx.array]]:
         """Handles of all buffers: while they are kept, a write copies; assign them to drop one that was only built."""
         return [(layer.keys, layer.values) for layer in self.layers]
@@ -162,7 +157,7 @@ class Cache:
             self.lengths = self.lengths + n
         else:
             self.lengths = self.lengths.at[rows].add(n)
-        self.tighten(rows, [-more for more in most])
+        self.most[rows] = [bound + more for bound, more in zip(self.most[rows], most, strict=True)]
 
     def tighten(self, rows: slice, fewer: Sequence[int]) -> None:
         """The host has read that so many fewer tokens were committed than it had to expect."""
@@ -245,8 +240,8 @@ class Narrow(Span):
         super().__init__(span.cache, span.rows, span.tokens)
         self.once = span.once
         self.positions = mx.take_along_axis(span.positions, column[:, None], axis=1)
-        number = mx.arange(column.size) * span.tokens + column
-        self.source = number if span.places is None else span.places[number]
+        index = mx.arange(column.size) * span.tokens + column
+        self.source = index if span.places is None else span.places[index]
         self._column = column[:, None, None, None]
 
     def of(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:

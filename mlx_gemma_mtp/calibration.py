@@ -68,7 +68,13 @@ class Bench:
     """
 
     def __init__(
-        self, target: Gemma4, drafter: Drafter, prompt: Sequence[int], params: SamplingParams, rows: int, context: int
+        self,
+        target: Gemma4,
+        drafter: Drafter | None,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        rows: int,
+        context: int,
     ):
         self.target, self.drafter, self.rows, self.context = target, drafter, rows, max(context, len(prompt))
         block = max(MAX_DRAFTS + 1, len(prompt))

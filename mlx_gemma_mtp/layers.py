@@ -111,8 +111,13 @@ class Rotation:
 
 
 def rotation(spec: RopeSpec) -> Rotation | FastRotation:
-    """The rotary embedding of one layer kind as this device computes it."""
-    return FastRotation(spec) if metal_available() else Rotation(spec)
+    """The rotary embedding of one layer kind as this device computes it; one for all layers of the kind."""
+    return _made(FastRotation if metal_available() else Rotation, spec)
+
+
+@cache
+def _made(form: type[Rotation | FastRotation], spec: RopeSpec) -> Rotation | FastRotation:
+    return form(spec)
 
 
 def swap_halves(x: mx.array) -> mx.array:

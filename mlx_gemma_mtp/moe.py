@@ -140,8 +140,8 @@ class SwitchGLU(nn.Module):
         return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)  # [P, 1, hidden]
 
     def tiled(self, x: mx.array, experts: mx.array) -> mx.array:
-        """x: [N, hidden]; experts: [N, k] -> one row for each pair, [N k, hidden]; rows that fill a tile up are zeros'
-        token, and dropped.
+        """x: [N, hidden]; experts: [N, k] -> one row for each pair, [N k, hidden]. Token 0 fills the tiles up; what
+        comes of that is dropped.
         """
         tokens, top_k = experts.shape
         tile = tiles(experts.reshape(-1), self.down_proj.weight.shape[0])

@@ -6,25 +6,19 @@ cache. Which kernels there are follows from the kinds of layers and the layout o
 
 from __future__ import annotations
 
-import mlx.core as mx
-
-from .cache import Cache
+from .calibration import KINDS, Bench
 from .drafter import Drafter
 from .gemma4 import Gemma4
 from .kernels import metal_available
 from .memory import step_bytes
-from .params import SamplingParams
-from .sampling import Rules
-from .speculative import Speculation, prefill
 
 MOST_BYTES = 1e9  # a step of a larger model takes so long that its kernels may be made as they come
-PROMPTS = [[2, 3, 4, 5], [2, 3]]  # ragged
-GREEDY = SamplingParams(temperature=0.0, top_k=-1, top_p=1.0, seed=0)
+PROMPT = [2, 3, 4, 5]
 _done: set[tuple] = set()
 
 
 def warm_up(target: Gemma4, drafter: Drafter | None) -> None:
-    """Runs short prompts, and rounds with drafts and without, in one row and in two; once a process for each kind of
+    """Runs a short prompt, and rounds with drafts and without, in one row and in two; once a process for each kind of
     pair. Does nothing on Metal.
     """
     kind = (type(target), target.config.moe is None, drafter and type(drafter.masked_embedding))
@@ -32,9 +26,4 @@ def warm_up(target: Gemma4, drafter: Drafter | None) -> None:
         return
     _done.add(kind)
     for rows in (1, 2):
-        cache = Cache(target.config.kv, rows, capacity=16, block=8, dtype=target.dtype)
-        hidden = prefill(target, cache, slice(0, rows), PROMPTS[:rows])
-        loop = Speculation(target, drafter, cache, Rules.of([GREEDY] * rows, target.config.vocab_size), hidden)
-        for drafts in (2, 0, 0):
-            loop.start(drafts) if drafts else loop.step(0)
-    mx.synchronize()
+        Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0).rounds(2)

@@ -109,7 +109,7 @@ def test_a_ring_that_breaks_the_law_is_refused():
 def test_full_layers_grow_and_keep_their_contents():
     cache, history = make(4, block=100), History(ROWS)
     history.run(cache, [(100, [100, 40, 0])] * 6)
-    assert cache.capacity == 3 * CAPACITY_STEP and cache.lengths.tolist() == [600, 240, 0]
+    assert cache.layers[1].slots == 3 * CAPACITY_STEP and cache.lengths.tolist() == [600, 240, 0]
 
 
 def test_row_ranges_move_and_clear():
@@ -154,6 +154,6 @@ def test_slots_that_were_never_written_are_not_read():
         if cache is many:
             span.used = CAPACITY_STEP + 1
         seen.append([np.array(span.attend(i, queries)) for i in range(2)])
-    assert slots_read(few.capacity, 9) == READ_STEP < CAPACITY_STEP
+    assert slots_read(few.layers[1].slots, 9) == READ_STEP < CAPACITY_STEP
     for ours, wide in zip(*seen, strict=True):
         np.testing.assert_array_equal(ours, wide)
