@@ -17,6 +17,7 @@ from .cache import Cache
 from .drafter import Drafter, Drafts, draft
 from .gemma4 import Gemma4
 from .guide import Guide
+from .kernels import metal_available
 from .noise import keys_of_round
 from .params import COUPLED, REJECTION
 from .penalties import Said
@@ -150,6 +151,9 @@ class Speculation:
             self._mask = self._mask[:, : width + 1] if self._mask is not None else None
         self._verify = self._verify or self._build()
         self._verify.before.clear()  # the last handles of the old buffers: from here on the write can be in place
+        if not metal_available():  # layer by layer: MLX walks a whole graph before its first operation begins
+            for buffers in self.cache.buffers:
+                mx.async_eval(*buffers)
         mx.async_eval(self._verify.hidden)
         self._launched = True
 
