@@ -12,6 +12,8 @@ from functools import cache, partial
 
 import mlx.core as mx
 
+from .kernels import metal_available
+
 island = partial(mx.compile, shapeless=True)
 
 
@@ -34,13 +36,24 @@ def normed_sum(
     return ((residual + x * mx.rsqrt(total + size_eps) * weight) * scale).astype(x.dtype)
 
 
+def _exp(x: mx.array) -> mx.array:
+    """On a CPU as a power of two, one call of the C library, and twice as fast as MLX's own, a chain of calls."""
+    return mx.exp(x) if metal_available() else mx.power(2.0, x * (1 / math.log(2)))
+
+
 @island
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu_tanh(gate) * up, in float32 inside."""
-    # gelu_tanh(x) = x / 2 (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
-    slope = 2 * math.sqrt(2 / math.pi)
+    # gelu_tanh(x) = x / 2 (1 + tanh(z)) = x / (1 + e^-2z), z = sqrt(2 / pi) (x + 0.044715 x^3)
+    slope = -2 * math.sqrt(2 / math.pi)
     x = gate.astype(mx.float32)
-    return ((x * up) * mx.sigmoid((mx.square(x) * (0.044715 * slope) + slope) * x)).astype(gate.dtype)
+    return ((x * up) / (1 + _exp((mx.square(x) * (0.044715 * slope) + slope) * x))).astype(gate.dtype)
+
+
+@island
+def exponentials(scores: mx.array, largest: mx.array) -> mx.array:
+    """What a softmax normalises."""
+    return _exp(scores - largest)
 
 
 @island

@@ -51,6 +51,12 @@ def test_geglu():
     close(islands.geglu(gate, up), x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * np.array(up))
 
 
+def test_geglu_far_from_zero():
+    """No overflow: far below zero nothing passes, far above all does."""
+    gate = mx.array([-3e4, -40.0, -12.0, 0.0, 12.0, 40.0, 3e4])
+    close(islands.geglu(gate, mx.full(gate.shape, 2.0)), 2 * np.maximum(np.array(gate), 0))
+
+
 @pytest.mark.parametrize("spec", [RopeSpec(1e4, 8, 16), RopeSpec(1e6, 4, 32)], ids=["default", "proportional"])
 def test_rotation(spec):
     """Pair i turns by position * theta ** (-2 i / head_dim); pairs past `pairs` stay; each row at its own position."""

@@ -7,7 +7,7 @@ import mlx.core as mx
 from .. import islands
 from . import metal_available
 
-READ_STEP = 32  # slots; a multiple of every SIMD width, so that a longer read adds zeros alone to each lane
+READ_STEP = 16  # slots; a multiple of every SIMD width, so that a longer read adds zeros alone to each lane
 
 
 def slots_read(slots: int, used: int) -> int:
@@ -37,8 +37,9 @@ def attention_reference(queries: mx.array, keys: mx.array, values: mx.array, mas
     The queries that share a key head go through one product. Softmax in float32. Returns [B, heads, T, D].
     """
     grouped = queries.reshape(*mask.shape[:3], -1)  # [B, kv_heads, heads / kv_heads * T, D]
-    weights = mx.softmax(mx.addmm(mask, grouped, keys.swapaxes(-1, -2)), axis=-1, precise=True)
-    return (weights @ values).reshape(queries.shape)
+    scores = mx.addmm(mask, grouped, keys.swapaxes(-1, -2))
+    weights = islands.exponentials(scores, scores.max(axis=-1, keepdims=True))
+    return ((weights @ values) / weights.sum(axis=-1, keepdims=True)).reshape(queries.shape)
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
