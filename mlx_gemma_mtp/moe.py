@@ -17,7 +17,7 @@ from . import blas, paths
 from .config import MoESpec
 from .islands import geglu
 from .kernels import down, gate_up, metal_available, why_off
-from .kernels.grouping import group, tiles
+from .kernels.grouping import Tiles, group, tiles
 from .kernels.products import Weights
 from .linear import Linear, Settled, Stack, input_major
 
@@ -140,17 +140,20 @@ class SwitchGLU(nn.Module):
         return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)  # [P, 1, hidden]
 
     def tiled(self, x: mx.array, experts: mx.array) -> mx.array:
-        """x: [N, hidden]; experts: [N, k] -> one row for each pair, [N k, hidden]. Token 0 fills the tiles up; what
+        """x: [N, hidden]; experts: [N, k] -> one row for each pair, [N k, hidden]. Pair 0 fills the tiles up; what
         comes of that is dropped.
         """
-        tokens, top_k = experts.shape
         tile = tiles(experts.reshape(-1), self.down_proj.weight.shape[0])
+        both = self._tile_products(self.gate_up, x[tile.pair // experts.shape[1]], tile)
+        inner = geglu(*mx.split(both[tile.slot], 2, axis=-1))  # [P, size]
+        return self._tile_products(self.down_proj, inner[tile.pair], tile)[tile.slot]
+
+    @staticmethod
+    def _tile_products(linear: nn.Module, x: mx.array, tile: Tiles) -> mx.array:
+        """x: a row for each row of all tiles, [G rows, in] -> [G rows, out]."""
         count = tile.expert.size
-        token = mx.put_along_axis(mx.zeros((count * tile.rows,), mx.uint32), tile.slot, _rows(tokens, top_k), axis=0)
-        own = _rows(count, 1)
-        both = self.gate_up(x[token].reshape(count, tile.rows, -1), own, tile.expert, True)
-        y = self.down_proj(geglu(*mx.split(both, 2, axis=-1)), own, tile.expert, True)
-        return y.reshape(count * tile.rows, -1)[tile.slot]
+        y = linear(x.reshape(count, -1, x.shape[-1]), _rows(count, 1), tile.expert, True)
+        return y.reshape(x.shape[0], -1)
 
     def groupable(self, dtype: mx.Dtype, pairs: int) -> bool:
         """Whether the kernels run for these weights (gate and up of one format) and so many pairs."""

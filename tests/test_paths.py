@@ -68,9 +68,10 @@ def test_the_ways_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
 def test_tiles_hold_every_pair_once_beside_its_own_kind(pairs, count):
     experts = np.random.default_rng(pairs).integers(0, count, pairs)
     found = tiles(mx.array(experts.astype(np.uint32)), count, rows=8)
-    slot, expert = np.array(found.slot), np.array(found.expert)
-    assert len(set(slot.tolist())) == pairs and slot.max() < 8 * len(expert)
+    slot, pair, expert = map(np.array, found)
+    assert len(set(slot.tolist())) == pairs and slot.max() < len(pair) == 8 * len(expert)
     assert np.array_equal(expert[slot // 8], experts)
+    assert np.array_equal(pair[slot], np.arange(pairs)) and not np.delete(pair, slot).any()
     for e in set(experts.tolist()):  # in order, and in no more tiles than it takes
         own = slot[experts == e]
         assert np.array_equal(own, own[0] + np.arange(len(own))) and own[0] % 8 == 0

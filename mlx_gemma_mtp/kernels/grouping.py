@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from . import Kernel, checked, why_off
 
@@ -47,26 +49,34 @@ def group_reference(experts: mx.array, count: int, rows: int = ROWS) -> Groups:
 
 
 class Tiles(NamedTuple):
-    """Groups as matrices of `rows` rows each. slot: int32 [P], the row that each pair has among the G * rows of all
-    tiles; expert: int32 [G], a tile's (of tiles without a pair any).
+    """Groups as G matrices of `rows` rows each. slot: int32 [P], the row that each pair has among all G * rows; pair:
+    uint32 [G * rows], the pair that each row has, 0 where it has none; expert: [G], a tile's, any where it has no pair.
     """
 
     slot: mx.array
+    pair: mx.array
     expert: mx.array
-    rows: int
 
 
 def tiles(experts: mx.array, count: int, rows: int = ROWS) -> Tiles:
     """experts: of each pair, [P] below `count`. Pairs of one expert keep their order. Nothing is read back."""
-    ids = experts.astype(mx.int32)
-    ranks = mx.cumsum((ids[None] == mx.arange(count)[:, None]).astype(mx.int32), axis=1)  # [E, P], from 1
-    held = (ranks[:, -1] + rows - 1) // rows  # tiles of each expert
-    ends = mx.cumsum(held)
-    rank = mx.take_along_axis(ranks, ids[None], axis=0)[0]
-    slot = ((ends - held) * rows)[ids] + rank - 1
-    number = mx.arange(most_groups(experts.size, count, rows))
-    expert = mx.minimum((ends[None] <= number[:, None]).sum(axis=1), count - 1)
-    return Tiles(slot, expert, rows)
+    pairs = experts.size
+    ranks = mx.cumsum((experts[None] == _count(count)[:, None]).astype(mx.int32), axis=1)  # [E, P], from 1
+    held = (ranks[:, -1:] + rows - 1) // rows  # tiles of each expert
+    slots = ranks + ((mx.cumsum(held, axis=0) - held) * rows - 1)
+    slot = mx.take_along_axis(slots, experts[None], axis=0)[0]
+    pair = mx.put_along_axis(_zeros(most_groups(pairs, count, rows) * rows), slot, _count(pairs), axis=0)
+    return Tiles(slot, pair, experts[pair[::rows]])
+
+
+@lru_cache(maxsize=256)
+def _count(end: int) -> mx.array:
+    return mx.array(np.arange(end, dtype=np.uint32))  # from the host: no part of any graph
+
+
+@lru_cache(maxsize=256)
+def _zeros(size: int) -> mx.array:
+    return mx.array(np.zeros(size, np.uint32))
 
 
 # A counting sort by one threadgroup. A thread owns every THREADS-th expert and reads all pairs twice, first to count
