@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
 from . import islands
 from .config import KVSpec
-from .islands import number
+from .islands import number, numbers
 from .kernels.attention import attention, attention_mask, slots_read
 
 CAPACITY_STEP = 256
@@ -36,13 +35,8 @@ def visible(
     """
     lengths, queries, last = lengths[:, None, None, None], queries[:, None, :, None], number(written - 1)
     if window is None:  # a full layer never wraps
-        return islands.in_line(lengths, queries, _count(read or slots), last)
-    return islands.in_ring(lengths, queries, _count(read or slots), last, number(slots), number(window - 1))
-
-
-@cache
-def _count(end: int, start: int = 0) -> mx.array:
-    return mx.array(np.arange(start, end, dtype=np.int32))  # from the host: no part of any graph
+        return islands.in_line(lengths, queries, numbers(read or slots), last)
+    return islands.in_ring(lengths, queries, numbers(read or slots), last, number(slots), number(window - 1))
 
 
 class LayerKV:
@@ -70,7 +64,7 @@ class LayerKV:
         if rows == slice(0, old.shape[0]):
             return mx.put_along_axis(old, slot, new, axis=2)
         written = copy(old)  # an assignment would change the old handle too
-        row, head = _count(rows.stop, rows.start)[:, None, None], _count(self.spec.kv_heads)[:, None]
+        row, head = numbers(rows.stop, rows.start)[:, None, None], numbers(self.spec.kv_heads)[:, None]
         written[row, head, slot[..., 0]] = new
         return written
 
@@ -198,7 +192,7 @@ class Span:
             self.places = mx.array(np.where(own.ravel(), np.cumsum(own, dtype=np.int32) - 1, 0))
         full = rows == slice(0, cache.rows)
         self.lengths = cache.lengths if full else cache.lengths[rows]
-        steps = _count(tokens) if tokens else number(query_offset)
+        steps = numbers(tokens) if tokens else number(query_offset)
         self.positions = self.lengths[:, None] + steps  # [B, T]
         self._masks: dict[tuple[KVSpec, int, int], mx.array] = {}
         self._slots: dict[tuple[KVSpec, int], mx.array] = {}

@@ -8,9 +8,10 @@ another kernel.
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import mlx.core as mx
+import numpy as np
 
 from .kernels import metal_available
 
@@ -21,6 +22,12 @@ island = partial(mx.compile, shapeless=True)
 def number(value: float) -> mx.array:
     """A kept scalar: no part of any graph."""
     return mx.array(value)
+
+
+@lru_cache(maxsize=1024)
+def numbers(end: int, start: int = 0, dtype: type = np.int32) -> mx.array:
+    """start .. end - 1, kept likewise. dtype: numpy's, since it is made on the host."""
+    return mx.array(np.arange(start, end, dtype=dtype))
 
 
 @island

@@ -110,14 +110,10 @@ class Rotation:
         return islands.turned(x, swap_halves(x), weight, swapped_weight, cos, sin)
 
 
+@cache
 def rotation(spec: RopeSpec) -> Rotation | FastRotation:
     """The rotary embedding of one layer kind as this device computes it; one for all layers of the kind."""
-    return _made(FastRotation if metal_available() else Rotation, spec)
-
-
-@cache
-def _made(form: type[Rotation | FastRotation], spec: RopeSpec) -> Rotation | FastRotation:
-    return form(spec)
+    return FastRotation(spec) if metal_available() else Rotation(spec)
 
 
 def swap_halves(x: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import blas, paths
 from .config import MoESpec
-from .islands import geglu
+from .islands import geglu, numbers
 from .kernels import down, gate_up, metal_available, why_off
 from .kernels.grouping import Tiles, group, tiles
 from .kernels.products import Weights
@@ -137,7 +137,7 @@ class SwitchGLU(nn.Module):
         """x: [N, hidden] -> one row for each pair, [P, 1, hidden]."""
         both = self.gate_up(x[:, None], rows, experts, ordered)
         inner = geglu(*mx.split(both, 2, axis=-1))  # [P, 1, size]
-        return self.down_proj(inner, _rows(experts.size, 1), experts, ordered)  # [P, 1, hidden]
+        return self.down_proj(inner, numbers(experts.size, dtype=np.uint32), experts, ordered)  # [P, 1, hidden]
 
     def tiled(self, x: mx.array, experts: mx.array) -> mx.array:
         """x: [N, hidden]; experts: [N, k] -> one row for each pair, [N k, hidden]. Pair 0 fills the tiles up; what
@@ -152,7 +152,7 @@ class SwitchGLU(nn.Module):
     def _tile_products(linear: nn.Module, x: mx.array, tile: Tiles) -> mx.array:
         """x: a row for each row of all tiles, [G rows, in] -> [G rows, out]."""
         count = tile.expert.size
-        y = linear(x.reshape(count, -1, x.shape[-1]), _rows(count, 1), tile.expert, True)
+        y = linear(x.reshape(count, -1, x.shape[-1]), numbers(count, dtype=np.uint32), tile.expert, True)
         return y.reshape(x.shape[0], -1)
 
     def groupable(self, dtype: mx.Dtype, pairs: int) -> bool:

@@ -33,7 +33,8 @@ class Rule:
     """steps: (pairs from which on, path), ascending from 1. "" stands for every chip, dtype or format of weights.
 
     chip: what the device's name begins with, "cpu" without Metal; weights: the `form` of the experts' linears, such as
-    float or affine4; equal: the paths that agree bit for bit there. Raises ValueError where steps break the law above.
+    float or affine4; equal: the paths that agree bit for bit there, or, where no product keeps a row's bits, any that
+    may alternate. Raises ValueError where steps break the law above.
     """
 
     chip: str

@@ -122,7 +122,7 @@ def test_experts_are_a_loop_over_pairs(tokens, bits):
         for e, w in zip(np.array(chosen)[t], np.array(weights)[t], strict=True):
             inner = gate_up[e] @ np.array(x)[t]
             want[t] += w * (down[e] @ np.array(islands.geglu(*mx.split(mx.array(inner), 2))))
-    close = 1e-3 if metal_available() else 1e-5
-    np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=close)
+    atol = 1e-3 if metal_available() else 1e-5
+    np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=atol)
     if bits is None:
-        np.testing.assert_allclose(np.array(experts.along(Path.TILED, x, chosen, weights)), want, atol=close)
+        np.testing.assert_allclose(np.array(experts.along(Path.TILED, x, chosen, weights)), want, atol=atol)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..islands import numbers
 from . import Kernel, checked, why_off
 
 ROWS = 8  # rows of one group: what a SIMD-group holds accumulators for
@@ -61,22 +62,19 @@ class Tiles(NamedTuple):
 def tiles(experts: mx.array, count: int, rows: int = ROWS) -> Tiles:
     """experts: of each pair, [P] below `count`. Pairs of one expert keep their order. Nothing is read back."""
     pairs = experts.size
-    ranks = mx.cumsum((experts[None] == _count(count)[:, None]).astype(mx.int32), axis=1)  # [E, P], from 1
+    own = experts[None] == numbers(count, dtype=np.uint32)[:, None]
+    ranks = mx.cumsum(own.astype(mx.int32), axis=1)  # [E, P], from 1
     held = (ranks[:, -1:] + rows - 1) // rows  # tiles of each expert
     slots = ranks + ((mx.cumsum(held, axis=0) - held) * rows - 1)
     slot = mx.take_along_axis(slots, experts[None], axis=0)[0]
-    pair = mx.put_along_axis(_zeros(most_groups(pairs, count, rows) * rows), slot, _count(pairs), axis=0)
+    empty = _zeros(most_groups(pairs, count, rows) * rows)
+    pair = mx.put_along_axis(empty, slot, numbers(pairs, dtype=np.uint32), axis=0)
     return Tiles(slot, pair, experts[pair[::rows]])
 
 
 @lru_cache(maxsize=256)
-def _count(end: int) -> mx.array:
-    return mx.array(np.arange(end, dtype=np.uint32))  # from the host: no part of any graph
-
-
-@lru_cache(maxsize=256)
 def _zeros(size: int) -> mx.array:
-    return mx.array(np.zeros(size, np.uint32))
+    return mx.array(np.zeros(size, np.uint32))  # from the host: no part of any graph
 
 
 # A counting sort by one threadgroup. A thread owns every THREADS-th expert and reads all pairs twice, first to count
