@@ -299,6 +299,7 @@ def load(
         notice("no Metal here: running on the CPU, in float32")
     _check_memory(pair, cast)
     target = weights.load_target(pair.target, cast, progress)
+    cast = cast or target.dtype  # the drafter reads the target's K/V and hidden states: of one type, or all is float32
     drafter = weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits) if pair.drafter else None
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
@@ -326,7 +327,7 @@ def load(
 def _check_memory(pair: hub.Pair, cast: mx.Dtype | None) -> None:
     """Refuses what cannot fit, before anything is read. A cast to float32 can double 16-bit weights."""
     folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
-    needed = sum(memory.weight_bytes(folder, widened=cast == mx.float32) for folder in folders)
+    needed = sum(memory.weight_bytes(folder, widened=cast is not None and cast == mx.float32) for folder in folders)
     memory.check(needed, f"the model in {pair.target}", "convert it with -q --q-bits 4, or take a smaller model")
 
 
