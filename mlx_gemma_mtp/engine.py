@@ -266,8 +266,8 @@ def load(
     model: a converted folder or a hub id, None for the small bundled pair; draft_model: likewise, 'auto' to look for
     the target's drafter, 'none' for plain decoding. num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows
     what rounds cost on this machine (measured once and kept in the user's cache folder) and what is accepted. dtype:
-    'float32', 'bfloat16' or 'float16' for what is not quantised; None keeps the folder's, except on a CPU, which gets
-    float32 (MLX's CPU has no bf16 experts).
+    'float32', 'bfloat16' or 'float16' for what is not quantised; None keeps the target's, for its drafter too, but on
+    a CPU it is float32 (MLX's CPU has no bf16 experts).
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
     dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. max_rows: prompts in
     one batch, the others wait for the next; each costs the memory of its K/V. draft_position, draft_temperature: see

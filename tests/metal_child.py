@@ -118,6 +118,14 @@ def ways(engine: Any) -> dict[str, Any]:
     return chosen
 
 
+def compiles() -> bool:
+    """Whether mx.compile traces: on a CPU without g++ it calls the function anew each time."""
+    calls = []
+    twice = mx.compile(lambda x: (calls.append(x), x + x)[1])
+    mx.eval(twice(mx.ones(3)), twice(mx.ones(3)))
+    return len(calls) == 1
+
+
 def main(pairs: list[tuple[str, str]]) -> None:
     watch_all()
     results = []
@@ -133,6 +141,7 @@ def main(pairs: list[tuple[str, str]]) -> None:
         found = {where: sorted(things) for where, things in met.items()}
         asked = {"prompts": PROMPTS, "greedy": GREEDY, "sampled": SAMPLED}
         result = {"chosen": ways(engine), "met": found, "tokens": tokens, "says": engine.description}
+        result["compiles"] = compiles()
         results.append(result | asked)
     print(json.dumps(results))
 

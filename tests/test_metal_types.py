@@ -88,6 +88,7 @@ def of_one_type(found: dict, dtype: str) -> None:
     """Every float on the way has the model's type, and every choice falls on our kernels."""
     met, chosen = found["met"], found["chosen"]
     moe, dense_head = "paths" in chosen, chosen["drafter"] == "DenseHead"
+    assert found["compiles"] or shutil.which("g++") is None
     assert chosen["dtype"] == dtype and f"computed in {dtype} on Metal, our kernels on" in found["says"]
     assert met.keys() >= EVERYWHERE
     places = met.keys() - {"paths", "launched"}

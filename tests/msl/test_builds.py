@@ -1,4 +1,4 @@
-"""The tests of this folder with every compiler and instruction set: `python -m pytest -m slow tests/msl/test_builds.py`."""
+"""The tests of this folder with every compiler and instruction set: `pytest -m slow tests/msl/test_builds.py`."""
 
 import os
 import shutil
