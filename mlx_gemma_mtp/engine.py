@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
-from typing import TYPE_CHECKING, Any, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 import mlx.core as mx
 
 from . import blas, health, hub, kernels, memory, weights
 from .calibration import KINDS, Costs
-from .config import MODES, GenerationDefaults
+from .config import MODES, GenerationDefaults, TargetConfig
 from .costs import CostTable
 from .depth import AUTO, Auto, Fixed
 from .drafter import Drafter
@@ -22,7 +23,7 @@ from .gemma4 import Gemma4
 from .grammar import Grammars
 from .guide import Constraint
 from .kernels import metal_available
-from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
+from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, count, flag, number, shown, whole
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .thinking import CLOSE, OPEN, Thinking
@@ -69,7 +70,7 @@ class Engine:
         self.draft_position, self.draft_temperature, self.accept = draft_position, draft_temperature, accept
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
         self._autos: dict[str, Auto] = {}
-        self._ids = count()  # requests, whichever call they come from
+        self._ids = itertools.count()  # requests, whichever call they come from
         # Reentrant: a stream that is forgotten may be closed by the garbage collector amid another one's round.
         self._lock, self._process = threading.RLock(), os.getpid()
         self._no_drafter_reason = no_drafter_reason
@@ -77,6 +78,8 @@ class Engine:
         self._grammars: Grammars | None = None
         self._target_bytes = memory.step_bytes(target)
         self._draft_bytes = memory.step_bytes(drafter) if drafter else 0
+        self._weight_bytes = sum(memory.model_bytes(model) for model in (target, drafter) if model is not None)
+        self._kv_bytes = 0  # of the batches of open streams
 
     @overload
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Result: ...
@@ -95,10 +98,11 @@ class Engine:
         """The answer to a prompt, or the answers to a list of prompts, made as a batch, in order.
         Options: see `stream`.
         """
-        chunks = self.stream(prompt, params, **options)
+        prompts, single = self.text.prompts(prompt)
+        chunks = self.stream(prompts, params, **options)
         results = {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
         ordered = [results[index] for index in sorted(results)]
-        return ordered[0] if _is_single(prompt) else ordered
+        return ordered[0] if single else ordered
 
     def stream(
         self,
@@ -108,31 +112,32 @@ class Engine:
         system_prompt: str | None = None,
         chat_template: bool = True,
         num_draft_tokens: int | str | None = None,
-        cancel: threading.Event | None = None,
-        progress: Progress = weights.no_progress,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[Chunk]:
         """Yields pieces of text as they are made; the last chunk of each prompt carries its Result.
 
-        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids; or a list of
-        these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly, 'auto' follows
-        cost and acceptance. cancel: set it to end after the current round. progress: told prefill's tokens done and in
-        all. Raises UserError, before anything is generated, for an empty prompt, one beyond the context, image or audio
-        parts, and settings out of range.
+        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (an array,
+        too); or a list of these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly,
+        'auto' follows cost and acceptance. cancel: an event; set it to end after the current round. progress: told
+        prefill's tokens done and in all. Raises UserError, before anything is generated, for an empty
+        prompt, one beyond the context or beyond the memory, image or audio parts, and settings out of range.
         """
-        prompts = [prompt] if _is_single(prompt) else list(prompt)
-        every = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
-        if not prompts or len(every) != len(prompts):
-            raise UserError(
-                f"{len(prompts)} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
-            )
-        drafts = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
-        check_depth(drafts)
+        prompts, _ = self.text.prompts(prompt)
+        every = _settings(params, len(prompts))
+        drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
+        flag("chat_template", chat_template)
+        if cancel is not None and not isinstance(cancel, Cancel):
+            raise UserError(f"cancel is {shown(cancel)}, expected a threading.Event")
+        progress = _told("progress", progress)
         with self._in_use():
             encoded = [
                 self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
                 for prompt, settings in zip(prompts, every, strict=True)
             ]
             requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
+            for request in requests:
+                self._check_fits(request, drafts)
         return self._guarded(self._run(requests, drafts, cancel or threading.Event(), progress))
 
     @property
@@ -191,6 +196,7 @@ class Engine:
         vocab, reply = self.target.config.vocab_size, None
         for kind, source in params.grammars.items():
             if self._grammars is None:
+                self.text.check_grammar_fits()
                 self._grammars = Grammars(self.text.fast_tokenizer, vocab, tuple(self.end_tokens))
             reply = self._grammars.compile(kind, source)
         if not params.thinking or (reply is None and params.thinking_budget is None):
@@ -201,7 +207,7 @@ class Engine:
     def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
         """Who chooses the draft length. The costs are measured or read once, when they are first needed."""
         if self.drafter is None or drafts != AUTO:
-            return Fixed(0 if self.drafter is None else drafts)
+            return Fixed(self._most_drafts(drafts, requests))
         kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
         if kind not in self._autos:
             prompt = self.text.encode(CALIBRATION, chat_template=False)
@@ -212,12 +218,13 @@ class Engine:
         """Drafts that are accepted by rejection are not cut, see rejection.py."""
         return Auto(table, confident=kind == "greedy" or self.accept == COUPLED)
 
-    def calibrate(self, repeats: int = 5, progress: Progress = weights.no_progress) -> dict[str, CostTable]:
+    def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
         """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
         on. Takes a minute or two. Raises UserError without a drafter.
         """
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
+        repeats, progress = count("repeats", repeats), _told("progress", progress)
         with self._in_use(), memory.wired_limit():
             prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
             for kind, costs in self.costs.items():
@@ -225,19 +232,56 @@ class Engine:
                 self._autos[kind] = self._auto(kind, tables[kind])
         return tables
 
-    def _run(
-        self, requests: list[Request], drafts: int | str, cancel: threading.Event, progress: Progress
-    ) -> Iterator[Chunk]:
+    def _run(self, requests: list[Request], drafts: int | str, cancel: Cancel, progress: Progress) -> Iterator[Chunk]:
+        waiting = requests
         try:
             with memory.wired_limit():
-                for start in range(0, len(requests), self.max_rows):
-                    some = requests[start : start + self.max_rows]
-                    if cancel.is_set():  # nobody waits for these: no cache, no prefill, no measurement
-                        yield from [request.cancel() for request in some]
-                    else:
+                while waiting and not cancel.is_set():
+                    some = waiting[: self._rows_that_fit(waiting, drafts)]
+                    waiting, taken = waiting[len(some) :], self._needed(some, drafts)
+                    self._kv_bytes += taken
+                    try:
                         yield from self._batch(some, drafts).run(cancel, progress)
+                    finally:
+                        self._kv_bytes -= taken
+            yield from [request.cancel() for request in waiting]  # for these nothing was prefilled or measured
         finally:
             self._learn()
+
+    def _most_drafts(self, drafts: int | str, requests: Sequence[Request]) -> int:
+        """Drafts that a round of these requests may make; none makes more than the longest text can take."""
+        if self.drafter is None:
+            return 0
+        return Auto.most if drafts == AUTO else min(drafts, max(request.limit for request in requests))
+
+    def _needed(self, requests: Sequence[Request], drafts: int | str) -> int:
+        """Bytes of K/V of a batch of these requests, if every text grows to its limit (see Batch)."""
+        most, longest = self._most_drafts(drafts, requests), max(len(request.prompt) for request in requests)
+        block = max(most + 1, min(self.prefill_chunk, longest))
+        tokens = max(longest + block, *(len(request.prompt) + request.limit + most + 1 for request in requests))
+        return memory.kv_bytes(self.target.config, tokens, len(requests), block, self.target.dtype.size)
+
+    def _check_fits(self, request: Request, drafts: int | str) -> None:
+        """Raises UserError for a text that would not fit even alone."""
+        memory.check(
+            self._weight_bytes + self._needed([request], drafts),
+            f"a prompt of {len(request.prompt)} tokens with max_tokens={request.limit} on this model",
+            "lower max_tokens, shorten the prompt, or take a smaller model",
+        )
+
+    def _rows_that_fit(self, waiting: Sequence[Request], drafts: int | str) -> int:
+        """How many of the requests, from the first on, go into one batch: as many as max_rows and the memory allow.
+
+        Raises UserError where open streams leave too little for one.
+        """
+        free = memory.total_bytes() - self._weight_bytes - self._kv_bytes
+        for rows in range(min(self.max_rows, len(waiting)), 0, -1):
+            if self._needed(waiting[:rows], drafts) <= free:
+                return rows
+        raise UserError(
+            f"the next prompt needs {self._needed(waiting[:1], drafts) / 1e9:.1f} GB of K/V, weights and open streams "
+            f"leave {max(free, 0) / 1e9:.1f} GB; finish or close other streams first, or lower max_tokens"
+        )
 
     def _batch(self, requests: list[Request], drafts: int | str) -> Batch:
         return Batch(
@@ -295,27 +339,69 @@ class Engine:
                     chunks.close()
 
 
-def check_depth(drafts: int | str) -> None:
-    """Raises UserError for what is no draft length."""
-    if drafts != AUTO and (isinstance(drafts, (str, bool)) or drafts < 0):
-        raise UserError(f"num_draft_tokens is {drafts!r}, expected '{AUTO}', 0 (plain decoding) or more")
+@runtime_checkable
+class Cancel(Protocol):
+    """What tells a call to end: an event of threading, multiprocessing or asyncio."""
+
+    def is_set(self) -> bool: ...
+
+
+def check_depth(drafts: int | str) -> int | str:
+    """The draft length. Raises UserError for what is none."""
+    if isinstance(drafts, str) and drafts == AUTO:
+        return AUTO
+    return whole("num_draft_tokens", drafts, lambda n: n >= 0, f"'{AUTO}', 0 (plain decoding) or more")
+
+
+def _settings(params: SamplingParams | Iterable[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:
+    """One for each prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        every = [params or SamplingParams()] * prompts
+    elif isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
+        raise UserError(f"params is {shown(params)}, expected SamplingParams, or a list of them, one a prompt")
+    else:
+        every = [SamplingParams() if each is None else each for each in params]
+    for each in every:
+        if not isinstance(each, SamplingParams):
+            raise UserError(f"params has {shown(each)}, expected SamplingParams")
+    if not prompts or len(every) != prompts:
+        raise UserError(
+            f"{prompts} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
+        )
+    return every
+
+
+def _told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:
+    """Who is told, or nobody. Raises UserError for what cannot be called."""
+    if listener is None:
+        return lambda *_: None
+    if not callable(listener):
+        raise UserError(f"{name} is {shown(listener)}, expected a function")
+    return listener
+
+
+def _location(name: str, value: Any) -> str:
+    """A folder or a hub id as text."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise UserError(f"{name} is {shown(value)}, expected a folder or a hub id")
+    return os.fspath(value)
 
 
 def load(
-    model: str | None = None,
-    draft_model: str = "auto",
+    model: str | os.PathLike[str] | None = None,
+    draft_model: str | os.PathLike[str] = "auto",
     *,
     revision: str | None = None,
     num_draft_tokens: int | str = AUTO,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     draft_bits: int | None = None,
     max_rows: int = MAX_ROWS,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
     draft_temperature: float = DRAFT_TEMPERATURE,
     accept: str = COUPLED,
-    notice: Callable[[str], None] = lambda message: None,
-    progress: Progress = weights.no_progress,
+    notice: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Engine:
     """Loads a target and its drafter.
 
@@ -332,41 +418,36 @@ def load(
     length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and in all,
     of each model. Raises UserError for whatever cannot be loaded.
     """
-    if not 0 < draft_temperature < float("inf"):
-        raise UserError(f"draft_temperature is {draft_temperature}, expected a number above 0; 1 is the request's own")
-    check_depth(num_draft_tokens)
+    notice, progress = _told("notice", notice), _told("progress", progress)
+    num_draft_tokens, max_rows = check_depth(num_draft_tokens), count("max_rows", max_rows)
+    prefill_chunk = count("prefill_chunk", prefill_chunk)
+    draft_position = whole("draft_position", draft_position, lambda n: n in (-1, 0), "0 (transformers) or -1 (vLLM)")
+    expected = "a number from 0.001 to 1000; 1 is the request's own"
+    draft_temperature = number("draft_temperature", draft_temperature, lambda t: 1e-3 <= t <= 1e3, expected)
     if accept not in ACCEPT:
-        raise UserError(f"accept is {accept!r}, expected one of {', '.join(ACCEPT)}")
-    for name, value in {"max_rows": max_rows, "prefill_chunk": prefill_chunk}.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}, expected at least 1")
-    if dtype is not None and dtype not in weights.DTYPES:
-        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(weights.DTYPES)}")
-    bits = MODES["affine"][1]
-    if draft_bits is not None and (draft_bits not in bits or draft_model == "none"):
-        raise UserError(f"draft_bits is {draft_bits}, expected one of {bits}, and a drafter to quantise")
-    pair = hub.find_pair(model, draft_model, revision)
+        raise UserError(f"accept is {shown(accept)}, expected one of {', '.join(ACCEPT)}")
+    if revision is not None and not isinstance(revision, str):
+        raise UserError(f"revision is {shown(revision)}, expected the name of a revision on the hub")
+    draft_model = _location("draft_model", draft_model)
+    cast, draft_bits = _dtype(dtype), _draft_bits(draft_bits, draft_model)
+    pair = hub.find_pair(None if model is None else _location("model", model), draft_model, revision)
     weights.check_pair(pair.target, pair.drafter)
+    config = TargetConfig.from_dict(weights.read_config(pair.target))
     defaults = weights.read_generation_defaults(pair.target)
+    defaults.check_vocabulary(config.vocab_size)
+    hub.check_tokenizer(pair.target)
     health.ensure(notice)
-    cast = weights.DTYPES[dtype] if dtype else None
     if cast is None and not metal_available():
         cast = mx.float32
         notice("no Metal here: running on the CPU, in float32")
-    _check_memory(pair, cast)
-    target = weights.load_target(pair.target, cast, progress)
-    drafter = weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits) if pair.drafter else None
+    _check_memory(pair, config, cast, prefill_chunk)
+    target, drafter = _load_models(pair, cast, draft_bits, progress)
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
-    warming = threading.Thread(target=warm_up, args=(target, drafter))
-    warming.start()
-    from .text import Text  # seconds, for it imports transformers
-
-    warming.join()
     return Engine(
         target,
         drafter,
-        Text(pair.target, target.config.media_token_ids),
+        _load_text(pair.target, target, drafter),
         defaults,
         no_drafter_reason=pair.reason,
         num_draft_tokens=num_draft_tokens,
@@ -379,13 +460,58 @@ def load(
     )
 
 
-def _check_memory(pair: hub.Pair, cast: mx.Dtype | None) -> None:
-    """Refuses what cannot fit, before anything is read. A cast to float32 can double 16-bit weights."""
+def _dtype(dtype: Any) -> mx.Dtype | None:
+    names = weights.DTYPES
+    if dtype is None or (isinstance(dtype, mx.Dtype) and dtype in names.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in names:
+        raise UserError(f"dtype is {shown(dtype)}, expected one of {', '.join(names)}")
+    return names[dtype]
+
+
+def _draft_bits(bits: Any, draft_model: str) -> int | None:
+    if bits is None:
+        return None
+    known = MODES["affine"][1]
+    return whole(
+        "draft_bits",
+        bits,
+        lambda n: n in known and draft_model != "none",
+        f"one of {known}, and a drafter to quantise",
+    )
+
+
+def _load_models(
+    pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None, progress: Progress
+) -> tuple[Gemma4, Drafter | None]:
+    """Both models. MLX's global random state, from which new modules draw, is the host's and stays as it was."""
+    high, low = mx.random.state[0].tolist()
+    try:
+        target = weights.load_target(pair.target, cast, progress)
+        if pair.drafter is None:
+            return target, None
+        return target, weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits)
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None) -> Text:
+    """The tokenizer, whose libraries take seconds to import: meanwhile the models run for the first time."""
+    warming = threading.Thread(target=warm_up, args=(target, drafter))
+    warming.start()
+    try:
+        from .text import Text
+
+        return Text(folder, target.config.vocab_size, target.config.media_token_ids)
+    finally:  # a thread of MLX's that outlives an exception aborts the process
+        warming.join()
+
+
+def _check_memory(pair: hub.Pair, config: TargetConfig, cast: mx.Dtype | None, block: int) -> None:
+    """Refuses what cannot fit with one row of a short text, before anything is read. A cast to float32 can double
+    16-bit weights.
+    """
     folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
     needed = sum(memory.weight_bytes(folder, widened=cast == mx.float32) for folder in folders)
+    needed += memory.kv_bytes(config, 1, 1, block, 4 if cast == mx.float32 else 2)
     memory.check(needed, f"the model in {pair.target}", "convert it with -q --q-bits 4, or take a smaller model")
-
-
-def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
-    """One prompt (text, chat messages, token ids), or several."""
-    return isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], (dict, int)))

@@ -82,6 +82,24 @@ def missing_files(folder: Path) -> list[str]:
     return [name for name in ("config.json", *map(str, weights)) if not (folder / name).is_file()]
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raises UserError where tokenizer.json is not there, or is at first sight no JSON object but a Git LFS pointer,
+    a web page or half of a file: cheap, so that it is said before the weights are read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no tokenizer.json; expected it beside config.json: download or convert the folder again"
+        )
+    try:
+        content = path.read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; expected the model's tokenizer") from None
+    if not (content.startswith(b"{") and content.endswith(b"}")):
+        begin = " ".join(content[:40].decode("utf-8", "replace").split())
+        raise UserError(f"{path} begins with {begin!r}, expected a whole JSON object; download the file itself again")
+
+
 def _unreachable(model: str, revision: str | None, missing: list[str], why: str) -> Unreachable:
     """What exactly cannot be had: the files that a cached part lacks, or all of the model."""
     has = f"is in the hub's cache without {', '.join(missing)}" if missing else "is no folder, nor in the hub's cache"

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .cache import CAPACITY_STEP
 from .config import TargetConfig
 from .drafter import Drafter
 from .errors import UserError
@@ -44,9 +45,18 @@ def step_bytes(model: Gemma4 | Drafter) -> int:
     )
 
 
+def model_bytes(model: Gemma4 | Drafter) -> int:
+    """Bytes of all weights of a loaded model."""
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+
 def kv_bytes(config: TargetConfig, tokens: int, rows: int, block: int, item_size: int) -> int:
-    """Bytes of a cache that holds `tokens` positions of `rows` sequences (rings hold window + block - 1)."""
-    slots = [min(tokens, spec.window + block - 1) if spec.window else tokens for spec in config.kv]
+    """Bytes that a cache takes for `tokens` positions of `rows` sequences.
+
+    Rings have window + block - 1 positions however short the text is, full layers grow in steps of 256.
+    """
+    whole = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
+    slots = [spec.window + block - 1 if spec.window else whole for spec in config.kv]
     per_row = sum(2 * n * spec.kv_heads * spec.head_dim for n, spec in zip(slots, config.kv, strict=True))
     return rows * per_row * item_size
 

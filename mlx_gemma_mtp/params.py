@@ -142,6 +142,11 @@ def number(name: str, value: Any, good: Callable[[float], bool], expected: str) 
     return float(value)
 
 
+def count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least so much."""
+    return whole(name, value, lambda n: n >= least, f"a whole number, at least {least}")
+
+
 def flag(name: str, value: Any) -> bool:
     """The value, if it is True or False; raises UserError."""
     if not isinstance(value, bool):

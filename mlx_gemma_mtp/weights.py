@@ -120,7 +120,19 @@ def load_drafter(
     if bits is not None:
         _quantize_drafter(model, bits)
     _prepare(model, progress)
+    if config.centroids:
+        _check_ordering(model.masked_embedding.token_ordering, config.vocab_size, folder)
     return model
+
+
+def _check_ordering(ordering: mx.array, vocab: int, folder: Path) -> None:
+    """Its entries are looked up in the embedding."""
+    strange = [n for n in (mx.min(ordering).item(), mx.max(ordering).item()) if not 0 <= n < vocab]
+    if strange:
+        raise UserError(
+            f"{folder}: masked_embedding.token_ordering has {strange[0]}, expected token ids from 0 to {vocab - 1}; "
+            "download it again"
+        )
 
 
 def read_tensors(folder: Path) -> dict[str, mx.array]:
