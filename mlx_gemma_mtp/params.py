@@ -82,17 +82,17 @@ class SamplingParams:
         share = (number, lambda r: 1 / MOST <= r <= MOST, f"{1 / MOST:g} to {MOST:g}; 1 is off")
         signed = (number, lambda x: -MOST <= x <= MOST, f"a number from {-MOST:g} to {MOST:g}; 0 is off")
         checks = {
-            "max_tokens": (whole, lambda n: n >= 1, "a whole number, at least 1"),
+            "max_tokens": (whole, lambda n: n >= 1, "at least 1, a whole number"),
             "temperature": (number, lambda t: 0 <= t <= MOST, f"0 (greedy) to {MOST:g}"),
             "top_p": (number, lambda p: 0 < p <= 1, "above 0, at most 1 (off)"),
-            "top_k": (whole, lambda k: k == OFF or k >= 1, f"a whole number, 1 or more, or {OFF} (off)"),
+            "top_k": (whole, lambda k: k == OFF or k >= 1, f"1 or more, or {OFF} (off), a whole number"),
             "min_p": (number, lambda p: 0 <= p <= 1, "0 (off) to 1"),
             "repetition_penalty": share,
             "presence_penalty": signed,
             "frequency_penalty": signed,
-            "logprobs": (whole, lambda n: 0 <= n <= MAX_LOGPROBS, f"a whole number, 0 to {MAX_LOGPROBS}"),
-            "seed": (whole, lambda n: 0 <= n <= MAX_SEED, f"a whole number, 0 to {MAX_SEED}"),
-            "thinking_budget": (whole, lambda n: n >= 0, "a whole number, 0 or more"),
+            "logprobs": (whole, lambda n: 0 <= n <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, a whole number"),
+            "seed": (whole, lambda n: 0 <= n <= MAX_SEED, f"0 to {MAX_SEED}, a whole number"),
+            "thinking_budget": (whole, lambda n: n >= 0, "0 or more, a whole number"),
         }
         may_be_none = {"temperature", "top_p", "top_k", "logprobs", "seed", "thinking_budget"}
         given = {k: v for k, v in vars(self).items() if k in checks and (v is not None or k not in may_be_none)}
@@ -144,7 +144,7 @@ def number(name: str, value: Any, good: Callable[[float], bool], expected: str) 
 
 def count(name: str, value: Any, least: int = 1) -> int:
     """A whole number of at least so much."""
-    return whole(name, value, lambda n: n >= least, f"a whole number, at least {least}")
+    return whole(name, value, lambda n: n >= least, f"at least {least}, a whole number")
 
 
 def flag(name: str, value: Any) -> bool:
