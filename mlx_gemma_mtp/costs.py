@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .files import whole
+from .files import cache_folder, whole
 
 MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
 ROWS = (1, 2, 4, 8)
@@ -114,19 +112,6 @@ UNKNOWN = CostTable.of(
     {(rows, 1, width): 1 + 0.15 * (rows * (width + 1) - 1) for rows in ROWS for width in range(MAX_DRAFTS + 1)},
     dict.fromkeys(ROWS, 0.12),
 )
-
-
-def cache_folder() -> Path:
-    """Where tables lie: MLX_GEMMA_MTP_CACHE, or the user's cache folder."""
-    if named := os.environ.get("MLX_GEMMA_MTP_CACHE"):
-        return Path(named)
-    home = Path.home()
-    base = (
-        home / "Library/Caches"
-        if sys.platform == "darwin"
-        else Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    )
-    return base / "mlx_gemma_mtp"
 
 
 class CostFile:

@@ -292,14 +292,17 @@ def load(
     pair = hub.find_pair(model, draft_model, revision)
     weights.check_pair(pair.target, pair.drafter)
     defaults = weights.read_generation_defaults(pair.target)
+    weights.check_text_files(pair.target)
     health.ensure(notice)
     cast = weights.DTYPES[dtype] if dtype else None
     if cast is None and not metal_available():
         cast = mx.float32
         notice("no Metal here: running on the CPU, in float32")
     _check_memory(pair, cast)
-    target = weights.load_target(pair.target, cast, progress)
-    drafter = weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits) if pair.drafter else None
+    target = weights.open_target(pair.target, cast)  # both are checked before the weights of either are read
+    drafter = weights.open_drafter(pair.drafter, target.config, cast, draft_bits) if pair.drafter else None
+    for each in (target, drafter) if drafter else (target,):
+        weights.prepare(each, progress)
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
     warming = threading.Thread(target=warm_up, args=(target, drafter))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .errors import UserError
+from .safetensors_io import SINGLE, read_index
 
 DEMO = Path(__file__).parent / "demo"
 PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
@@ -74,12 +74,11 @@ def find(model: str, revision: str | None = None) -> Path:
 
 def missing_files(folder: Path) -> list[str]:
     """What a model folder lacks of config.json and of the weight files that its index names."""
-    index = folder / "model.safetensors.index.json"
     try:
-        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        weights = ["model.safetensors"]  # no index, or one that the loader will complain about
-    return [name for name in ("config.json", *map(str, weights)) if not (folder / name).is_file()]
+        weights = sorted(set(read_index(folder).values())) or [SINGLE]
+    except UserError:
+        weights = []  # the loader will say what is wrong with the index
+    return [name for name in ("config.json", *weights) if not (folder / name).is_file()]
 
 
 def _unreachable(model: str, revision: str | None, missing: list[str], why: str) -> Unreachable:

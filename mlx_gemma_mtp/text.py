@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from .errors import UserError
+from .weights import check_text_files
 
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -23,12 +24,8 @@ class Text:
     """A model folder's tokenizer and chat template."""
 
     def __init__(self, folder: Path, media_token_ids: Sequence[int]):
-        if not (folder / "tokenizer.json").is_file():
-            raise UserError(
-                f"{folder} has no tokenizer.json; expected it beside config.json: download or convert the folder again"
-            )
-        # The context is checked against the model's config, not against what the tokenizer's file says of it.
-        self.tokenizer: TokenizerWrapper = load_tokenizer(folder, {"model_max_length": sys.maxsize})
+        check_text_files(folder)
+        self.tokenizer: TokenizerWrapper = _tokenizer(folder)
         self.media_token_ids = frozenset(media_token_ids)
 
     @property
@@ -92,6 +89,15 @@ class Text:
 
     def stream(self, stop: Sequence[str]) -> TextStream:
         return TextStream(self.tokenizer.detokenizer, stop)
+
+
+def _tokenizer(folder: Path) -> TokenizerWrapper:
+    try:
+        # The context is checked against the model's config, not against what the tokenizer's file says of it.
+        return load_tokenizer(folder, {"model_max_length": sys.maxsize})
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder / 'tokenizer.json'} cannot be used ({reason}); download it again") from None
 
 
 def _words(message: Message) -> str:
