@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,9 +111,11 @@ def _architecture(model: Checkpoint) -> dict:
 
 def _drafter_name(where: str) -> str:
     """The drafter's name beside a target: that of the original, without what conversions append."""
-    path = where.rstrip("/") if source.HUB_ID.fullmatch(where) else str(Path(where).expanduser().resolve())
-    beside = f"{path}-assistant"
-    return beside if Path(beside).is_dir() else f"{CONVERTED.sub('', path)}-assistant"
+    from mlx_gemma_mtp import hub  # as in source.find
+
+    local = not source.HUB_ID.fullmatch(where) or os.path.isdir(where)
+    beside = hub.assistant(os.path.abspath(Path(where).expanduser()) if local else where)
+    return beside if os.path.isdir(beside) else f"{CONVERTED.sub('', beside.removesuffix('-assistant'))}-assistant"
 
 
 def _kv(model: Checkpoint) -> dict[str, int]:

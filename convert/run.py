@@ -120,7 +120,9 @@ def _planned(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str) 
         return [first]
     if configs.is_drafter(first.config):
         raise UserError(f"{hf_path} is a drafter; expected a target with --pair; leave out --pair")
-    path = hf_path.rstrip("/") + "-assistant"
+    from mlx_gemma_mtp import hub  # as in source.find
+
+    path = hub.assistant(hf_path)
     second = _plan(path, outs[1], quantize.DRAFTER if recipe else None, dtype)
     if not configs.is_drafter(second.config):
         raise UserError(f"{path} is no drafter; expected the MTP drafter of {hf_path}; download it there")

@@ -32,17 +32,15 @@ def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
     """
     from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
 
+    from mlx_gemma_mtp import hub
+
     try:
         config = Path(hf_hub_download(repo, "config.json"))
         files = get_safetensors_metadata(repo).files_metadata
     except Exception as error:  # the client's errors have no common base; all mean "no headers"
         if folder := find(repo) if constants.HF_HUB_OFFLINE else _cached(repo):
             return read_object(folder / "config.json"), tensors(folder)
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{repo} is no folder, nor complete in the hub's cache, and the hub cannot be asked ({reason}); check the"
-            f" name, or connect and run: hf download {repo}"
-        ) from error
+        raise hub.refusal(repo, error) from error
     return read_object(config), {
         name: Tensor(Path(file), info.dtype, tuple(info.shape), begin, end - begin)
         for file, metadata in files.items()
