@@ -1,12 +1,12 @@
 """`check OUT [--against SOURCE]`: is a converted folder what config.json says, sound, and close to its source?"""
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.safetensors_io import is_plain, read_object
 
@@ -31,7 +31,7 @@ class Difference:
 
 def check_command(argv: list[str]) -> int:
     """Exit code 0, or 1 where something was found."""
-    parser = argparse.ArgumentParser(prog="mlx-gemma-mtp-convert check", description=__doc__)
+    parser = Parser(prog="mlx-gemma-mtp-convert check", description=__doc__)
     parser.add_argument("folder", metavar="OUT", help="a converted folder")
     parser.add_argument("--against", metavar="SOURCE", help="the folder or hub id that it was converted from")
     args = parser.parse_args(argv)

@@ -1,6 +1,5 @@
 """`inspect SOURCE [--json]`: what a checkpoint is and what it takes to run it, from config.json and headers alone."""
 
-import argparse
 import json
 import math
 import os
@@ -8,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.memory import kv_bytes
 
 from . import config, names, source
@@ -23,7 +23,7 @@ CONVERTED = re.compile(r"-(mlx|bf16|[2-8]bit|mxfp4|mxfp8|nvfp4)$")
 
 def inspect_command(argv: list[str]) -> int:
     """Exit code 0."""
-    parser = argparse.ArgumentParser(prog="mlx-gemma-mtp-convert inspect", description=__doc__)
+    parser = Parser(prog="mlx-gemma-mtp-convert inspect", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="local folder or hub id, as published or converted")
     parser.add_argument("--json", action="store_true", help="for machines")
     args = parser.parse_args(argv)

@@ -23,7 +23,7 @@ from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .thinking import CLOSE, OPEN, Thinking
-from .warmup import warm_up
+from .warmup import making_ready, warm_up
 from .weights import Progress
 
 if TYPE_CHECKING:
@@ -260,6 +260,7 @@ def load(
     accept: str = COUPLED,
     notice: Callable[[str], None] = lambda message: None,
     progress: Progress = weights.no_progress,
+    stage: Callable[[str], None] = lambda what: None,
 ) -> Engine:
     """Loads a target and its drafter.
 
@@ -274,7 +275,8 @@ def load(
     Speculation. accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
     (block verification: more stay and the distribution is the same, but the text depends on drafts, and so on draft
     length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and in all,
-    of each model. Raises UserError for whatever cannot be loaded.
+    of each model; stage: what is being done that may take seconds, '' for nothing. Raises UserError for
+    whatever cannot be loaded.
     """
     if not 0 < draft_temperature < float("inf"):
         raise UserError(f"draft_temperature is {draft_temperature}, expected a number above 0; 1 is the request's own")
@@ -289,10 +291,13 @@ def load(
     bits = MODES["affine"][1]
     if draft_bits is not None and (draft_bits not in bits or draft_model == "none"):
         raise UserError(f"draft_bits is {draft_bits}, expected one of {bits}, and a drafter to quantise")
+    stage("looking for the model")
     pair = hub.find_pair(model, draft_model, revision)
+    stage("checking the model's files")
     weights.check_pair(pair.target, pair.drafter)
     defaults = weights.read_generation_defaults(pair.target)
     weights.check_text_files(pair.target)
+    stage("checking the Metal kernels (the first start on this machine)")
     health.ensure(notice)
     cast = weights.DTYPES[dtype] if dtype else None
     if cast is None and not metal_available():
@@ -301,15 +306,18 @@ def load(
     _check_memory(pair, cast)
     target = weights.open_target(pair.target, cast)  # both are checked before the weights of either are read
     drafter = weights.open_drafter(pair.drafter, target.config, cast, draft_bits) if pair.drafter else None
+    stage("")
     for each in (target, drafter) if drafter else (target,):
         weights.prepare(each, progress)
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
-    warming = threading.Thread(target=warm_up, args=(target, drafter))
+    stage(making_ready(target))
+    warming = threading.Thread(target=warm_up, args=(target, drafter, max_rows))
     warming.start()
     from .text import Text  # seconds, for it imports transformers
 
     warming.join()
+    stage("")
     return Engine(
         target,
         drafter,

@@ -740,7 +740,7 @@ def test_full_disk_is_noticed_before_writing(moe, tmp_path, capsys, monkeypatch)
 def test_hub_ids_are_downloaded_and_failures_are_one_line(moe, tmp_path, capsys, monkeypatch):
     asked = []
 
-    def snapshot_download(repo, revision, allow_patterns):
+    def snapshot_download(repo, revision, allow_patterns, **more):
         asked.append((repo, allow_patterns))
         if repo == "org/absent":
             raise OSError("404 not found\nlong explanation")
