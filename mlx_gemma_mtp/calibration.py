@@ -23,6 +23,7 @@ from .gemma4 import Gemma4
 from .hub import Pair
 from .kernels import metal_available
 from .params import SamplingParams
+from .safetensors_io import weight_files
 from .sampling import Rules
 from .speculative import Speculation, prefill
 from .weights import format_of
@@ -241,7 +242,7 @@ def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
 
 def _fingerprint(folder: Path) -> str:
     """Of a model folder: its config, and the sizes of its weight files."""
-    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    sizes = sorted((file.name, file.stat().st_size) for file in weight_files(folder))
     return sha256((folder / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()[:16]
 
 

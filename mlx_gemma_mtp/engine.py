@@ -6,7 +6,9 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
@@ -27,7 +29,7 @@ from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, count, flag, numb
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .thinking import CLOSE, OPEN, Thinking
-from .warmup import warm_up
+from .warmup import making_ready, warm_up
 from .weights import Progress
 
 if TYPE_CHECKING:
@@ -402,6 +404,7 @@ def load(
     accept: str = COUPLED,
     notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    stage: Callable[[str], None] | None = None,
 ) -> Engine:
     """Loads a target and its drafter.
 
@@ -416,9 +419,10 @@ def load(
     Speculation. accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
     (block verification: more stay and the distribution is the same, but the text depends on drafts, and so on draft
     length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and in all,
-    of each model. Raises UserError for whatever cannot be loaded.
+    of each model; stage: what is being done that may take seconds, '' for nothing. Raises UserError for
+    whatever cannot be loaded.
     """
-    notice, progress = _told("notice", notice), _told("progress", progress)
+    notice, progress, stage = _told("notice", notice), _told("progress", progress), _told("stage", stage)
     num_draft_tokens, max_rows = check_depth(num_draft_tokens), count("max_rows", max_rows)
     prefill_chunk = count("prefill_chunk", prefill_chunk)
     draft_position = whole("draft_position", draft_position, lambda n: n in (-1, 0), "0 (transformers) or -1 (vLLM)")
@@ -430,24 +434,33 @@ def load(
         raise UserError(f"revision is {shown(revision)}, expected the name of a revision on the hub")
     draft_model = _location("draft_model", draft_model)
     cast, draft_bits = _dtype(dtype), _draft_bits(draft_bits, draft_model)
+    stage("looking for the model")
     pair = hub.find_pair(None if model is None else _location("model", model), draft_model, revision)
+    stage("checking the model's files")
     weights.check_pair(pair.target, pair.drafter)
     config = TargetConfig.from_dict(weights.read_config(pair.target))
     defaults = weights.read_generation_defaults(pair.target)
     defaults.check_vocabulary(config.vocab_size)
-    hub.check_tokenizer(pair.target)
+    weights.check_text_files(pair.target)
+    stage("checking the Metal kernels (the first start on this machine)")
     health.ensure(notice)
     if cast is None and not metal_available():
         cast = mx.float32
         notice("no Metal here: running on the CPU, in float32")
     _check_memory(pair, config, cast, prefill_chunk)
-    target, drafter = _load_models(pair, cast, draft_bits, progress)
+    target, drafter = _open_models(pair, cast, draft_bits)
+    stage("")
+    for each in (target, drafter) if drafter else (target,):
+        weights.prepare(each, progress)
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
+    stage(making_ready(target))
+    text = _load_text(pair.target, target, drafter, max_rows)
+    stage("")
     return Engine(
         target,
         drafter,
-        _load_text(pair.target, target, drafter),
+        text,
         defaults,
         no_drafter_reason=pair.reason,
         num_draft_tokens=num_draft_tokens,
@@ -481,30 +494,30 @@ def _draft_bits(bits: Any, draft_model: str) -> int | None:
     )
 
 
-def _load_models(
-    pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None, progress: Progress
-) -> tuple[Gemma4, Drafter | None]:
-    """Both models. MLX's global random state, from which new modules draw, is the host's and stays as it was."""
+def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) -> tuple[Gemma4, Drafter | None]:
+    """Both models, checked before the weights of either are read. MLX's global random state, from which new modules
+    draw, is the host's and stays as it was.
+    """
     high, low = mx.random.state[0].tolist()
     try:
-        target = weights.load_target(pair.target, cast, progress)
+        target = weights.open_target(pair.target, cast)
         if pair.drafter is None:
             return target, None
-        return target, weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits)
+        return target, weights.open_drafter(pair.drafter, target.config, cast, draft_bits)
     finally:
         mx.random.seed(high << 32 | low)
 
 
-def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None) -> Text:
-    """The tokenizer, whose libraries take seconds to import: meanwhile the models run for the first time."""
-    warming = threading.Thread(target=warm_up, args=(target, drafter))
-    warming.start()
-    try:
-        from .text import Text
+def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: int) -> Text:
+    """The tokenizer, whose libraries take seconds to import: meanwhile the models run for the first time.
 
-        return Text(folder, target.config.vocab_size, target.config.media_token_ids)
-    finally:  # a thread of MLX's that outlives an exception aborts the process
-        warming.join()
+    The import has the other thread, not the models: MLX aborts a process that ends after a thread of its own computed.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        importing = pool.submit(import_module, ".text", __package__)
+        warm_up(target, drafter, max_rows)
+        text = importing.result()
+    return text.Text(folder, target.config.vocab_size, target.config.media_token_ids)
 
 
 def _check_memory(pair: hub.Pair, config: TargetConfig, cast: mx.Dtype | None, block: int) -> None:

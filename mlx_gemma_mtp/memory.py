@@ -17,7 +17,7 @@ from .drafter import Drafter
 from .errors import UserError
 from .gemma4 import Gemma4
 from .kernels import metal_available
-from .safetensors_io import read_header
+from .safetensors_io import read_header, weight_files
 
 
 def total_bytes() -> int:
@@ -29,7 +29,7 @@ def total_bytes() -> int:
 
 def weight_bytes(folder: Path, widened: bool = False) -> int:
     """Bytes of a folder's tensors; widened: 16-bit floats, also scales and biases of quantised weights, as float32."""
-    tensors = [tensor for file in folder.glob("*.safetensors") for tensor in read_header(file).values()]
+    tensors = [tensor for file in weight_files(folder) for tensor in read_header(file).values()]
     return sum(t.nbytes * (2 if widened and t.dtype in ("BF16", "F16") else 1) for t in tensors)
 
 

@@ -42,6 +42,7 @@ class Result:
     finish_reason: str
     stats: Stats
     logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)

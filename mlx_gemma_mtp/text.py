@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import UserError
-from .hub import check_tokenizer
 from .params import check_unicode, shown, whole
+from .weights import check_text_files
 
 
 @contextmanager
@@ -51,22 +51,14 @@ class Text:
     """A model folder's tokenizer and chat template. vocab_size: of the model; the tokenizer may have more or fewer."""
 
     def __init__(self, folder: Path, vocab_size: int, media_token_ids: Sequence[int] = ()):
-        check_tokenizer(folder)
-        try:
-            # The context is checked against the model's config, not against what the tokenizer's file says of it.
-            self.tokenizer: TokenizerWrapper = load_tokenizer(folder, {"model_max_length": sys.maxsize})
-            known = self.tokenizer.get_vocab().values()
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            reason = shown(str(error)) if str(error) else type(error).__name__
-            raise UserError(
-                f"the tokenizer in {folder} cannot be read ({reason}); expected the files that came with the model: "
-                "download or convert the folder again"
-            ) from None
+        check_text_files(folder)
+        self.tokenizer: TokenizerWrapper = _tokenizer(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
-        if max(known, default=-1) >= self.known:
+        last = max(self.tokenizer.get_vocab().values(), default=-1)
+        if last >= self.known:
             raise UserError(
-                f"the tokenizer in {folder} has {self.known} tokens and the id {max(known)}; expected ids "
-                "without gaps: download or convert the folder again"
+                f"the tokenizer in {folder} has {self.known} tokens and the id {last}; expected ids without gaps: "
+                "download or convert the folder again"
             )
         self.media_token_ids = frozenset(media_token_ids)
 
@@ -171,6 +163,15 @@ class Text:
 
     def stream(self, stop: Sequence[str]) -> TextStream:
         return TextStream(self.tokenizer.detokenizer, stop, self.known)
+
+
+def _tokenizer(folder: Path) -> TokenizerWrapper:
+    try:
+        # The context is checked against the model's config, not against what the tokenizer's file says of it.
+        return load_tokenizer(folder, {"model_max_length": sys.maxsize})
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder / 'tokenizer.json'} cannot be used ({reason}); download it again") from None
 
 
 def _plain(prompt: Any) -> str | list[Any]:

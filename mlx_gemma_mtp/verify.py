@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from . import blas
-from .cli import Bar, Parser, command, note
+from .cli import Parser, command, loaded
 from .errors import UserError
 from .generate import read_lines
 from .params import SamplingParams
@@ -60,22 +59,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     prompts = read_lines(args.prompt_file) if args.prompt_file else PROMPTS
     _check(args, prompts)
-    blas.preload()
-    from .engine import load  # after the BLAS: these import MLX
-    from .equality import compare, same_distribution
-    from .invariance import probe
-
     base = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True, seed=0)
     every = [replace(base, temperature=temperature) for temperature in args.temps]
-    engine = load(
-        args.model,
-        args.draft_model,
-        dtype=args.dtype,
-        draft_bits=args.draft_bits,
-        max_rows=max(args.rows),
-        notice=note,
-        progress=Bar("loading"),
-    )
+    engine = loaded(args.model, args.draft_model, dtype=args.dtype, draft_bits=args.draft_bits, max_rows=max(args.rows))
+    from .equality import compare, same_distribution  # after the BLAS: these import MLX
+    from .invariance import probe
+
     if engine.drafter is None:
         raise UserError("there is no drafter to verify; name one with --draft-model")
     say = (lambda *lines: None) if args.json else (lambda *lines: print(*lines, sep="\n", flush=True))
