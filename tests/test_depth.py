@@ -10,7 +10,7 @@ import pytest
 from benchmarks import replay
 from mlx_gemma_mtp import SamplingParams, calibrate, calibration, load
 from mlx_gemma_mtp.calibration import KINDS, Costs
-from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable
+from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, CostFile, CostTable
 from mlx_gemma_mtp.depth import (
     BEST,
     CONFIDENCE,
@@ -255,9 +255,53 @@ def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine):
     assert notices == []
 
 
-def test_a_machine_too_slow_to_measure_starts_from_a_guess(tmp_path, engine):
-    costs = Costs("greedy", CostFile({"a": 1}, tmp_path), seconds=0.0)
-    assert costs.table(engine.target, engine.drafter, [5, 6, 7]) == UNKNOWN and not costs.file.path.exists()
+class StubBench:
+    """A machine whose plain step takes `step` seconds, half as much again for each further token of a verify."""
+
+    step = 0.0
+    clock = 0.0
+
+    def __init__(self, target, drafter, prompt, params, rows, context):
+        self.rows, self.context, self.widths = rows, context, []
+
+    def rounds(self, width):
+        self.widths.append(width)
+        verify = self.step * (1 + width / 2)
+        StubBench.clock += 4 * verify
+        return verify + width * self.step / 10, verify
+
+
+@pytest.mark.parametrize("milliseconds", [1, 30, 40, 60, 200, 1000, 30000])
+def test_a_slow_machine_is_measured_too(tmp_path, monkeypatch, milliseconds):
+    """One pass over two widths is enough; what was compiled on the way is not counted."""
+    monkeypatch.setattr(calibration, "Bench", StubBench)
+    monkeypatch.setattr("time.perf_counter", lambda: StubBench.clock)
+    monkeypatch.setattr(StubBench, "step", milliseconds / 1000)
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path))
+    table = costs.table(None, None, [5, 6, 7])
+    verified, drafted = costs.file.read()
+    assert {(1, 3, 0), (1, 3, 1)} <= set(verified) and set(drafted) == {1}
+    assert [each / table.verify_at(1, 3)[0] for each in table.rounds_at(1, 3)[:5]] == pytest.approx(
+        [1, 1.6, 2.2, 2.8, 3.4]
+    )
+    assert costs.table(None, None, [5, 6, 7]) == table  # from the file
+    assert (len(verified) == 3) == (milliseconds <= 60)
+
+
+def test_no_first_pass_is_counted_where_there_is_another(monkeypatch):
+    """The first pass of every width is slow, as where kernels are compiled."""
+
+    class Cold(StubBench):
+        def rounds(self, width):
+            factor = 1 if width in self.widths else 10
+            return tuple(factor * each for each in super().rounds(width))
+
+    monkeypatch.setattr(calibration, "Bench", Cold)
+    monkeypatch.setattr(StubBench, "step", 0.001)
+    timings = calibration.measure(None, None, [5], KINDS["greedy"], (1,), (1,), (0, 1), 2)
+    assert timings.alone == {(1, 1, 0): [0.001, 0.001], (1, 1, 1): [0.0015, 0.0015]}
+    few = calibration.measure(None, None, [5], KINDS["greedy"], (1,), (1,), (0, 1), 2, seconds=0.0)
+    assert few.alone == {(1, 1, 0): [0.01], (1, 1, 1): [0.015]}
 
 
 @pytest.mark.parametrize("broken", ["corrupt", "foreign", "unwritable"])
