@@ -195,7 +195,7 @@ class Fixed:
     def __init__(self, drafts: int):
         self.most = drafts
 
-    def begin(self) -> None:
+    def forget(self, ids: Sequence[int]) -> None:
         """See Auto, here and below."""
 
     def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
@@ -210,7 +210,7 @@ class Fixed:
     def observe(self, accepted: Mapping[int, int]) -> str:
         return FIXED
 
-    def timed(self, rows: int, context: int, seconds: float) -> None:
+    def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
         """Needs no times."""
 
 
@@ -230,48 +230,54 @@ class Auto:
         self.pool, self.trust, self.pause = History(), Trust(), Pause()
         self.live: dict[tuple[int, int, int], list[float]] = {}  # seconds of verifies, by cell of the table
         self._own: dict[int, History] = {}
-        self._drafted = Choice(0, OFF, 0.0)
-        self._verified, self._width = self._drafted, 0
-        self._confidences: dict[int, Sequence[float]] = {}
+        # By request, since rounds of several batches may interleave; the rows of a batch have the same choice.
+        self._drafted: dict[int, Choice] = {}  # of the drafts that wait to be verified
+        self._verified: dict[int, tuple[Choice, int, Sequence[float]]] = {}  # of the last verify: width, confidences
 
-    def begin(self) -> None:
-        """Another batch, whose requests are numbered anew."""
-        self._own.clear()
+    def forget(self, ids: Sequence[int]) -> None:
+        """Drops what is kept of these requests alone: their batch has ended."""
+        for row in ids:
+            for kept in (self._own, self._drafted, self._verified):
+                kept.pop(row, None)
 
     def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
-        """How many drafts to make. rows: the requests' numbers; the rest as in `choose`."""
+        """How many drafts to make. rows: the requests' ids, unique in the engine; the rest as in
+        `choose`."""
         own = [self._own.get(row, History()) for row in rows]
-        self._drafted = choose(self.table, own, self.pool, _coarse(context), useful, self.pause)
-        self.pause = self.pause.chosen(self._drafted.reason)
-        return self._drafted.drafts
+        choice = choose(self.table, own, self.pool, _coarse(context), useful, self.pause)
+        self.pause = self.pause.chosen(choice.reason)
+        self._drafted |= dict.fromkeys(rows, choice)
+        return choice.drafts
 
     def verify(
         self, rows: Sequence[int], context: int, useful: Sequence[int], confidences: Sequence[Sequence[float]]
     ) -> int:
         """How many of the drafts to verify; see `worthwhile`."""
-        width = self._drafted.drafts
+        choice = self._drafted[rows[0]]
+        width = choice.drafts
         if self.confident:
-            width = worthwhile(self.table, self.trust, confidences, _coarse(context), useful, self._drafted.rate)
-        self._verified, self._width = self._drafted, width
-        self._confidences = dict(zip(rows, confidences, strict=True))
+            width = worthwhile(self.table, self.trust, confidences, _coarse(context), useful, choice.rate)
+        self._verified |= {row: (choice, width, each) for row, each in zip(rows, confidences, strict=True)}
         return width
 
     def observe(self, accepted: Mapping[int, int]) -> str:
         """The drafts that each request kept of the round last verified. Returns the reason of its length."""
-        drafted, width = self._verified.drafts, self._width
+        choice, width, _ = self._verified[next(iter(accepted))]
         if width:
             for row, kept in accepted.items():
-                cut = [self.trust.rate(each) for each in self._confidences[row][width:]]
+                confidences = self._verified[row][2]
+                cut = [self.trust.rate(each) for each in confidences[width:]]
                 self._own[row] = self._own.get(row, History()).after(width, kept, RECENT, cut)
                 self.pool = self.pool.after(width, kept, LASTING, cut)
-                self.trust = self.trust.after(self._confidences[row][:width], kept)
-        if self._verified.reason == PROBE:
+                self.trust = self.trust.after(confidences[:width], kept)
+        if choice.reason == PROBE:
             self.pause = self.pause.probed(sum(accepted.values()))
-        return self._verified.reason if width == drafted else CONFIDENCE
+        return choice.reason if width == choice.drafts else CONFIDENCE
 
-    def timed(self, rows: int, context: int, seconds: float) -> None:
-        """Seconds of the round last verified, in which the drafts of the next were made."""
+    def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
+        """Seconds of the round last verified by these requests, in which their next drafts were made."""
         nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
-        verify = seconds - self._drafted.drafts * self.table.draft_at(rows)
+        drafts, width = self._drafted[rows[0]].drafts, self._verified[rows[0]][1]
+        verify = seconds - drafts * self.table.draft_at(len(rows))
         if verify > 0:
-            self.live.setdefault((rows, nearest, self._width), []).append(verify)
+            self.live.setdefault((len(rows), nearest, width), []).append(verify)
