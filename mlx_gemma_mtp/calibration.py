@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
 
-from . import __version__, blas
+from . import __version__, blas, kernels
 from .cache import Cache
 from .costs import MAX_DRAFTS, ROWS, CostFile, CostTable, Drafted, Verified
 from .drafter import Drafter
@@ -239,11 +240,30 @@ def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
         "target": _fingerprint(pair.target),
         "drafter": _fingerprint(pair.drafter),
         "weights": [format_of(target), format_of(drafter)],
-        "dtype": str(target.dtype),
-        "backend": "Metal" if metal else f"CPU, {os.cpu_count()} cores, {blas.name()}",
+        "dtype": [str(target.dtype), str(drafter.layers[0].input_layernorm.weight.dtype)],
+        "kernels": _kernels(target),
+        "backend": "Metal" if metal else f"CPU, {os.cpu_count()} cores, {blas.name()}, {_threads()}",
         "chip": mx.device_info()["device_name"] if metal else _processor(),
         "versions": {"mlx": mx.__version__, "mlx_gemma_mtp": __version__},
     }
+
+
+def _kernels(target: Gemma4) -> dict[str, Any]:
+    """Which kernels run: ours or their references, and which way the experts of a pass go, by its tokens.
+
+    Both change by a switch, a failed check or the doctor's rules, on the same machine with the same versions.
+    """
+    found: dict[str, Any] = {"ours": kernels.status()}
+    if moe := target.config.moe:
+        experts, most = target.layers[0].experts, ROWS[-1] * (MAX_DRAFTS + 1)
+        ways = [str(experts.path(target.dtype, moe.top_k * tokens)) for tokens in range(1, most + 1)]
+        found["experts"] = [[path, len(list(run))] for path, run in groupby(ways)]
+    return found
+
+
+def _threads() -> str:
+    """How many threads the BLAS was told to take."""
+    return f"{os.environ.get('OPENBLAS_NUM_THREADS', 'any number of')} threads"
 
 
 def _fingerprint(folder: Path) -> str:

@@ -174,7 +174,8 @@ class Batch:
                 yield from chunks
                 break
             launched = time.perf_counter()
-            loop.launch(self.depth.verify(*self._rows(1), loop.confidences))  # works while the caller reads
+            width = self.depth.verify(*self._rows(1), loop.confidences, loop.waiting)
+            loop.launch(width)  # works while the caller reads
             yielded = time.perf_counter()
             yield from chunks
             away = time.perf_counter() - yielded

@@ -100,9 +100,9 @@ class Speculation:
     draft_position: the drafter's query position, relative to the newest token's index (0: transformers; -1: vLLM).
     draft_temperature: the drafter's, as a multiple of the target's. said: the prompts, where the rules have penalties.
     guide: the rows' constraints; then the drafts are read before the verify is built, and those that are refused cut.
-    confident: read the drafter's confidences with every round, into `confidences`, [B][K] for the drafts that wait to
-    be verified. accept: which drafts stay, 'coupled' (those that plain decoding says) or 'rejection' (see rejection.py;
-    drafts are never cut then, which would favour those that are not).
+    confident: read the drafter's confidences with every round, into `confidences`, [B][K] for the drafts that were made
+    last, also those that the guide cut. accept: which drafts stay, 'coupled' (those that plain decoding says) or
+    'rejection' (see rejection.py; drafts are never cut then, which would favour those that are not).
     """
 
     def __init__(
@@ -138,6 +138,11 @@ class Speculation:
         self.said = self.said and self.said.followed_by(self._next)
         self._draft(num_draft)
         return self._read(tokens, None, None)
+
+    @property
+    def waiting(self) -> int:
+        """How many drafts wait to be verified: those that were made, without what the guide cut."""
+        return self._drafts.tokens.shape[1]
 
     def launch(self, width: int | None = None) -> None:
         """Dispatches the next verify, of the first `width` drafts (None: of all), so that it runs while the caller uses
@@ -258,7 +263,6 @@ class Speculation:
             self.guide.advance(emitted)
             width, self._mask = self.guide.look(drafts, cut=self._drafts.q is None)
             self._drafts = self._drafts if self._drafts.q else self._drafts.first(width)
-            self.confidences = [row[:width] for row in self.confidences]
             self._verify = self._build()
         return Round(emitted, drafted, _named(emitted, *report) if report else None)
 
