@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
@@ -38,7 +41,11 @@ __all__ = ["Chunk", "Engine", "Result", "load"]
 
 
 class Engine:
-    """A target, its drafter and its tokenizer; make it with `load`. One thread at a time."""
+    """A target, its drafter and its tokenizer; make it with `load`.
+
+    Several streams may be open at once and be read in any order. One thread at a time: a call from a second thread
+    while the engine computes raises UserError, and so does any call in a process that was forked after the load.
+    """
 
     def __init__(
         self,
@@ -59,6 +66,9 @@ class Engine:
         self.drafting = drafting
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
         self._autos: dict[str, Auto] = {}
+        self._ids = count()  # requests, whichever call they come from
+        # Reentrant: a stream that is forgotten may be closed by the garbage collector amid another one's round.
+        self._lock, self._process = threading.RLock(), os.getpid()
         self._no_drafter_reason = no_drafter_reason
         self.end_tokens = frozenset((*defaults.eos_token_ids, *target.config.eos_token_ids))
         self._grammars: Grammars | None = None
@@ -114,12 +124,13 @@ class Engine:
             )
         drafts = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
         check_depth(drafts)
-        encoded = [
-            self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
-            for prompt, settings in zip(prompts, every, strict=True)
-        ]
-        requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
-        return self._run(requests, drafts, cancel or threading.Event(), progress)
+        with self._in_use():
+            encoded = [
+                self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
+                for prompt, settings in zip(prompts, every, strict=True)
+            ]
+            requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
+        return self._guarded(self._run(requests, drafts, cancel or threading.Event(), progress))
 
     @property
     def description(self) -> str:
@@ -169,8 +180,8 @@ class Engine:
         )
         end_tokens = frozenset() if params.ignore_eos else self.end_tokens
         limit = min(params.max_tokens, context - len(prompt))
-        stream = self.text.stream(params.stop)
-        return Request(index, prompt, params, stream, end_tokens, limit, stats, self._constraint(params))
+        stream, constraint = self.text.stream(params.stop), self._constraint(params)
+        return Request(next(self._ids), index, prompt, params, stream, end_tokens, limit, stats, constraint)
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         """What the reply must follow, after the thought that may come first."""
@@ -204,8 +215,8 @@ class Engine:
         """
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
-        prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
-        with memory.wired_limit():
+        with self._in_use(), memory.wired_limit():
+            prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
             for kind, costs in self.costs.items():
                 tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
                 self._autos[kind] = self._auto(kind, tables[kind])
@@ -214,24 +225,69 @@ class Engine:
     def _run(
         self, requests: list[Request], drafts: int | str, cancel: threading.Event, progress: Progress
     ) -> Iterator[Chunk]:
-        with memory.wired_limit():
-            for start in range(0, len(requests), self.max_rows):
-                some = requests[start : start + self.max_rows]
-                depth = self._depth(drafts, some)
-                suppress = self.defaults.suppress_token_ids
-                batch = Batch(
-                    self.target,
-                    self.drafter,
-                    some,
-                    depth,
-                    self.prefill_chunk,
-                    suppress,
-                    self.drafting,
-                )
-                yield from batch.run(cancel, progress)
+        try:
+            with memory.wired_limit():
+                for start in range(0, len(requests), self.max_rows):
+                    some = requests[start : start + self.max_rows]
+                    if cancel.is_set():  # nobody waits for these: no cache, no prefill, no measurement
+                        yield from [request.cancel() for request in some]
+                    else:
+                        yield from self._batch(some, drafts).run(cancel, progress)
+        finally:
+            self._learn()
+
+    def _batch(self, requests: list[Request], drafts: int | str) -> Batch:
+        return Batch(
+            self.target,
+            self.drafter,
+            requests,
+            self._depth(drafts, requests),
+            self.prefill_chunk,
+            self.defaults.suppress_token_ids,
+            self.drafting,
+        )
+
+    def _learn(self) -> None:
+        """What rounds took is for the next start's table; a call that is closed early tells as well."""
         for kind, auto in self._autos.items():
             self.costs[kind].learn(auto.live)
             auto.live.clear()
+
+    @contextmanager
+    def _in_use(self, wait: bool = False) -> Iterator[None]:
+        """Holds the engine for this thread, as long as the block runs. wait: for another thread's round to end.
+
+        Raises UserError in a forked child (Metal, BLAS and MLX's threads do not survive a fork), and where another
+        thread is computing and nothing says to wait.
+        """
+        if os.getpid() != self._process:
+            raise UserError(
+                f"this engine was loaded in process {self._process} and this is process {os.getpid()}, forked from it; "
+                "load it in the child, which multiprocessing must start with 'spawn'"
+            )
+        if not self._lock.acquire(blocking=wait):
+            raise UserError(
+                "the engine is computing in another thread; expected one thread at a time: give prompts as one list, "
+                "read streams in turn, or hold a threading.Lock around each call"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _guarded(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The same chunks; the engine is held while each is made, and free while the caller has it."""
+        try:
+            while True:
+                with self._in_use():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            if os.getpid() == self._process:  # a child's copy of the stream has nothing to give back
+                with self._in_use(wait=True):
+                    chunks.close()
 
 
 def check_depth(drafts: int | str) -> None:

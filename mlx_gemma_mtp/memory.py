@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,15 +60,37 @@ def check(needed: int, what: str, advice: str) -> None:
         )
 
 
+class _Wired:
+    """Who needs weights wired: the first raises MLX's limit, the last one puts it back, in whatever order they end."""
+
+    def __init__(self) -> None:
+        self.users, self.before, self.lock = 0, 0, threading.Lock()
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.before = mx.set_wired_limit(total_bytes())
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                mx.synchronize()
+                mx.set_wired_limit(self.before)
+
+
+_wired = _Wired()
+
+
 @contextmanager
 def wired_limit() -> Iterator[None]:
-    """On a Mac, keeps weights wired up to the recommended working set for as long as the block runs (as mlx_lm)."""
+    """On a Mac, keeps weights wired up to the recommended working set while any such block runs (as mlx_lm)."""
     if not metal_available():
         yield
         return
-    before = mx.set_wired_limit(total_bytes())
+    _wired.enter()
     try:
         yield
     finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
+        _wired.leave()

@@ -57,8 +57,11 @@ class Chunk:
 
 @dataclass
 class Request:
-    """A prompt on its way. limit: tokens it may generate (max_tokens, or what the context leaves)."""
+    """A prompt on its way. id: unique in the engine; index: its number in its call; limit: tokens it may generate
+    (max_tokens, or what the context leaves).
+    """
 
+    id: int
     index: int
     prompt: list[int]
     params: SamplingParams
@@ -143,6 +146,7 @@ class Batch:
         self.target, self.drafter, self.suppress = target, drafter, suppress
         self.requests, self.live = list(requests), list(requests)
         self.depth, self.drafting = depth, drafting
+        self._loop: Speculation | None = None  # from the prefill's end on
         self.longest = max(len(request.prompt) for request in requests)
         block = max(depth.most + 1, min(prefill_chunk, self.longest))
         self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, target.dtype)
@@ -152,11 +156,14 @@ class Batch:
         self.began = time.perf_counter()
         mx.reset_peak_memory()
         try:
-            loop = self._prefill(cancel, progress)
+            yield from self._rounds(cancel, progress)
         except Cancelled:
             yield from [request.cancel() for request in self.live]
-            return
-        self.depth.begin()
+        finally:  # also when the caller closes the stream early
+            self._close()
+
+    def _rounds(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
+        loop = self._loop = self._prefill(cancel, progress)
         emitted = loop.start(self.depth.draft(*self._rows(2)))
         while self.live:
             chunks = self._take(emitted, loop, cancel.is_set())
@@ -164,15 +171,15 @@ class Batch:
                 yield from chunks
                 break
             launched = time.perf_counter()
-            loop.launch(self.depth.verify(*self._rows(1), loop.confidences))  # works while the caller reads
+            width = self.depth.verify(*self._rows(1), loop.confidences, loop.waiting)
+            loop.launch(width)  # works while the caller reads
             yielded = time.perf_counter()
             yield from chunks
             away = time.perf_counter() - yielded
             emitted = loop.step(self.depth.draft(*self._rows(2)))
             seconds = time.perf_counter() - launched
             if away < PROMPT_CALLER * seconds:  # else the round is hidden behind the caller's own work
-                self.depth.timed(len(self.live), self._rows(0)[1], seconds)
-        self._close(loop)
+                self.depth.timed(*self._rows(0)[:2], seconds)
 
     def _prefill(self, cancel: threading.Event, progress: Progress) -> Speculation:
         def told(done: int) -> None:
@@ -205,7 +212,7 @@ class Batch:
         chunks, reason = [], ""
         if emitted.drafted is not None:
             accepted = [len(tokens) - 1 for tokens in emitted.tokens]
-            reason = self.depth.observe(dict(zip((r.index for r in self.live), accepted, strict=True)))
+            reason = self.depth.observe(dict(zip((r.id for r in self.live), accepted, strict=True)))
         reports = emitted.logprobs or [None] * len(self.live)
         for request, tokens, report in zip(self.live, emitted.tokens, reports, strict=True):
             if not request.tokens:
@@ -224,22 +231,25 @@ class Batch:
         return chunks
 
     def _rows(self, surely: int) -> tuple[list[int], int, list[int]]:
-        """What the draft length may depend on: the live requests' numbers, the longest row's tokens, and for how many
+        """What the draft length may depend on: the live requests' ids, the longest row's tokens, and for how many
         drafts each row has room. surely: tokens that come anyway, with the drafts' round and before it.
         """
-        indices = [request.index for request in self.live]
+        ids = [request.id for request in self.live]
         context = max(len(request.prompt) + len(request.tokens) for request in self.live)
-        return indices, context, [max(0, request.remaining - surely) for request in self.live]
+        return ids, context, [max(0, request.remaining - surely) for request in self.live]
 
     def _rules(self) -> Rules:
         return Rules.of([request.params for request in self.live], self.target.config.vocab_size, self.suppress)
 
-    def _close(self, loop: Speculation) -> None:
-        """Figures of the whole batch."""
+    def _close(self) -> None:
+        """Figures of the whole batch, however it ended."""
+        self.depth.forget([request.id for request in self.requests])
+        if self._loop is None:
+            return
         seconds = max(time.perf_counter() - self.prefilled, 1e-9)
         tokens = sum(len(request.tokens) for request in self.requests)
         for request in self.requests:
-            request.stats.host_syncs = loop.host_syncs
+            request.stats.host_syncs = self._loop.host_syncs
             request.stats.say_why_off()
             request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
             request.stats.batch_generation_tps = tokens / seconds

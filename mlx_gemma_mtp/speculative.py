@@ -198,7 +198,8 @@ class Speculation:
     hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: how drafts are
     made and accepted. said: the prompts, where the rules have penalties. guide: the rows' constraints; then the drafts
     are read before the verify is built, and those that are refused cut (but see rejection.py). confident: read the
-    drafter's confidences with every round, into `confidences`, [B][K] for the drafts that wait to be verified.
+    drafter's confidences with every round, into `confidences`, [B][K] for the drafts that were made last, also those
+    that the guide cut.
 
     What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
     """
@@ -228,6 +229,11 @@ class Speculation:
         """The first round: draws every row's first token from the prefill, and drafts `num_draft` more."""
         assert self.inputs.newest is None, "a text starts once"
         return self.step(num_draft)
+
+    @property
+    def waiting(self) -> int:
+        """How many drafts wait to be verified: those that were made, without what the guide cut."""
+        return self.inputs.width
 
     def launch(self, width: int | None = None) -> None:
         """Dispatches the next verify, of the first `width` drafts (None: of all), so that it runs while the caller uses
@@ -294,7 +300,6 @@ class Speculation:
         inputs.guide.advance(emitted)
         width, mask = inputs.guide.look(drafts, cut=not uncut)
         self.inputs = replace(inputs if uncut else inputs.first(width), mask=mask)
-        self.confidences = [row[:width] for row in self.confidences]
 
     def _readback(self, *arrays: mx.array) -> list[list]:
         """The round's one host sync: the values of these arrays."""
