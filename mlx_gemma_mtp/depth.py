@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from .costs import MAX_DRAFTS, CostTable
 
 AUTO = "auto"  # what the user says for all of this
-FIXED, BEST, PROBE, OFF, LIMIT, CONFIDENCE = "fixed", "best", "probe", "off", "limit", "confidence"
+FIXED, BEST, PROBE, OFF, LIMIT = "fixed", "best", "probe", "off", "limit"
+CONFIDENCE, GRAMMAR = "confidence", "grammar"
 REASONS = {
     FIXED: "the length that was asked for",
     BEST: "the most tokens a second by measured cost and acceptance",
     PROBE: "drafts do not pay at present; a look whether they would",
     OFF: "drafts do not pay at present",
     LIMIT: "no row has room for drafts before its end",
+    GRAMMAR: "drafts that the grammar refuses were cut before the verify",
     CONFIDENCE: "drafts that the drafter itself doubts were cut before the verify",
 }
 FIRST = 0.75  # acceptance that is assumed before anything is known
@@ -187,6 +189,32 @@ def _coarse(context: int) -> int:
     return -(-context // CONTEXT_STEP) * CONTEXT_STEP
 
 
+@dataclass(frozen=True)
+class Verified:
+    """A row's part in a verify. width: drafts that were verified; allowed: that the grammars left, the most in any row;
+    confidences: of all that were made, () where the drafter is not asked.
+    """
+
+    choice: Choice
+    width: int
+    allowed: int
+    confidences: tuple[float, ...]
+
+    def cut(self, trust: Trust) -> list[float]:
+        """The chance of each draft that was made and not verified that it would have been kept: none of those that a
+        grammar refuses.
+        """
+        doubted = [trust.rate(each) for each in self.confidences[self.width : self.allowed]]
+        return doubted + [0.0] * (self.choice.drafts - self.allowed)
+
+    @property
+    def reason(self) -> str:
+        """Why the verify had this width."""
+        if self.width < self.allowed:
+            return CONFIDENCE
+        return GRAMMAR if self.allowed < self.choice.drafts else self.choice.reason
+
+
 class Fixed:
     """A number of drafts that was asked for; 0 is plain decoding."""
 
@@ -202,7 +230,12 @@ class Fixed:
         return max(0, min(self.most, max(useful)))
 
     def verify(
-        self, rows: Sequence[int], context: int, useful: Sequence[int], confidences: Sequence[Sequence[float]]
+        self,
+        rows: Sequence[int],
+        context: int,
+        useful: Sequence[int],
+        confidences: Sequence[Sequence[float]],
+        allowed: int,
     ) -> int | None:
         """None verifies all drafts there are."""
         return None
@@ -232,7 +265,7 @@ class Auto:
         self._own: dict[int, History] = {}
         # By request, since rounds of several batches may interleave; the rows of a batch have the same choice.
         self._drafted: dict[int, Choice] = {}  # of the drafts that wait to be verified
-        self._verified: dict[int, tuple[Choice, int, Sequence[float]]] = {}  # of the last verify: width, confidences
+        self._verified: dict[int, Verified] = {}  # the last verify
 
     def forget(self, ids: Sequence[int]) -> None:
         """Drops what is kept of these requests alone: their batch has ended."""
@@ -250,34 +283,41 @@ class Auto:
         return choice.drafts
 
     def verify(
-        self, rows: Sequence[int], context: int, useful: Sequence[int], confidences: Sequence[Sequence[float]]
+        self,
+        rows: Sequence[int],
+        context: int,
+        useful: Sequence[int],
+        confidences: Sequence[Sequence[float]],
+        allowed: int,
     ) -> int:
-        """How many of the drafts to verify; see `worthwhile`."""
-        choice = self._drafted[rows[0]]
-        width = choice.drafts
+        """How many of the drafts to verify. confidences: of all drafts that were made; allowed: how many of them a
+        grammar left, the most in any row; the rest as in `worthwhile`.
+        """
+        choice, width = self._drafted[rows[0]], allowed
         if self.confident:
-            width = worthwhile(self.table, self.trust, confidences, _coarse(context), useful, choice.rate)
-        self._verified |= {row: (choice, width, each) for row, each in zip(rows, confidences, strict=True)}
+            left = [row[:allowed] for row in confidences]
+            width = worthwhile(self.table, self.trust, left, _coarse(context), useful, choice.rate)
+        self._verified |= {
+            row: Verified(choice, width, allowed, tuple(each)) for row, each in zip(rows, confidences, strict=True)
+        }
         return width
 
     def observe(self, accepted: Mapping[int, int]) -> str:
         """The drafts that each request kept of the round last verified. Returns the reason of its length."""
-        choice, width, _ = self._verified[next(iter(accepted))]
-        if width:
-            for row, kept in accepted.items():
-                confidences = self._verified[row][2]
-                cut = [self.trust.rate(each) for each in confidences[width:]]
-                self._own[row] = self._own.get(row, History()).after(width, kept, RECENT, cut)
-                self.pool = self.pool.after(width, kept, LASTING, cut)
-                self.trust = self.trust.after(confidences[:width], kept)
-        if choice.reason == PROBE:
+        verified = self._verified[next(iter(accepted))]
+        for row, kept in accepted.items() if verified.choice.drafts else ():
+            width, cut = verified.width, self._verified[row].cut(self.trust)
+            self._own[row] = self._own.get(row, History()).after(width, kept, RECENT, cut)
+            self.pool = self.pool.after(width, kept, LASTING, cut)
+            self.trust = self.trust.after(self._verified[row].confidences[:width], kept)
+        if verified.choice.reason == PROBE:
             self.pause = self.pause.probed(sum(accepted.values()))
-        return choice.reason if width == choice.drafts else CONFIDENCE
+        return verified.reason
 
     def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
         """Seconds of the round last verified by these requests, in which their next drafts were made."""
         nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
-        drafts, width = self._drafted[rows[0]].drafts, self._verified[rows[0]][1]
+        drafts, width = self._drafted[rows[0]].drafts, self._verified[rows[0]].width
         verify = seconds - drafts * self.table.draft_at(len(rows))
         if verify > 0:
             self.live.setdefault((len(rows), nearest, width), []).append(verify)

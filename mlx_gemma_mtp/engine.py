@@ -19,13 +19,13 @@ from .calibration import KINDS, Costs
 from .config import MODES, GenerationDefaults, TargetConfig
 from .costs import CostTable
 from .depth import AUTO, Auto, Fixed
-from .drafter import Drafter
+from .drafter import DEFAULT_DRAFTING, Drafter, Drafting
 from .errors import UserError
 from .gemma4 import Gemma4
 from .grammar import Grammars
 from .guide import Constraint
 from .kernels import metal_available
-from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, count, flag, number, shown, whole
+from .params import COUPLED, MAX_ROWS, SamplingParams, count, flag, shown, whole
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .thinking import CLOSE, OPEN, Thinking
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from .text import Prompt, Text
 
 PREFILL_CHUNK = 256
-DRAFT_TEMPERATURE = 1.0  # the drafter's, as a multiple of the request's
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
 
 CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
@@ -62,14 +61,12 @@ class Engine:
         num_draft_tokens: int | str = AUTO,
         max_rows: int = MAX_ROWS,
         prefill_chunk: int = PREFILL_CHUNK,
-        draft_position: int = 0,
-        draft_temperature: float = DRAFT_TEMPERATURE,
-        accept: str = COUPLED,
+        drafting: Drafting = DEFAULT_DRAFTING,
         costs: Mapping[str, Costs] | None = None,
     ):
         self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
         self.num_draft_tokens, self.max_rows, self.prefill_chunk = num_draft_tokens, max_rows, prefill_chunk
-        self.draft_position, self.draft_temperature, self.accept = draft_position, draft_temperature, accept
+        self.drafting = drafting
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
         self._autos: dict[str, Auto] = {}
         self._ids = itertools.count()  # requests, whichever call they come from
@@ -184,7 +181,7 @@ class Engine:
             mtp_reason=reason,
             blas=blas.name(),
             seed=params.seed,
-            accept=self.accept,
+            accept=self.drafting.accept,
             target_step_bytes=self._target_bytes,
             draft_step_bytes=self._draft_bytes,
         )
@@ -218,7 +215,7 @@ class Engine:
 
     def _auto(self, kind: str, table: CostTable) -> Auto:
         """Drafts that are accepted by rejection are not cut, see rejection.py."""
-        return Auto(table, confident=kind == "greedy" or self.accept == COUPLED)
+        return Auto(table, confident=kind == "greedy" or not self.drafting.rejection)
 
     def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
         """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
@@ -293,9 +290,7 @@ class Engine:
             self._depth(drafts, requests),
             self.prefill_chunk,
             self.defaults.suppress_token_ids,
-            self.draft_position,
-            self.draft_temperature,
-            self.accept,
+            self.drafting,
         )
 
     def _learn(self) -> None:
@@ -400,7 +395,7 @@ def load(
     max_rows: int = MAX_ROWS,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
-    draft_temperature: float = DRAFT_TEMPERATURE,
+    draft_temperature: float = 1.0,
     accept: str = COUPLED,
     notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
@@ -416,7 +411,7 @@ def load(
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
     dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. max_rows: prompts in
     one batch, the others wait for the next; each costs the memory of its K/V. draft_position, draft_temperature: see
-    Speculation. accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
+    Drafting. accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
     (block verification: more stay and the distribution is the same, but the text depends on drafts, and so on draft
     length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and in all,
     of each model; stage: what is being done that may take seconds, '' for nothing. Raises UserError for
@@ -425,11 +420,7 @@ def load(
     notice, progress, stage = _told("notice", notice), _told("progress", progress), _told("stage", stage)
     num_draft_tokens, max_rows = check_depth(num_draft_tokens), count("max_rows", max_rows)
     prefill_chunk = count("prefill_chunk", prefill_chunk)
-    draft_position = whole("draft_position", draft_position, lambda n: n in (-1, 0), "0 (transformers) or -1 (vLLM)")
-    expected = "a number from 0.001 to 1000; 1 is the request's own"
-    draft_temperature = number("draft_temperature", draft_temperature, lambda t: 1e-3 <= t <= 1e3, expected)
-    if accept not in ACCEPT:
-        raise UserError(f"accept is {shown(accept)}, expected one of {', '.join(ACCEPT)}")
+    drafting = Drafting(draft_position, draft_temperature, accept)
     if revision is not None and not isinstance(revision, str):
         raise UserError(f"revision is {shown(revision)}, expected the name of a revision on the hub")
     draft_model = _location("draft_model", draft_model)
@@ -466,9 +457,7 @@ def load(
         num_draft_tokens=num_draft_tokens,
         max_rows=max_rows,
         prefill_chunk=prefill_chunk,
-        draft_position=draft_position,
-        draft_temperature=draft_temperature,
-        accept=accept,
+        drafting=drafting,
         costs=Costs.of_pair(pair, target, drafter, notice),
     )
 

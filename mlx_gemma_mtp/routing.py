@@ -126,7 +126,7 @@ def _begin(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPar
     hidden = prefill(target, cache, slice(0, len(prompts)), prompts)
     rules = _rules(engine, params, len(prompts))
     drafter = engine.drafter if num_draft else None
-    return Speculation(target, drafter, cache, rules, hidden, engine.draft_position, engine.draft_temperature)
+    return Speculation(target, drafter, cache, rules, hidden, engine.drafting)
 
 
 def _rules(engine: Engine, params: SamplingParams, rows: int) -> Rules:

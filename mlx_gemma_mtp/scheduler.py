@@ -12,10 +12,10 @@ import mlx.core as mx
 
 from .cache import Cache
 from .depth import Auto, Fixed
-from .drafter import Drafter
+from .drafter import DEFAULT_DRAFTING, Drafter, Drafting
 from .gemma4 import Gemma4
 from .guide import Constraint, guide
-from .params import COUPLED, SamplingParams
+from .params import SamplingParams
 from .penalties import Said
 from .sampling import Rules
 from .speculative import Round, Speculation, TokenLogprob, compact, prefill
@@ -142,15 +142,12 @@ class Batch:
         depth: Fixed | Auto,
         prefill_chunk: int,
         suppress: Sequence[int] = (),
-        draft_position: int = 0,
-        draft_temperature: float = 1.0,
-        accept: str = COUPLED,
+        drafting: Drafting = DEFAULT_DRAFTING,
     ):
         self.target, self.drafter, self.suppress = target, drafter, suppress
         self.requests, self.live = list(requests), list(requests)
-        self.depth = depth
+        self.depth, self.drafting = depth, drafting
         self._loop: Speculation | None = None  # from the prefill's end on
-        self.draft_position, self.draft_temperature, self.accept = draft_position, draft_temperature, accept
         self.longest = max(len(request.prompt) for request in requests)
         block = max(depth.most + 1, min(prefill_chunk, self.longest))
         self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, target.dtype)
@@ -175,7 +172,8 @@ class Batch:
                 yield from chunks
                 break
             launched = time.perf_counter()
-            loop.launch(self.depth.verify(*self._rows(1), loop.confidences))  # works while the caller reads
+            width = self.depth.verify(*self._rows(1), loop.confidences, loop.waiting)
+            loop.launch(width)  # works while the caller reads
             yielded = time.perf_counter()
             yield from chunks
             away = time.perf_counter() - yielded
@@ -203,12 +201,10 @@ class Batch:
             self.cache,
             rules,
             hidden,
-            self.draft_position,
-            self.draft_temperature,
+            self.drafting,
             said,
             guide([request.constraint for request in self.requests], self.target.config.vocab_size),
             self.depth.confident,
-            self.accept,
         )
 
     def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:
