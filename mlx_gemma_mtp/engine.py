@@ -42,6 +42,8 @@ CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n     
 
 __all__ = ["Chunk", "Engine", "Result", "load"]
 
+_computing: set[int] = set()  # processes in which a model was loaded: this one, or one that it was forked from
+
 
 class Engine:
     """A target, its drafter and its tokenizer; make it with `load`.
@@ -417,6 +419,7 @@ def load(
     of each model; stage: what is being done that may take seconds, '' for nothing. Raises UserError for
     whatever cannot be loaded.
     """
+    _check_process()
     notice, progress, stage = _told("notice", notice), _told("progress", progress), _told("stage", stage)
     num_draft_tokens, max_rows = check_depth(num_draft_tokens), count("max_rows", max_rows)
     prefill_chunk = count("prefill_chunk", prefill_chunk)
@@ -439,6 +442,7 @@ def load(
         cast = mx.float32
         notice("no Metal here: running on the CPU, in float32")
     _check_memory(pair, config, cast, prefill_chunk)
+    _computing.add(os.getpid())
     target, drafter = _open_models(pair, cast, draft_bits)
     stage("")
     for each in (target, drafter) if drafter else (target,):
@@ -460,6 +464,17 @@ def load(
         drafting=drafting,
         costs=Costs.of_pair(pair, target, drafter, notice),
     )
+
+
+def _check_process() -> None:
+    """Raises UserError in a process that was forked after MLX computed: its threads did not come along, so that the
+    first array would be waited for in vain.
+    """
+    if _computing and os.getpid() not in _computing:
+        raise UserError(
+            f"this process {os.getpid()} was forked from one that had loaded a model, which MLX does not survive; "
+            "expected a fresh one: start it with multiprocessing's 'spawn'"
+        )
 
 
 def _dtype(dtype: Any) -> mx.Dtype | None:

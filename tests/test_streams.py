@@ -142,6 +142,7 @@ def _in_a_child(engine, stream, answers) -> None:
         lambda: engine.stream("x", GREEDY),
         lambda: engine.calibrate(1),
         lambda: next(stream),
+        load,
     ):
         try:
             answers.put(f"no error: {call()}")
@@ -160,12 +161,12 @@ def test_a_forked_child_is_told_in_a_line(engine):
     child = fork.Process(target=_in_a_child, args=(engine, stream, answers))
     child.start()
     try:
-        said = [answers.get(timeout=30) for _ in range(4)]
+        said = [answers.get(timeout=30) for _ in range(5)]
         child.join(30)
         assert child.exitcode == 0
     finally:
         child.kill()
-    assert all("load it in the child" in line and "\n" not in line for line in said), said
+    assert all("'spawn'" in line and "\n" not in line for line in said), said
     assert len(list(stream)) > 1  # the parent's stream goes on
 
 
