@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from .memory import step_bytes
 MOST_BYTES = 1e9  # a step of a larger model takes so long that its kernels may be made as they come
 PROMPT = [2, 3, 4, 5]
 SAFE = re.compile(r"[\w./+ -]+", re.ASCII)  # MLX puts the folder's name into a shell command
+PATIENCE = 120  # more than a first start takes
 _done: set[tuple] = set()
 
 
@@ -96,16 +98,29 @@ def warm_up(target: Gemma4, drafter: Drafter | None, max_rows: int) -> None:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Keeps processes that start together from loading libraries that another one's g++ still writes."""
-    lock = None
-    with suppress(ImportError, OSError):  # no locks here: as it was
-        import fcntl
+    """Keeps processes that start together from loading libraries that another one's g++ still writes.
 
+    One that is stopped holds the others up for PATIENCE seconds; where there are no locks, nothing waits.
+    """
+    lock = None
+    with suppress(OSError):
         kernel_folder().mkdir(parents=True, exist_ok=True)
         lock = os.open(kernel_folder(), os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        began = time.monotonic()
+        while not _locked(lock) and time.monotonic() - began < PATIENCE:
+            time.sleep(0.1)
     try:
         yield
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _locked(folder: int) -> bool:
+    import fcntl  # Unix alone, and so is MLX's CPU compiler here
+
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

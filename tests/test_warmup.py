@@ -87,3 +87,22 @@ def test_what_is_being_done_is_told(cache, monkeypatch):
     (warmup.kernel_folder() / "libx.so").unlink()
     monkeypatch.setattr(warmup.shutil, "which", lambda name: None)
     assert warmup.making_ready(target) == "importing the tokenizer"
+
+
+def test_processes_that_start_together_compile_in_turn(cache, monkeypatch):
+    """One that is stopped in the middle is not waited for without end."""
+    monkeypatch.setenv("TMPDIR", str(cache.parent))
+    code = (
+        "from mlx_gemma_mtp import warmup\nwith warmup._one_at_a_time():\n    print('in', flush=True); input()\n"
+        "print('out', flush=True)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    other = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"MLX_GEMMA_MTP_BLAS": "off"}, **pipes)
+    assert other.stdout.readline() == "in\n"
+    folder = os.open(warmup.kernel_folder(), os.O_RDONLY)
+    assert not warmup._locked(folder)
+    monkeypatch.setattr(warmup, "PATIENCE", 0)
+    with warmup._one_at_a_time():
+        pass
+    assert other.communicate("\n", timeout=60)[0] == "out\n" and warmup._locked(folder)
+    os.close(folder)
