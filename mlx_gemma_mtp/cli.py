@@ -173,7 +173,9 @@ def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
         stage("checking the BLAS")
         blas.preload()
         from .engine import load  # after the BLAS: it imports MLX
+        from .warmup import keep_kernels
 
+        keep_kernels()
         return load(model, draft_model, notice=note, progress=Bar("loading"), stage=stage, **options)
 
 

@@ -218,7 +218,7 @@ def read_source(flag: str, source: str | None, is_text: Callable[[str], bool]) -
     """The text of a file where `source` names one, else `source`, if that can be such a text."""
     if source is None:
         return None
-    if os.path.exists(source):
+    if os.path.exists(os.path.expanduser(source)):
         return _read(flag, source, "a text file")
     if is_text(source):
         return source
@@ -228,7 +228,7 @@ def read_source(flag: str, source: str | None, is_text: Callable[[str], bool]) -
 def _read(flag: str, path: str, expected: str) -> str:
     """The text of a file that the user named. Raises UserError."""
     try:
-        with open(path, "rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             data = file.read()
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; expected {expected}") from None

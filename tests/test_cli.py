@@ -245,6 +245,13 @@ def test_prompts_of_a_file(tmp_path):
     assert generate.read_schema(str(path)) == '{"type": "object"}'
 
 
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    """As in --prompt-file=~/x, which no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").write_text("[]")
+    assert generate.read_lines("~/x") == ["[]"] and generate.read_schema("~/x") == "[]"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd here")
 def test_a_schema_may_come_through_a_pipe():
     """As in `--json-schema <(jq .schema file)`."""

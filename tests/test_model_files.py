@@ -186,6 +186,21 @@ def test_a_tokenizer_that_is_none_is_one_line(tmp_path, case):
     refused(lambda: Text(tmp_path / "model", ()), part, "download")
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[:-5], lambda data: data[: len(data) // 2], lambda data: b"[" + data]
+)
+def test_a_large_tokenizer_is_checked_without_parsing_it(tmp_path, monkeypatch, spoil):
+    monkeypatch.setattr(weights, "LARGE", 1000)
+    shutil.copytree(TARGET, tmp_path / "model")
+    weights.check_text_files(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    refused(lambda: weights.check_text_files(tmp_path / "model"), "tokenizer.json cannot be read as JSON", "download")
+    path.write_bytes(POINTER)
+    monkeypatch.setattr(weights, "LARGE", 10)
+    refused(lambda: weights.check_text_files(tmp_path / "model"), "is a Git LFS pointer")
+
+
 def test_a_pointer_is_not_copied_into_a_conversion(tmp_path, capsys):
     """Seen before the weights are converted, not after."""
     shutil.copytree(DRAFTER, tmp_path / "raw")
