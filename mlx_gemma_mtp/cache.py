@@ -185,9 +185,10 @@ class Span:
     ):
         self.cache, self.rows, self.tokens = cache, rows, tokens
         self.used = cache.longest(rows) + tokens  # no query sees a slot from here on
-        self.once, self.own, self.places = counts is not None, None, None
+        self.once, self.own, self.places, self._real = counts is not None, None, None, None
         if counts is not None and min(counts) < tokens:
             own = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]
+            self._real = mx.array(own)[:, None, :, None]
             self.own = mx.array(np.flatnonzero(own).astype(np.int32))
             self.places = mx.array(np.where(own.ravel(), np.cumsum(own, dtype=np.int32) - 1, 0))
         full = rows == slice(0, cache.rows)
@@ -200,6 +201,8 @@ class Span:
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """keys, values: [B, kv_heads, T, head_dim] of the new positions."""
         kv = self.cache.layers[layer]
+        if self._real is not None:  # padding repeats another row's token; nobody sees it, but 0 times NaN is NaN
+            keys, values = (mx.where(self._real, new, 0) for new in (keys, values))
         kv.write(self.rows, self._slot(kv.spec, kv.slots), keys, values)
 
     def attend(self, layer: int, queries: mx.array) -> mx.array:

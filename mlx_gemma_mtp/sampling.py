@@ -97,12 +97,14 @@ class Distribution:
 
     best: int32 [B, T], the likeliest. scores: float32 [B, T, C], log-probabilities but for a constant, -inf where a
     filter leaves a token out; None where all rows are greedy. tokens: [B, T, C], the ids of its columns; None: column i
-    is token i.
+    is token i. peak: float32 [B, T], the best token's score before the temperature, -inf where no token is allowed;
+    None where no row has a bias or a mask.
     """
 
     best: mx.array
     scores: mx.array | None = None
     tokens: mx.array | None = None
+    peak: mx.array | None = None
 
     @classmethod
     def of(
@@ -116,9 +118,10 @@ class Distribution:
     ) -> Distribution:
         """See `sample`."""
         forbidden = [_columns(bias, ids) for bias in (rules.suppressed, mask) if bias is not None]
-        best = mx.argmax(sum(forbidden, logits), axis=-1)
+        allowed = sum(forbidden, logits)
+        best = mx.argmax(allowed, axis=-1)
         if rules.all_greedy and rules.reordered is None:
-            return cls(_named(best, ids))
+            return cls(_named(best, ids), peak=None if mask is None else _at(allowed, best))
         logits = soft_cap(logits, cap)
         if rules.penalties is not None:
             logits = rules.penalties.apply(logits, said.among(ids))
@@ -127,17 +130,18 @@ class Distribution:
         logits = sum(forbidden, logits)
         if rules.reordered is not None:
             best = mx.where(rules.reordered, mx.argmax(logits, axis=-1), best)
+        peak = None if mask is None and rules.bias is None else _at(logits, best)
         if rules.all_greedy:
-            return cls(_named(best, ids))
+            return cls(_named(best, ids), peak=peak)
         scaled, tokens = logits / rules.temperature, ids
         if rules.candidates:
             scaled, columns = _filtered(scaled, rules)
             tokens = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
-        return cls(_named(best, ids), scaled, tokens)
+        return cls(_named(best, ids), scaled, tokens, peak)
 
     @classmethod
     def joined(cls, each: Sequence[Distribution]) -> Distribution:
-        """One after the other: positions become T."""
+        """One after the other: positions become T. Without their peaks."""
         parts = zip(*((one.best, one.scores, one.tokens) for one in each), strict=True)
         return cls(*(None if part[0] is None else mx.concatenate(part, axis=1) for part in parts))
 
@@ -206,6 +210,11 @@ def _columns(bias: mx.array, ids: mx.array | None) -> mx.array:
     if ids is None:
         return bias
     return bias[ids] if bias.ndim == 1 else mx.take_along_axis(bias, ids, axis=-1)
+
+
+def _at(values: mx.array, columns: mx.array) -> mx.array:
+    """[B, T, C] at one column each, [B, T]."""
+    return mx.take_along_axis(values, columns[..., None], axis=-1)[..., 0]
 
 
 def _named(columns: mx.array, ids: mx.array | None) -> mx.array:
