@@ -21,7 +21,7 @@ from .penalties import Penalties, Said
 class Rules:
     """The resolved settings of all rows of a batch, as arrays.
 
-    temperature, top_k, top_p, min_p: [B, 1, 1]; keys: uint32 [B, 2]; greedy: bool [B, 1]; suppressed: [V] with -inf at
+    temperature, top_k, rest, min_p: [B, 1, 1], rest what top-p leaves out of the probability, -1 where it is off; keys: uint32 [B, 2]; greedy: bool [B, 1]; suppressed: [V] with -inf at
     tokens that no row may say; bias: [B, 1, V]; penalties, bias, suppressed: None where there are none; reordered: bool
     [B, 1], rows whose order of logits they change, None where there is no such row. candidates: how many of the best
     tokens any row may need (0: none is filtered, -1: all, sorted). logprobs: how many likeliest tokens to report, None
@@ -30,7 +30,7 @@ class Rules:
 
     temperature: mx.array
     top_k: mx.array
-    top_p: mx.array
+    rest: mx.array
     min_p: mx.array
     keys: mx.array
     greedy: mx.array
@@ -55,7 +55,7 @@ class Rules:
         return cls(
             temperature=column([p.temperature or 1.0 for p in params], mx.float32),
             top_k=column([p.top_k if p.top_k > 0 else vocab for p in params], mx.int32),
-            top_p=column([p.top_p for p in params], mx.float32),
+            rest=column([1 - p.top_p if p.top_p < 1 else -1.0 for p in params], mx.float32),
             min_p=column([p.min_p for p in params], mx.float32),
             keys=mx.array([_key(p.seed) for p in params], mx.uint32),
             greedy=mx.array([not p.temperature for p in params])[:, None],
@@ -229,7 +229,8 @@ def _filtered(scaled: mx.array, rules: Rules) -> tuple[mx.array, mx.array]:
     scaled = mx.take_along_axis(scaled, columns, axis=-1)
     scaled = mx.where(mx.arange(scaled.shape[-1]) < rules.top_k, scaled, -mx.inf)
     p = mx.softmax(scaled, axis=-1, precise=True)
-    kept = mx.cumsum(p, axis=-1, inclusive=False) < rules.top_p
+    # Summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
+    kept = mx.cumsum(p, axis=-1, reverse=True) > rules.rest
     kept &= p >= rules.min_p * p[..., :1]  # a share of the likeliest: the same before and after top-p
     return mx.where(kept, scaled, -mx.inf), columns
 
