@@ -6,7 +6,7 @@ and nothing else. There is no rollback: a rejected token is a slot that nobody m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 import mlx.core as mx
@@ -84,10 +84,6 @@ class LayerKV:
         self.keys = mx.concatenate([self.keys, extra], axis=2)
         self.values = mx.concatenate([self.values, extra], axis=2)
 
-    def move(self, source: int, destination: int) -> None:
-        self.keys[destination] = self.keys[source]
-        self.values[destination] = self.values[source]
-
 
 class Cache:
     """K/V of all rows. `specs` has one entry for each KV-owning layer.
@@ -157,11 +153,23 @@ class Cache:
         """The host has read that so many fewer tokens were committed than it had to expect."""
         self.most[rows] = [bound - less for bound, less in zip(self.most[rows], fewer, strict=True)]
 
-    def move(self, source: int, destination: int) -> None:
-        """Copies a row over another: how the last live row fills the hole that a leaver makes."""
-        for layer in self.layers:
-            layer.move(source, destination)
-        self.lengths[destination], self.most[destination] = self.lengths[source], self.most[source]
+    def move(self, rows: Mapping[int, int]) -> None:
+        """Copies rows over others, source by destination: how the last live rows fill the holes that leavers make.
+
+        They are copied out first and evaluated, since a write to a buffer that is still read is a copy of the buffer;
+        and all of them are written at once, since so is a second write before a host sync.
+        """
+        if not rows:
+            return
+        sources, places = mx.array(list(rows.values())), mx.array(list(rows))
+        lengths = self.lengths[sources]
+        moved = [(keys[sources], values[sources]) for keys, values in self.buffers]
+        mx.eval(lengths, moved)
+        self.lengths[places] = lengths
+        for layer, (keys, values) in zip(self.layers, moved, strict=True):
+            layer.keys[places], layer.values[places] = keys, values
+        for place, bound in [(place, self.most[source]) for place, source in rows.items()]:
+            self.most[place] = bound
 
     def clear(self, row: int) -> None:
         """Empties a row for a new sequence. Its old contents are out of sight."""

@@ -308,9 +308,7 @@ class Speculation:
     def retain(self, rows: Sequence[int], rules: Rules) -> None:
         """Goes on with these rows alone, row rows[i] in place i (see `compact`); rules: theirs, in this order."""
         self._go_on_with(self.inputs.of_rows(rows, rules))
-        for place, row in enumerate(rows):
-            if place != row:
-                self.cache.move(row, place)
+        self.cache.move({place: row for place, row in enumerate(rows) if place != row})
         self.confidences = [self.confidences[row] for row in rows]
 
     def _go_on_with(self, inputs: Inputs) -> None:
