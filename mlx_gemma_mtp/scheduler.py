@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import mlx.core as mx
 from .cache import Cache
 from .depth import Auto, Fixed
 from .drafter import DEFAULT_DRAFTING, Drafter, Drafting
+from .errors import in_a_line
 from .gemma4 import Gemma4
 from .guide import Constraint, guide
 from .params import SamplingParams
@@ -33,8 +34,9 @@ PROMPT_CALLER = 0.05  # of a round: a caller that takes longer with a chunk spoi
 class Result:
     """One prompt's answer. tokens: generated ids without the token that ended it (a stop string's tokens are kept).
 
-    finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full) or 'cancelled'.
-    stats: complete when the whole batch is. logprobs: one for each token, where the request asked for them.
+    finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full), 'cancelled' or
+    'error'. stats: complete when the whole batch is. logprobs: one for each token, where the request asked for them.
+    error: with finish_reason 'error' why the text could not go on, in one line; text and tokens are what was good.
     """
 
     text: str
@@ -75,6 +77,7 @@ class Request:
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str | None = None
 
     @property
     def remaining(self) -> int:
@@ -86,26 +89,30 @@ class Request:
         drafted: int | None,
         reason: str = "",
         logprobs: Sequence[TokenLogprob] | None = None,
+        error: str | None = None,
     ) -> Chunk:
         """Adds the tokens of a round, up to the one that ends the request; drafts past it do not count as accepted.
 
-        drafted: how many drafts the round verified; None: the tokens come from the prefill. reason: why so many.
+        drafted: how many drafts the round verified; None: the tokens come from the prefill. reason: why so many. error:
+        why the request cannot go on after these tokens.
         """
-        before, pieces = len(self.tokens), []
+        before, pieces, used = len(self.tokens), [], 0
         for used, token in enumerate(emitted, 1):  # noqa: B007
             if token in self.end_tokens:
                 self.finish_reason = "stop"
             else:
                 self.tokens.append(token)
-                pieces.append(self.stream.push(token))
-                if self.stream.stopped:
+                pieces.append(self._safely(self.stream.push, token))
+                if self.finish_reason is None and self.stream.stopped:
                     self.finish_reason = "stop"
-                elif not self.remaining:
+                elif self.finish_reason is None and not self.remaining:
                     self.finish_reason = "length"
             if self.finish_reason:
                 break
+        if error is not None and self.finish_reason is None:
+            self.finish_reason, self.error = "error", error
         if drafted is not None:
-            self.stats.count_round(drafted, used - 1, reason)
+            self.stats.count_round(drafted, max(used - 1, 0), reason)
         if self.params.logprobs is not None:
             kept = logprobs[: len(self.tokens) - before]
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
@@ -120,11 +127,21 @@ class Request:
         """What was added since token `start`."""
         result, logprobs = None, None if self.params.logprobs is None else self.logprobs
         if self.finish_reason:
-            pieces.append(self.stream.finish())
+            pieces.append(self._safely(self.stream.finish))
         self.pieces += pieces
         if self.finish_reason:
-            result = Result("".join(self.pieces), self.tokens, self.finish_reason, self.stats, logprobs)
+            text = "".join(self.pieces)
+            result = Result(text, self.tokens, self.finish_reason, self.stats, logprobs, self.error)
         return Chunk(self.index, "".join(pieces), self.tokens[start:], result, logprobs and logprobs[start:])
+
+    def _safely(self, call: Callable[..., str], *args: int) -> str:
+        """The text that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
+        try:
+            return call(*args)
+        except Exception as error:
+            if self.error is None:
+                self.finish_reason, self.error = "error", in_a_line(error)
+            return ""
 
 
 class Cancelled(Exception):
@@ -212,13 +229,14 @@ class Batch:
         now = time.perf_counter()
         chunks, reason = [], ""
         if emitted.drafted is not None:
-            accepted = [len(tokens) - 1 for tokens in emitted.tokens]
+            accepted = [max(len(tokens) - 1, 0) for tokens in emitted.tokens]
             reason = self.depth.observe(dict(zip((r.id for r in self.live), accepted, strict=True)))
         reports = emitted.logprobs or [None] * len(self.live)
-        for request, tokens, report in zip(self.live, emitted.tokens, reports, strict=True):
+        rows = zip(self.live, emitted.tokens, reports, emitted.errors, strict=True)
+        for request, tokens, report, error in rows:
             if not request.tokens:
                 request.stats.ttft_s = now - self.began
-            chunk = request.take(tokens, emitted.drafted, reason, report)
+            chunk = request.take(tokens, emitted.drafted, reason, report, error)
             chunks.append(chunk)
             if cancelled and chunk.result is None:
                 chunks.append(request.cancel())

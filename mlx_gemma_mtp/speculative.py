@@ -7,6 +7,7 @@ a verify writes it, and the write is in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,7 +21,10 @@ from .gemma4 import Gemma4
 from .guide import Guide
 from .kernels import metal_available
 from .penalties import Said
-from .sampling import Distribution, Rules, accept, logprobs, sample
+from .sampling import Distribution, Rules, accept, logprobs
+
+NOT_FINITE = "the model's scores are not finite (NaN or infinity): its weights are damaged, or the dtype is too narrow"
+NOTHING_ALLOWED = "no token is allowed here: the constraint, logit_bias and suppressed tokens leave none in common"
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class TokenLogprob:
 class Round:
     """What one round gave: the tokens emitted by each row, and how many drafts a row were verified.
 
-    The prefill's tokens come as a round that verified nothing: drafted is None. logprobs: one for each token, where the
+    The prefill's tokens come as a round that verified nothing: drafted is None. errors: for each row why it cannot go
+    on, or None; such a row has only the tokens that are good, and must leave. logprobs: one for each token, where the
     rules ask for them.
     """
 
     tokens: list[list[int]]
     drafted: int | None
+    errors: list[str | None]
     logprobs: list[list[TokenLogprob]] | None = None
 
 
@@ -130,12 +136,16 @@ class Prefilled:
 
 class Accepted(NamedTuple):
     """What a verify decided. tokens: int32 [B, K + 1], of which kept + 1 count; kept: [B], drafts that stay; newest:
-    [B], the token after them; report: of each token, where the rules ask for one (see sampling.logprobs), or nothing.
+    [B], the token after them; sums: float32 [B, K + 1], of the logits of each position, finite where these are; peaks:
+    [B, K + 1], see Distribution, or [B, 0] where it has none; report: of each token, where the rules ask for one (see
+    sampling.logprobs), or nothing.
     """
 
     tokens: mx.array
     kept: mx.array
     newest: mx.array
+    sums: mx.array
+    peaks: mx.array
     report: tuple[mx.array, ...]
 
 
@@ -182,14 +192,27 @@ def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
     drafts, rules = inputs.drafts, inputs.rules
     said = inputs.said and inputs.said.at_each(drafts.tokens)
     logits = target.logits(verify.hidden)
+    p = Distribution.of(logits, rules, cap, said=said, mask=inputs.mask)
     if drafts.q is None or rules.all_greedy:
-        tokens = sample(logits, rules, verify.positions, cap, said=said, mask=inputs.mask)
+        tokens = p.drawn(rules, verify.positions)
         kept, newest = accept(drafts.tokens, tokens)
     else:
-        p = Distribution.of(logits, rules, cap, said=said, mask=inputs.mask)
         tokens, kept, newest = rejection.accept(drafts.tokens, drafts.q, p, rules, verify.positions)
+    peaks = mx.zeros((tokens.shape[0], 0)) if p.peak is None else p.peak
     report = () if rules.logprobs is None else logprobs(logits, tokens, cap, rules.logprobs)
-    return Accepted(tokens, kept, newest, report)
+    return Accepted(tokens, kept, newest, logits.sum(axis=-1), peaks, report)
+
+
+def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) -> tuple[list[int], str | None]:
+    """A row's tokens up to the first that nothing can be said of, and why: NaN weights or an overflow, or settings that
+    leave no token; None where all are good. sums, peaks: see Accepted.
+    """
+    for i in range(len(tokens)):
+        if not math.isfinite(sums[i]):
+            return list(tokens[:i]), NOT_FINITE
+        if peaks and peaks[i] == -math.inf:
+            return list(tokens[:i]), NOTHING_ALLOWED
+    return list(tokens), None
 
 
 class Speculation:
@@ -219,7 +242,7 @@ class Speculation:
         self.target, self.drafter, self.cache = target, drafter, cache
         self.drafting, self.confident = drafting, confident
         rows = hidden.shape[0]
-        mask = guide and guide.look([[]] * rows)[1]  # of the first token
+        mask = guide and guide.look([[]] * rows).mask  # of the first token
         self.inputs = Inputs(None, Drafts.none(rows), rules, said, guide, mask)
         self.confidences: list[list[float]] = [[]] * rows
         self.host_syncs = 0
@@ -265,27 +288,27 @@ class Speculation:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
             state = (self.cache, rows, out.newest, hidden, now.rules, said)
             drafts = draft(self.drafter, self.target.embed, *state, num_draft, self.drafting, self.confident)
-        mx.async_eval(out.tokens, self.cache.lengths, out.newest, drafts.tokens, drafts.sure, *out.report)
+        told = (out.tokens, out.kept, out.sums, out.peaks, drafts.tokens, drafts.sure, *out.report)
+        mx.async_eval(*told, self.cache.lengths, out.newest)
         # VERIFY of the next round: built while the device works, unless constraints must see the tokens first.
         self._go_on_with(Inputs(out.newest, drafts, now.rules, said, now.guide, None))
         if now.guide is None:
             self._verify = Verify(self.target, self.cache, self.inputs)
         # One readback
-        waited_for = (out.tokens, out.kept, drafts.tokens, drafts.sure, *out.report)
-        tokens, kept, drafted_next, self.confidences, *report = self._readback(*waited_for)
-        emitted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
+        tokens, kept, sums, peaks, drafted_next, sure, *report = self._readback(*told)
+        self.confidences = [[0.0 if math.isnan(each) else each for each in row] for row in sure]
         self.cache.tighten(rows, [(drafted or 0) - count for count in kept])
+        counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
+        emitted, errors = map(list, zip(*map(sound, counted, sums, peaks), strict=True))
         if now.guide is not None:
-            self._constrain(emitted, drafted_next)
+            self._constrain(emitted, errors, drafted_next)
             self._verify = Verify(self.target, self.cache, self.inputs)
-        return Round(emitted, drafted, _named(emitted, *report) if report else None)
+        return Round(emitted, drafted, errors, _named(emitted, *report) if report else None)
 
     def retain(self, rows: Sequence[int], rules: Rules) -> None:
         """Goes on with these rows alone, row rows[i] in place i (see `compact`); rules: theirs, in this order."""
         self._go_on_with(self.inputs.of_rows(rows, rules))
-        for place, row in enumerate(rows):
-            if place != row:
-                self.cache.move(row, place)
+        self.cache.move({place: row for place, row in enumerate(rows) if place != row})
         self.confidences = [self.confidences[row] for row in rows]
 
     def _go_on_with(self, inputs: Inputs) -> None:
@@ -294,11 +317,16 @@ class Speculation:
             self._verify.drop()
         self.inputs, self._verify = inputs, None
 
-    def _constrain(self, emitted: list[list[int]], drafts: list[list[int]]) -> None:
-        """Moves the guide by what was emitted, and cuts and masks the next round's drafts by it."""
+    def _constrain(self, emitted: list[list[int]], errors: list[str | None], drafts: list[list[int]]) -> None:
+        """Moves the guide by what was emitted, and cuts and masks the next round's drafts by it. A row whose constraint
+        fails gets its error, and keeps of its tokens those before it.
+        """
         inputs, uncut = self.inputs, self.inputs.drafts.q is not None
-        inputs.guide.advance(emitted)
-        width, mask = inputs.guide.look(drafts, cut=not uncut)
+        for row, (good, reason) in inputs.guide.advance(emitted).items():
+            emitted[row], errors[row] = emitted[row][:good], reason
+        width, mask, failures = inputs.guide.look(drafts, cut=not uncut)
+        for row, reason in failures.items():
+            errors[row] = reason
         self.inputs = replace(inputs if uncut else inputs.first(width), mask=mask)
 
     def _readback(self, *arrays: mx.array) -> list[list]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -88,12 +89,13 @@ def run(args: argparse.Namespace) -> int:
                 f"  temperature {params.temperature:g}, {args.samples} samples each way: same distribution, p = {p:.3f}"
             )
     differing = [each for cell in cells for each in cell.divergences if not abs(each.gap) <= args.tolerance]
-    unlike = [temperature for temperature, p in chances.items() if p < CHANCE]
-    ok = not differing and not unlike
+    failed = sum(len(cell.errors) for cell in cells)
+    unlike = [temperature for temperature, p in chances.items() if not p >= CHANCE]  # NaN, too
+    ok = not differing and not unlike and not failed
     say(
         "equal: MTP changes nothing here"
         if ok
-        else f"NOT equal: {len(differing)} texts differ; distributions: {unlike}"
+        else f"NOT equal: {len(differing)} texts differ, {failed} could not go on; distributions: {unlike}"
     )
     if args.json:
         print(json.dumps(_record(engine, widths, cells, chances, ok)))
@@ -118,7 +120,7 @@ def _record(engine: Engine, widths: list, cells: list[Cell], chances: dict[float
         "reference": f"plain decoding, one row at a time; {engine.description}",
         "widths": dict(widths),
         "cells": [asdict(cell) for cell in cells],
-        "same_distribution": chances,
+        "same_distribution": {t: None if math.isnan(p) else p for t, p in chances.items()},
         "equal": ok,
     }
 

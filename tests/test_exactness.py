@@ -88,7 +88,7 @@ def draw(
     seeds = np.stack([np.arange(count), np.full(count, 77)], axis=1).astype(np.uint32)
     rows = lambda value: mx.broadcast_to(value, (count, *value.shape[1:]))  # noqa: E731
     rules = Rules.of([params], VOCAB)
-    each = {name: rows(getattr(rules, name)) for name in ("temperature", "top_k", "top_p", "min_p", "greedy")}
+    each = {name: rows(getattr(rules, name)) for name in ("temperature", "top_k", "rest", "min_p", "greedy")}
     loop = Speculation(
         ToyTarget(),
         ToyDrafter(drafter),
