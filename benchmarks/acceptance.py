@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.cache import Cache
+from mlx_gemma_mtp.drafter import Drafting
 from mlx_gemma_mtp.engine import Engine
 from mlx_gemma_mtp.noise import gumbel
 from mlx_gemma_mtp.params import ACCEPT
@@ -183,7 +184,8 @@ def live(engine: Engine, prompts: list[str], params: SamplingParams, factor: flo
     """
     found = {}
     for rule in ACCEPT:
-        own = Engine(engine.target, engine.drafter, engine.text, engine.defaults, draft_temperature=factor, accept=rule)
+        drafting = Drafting(temperature=factor, accept=rule)
+        own = Engine(engine.target, engine.drafter, engine.text, engine.defaults, drafting=drafting)
         stats = [result.stats for result in own.generate(prompts, params, num_draft_tokens=steps)]
         rounds = sum(each.rounds for each in stats)
         found |= {f"live_{rule}": 1 + sum(each.accepted for each in stats) / rounds, f"live_{rule}_rounds": rounds}

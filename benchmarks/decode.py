@@ -163,9 +163,11 @@ def context(args: argparse.Namespace, ready: Sequence[Setup]) -> dict[str, Any]:
 
 def encoded(folder: Path, texts: Sequence[str], count: int) -> dict[str, list[list[int]]]:
     """The prompts of each class as chat turns in token ids, for all systems the same."""
+    from mlx_gemma_mtp.config import TargetConfig
     from mlx_gemma_mtp.text import Text
+    from mlx_gemma_mtp.weights import read_config
 
-    text_of = Text(folder, ())
+    text_of = Text(folder, TargetConfig.from_dict(read_config(folder)).vocab_size)
     return {text: [text_of.encode(prompt) for prompt in prompts.of(text)[:count]] for text in texts}
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 from convert.run import convert
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.hub import Pair
+from mlx_gemma_mtp.safetensors_io import INDEX, weight_files
 
 EXPERTS = ".experts.switch_glu."
 PREFIX = "language_model."  # of an MLX target's tensors, before the names of a Gemma4ForCausalLM
@@ -26,7 +27,7 @@ def hashes(pair: Pair) -> dict[str, str]:
 
 def _sha256(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -103,7 +104,7 @@ def _float32(source: Path, out: Path) -> Path:
 
 def _read(folder: Path) -> tuple[dict, dict[str, mx.array]]:
     weights: dict[str, mx.array] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         weights |= mx.load(str(path))
     return json.loads((folder / "config.json").read_text()), weights
 
@@ -111,7 +112,8 @@ def _read(folder: Path) -> tuple[dict, dict[str, mx.array]]:
 def _write(source: Path, out: Path, config: dict, weights: dict[str, mx.array], made_for: str) -> None:
     """The weights in one file, the config, and the tokenizer's and other small files of the source."""
     for path in source.iterdir():
-        if path.suffix in (".json", ".jinja") and path.name not in ("checksums.json", "model.safetensors.index.json"):
+        wanted = path.suffix in (".json", ".jinja") and not path.name.startswith(".")
+        if wanted and path.name not in ("checksums.json", INDEX):
             shutil.copy(path, out)
     mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": made_for})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

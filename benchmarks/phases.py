@@ -1,6 +1,6 @@
 """Where a round's time goes: clocks and counters around the functions that a round is made of.
 
-A round: DRAFT (speculative.draft), VERIFY (Gemma4.__call__ and its logits), ACCEPT (speculative.sample and accept),
+A round: DRAFT (speculative.draft), VERIFY (Gemma4.__call__ and its logits), ACCEPT (speculative.accepted),
 then dispatches and one readback. A clock stops while another runs inside it, so the parts add up.
 """
 
@@ -29,8 +29,7 @@ STAGES = (
     ("draft", speculative, "draft"),
     ("verify", Gemma4, "__call__"),
     ("logits", Gemma4, "logits"),
-    ("accept", speculative, "sample"),
-    ("accept", speculative, "accept"),
+    ("accept", speculative, "accepted"),
 )
 HOST = (
     ("dispatch", mx, "async_eval"),

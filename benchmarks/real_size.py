@@ -200,6 +200,7 @@ def emit(folder: str) -> dict[str, Any]:
     import mlx.core as mx
 
     from mlx_gemma_mtp import load
+    from mlx_gemma_mtp.safetensors_io import weight_files
 
     start = _clock()
     with tqdm(disable=None, desc="load") as bar:
@@ -209,7 +210,7 @@ def emit(folder: str) -> dict[str, Any]:
         raise UserError(f"{folder} has no drafter beside it; make the pair with benchmarks.random_checkpoints")
     return {
         "load": taken,
-        "file_bytes": sum(file.stat().st_size for file in Path(folder).parent.glob("*/*.safetensors")),
+        "file_bytes": sum(file.stat().st_size for each in _pair(folder) for file in weight_files(each)),
         "weight_bytes": weights,
         "load_peak_over_weights": peak - weights,
         "load_peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
@@ -241,6 +242,14 @@ def _emitted(engine: Any, drafts: int) -> dict[str, Any]:
         "blas": stats.blas,
         "peak_over_weights": mx.get_peak_memory() - before,
     }
+
+
+def _pair(folder: str) -> list[Path]:
+    """The folders of a target and of the drafter that is found for it."""
+    from mlx_gemma_mtp.hub import find_pair
+
+    pair = find_pair(folder, "auto")
+    return [each for each in (pair.target, pair.drafter) if each is not None]
 
 
 def _clock() -> tuple[float, float]:

@@ -101,7 +101,7 @@ def replay(trace: Trace, table: CostTable, depth: Fixed | Auto) -> Run:
     made = depth.draft([0], CONTEXT, [FAST])
     while at < len(trace.accepted):
         sure = trace.confidences[at, :made].astype(float).tolist()
-        width = depth.verify([0], CONTEXT, [FAST], [sure])
+        width = depth.verify([0], CONTEXT, [FAST], [sure], made)
         width = made if width is None else width
         kept = min(width, int(trace.accepted[at]))
         rounds.append(Step(at, at + kept + 1, made, width, verify[width] + made * draft))

@@ -41,7 +41,7 @@ def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tu
         cache.lengths = mx.array([at], mx.int32)
         token, state = mx.array([text[at]]), hidden[:, at - 1]
         drafts, sure, _ = draft(
-            drafter, target.embed, cache, ROW, token, state, rules, MAX_DRAFTS, engine.draft_position, confident=True
+            drafter, target.embed, cache, ROW, token, state, rules, None, MAX_DRAFTS, engine.drafting, confident=True
         )
         agree = np.array(drafts)[0] == np.array(text[at + 1 : at + 1 + MAX_DRAFTS])
         accepted.append(int(np.cumprod(agree).sum()))

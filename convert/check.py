@@ -1,14 +1,14 @@
 """`check OUT [--against SOURCE]`: is a converted folder what config.json says, sound, and close to its source?"""
 
-import argparse
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.safetensors_io import is_plain, read_object
 
 from . import blocks, names, source
 from .blocks import DTYPES, MLX
@@ -31,7 +31,7 @@ class Difference:
 
 def check_command(argv: list[str]) -> int:
     """Exit code 0, or 1 where something was found."""
-    parser = argparse.ArgumentParser(prog="mlx-gemma-mtp-convert check", description=__doc__)
+    parser = Parser(prog="mlx-gemma-mtp-convert check", description=__doc__)
     parser.add_argument("folder", metavar="OUT", help="a converted folder")
     parser.add_argument("--against", metavar="SOURCE", help="the folder or hub id that it was converted from")
     args = parser.parse_args(argv)
@@ -82,11 +82,11 @@ def _checksums(folder: Path, files: set[str]) -> Iterator[str]:
     """Findings about checksums.json, if there is one; files: the names of the weight files."""
     if not (folder / source.CHECKSUMS).is_file():
         return
-    expected = source.read_json(folder / source.CHECKSUMS)
+    expected = read_object(folder / source.CHECKSUMS)
     for name in sorted(files - expected.keys()):
         yield f"{name} is not in {source.CHECKSUMS}"
     for name, digest in expected.items():
-        if not re.fullmatch(source.SHARD, name) or not (folder / name).is_file():
+        if not is_plain(name) or not (folder / name).is_file():
             yield f"{source.CHECKSUMS} names {name!r}, which is not there"
         elif (found := blocks.sha256(folder / name)) != digest:
             yield f"{name} has sha256 {found}, expected {digest!r}: it was changed after the conversion"

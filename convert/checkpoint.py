@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import Tensor
+from mlx_gemma_mtp.safetensors_io import Tensor, read_object
 
 from . import names, quantize, source
 from .blocks import DTYPES
@@ -38,7 +38,7 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Headers and config.json of a local folder; weight data is not read."""
-        config = source.read_json(folder / "config.json")
+        config = read_object(folder / "config.json")
         is_drafter(config)  # another model is told by its name, not by its files
         return cls.read(str(folder), config, source.tensors(folder))
 

@@ -1,10 +1,9 @@
 """Command line: Hugging Face checkpoint in, MLX folder out, or one line that says why not."""
 
 import argparse
-import io
-import sys
 from collections.abc import Callable
 
+from mlx_gemma_mtp.cli import Parser, guarded, texts
 from mlx_gemma_mtp.errors import UserError
 
 from .blocks import DTYPES
@@ -16,18 +15,13 @@ from .run import convert
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 1 where `check` found something, 2 after a user error, 130 after an interruption."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
-    argv = sys.argv[1:] if argv is None else argv
-    command = COMMANDS.get(argv[0], _convert) if argv else _convert
-    try:
-        return command(argv[1:] if argv and argv[0] in COMMANDS else argv)
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"error: {stop or 'interrupted'}", file=sys.stderr)
-        return 130
+    return guarded(lambda: _run(texts(argv)))
+
+
+def _run(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    return _convert(argv)
 
 
 def _convert(argv: list[str]) -> int:
@@ -49,7 +43,7 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx-gemma-mtp-convert",
         description="Convert a Gemma 4 target or MTP drafter from the Hugging Face layout to MLX.",
         epilog="Also: inspect SOURCE (what a model is and needs), check OUT (is a converted folder sound).",

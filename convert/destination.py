@@ -5,11 +5,11 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlx_gemma_mtp.cli import tell
 from mlx_gemma_mtp.errors import UserError
 
 
@@ -107,4 +107,4 @@ def _remove_stale(out: Path) -> None:
             continue  # a conversion that runs
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
-        print(f"removed {path}, left by a conversion that was killed", file=sys.stderr)
+        tell(f"removed {path}, left by a conversion that was killed")

@@ -1,12 +1,13 @@
 """`inspect SOURCE [--json]`: what a checkpoint is and what it takes to run it, from config.json and headers alone."""
 
-import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlx_gemma_mtp.cli import Parser
 from mlx_gemma_mtp.memory import kv_bytes
 
 from . import config, names, source
@@ -22,7 +23,7 @@ CONVERTED = re.compile(r"-(mlx|bf16|[2-8]bit|mxfp4|mxfp8|nvfp4)$")
 
 def inspect_command(argv: list[str]) -> int:
     """Exit code 0."""
-    parser = argparse.ArgumentParser(prog="mlx-gemma-mtp-convert inspect", description=__doc__)
+    parser = Parser(prog="mlx-gemma-mtp-convert inspect", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="local folder or hub id, as published or converted")
     parser.add_argument("--json", action="store_true", help="for machines")
     args = parser.parse_args(argv)
@@ -110,9 +111,11 @@ def _architecture(model: Checkpoint) -> dict:
 
 def _drafter_name(where: str) -> str:
     """The drafter's name beside a target: that of the original, without what conversions append."""
-    path = where.rstrip("/") if source.HUB_ID.fullmatch(where) else str(Path(where).expanduser().resolve())
-    beside = f"{path}-assistant"
-    return beside if Path(beside).is_dir() else f"{CONVERTED.sub('', path)}-assistant"
+    from mlx_gemma_mtp import hub  # as in source.find
+
+    local = not source.HUB_ID.fullmatch(where) or os.path.isdir(where)
+    beside = hub.assistant(os.path.abspath(Path(where).expanduser()) if local else where)
+    return beside if os.path.isdir(beside) else f"{CONVERTED.sub('', beside.removesuffix('-assistant'))}-assistant"
 
 
 def _kv(model: Checkpoint) -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 import errno
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.files import content
 
 from . import config as configs
 from . import quantize, source, upload, writer
@@ -118,7 +120,9 @@ def _planned(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str) 
         return [first]
     if configs.is_drafter(first.config):
         raise UserError(f"{hf_path} is a drafter; expected a target with --pair; leave out --pair")
-    path = hf_path.rstrip("/") + "-assistant"
+    from mlx_gemma_mtp import hub  # as in source.find
+
+    path = hub.assistant(hf_path)
     second = _plan(path, outs[1], quantize.DRAFTER if recipe else None, dtype)
     if not configs.is_drafter(second.config):
         raise UserError(f"{path} is no drafter; expected the MTP drafter of {hf_path}; download it there")
@@ -133,6 +137,7 @@ def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str) -> Convers
     folder = source.find(hf_path)
     model = Checkpoint.open(folder)
     model.check_source()
+    _check_copied(folder)
     written = configs.written(model.raw, model.text, dtype)
     formats = recipe.choose_all(model.entries, model.text) if recipe else {}
     if recipe:
@@ -142,12 +147,18 @@ def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str) -> Convers
     return Conversion(folder, out, written, jobs)
 
 
+def _check_copied(folder: Path) -> None:
+    """UserError for what could not be copied in the end: what was not downloaded, and links out of the checkpoint."""
+    for file in (folder / name for name in COPIED if os.path.lexists(folder / name)):
+        source.check_inside(file)
+        content(file)
+
+
 def _write(conversion: Conversion, folder: Path) -> None:
     """Everything of one folder; config.json, without which nothing loads it, comes last."""
     writer.write(writer.shards(conversion.jobs, writer.SHARD_BYTES), folder)
     for name in COPIED:
         if (file := conversion.source / name).is_file():
-            source.check_inside(file)
             shutil.copyfile(file, folder / name)
     config_text = json.dumps(conversion.config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(config_text, encoding="utf-8")

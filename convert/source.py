@@ -4,12 +4,9 @@ import re
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import Tensor, parse_object, pickles, read_header
+from mlx_gemma_mtp.safetensors_io import INDEX, Tensor, read_header, read_index, read_object, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
-SHARD = r"\w[\w.-]*\.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -35,18 +32,16 @@ def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
     """
     from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
 
+    from mlx_gemma_mtp import hub
+
     try:
         config = Path(hf_hub_download(repo, "config.json"))
         files = get_safetensors_metadata(repo).files_metadata
     except Exception as error:  # the client's errors have no common base; all mean "no headers"
         if folder := find(repo) if constants.HF_HUB_OFFLINE else _cached(repo):
-            return read_json(folder / "config.json"), tensors(folder)
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{repo} is no folder, nor complete in the hub's cache, and the hub cannot be asked ({reason}); check the"
-            f" name, or connect and run: hf download {repo}"
-        ) from error
-    return read_json(config), {
+            return read_object(folder / "config.json"), tensors(folder)
+        raise hub.refusal(repo, error) from error
+    return read_object(config), {
         name: Tensor(Path(file), info.dtype, tuple(info.shape), begin, end - begin)
         for file, metadata in files.items()
         for name, info in metadata.tensors.items()
@@ -75,30 +70,14 @@ def check_inside(file: Path) -> None:
         raise UserError(f"{file} is a link to {file.resolve()}; expected a file of the checkpoint; copy it there")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of the source, whose keys are unique and whose numbers are finite."""
-    if not path.is_file():  # a missing one, and what would block or not end
-        raise UserError(f"{path}: no such file; expected a complete checkpoint; download it again")
-    try:
-        return parse_object(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; expected a JSON object; download it again") from error
-
-
 def tensors(folder: Path) -> dict[str, Tensor]:
     """name -> Tensor over all shards; the index and the shards must agree exactly."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).is_file():
-            raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}{pickles(folder)}; expected safetensors weights")
-        return read_header(folder / SINGLE)
-    weight_map = _weight_map(folder)
-    found: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        for name, tensor in read_header(folder / shard).items():
-            if weight_map.get(name) != shard:
+    weight_map, found = read_index(folder), {}
+    for file in weight_files(folder):
+        for name, tensor in read_header(file).items():
+            if weight_map and weight_map.get(name) != file.name:
                 raise UserError(
-                    f"{folder / shard}: tensor {name!r}; expected in {weight_map.get(name)}"
-                    f" by {INDEX}; download both again"
+                    f"{file}: tensor {name!r}; expected in {weight_map.get(name)} by {INDEX}; download both again"
                 )
             found[name] = tensor
     if missing := sorted(weight_map.keys() - found.keys()):
@@ -107,16 +86,3 @@ def tensors(folder: Path) -> dict[str, Tensor]:
             " there; download both again"
         )
     return found
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The index, whose file names must be plain names of shards that are there."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX}: no weight_map; expected tensor name -> file name")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not re.fullmatch(SHARD, shard):
-            raise UserError(f"{folder / INDEX}: file name {shard!r}; expected a plain NAME.safetensors")
-        if not (folder / shard).is_file():
-            raise UserError(f"{folder / shard}: missing shard named by {INDEX}; download it")
-    return weight_map

@@ -15,13 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import ITEM_BYTES, Tensor, header_bytes
+from mlx_gemma_mtp.safetensors_io import INDEX, ITEM_BYTES, SINGLE, Tensor, header_bytes
 
 from . import blocks
 from .blocks import DTYPES, MLX
 from .names import Entry, is_integer
 from .quantize import Format
-from .source import CHECKSUMS, INDEX, SINGLE
+from .source import CHECKSUMS
 
 SHARD_BYTES = 5 * 10**9
 

@@ -33,7 +33,7 @@ def preload() -> None:
 
     Raises UserError when MLX_GEMMA_MTP_BLAS names a library that cannot be loaded or multiplies wrongly.
     """
-    choice = os.environ.get(VARIABLE, "")
+    choice = os.path.expanduser(os.environ.get(VARIABLE, ""))
     if not sys.platform.startswith("linux") or choice == "off" or "mlx.core" in sys.modules:
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -6,7 +6,7 @@ and nothing else. There is no rollback: a rejected token is a slot that nobody m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 import mlx.core as mx
@@ -84,10 +84,6 @@ class LayerKV:
         self.keys = mx.concatenate([self.keys, extra], axis=2)
         self.values = mx.concatenate([self.values, extra], axis=2)
 
-    def move(self, source: int, destination: int) -> None:
-        self.keys[destination] = self.keys[source]
-        self.values[destination] = self.values[source]
-
 
 class Cache:
     """K/V of all rows. `specs` has one entry for each KV-owning layer.
@@ -157,11 +153,23 @@ class Cache:
         """The host has read that so many fewer tokens were committed than it had to expect."""
         self.most[rows] = [bound - less for bound, less in zip(self.most[rows], fewer, strict=True)]
 
-    def move(self, source: int, destination: int) -> None:
-        """Copies a row over another: how the last live row fills the hole that a leaver makes."""
-        for layer in self.layers:
-            layer.move(source, destination)
-        self.lengths[destination], self.most[destination] = self.lengths[source], self.most[source]
+    def move(self, rows: Mapping[int, int]) -> None:
+        """Copies rows over others, source by destination: how the last live rows fill the holes that leavers make.
+
+        They are copied out first and evaluated, since a write to a buffer that is still read is a copy of the buffer;
+        and all of them are written at once, since so is a second write before a host sync.
+        """
+        if not rows:
+            return
+        sources, places = mx.array(list(rows.values())), mx.array(list(rows))
+        lengths = self.lengths[sources]
+        moved = [(keys[sources], values[sources]) for keys, values in self.buffers]
+        mx.eval(lengths, moved)
+        self.lengths[places] = lengths
+        for layer, (keys, values) in zip(self.layers, moved, strict=True):
+            layer.keys[places], layer.values[places] = keys, values
+        for place, bound in [(place, self.most[source]) for place, source in rows.items()]:
+            self.most[place] = bound
 
     def clear(self, row: int) -> None:
         """Empties a row for a new sequence. Its old contents are out of sight."""
@@ -185,9 +193,10 @@ class Span:
     ):
         self.cache, self.rows, self.tokens = cache, rows, tokens
         self.used = cache.longest(rows) + tokens  # no query sees a slot from here on
-        self.once, self.own, self.places = counts is not None, None, None
+        self.once, self.own, self.places, self._real = counts is not None, None, None, None
         if counts is not None and min(counts) < tokens:
             own = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]
+            self._real = mx.array(own)[:, None, :, None]
             self.own = mx.array(np.flatnonzero(own).astype(np.int32))
             self.places = mx.array(np.where(own.ravel(), np.cumsum(own, dtype=np.int32) - 1, 0))
         full = rows == slice(0, cache.rows)
@@ -200,6 +209,8 @@ class Span:
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """keys, values: [B, kv_heads, T, head_dim] of the new positions."""
         kv = self.cache.layers[layer]
+        if self._real is not None:  # padding repeats another row's token; nobody sees it, but 0 times NaN is NaN
+            keys, values = (mx.where(self._real, new, 0) for new in (keys, values))
         kv.write(self.rows, self._slot(kv.spec, kv.slots), keys, values)
 
     def attend(self, layer: int, queries: mx.array) -> mx.array:

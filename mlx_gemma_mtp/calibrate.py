@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import blas
-from .cli import Bar, Parser, check_plot, command, note, written
+from .cli import Bar, Parser, check_plot, command, loaded, written
 from .costs import MAX_DRAFTS, ROWS, CostTable
 from .depth import break_even
 from .errors import UserError
@@ -47,17 +46,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.plot:
         check_plot(args.plot)
-    blas.preload()
-    from .engine import load
-
-    engine = load(
-        args.model,
-        args.draft_model,
-        dtype=args.dtype,
-        draft_bits=args.draft_bits,
-        notice=note,
-        progress=Bar("loading"),
-    )
+    engine = loaded(args.model, args.draft_model, dtype=args.dtype, draft_bits=args.draft_bits)
     if engine.drafter is None:
         raise UserError("there is no drafter, so nothing to choose; name one with --draft-model")
     if args.show:

@@ -9,25 +9,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
 
-from . import __version__, blas
+from . import __version__, blas, kernels
 from .cache import Cache
-from .costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable, Drafted, Verified
+from .costs import MAX_DRAFTS, ROWS, CostFile, CostTable, Drafted, Verified
 from .drafter import Drafter
 from .gemma4 import Gemma4
 from .hub import Pair
 from .kernels import metal_available
 from .params import SamplingParams
+from .safetensors_io import weight_files
 from .sampling import Rules
 from .speculative import Speculation, prefill
 from .weights import format_of
 
-QUICK_SECONDS = 0.7  # what a first start may spend
+QUICK_SECONDS = 0.7  # what rounds of a first start may take; a slow machine takes the time of a dozen rounds
 QUICK_WIDTHS = (0, 1, 4)
 LONG = 2048  # tokens of the calibration's long context
 LIVE_ROUNDS, LIVE_SHARE = 16, 0.2  # from so many rounds on, their lower quartile counts for so much of a cell
@@ -46,6 +48,16 @@ class Timings:
 
     chained: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
     alone: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
+
+    def add(self, cell: tuple[int, int, int], chained: float, alone: float) -> None:
+        """One more repeat of a cell."""
+        self.chained.setdefault(cell, []).append(chained)
+        self.alone.setdefault(cell, []).append(alone)
+
+    def warm(self) -> Timings:
+        """Without the first repeat of the cells that have another."""
+        chained, alone = ({cell: s[1:] or s for cell, s in part.items()} for part in (self.chained, self.alone))
+        return Timings(chained, alone)
 
     def parts(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
         """costs.Verified and costs.Drafted, so that together they give the chained rounds. No part takes less than
@@ -115,36 +127,35 @@ def measure(
     repeats: int,
     seconds: float = math.inf,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Timings | None:
-    """Times every cell `repeats` times, the widths in turn, once more to warm up; one batch is in memory at a time.
+) -> Timings:
+    """Times every cell `repeats` times, the widths in turn, after a first pass that warms up; one batch is in memory
+    at a time.
 
-    widths: drafts verified, 0 and more, rising. seconds: after which nothing more begins; None if not one repeat of
-    everything was done by then. prompt: token ids; params: how tokens are drawn after it.
+    widths: drafts verified, 0 and more, rising. seconds: of rounds, after which nothing more begins; what is compiled
+    on the way is not counted. However slow the machine, two widths of a place are timed; the first pass counts where
+    there is no other. prompt: token ids; params: how tokens are drawn after it.
     """
-    timings, began, done = Timings(), time.perf_counter(), 0
+    timings, spent, done = Timings(), 0.0, 0
     places = [(count, context) for count in rows for context in contexts]
     for place in places:
         bench = Bench(target, drafter, prompt, params, *place)
-        for repeat in range(repeats + 1):
-            for width in widths:
-                if time.perf_counter() - began > seconds:
-                    return timings if repeat > 1 and place == places[-1] else None
-                chained, alone = bench.rounds(width)
-                if repeat:
-                    cell = (bench.rows, bench.context, width)
-                    timings.chained.setdefault(cell, []).append(chained)
-                    timings.alone.setdefault(cell, []).append(alone)
-                done += 1
-                progress(done, len(places) * len(widths) * (repeats + 1))
-    return timings
+        for cell in [(repeat, width) for repeat in range(repeats + 1) for width in widths]:
+            if spent > seconds and cell not in ((0, width) for width in widths[:2]):
+                break
+            chained, alone = bench.rounds(cell[1])
+            timings.add((bench.rows, bench.context, cell[1]), chained, alone)
+            spent += 2 * (chained + alone)  # each comes after one of its kind
+            done += 1
+            progress(done, len(places) * len(widths) * (repeats + 1))
+    return timings.warm()
 
 
 class Costs:
     """Where an engine's table for a kind of text comes from: the file of its pair on this machine, else a short
     measurement.
 
-    kind: of KINDS; file: None keeps nothing. notice: told in a sentence what the user should know. seconds: what a
-    first start may spend, besides the round in which they run out.
+    kind: of KINDS; file: None keeps nothing. notice: told in a sentence what the user should know. seconds: of rounds,
+    what a first start may spend (see `measure`).
     """
 
     def __init__(
@@ -167,13 +178,11 @@ class Costs:
         return {kind: cls(kind, CostFile({"text": kind} | key), notice) for kind in KINDS}
 
     def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
-        """Read, or measured quickly and written; UNKNOWN where that is too short. prompt: token ids to time after."""
+        """Read, or measured quickly and written. prompt: token ids to time after."""
         if (kept := self.kept()) is not None:
             return kept
         once = (1,), (len(prompt),), QUICK_WIDTHS
         timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds)
-        if timings is None:
-            return UNKNOWN
         self._write(*timings.parts())
         return CostTable.of(*timings.parts())
 
@@ -232,16 +241,35 @@ def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
         "target": _fingerprint(pair.target),
         "drafter": _fingerprint(pair.drafter),
         "weights": [format_of(target), format_of(drafter)],
-        "dtype": str(target.dtype),
-        "backend": "Metal" if metal else f"CPU, {os.cpu_count()} cores, {blas.name()}",
+        "dtype": [str(target.dtype), str(drafter.layers[0].input_layernorm.weight.dtype)],
+        "kernels": _kernels(target),
+        "backend": "Metal" if metal else f"CPU, {os.cpu_count()} cores, {blas.name()}, {_threads()}",
         "chip": mx.device_info()["device_name"] if metal else _processor(),
         "versions": {"mlx": mx.__version__, "mlx_gemma_mtp": __version__},
     }
 
 
+def _kernels(target: Gemma4) -> dict[str, Any]:
+    """Which kernels run: ours or their references, and which way the experts of a pass go, by its tokens.
+
+    Both change by a switch, a failed check or the doctor's rules, on the same machine with the same versions.
+    """
+    found: dict[str, Any] = {"ours": kernels.status()}
+    if moe := target.config.moe:
+        experts, most = target.layers[0].experts, ROWS[-1] * (MAX_DRAFTS + 1)
+        ways = [str(experts.path(target.dtype, moe.top_k * tokens)) for tokens in range(1, most + 1)]
+        found["experts"] = [[path, len(list(run))] for path, run in groupby(ways)]
+    return found
+
+
+def _threads() -> str:
+    """How many threads the BLAS was told to take."""
+    return f"{os.environ.get('OPENBLAS_NUM_THREADS', 'any number of')} threads"
+
+
 def _fingerprint(folder: Path) -> str:
     """Of a model folder: its config, and the sizes of its weight files."""
-    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    sizes = sorted((file.name, file.stat().st_size) for file in weight_files(folder))
     return sha256((folder / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from .errors import UserError
 Kind = Literal["sliding", "full"]
 
 TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text")
+MEDIA = ("image", "audio", "video")
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 LARGEST = 1 << 24  # of any size in a config: products of two that make a dimension stay within MLX's 32 bits
 # MLX's quantisation modes: group sizes and bits.
@@ -23,6 +24,10 @@ MODES = {
     "mxfp8": ((32,), (8,)),
     "nvfp4": ((16,), (4,)),
 }
+# Settings are computed with in float32. Within these limits no combination of them overflows or divides by zero.
+MOST = 1e15  # of temperature, penalties and biases
+LEAST_TEMPERATURE = 1e-6  # anything lower is greedy
+LEAST_TOP_P = 1e-6  # lower than the likeliest token's share in any vocabulary below a million: keeps that token alone
 # What a generation_config.json means that does not say. (Google's drafters ship 6 drafts; the 12B's names none.)
 GENERATION_DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_assistant_tokens": 6}
 
@@ -112,7 +117,7 @@ class TargetConfig:
         first_shared = text.int("num_hidden_layers") - text.int("num_kv_shared_layers", minimum=0)
         layers = tuple(_layers(text, first_shared))
         _check_constants(text)
-        return cls(
+        config = cls(
             hidden_size=text.int("hidden_size"),
             vocab_size=text.int("vocab_size"),
             layers=layers,
@@ -121,12 +126,14 @@ class TargetConfig:
             softcap=text.optional_float("final_logit_softcapping", minimum=1e-3),
             moe=_moe(text) if text.bool("enable_moe_block") else None,
             per_layer_size=text.int("hidden_size_per_layer_input", minimum=0),
-            per_layer_vocab=text.int("vocab_size_per_layer_input", minimum=0),
+            per_layer_vocab=_per_layer_vocab(text),
             context=text.int("max_position_embeddings"),
-            eos_token_ids=_ids(raw.get("eos_token_id", text.raw.get("eos_token_id"))),
-            media_token_ids=_ids([raw.get(f"{m}_token_id") for m in ("image", "audio", "video")]),
+            eos_token_ids=_ids(raw if "eos_token_id" in raw else text.raw, "eos_token_id", "config.json"),
+            media_token_ids=tuple(token for name in MEDIA for token in _ids(raw, f"{name}_token_id", "config.json")),
             quantization=_quantization(raw),
         )
+        _check_vocabulary(config.eos_token_ids, config.vocab_size, "config.json: eos_token_id")
+        return config
 
 
 @dataclass(frozen=True)
@@ -190,17 +197,29 @@ class GenerationDefaults:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> GenerationDefaults:
-        given = {k: v for k, v in raw.items() if v is not None}
-        reader = _Reader(GENERATION_DEFAULTS | given, "generation_config.json")
+        """Takes what is meant: null is unset, top_k may be 0, -1 or 64.0, flags 0 or 1, other keys are not read.
+
+        Raises UserError, naming the key, for what has no meaning.
+        """
+        where = "generation_config.json"
+        given = {k: _settled(v) for k, v in raw.items() if v is not None}
+        reader = _Reader(GENERATION_DEFAULTS | given, where)
+        if reader.raw["do_sample"] in (0, 1):
+            reader.raw["do_sample"] = bool(reader.raw["do_sample"])
         sampled = reader.bool("do_sample")
         return cls(
-            temperature=reader.float("temperature") if sampled else 0.0,
-            top_p=reader.float("top_p") if sampled else 1.0,
-            top_k=reader.int("top_k", minimum=0) if sampled else 0,
-            eos_token_ids=_ids(raw.get("eos_token_id")),
-            suppress_token_ids=_ids(raw.get("suppress_tokens")),
-            num_draft_tokens=reader.int("num_assistant_tokens"),
+            temperature=reader.float("temperature", maximum=MOST) if sampled else 0.0,
+            top_p=max(reader.float("top_p", maximum=1.0), LEAST_TOP_P) if sampled else 1.0,
+            top_k=max(reader.int("top_k", minimum=-1), 0) if sampled else 0,
+            eos_token_ids=_ids(raw, "eos_token_id", where),
+            suppress_token_ids=_ids(raw, "suppress_tokens", where),
+            num_draft_tokens=reader.int("num_assistant_tokens", minimum=0),
         )
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises UserError for token ids that a vocabulary of this size does not have."""
+        for key, ids in (("eos_token_id", self.eos_token_ids), ("suppress_tokens", self.suppress_token_ids)):
+            _check_vocabulary(ids, size, f"generation_config.json: {key}")
 
 
 class _Reader:
@@ -381,9 +400,35 @@ def _quantization_form(reader: _Reader, default: dict[str, Any]) -> dict[str, An
     return {"group_size": group, "bits": bits, "mode": mode}
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    """A token id, a list of them (with nulls), or nothing."""
-    values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-    if not all(isinstance(v, int) and v >= 0 for v in values):
-        raise UserError(f"token ids are {value!r}, expected an integer or a list of integers; correct the JSON file")
-    return tuple(values)
+def _settled(value: Any) -> Any:
+    """64 for 64.0: some writers know no integers."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST else value
+
+
+def _ids(raw: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """A token id, a list of them (with nulls), or nothing; each once, in the order of the file."""
+    value = raw.get(key)
+    values = [_settled(v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+    for each in values:
+        if not isinstance(each, int) or isinstance(each, bool) or not 0 <= each <= LARGEST:
+            raise UserError(
+                f"{where}: {key} has {each!r}, expected a token id or a list of token ids; correct the JSON file"
+            )
+    return tuple(dict.fromkeys(values))
+
+
+def _check_vocabulary(ids: tuple[int, ...], size: int, what: str) -> None:
+    beyond = [each for each in ids if each >= size]
+    if beyond:
+        raise UserError(f"{what} has {beyond[0]}, expected 0 to {size - 1} by the vocabulary; correct the JSON file")
+
+
+def _per_layer_vocab(text: _Reader) -> int:
+    """Every token is looked up in the per-layer table, too."""
+    size = text.int("vocab_size_per_layer_input", minimum=0)
+    if text.int("hidden_size_per_layer_input", minimum=0) and size < text.int("vocab_size"):
+        raise UserError(
+            f"{text.where}: vocab_size_per_layer_input is {size}, expected at least the vocab_size of "
+            f"{text.raw['vocab_size']}: each token is looked up in both tables"
+        )
+    return size

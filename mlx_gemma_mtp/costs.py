@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .files import whole
+from .files import cache_folder, whole
 
 MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
 ROWS = (1, 2, 4, 8)
@@ -116,19 +114,6 @@ UNKNOWN = CostTable.of(
 )
 
 
-def cache_folder() -> Path:
-    """Where tables lie: MLX_GEMMA_MTP_CACHE, or the user's cache folder."""
-    if named := os.environ.get("MLX_GEMMA_MTP_CACHE"):
-        return Path(named)
-    home = Path.home()
-    base = (
-        home / "Library/Caches"
-        if sys.platform == "darwin"
-        else Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    )
-    return base / "mlx_gemma_mtp"
-
-
 class CostFile:
     """The measured seconds of one pair on one machine. key: what they depend on (pair, chip, backend, BLAS, dtype,
     versions); a file with another key is not ours.
@@ -145,7 +130,7 @@ class CostFile:
         """
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"it cannot be read ({error})") from None

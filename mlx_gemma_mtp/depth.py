@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from .costs import MAX_DRAFTS, CostTable
 
 AUTO = "auto"  # what the user says for all of this
-FIXED, BEST, PROBE, OFF, LIMIT, CONFIDENCE = "fixed", "best", "probe", "off", "limit", "confidence"
+FIXED, BEST, PROBE, OFF, LIMIT = "fixed", "best", "probe", "off", "limit"
+CONFIDENCE, GRAMMAR = "confidence", "grammar"
 REASONS = {
     FIXED: "the length that was asked for",
     BEST: "the most tokens a second by measured cost and acceptance",
     PROBE: "drafts do not pay at present; a look whether they would",
     OFF: "drafts do not pay at present",
     LIMIT: "no row has room for drafts before its end",
+    GRAMMAR: "drafts that the grammar refuses were cut before the verify",
     CONFIDENCE: "drafts that the drafter itself doubts were cut before the verify",
 }
 FIRST = 0.75  # acceptance that is assumed before anything is known
@@ -187,6 +189,32 @@ def _coarse(context: int) -> int:
     return -(-context // CONTEXT_STEP) * CONTEXT_STEP
 
 
+@dataclass(frozen=True)
+class Verified:
+    """A row's part in a verify. width: drafts that were verified; allowed: that the grammars left, the most in any row;
+    confidences: of all that were made, () where the drafter is not asked.
+    """
+
+    choice: Choice
+    width: int
+    allowed: int
+    confidences: tuple[float, ...]
+
+    def cut(self, trust: Trust) -> list[float]:
+        """The chance of each draft that was made and not verified that it would have been kept: none of those that a
+        grammar refuses.
+        """
+        doubted = [trust.rate(each) for each in self.confidences[self.width : self.allowed]]
+        return doubted + [0.0] * (self.choice.drafts - self.allowed)
+
+    @property
+    def reason(self) -> str:
+        """Why the verify had this width."""
+        if self.width < self.allowed:
+            return CONFIDENCE
+        return GRAMMAR if self.allowed < self.choice.drafts else self.choice.reason
+
+
 class Fixed:
     """A number of drafts that was asked for; 0 is plain decoding."""
 
@@ -195,14 +223,19 @@ class Fixed:
     def __init__(self, drafts: int):
         self.most = drafts
 
-    def begin(self) -> None:
+    def forget(self, ids: Sequence[int]) -> None:
         """See Auto, here and below."""
 
     def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
         return max(0, min(self.most, max(useful)))
 
     def verify(
-        self, rows: Sequence[int], context: int, useful: Sequence[int], confidences: Sequence[Sequence[float]]
+        self,
+        rows: Sequence[int],
+        context: int,
+        useful: Sequence[int],
+        confidences: Sequence[Sequence[float]],
+        allowed: int,
     ) -> int | None:
         """None verifies all drafts there are."""
         return None
@@ -210,7 +243,7 @@ class Fixed:
     def observe(self, accepted: Mapping[int, int]) -> str:
         return FIXED
 
-    def timed(self, rows: int, context: int, seconds: float) -> None:
+    def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
         """Needs no times."""
 
 
@@ -230,48 +263,61 @@ class Auto:
         self.pool, self.trust, self.pause = History(), Trust(), Pause()
         self.live: dict[tuple[int, int, int], list[float]] = {}  # seconds of verifies, by cell of the table
         self._own: dict[int, History] = {}
-        self._drafted = Choice(0, OFF, 0.0)
-        self._verified, self._width = self._drafted, 0
-        self._confidences: dict[int, Sequence[float]] = {}
+        # By request, since rounds of several batches may interleave; the rows of a batch have the same choice.
+        self._drafted: dict[int, Choice] = {}  # of the drafts that wait to be verified
+        self._verified: dict[int, Verified] = {}  # the last verify
 
-    def begin(self) -> None:
-        """Another batch, whose requests are numbered anew."""
-        self._own.clear()
+    def forget(self, ids: Sequence[int]) -> None:
+        """Drops what is kept of these requests alone: their batch has ended."""
+        for row in ids:
+            for kept in (self._own, self._drafted, self._verified):
+                kept.pop(row, None)
 
     def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
-        """How many drafts to make. rows: the requests' numbers; the rest as in `choose`."""
+        """How many drafts to make. rows: the requests' ids, unique in the engine; the rest as in
+        `choose`."""
         own = [self._own.get(row, History()) for row in rows]
-        self._drafted = choose(self.table, own, self.pool, _coarse(context), useful, self.pause)
-        self.pause = self.pause.chosen(self._drafted.reason)
-        return self._drafted.drafts
+        choice = choose(self.table, own, self.pool, _coarse(context), useful, self.pause)
+        self.pause = self.pause.chosen(choice.reason)
+        self._drafted |= dict.fromkeys(rows, choice)
+        return choice.drafts
 
     def verify(
-        self, rows: Sequence[int], context: int, useful: Sequence[int], confidences: Sequence[Sequence[float]]
+        self,
+        rows: Sequence[int],
+        context: int,
+        useful: Sequence[int],
+        confidences: Sequence[Sequence[float]],
+        allowed: int,
     ) -> int:
-        """How many of the drafts to verify; see `worthwhile`."""
-        width = self._drafted.drafts
+        """How many of the drafts to verify. confidences: of all drafts that were made; allowed: how many of them a
+        grammar left, the most in any row; the rest as in `worthwhile`.
+        """
+        choice, width = self._drafted[rows[0]], allowed
         if self.confident:
-            width = worthwhile(self.table, self.trust, confidences, _coarse(context), useful, self._drafted.rate)
-        self._verified, self._width = self._drafted, width
-        self._confidences = dict(zip(rows, confidences, strict=True))
+            left = [row[:allowed] for row in confidences]
+            width = worthwhile(self.table, self.trust, left, _coarse(context), useful, choice.rate)
+        self._verified |= {
+            row: Verified(choice, width, allowed, tuple(each)) for row, each in zip(rows, confidences, strict=True)
+        }
         return width
 
     def observe(self, accepted: Mapping[int, int]) -> str:
         """The drafts that each request kept of the round last verified. Returns the reason of its length."""
-        drafted, width = self._verified.drafts, self._width
-        if width:
-            for row, kept in accepted.items():
-                cut = [self.trust.rate(each) for each in self._confidences[row][width:]]
-                self._own[row] = self._own.get(row, History()).after(width, kept, RECENT, cut)
-                self.pool = self.pool.after(width, kept, LASTING, cut)
-                self.trust = self.trust.after(self._confidences[row][:width], kept)
-        if self._verified.reason == PROBE:
+        verified = self._verified[next(iter(accepted))]
+        for row, kept in accepted.items() if verified.choice.drafts else ():
+            width, cut = verified.width, self._verified[row].cut(self.trust)
+            self._own[row] = self._own.get(row, History()).after(width, kept, RECENT, cut)
+            self.pool = self.pool.after(width, kept, LASTING, cut)
+            self.trust = self.trust.after(self._verified[row].confidences[:width], kept)
+        if verified.choice.reason == PROBE:
             self.pause = self.pause.probed(sum(accepted.values()))
-        return self._verified.reason if width == drafted else CONFIDENCE
+        return verified.reason
 
-    def timed(self, rows: int, context: int, seconds: float) -> None:
-        """Seconds of the round last verified, in which the drafts of the next were made."""
+    def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
+        """Seconds of the round last verified by these requests, in which their next drafts were made."""
         nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
-        verify = seconds - self._drafted.drafts * self.table.draft_at(rows)
+        drafts, width = self._drafted[rows[0]].drafts, self._verified[rows[0]].width
+        verify = seconds - drafts * self.table.draft_at(len(rows))
         if verify > 0:
-            self.live.setdefault((rows, nearest, self._width), []).append(verify)
+            self.live.setdefault((len(rows), nearest, width), []).append(verify)

@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from . import blas
-from .cli import Bar, Parser, check_file, command, written
+from .cli import Bar, Parser, Stage, check_file, command, note, written
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -55,13 +55,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    blas.preload()
+    with Stage() as stage:
+        stage("checking the BLAS")
+        blas.preload()
     from . import kernels, memory, paths
     from .health import Report, check, machine
 
     about = machine() | {"memory_gb": round(memory.total_bytes() / 1e9, 1)}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    checked = check()
+    with Stage() as stage:
+        stage("checking the kernels")
+        checked = check()
     print("\n".join(f"kernel {name}: {state}" for name, state in kernels.status().items()))
     report, times, drafts = Report(), {}, {}
     known = report.read()
@@ -99,7 +103,7 @@ def _keep(report: Any, checked: dict[str, str | None], rules: tuple[Rule, ...]) 
         report.write(checked, rules)
         print(f"kept in {report.path}")
     except OSError as error:
-        print(f"note: this cannot be kept in {report.path} ({error.strerror})", file=sys.stderr)
+        note(f"this cannot be kept in {report.path} ({error.strerror})")
 
 
 def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...], dict[str, Any]]:

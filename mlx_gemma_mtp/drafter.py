@@ -7,6 +7,7 @@ and a hidden state to carry on with come out. Reference: transformers, models/ge
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,11 +15,14 @@ import mlx.nn as nn
 
 from .cache import Cache, Span
 from .config import DrafterConfig
+from .errors import UserError
 from .gemma4 import Block, Ropes
 from .kernels import head_argmax
 from .kernels.products import Weights
 from .layers import RMSNorm
 from .linear import Embedding, Linear
+from .noise import keys_of_round
+from .params import ACCEPT, COUPLED, REJECTION, number, shown, whole
 from .penalties import Said
 from .sampling import Distribution, Rules
 
@@ -108,6 +112,42 @@ class Drafter(nn.Module):
         return {"embed_tokens.": share, "token_ordering": share}
 
 
+@dataclass(frozen=True)
+class Drafting:
+    """How drafts are made and kept.
+
+    position: the drafter's query position, relative to the newest token's index: 0 as in transformers, -1 as in vLLM.
+    temperature: the drafter's, as a multiple of the target's. accept: which drafts stay, 'coupled' (those that plain
+    decoding says) or 'rejection' (see rejection.py; drafts are never cut then, which would favour those that are not).
+    Raises UserError for whatever is out of range.
+    """
+
+    position: int = 0
+    temperature: float = 1.0
+    accept: str = COUPLED
+
+    def __post_init__(self) -> None:
+        place, factor = (
+            "0 (as in transformers) or -1 (as in vLLM)",
+            "a number from 0.001 to 1000; 1 is the request's own",
+        )
+        numbers = {
+            "position": whole("draft_position", self.position, lambda n: n in (0, -1), place),
+            "temperature": number("draft_temperature", self.temperature, lambda t: 1e-3 <= t <= 1e3, factor),
+        }
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)  # as Python's, frozen from here on
+        if self.accept not in ACCEPT:
+            raise UserError(f"accept is {shown(self.accept)}, expected one of {', '.join(ACCEPT)}")
+
+    @property
+    def rejection(self) -> bool:
+        return self.accept == REJECTION
+
+
+DEFAULT_DRAFTING = Drafting()
+
+
 class Drafts(NamedTuple):
     """K drafts of each row. tokens: int32 [B, K]; sure: how sure the drafter is at each, the probability of its
     likeliest token, before temperature and filters, float32 [B, K], or [B, 0] where nobody asked; q: what they were
@@ -148,20 +188,22 @@ def draft(
     token: mx.array,
     hidden: mx.array,
     rules: Rules,
+    said: Said | None,
     steps: int,
-    query_offset: int = 0,
-    said: Said | None = None,
+    drafting: Drafting = DEFAULT_DRAFTING,
     confident: bool = False,
-    distributed: bool = False,
 ) -> Drafts:
     """Drafts `steps` tokens for every row; one batched call a step. Reads the cache, writes nothing.
 
     embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, backbone]
-    the target's hidden state that predicted it. The query position is the same for all steps: the newest token's index
-    plus query_offset (0 as in transformers, -1 as in vLLM). said: the tokens up to the newest, where the rules have
-    penalties. confident, distributed: bring `sure`, bring `q`.
+    the target's hidden state that predicted it; rules: the target's. The query position is the same for all steps.
+    said: the tokens up to the newest, where the rules have penalties. confident: bring `sure`. For acceptance by
+    rejection the drafts bring `q`, and their noise is nobody else's.
     """
-    span = Span(cache, rows, 0, query_offset)
+    span = Span(cache, rows, 0, drafting.position)
+    rules = rules.drafting(drafting.temperature)
+    if drafting.rejection:
+        rules = replace(rules, keys=keys_of_round(rules.keys, span.lengths))
     rotations = drafter.ropes.at(span.positions)
     newest, drafts, confidences, each = span.lengths[:, None], [], [], []
     for i in range(steps):
@@ -169,7 +211,7 @@ def draft(
         token, sure, q = drafter.pick(y, rules, newest + (i + 1), said, confident)
         said = said and said.followed_by(token)
         confidences += [sure] if confident else []
-        each += [q] if distributed and not rules.all_greedy else []
+        each += [q] if drafting.rejection and not rules.all_greedy else []
         mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
         drafts.append(token)
     sure = mx.stack(confidences, axis=1) if confident else mx.zeros((token.shape[0], 0))

@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 import mlx.core as mx
 
 from . import blas, health, hub, kernels, memory, weights
 from .calibration import KINDS, Costs
-from .config import MODES, GenerationDefaults
+from .config import MODES, GenerationDefaults, TargetConfig
 from .costs import CostTable
 from .depth import AUTO, Auto, Fixed
-from .drafter import Drafter
+from .drafter import DEFAULT_DRAFTING, Drafter, Drafting
 from .errors import UserError
 from .gemma4 import Gemma4
 from .grammar import Grammars
 from .guide import Constraint
 from .kernels import metal_available
-from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
+from .params import COUPLED, MAX_ROWS, SamplingParams, count, flag, shown, whole
 from .scheduler import Batch, Chunk, Request, Result
 from .stats import Stats
 from .thinking import CLOSE, OPEN, Thinking
-from .warmup import warm_up
+from .warmup import making_ready, warm_up
 from .weights import Progress
 
 if TYPE_CHECKING:
     from .text import Prompt, Text
 
 PREFILL_CHUNK = 256
-DRAFT_TEMPERATURE = 1.0  # the drafter's, as a multiple of the request's
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
 
 CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
 
 __all__ = ["Chunk", "Engine", "Result", "load"]
 
+_computing: set[int] = set()  # processes in which a model was loaded: this one, or one that it was forked from
+
 
 class Engine:
-    """A target, its drafter and its tokenizer; make it with `load`. One thread at a time."""
+    """A target, its drafter and its tokenizer; make it with `load`.
+
+    Several streams may be open at once and be read in any order. One thread at a time: a call from a second thread
+    while the engine computes raises UserError, and so does any call in a process that was forked after the load.
+    """
 
     def __init__(
         self,
@@ -52,21 +63,24 @@ class Engine:
         num_draft_tokens: int | str = AUTO,
         max_rows: int = MAX_ROWS,
         prefill_chunk: int = PREFILL_CHUNK,
-        draft_position: int = 0,
-        draft_temperature: float = DRAFT_TEMPERATURE,
-        accept: str = COUPLED,
+        drafting: Drafting = DEFAULT_DRAFTING,
         costs: Mapping[str, Costs] | None = None,
     ):
         self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
         self.num_draft_tokens, self.max_rows, self.prefill_chunk = num_draft_tokens, max_rows, prefill_chunk
-        self.draft_position, self.draft_temperature, self.accept = draft_position, draft_temperature, accept
+        self.drafting = drafting
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
         self._autos: dict[str, Auto] = {}
+        self._ids = itertools.count()  # requests, whichever call they come from
+        # Reentrant: a stream that is forgotten may be closed by the garbage collector amid another one's round.
+        self._lock, self._process = threading.RLock(), os.getpid()
         self._no_drafter_reason = no_drafter_reason
         self.end_tokens = frozenset((*defaults.eos_token_ids, *target.config.eos_token_ids))
         self._grammars: Grammars | None = None
         self._target_bytes = memory.step_bytes(target)
         self._draft_bytes = memory.step_bytes(drafter) if drafter else 0
+        self._weight_bytes = sum(memory.model_bytes(model) for model in (target, drafter) if model is not None)
+        self._kv_bytes = 0  # of the batches of open streams
 
     @overload
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Result: ...
@@ -85,10 +99,11 @@ class Engine:
         """The answer to a prompt, or the answers to a list of prompts, made as a batch, in order.
         Options: see `stream`.
         """
-        chunks = self.stream(prompt, params, **options)
+        prompts, single = self.text.prompts(prompt)
+        chunks = self.stream(prompts, params, **options)
         results = {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
         ordered = [results[index] for index in sorted(results)]
-        return ordered[0] if _is_single(prompt) else ordered
+        return ordered[0] if single else ordered
 
     def stream(
         self,
@@ -98,31 +113,33 @@ class Engine:
         system_prompt: str | None = None,
         chat_template: bool = True,
         num_draft_tokens: int | str | None = None,
-        cancel: threading.Event | None = None,
-        progress: Progress = weights.no_progress,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[Chunk]:
         """Yields pieces of text as they are made; the last chunk of each prompt carries its Result.
 
-        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids; or a list of
-        these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly, 'auto' follows
-        cost and acceptance. cancel: set it to end after the current round. progress: told prefill's tokens done and in
-        all. Raises UserError, before anything is generated, for an empty prompt, one beyond the context, image or audio
-        parts, and settings out of range.
+        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (an array,
+        too); or a list of these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly,
+        'auto' follows cost and acceptance. cancel: an event; set it to end after the current round. progress: told
+        prefill's tokens done and in all. Raises UserError, before anything is generated, for an empty
+        prompt, one beyond the context or beyond the memory, image or audio parts, and settings out of range.
         """
-        prompts = [prompt] if _is_single(prompt) else list(prompt)
-        every = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
-        if not prompts or len(every) != len(prompts):
-            raise UserError(
-                f"{len(prompts)} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
-            )
-        drafts = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
-        check_depth(drafts)
-        encoded = [
-            self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
-            for prompt, settings in zip(prompts, every, strict=True)
-        ]
-        requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
-        return self._run(requests, drafts, cancel or threading.Event(), progress)
+        prompts, _ = self.text.prompts(prompt)
+        every = _settings(params, len(prompts))
+        drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
+        flag("chat_template", chat_template)
+        if cancel is not None and not isinstance(cancel, Cancel):
+            raise UserError(f"cancel is {shown(cancel)}, expected a threading.Event")
+        progress = _told("progress", progress)
+        with self._in_use():
+            encoded = [
+                self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
+                for prompt, settings in zip(prompts, every, strict=True)
+            ]
+            requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
+            for request in requests:
+                self._check_fits(request, drafts)
+        return self._guarded(self._run(requests, drafts, cancel or threading.Event(), progress))
 
     @property
     def description(self) -> str:
@@ -166,20 +183,21 @@ class Engine:
             mtp_reason=reason,
             blas=blas.name(),
             seed=params.seed,
-            accept=self.accept,
+            accept=self.drafting.accept,
             target_step_bytes=self._target_bytes,
             draft_step_bytes=self._draft_bytes,
         )
         end_tokens = frozenset() if params.ignore_eos else self.end_tokens
         limit = min(params.max_tokens, context - len(prompt))
-        stream = self.text.stream(params.stop)
-        return Request(index, prompt, params, stream, end_tokens, limit, stats, self._constraint(params))
+        stream, constraint = self.text.stream(params.stop), self._constraint(params)
+        return Request(next(self._ids), index, prompt, params, stream, end_tokens, limit, stats, constraint)
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         """What the reply must follow, after the thought that may come first."""
         vocab, reply = self.target.config.vocab_size, None
         for kind, source in params.grammars.items():
             if self._grammars is None:
+                self.text.check_grammar_fits()
                 self._grammars = Grammars(self.text.fast_tokenizer, vocab, tuple(self.end_tokens))
             reply = self._grammars.compile(kind, source)
         if not params.thinking or (reply is None and params.thinking_budget is None):
@@ -190,7 +208,7 @@ class Engine:
     def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
         """Who chooses the draft length. The costs are measured or read once, when they are first needed."""
         if self.drafter is None or drafts != AUTO:
-            return Fixed(0 if self.drafter is None else drafts)
+            return Fixed(self._most_drafts(drafts, requests))
         kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
         if kind not in self._autos:
             prompt = self.text.encode(CALIBRATION, chat_template=False)
@@ -199,67 +217,191 @@ class Engine:
 
     def _auto(self, kind: str, table: CostTable) -> Auto:
         """Drafts that are accepted by rejection are not cut, see rejection.py."""
-        return Auto(table, confident=kind == "greedy" or self.accept == COUPLED)
+        return Auto(table, confident=kind == "greedy" or not self.drafting.rejection)
 
-    def calibrate(self, repeats: int = 5, progress: Progress = weights.no_progress) -> dict[str, CostTable]:
+    def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
         """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
         on. Takes a minute or two. Raises UserError without a drafter.
         """
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
-        prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
-        with memory.wired_limit():
+        repeats, progress = count("repeats", repeats), _told("progress", progress)
+        with self._in_use(), memory.wired_limit():
+            prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
             for kind, costs in self.costs.items():
                 tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
                 self._autos[kind] = self._auto(kind, tables[kind])
         return tables
 
-    def _run(
-        self, requests: list[Request], drafts: int | str, cancel: threading.Event, progress: Progress
-    ) -> Iterator[Chunk]:
-        with memory.wired_limit():
-            for start in range(0, len(requests), self.max_rows):
-                some = requests[start : start + self.max_rows]
-                depth = self._depth(drafts, some)
-                suppress = self.defaults.suppress_token_ids
-                batch = Batch(
-                    self.target,
-                    self.drafter,
-                    some,
-                    depth,
-                    self.prefill_chunk,
-                    suppress,
-                    self.draft_position,
-                    self.draft_temperature,
-                    self.accept,
-                )
-                yield from batch.run(cancel, progress)
+    def _run(self, requests: list[Request], drafts: int | str, cancel: Cancel, progress: Progress) -> Iterator[Chunk]:
+        waiting = requests
+        try:
+            with memory.wired_limit():
+                while waiting and not cancel.is_set():
+                    some = waiting[: self._rows_that_fit(waiting, drafts)]
+                    waiting, taken = waiting[len(some) :], self._needed(some, drafts)
+                    self._kv_bytes += taken
+                    try:
+                        yield from self._batch(some, drafts).run(cancel, progress)
+                    finally:
+                        self._kv_bytes -= taken
+            yield from [request.cancel() for request in waiting]  # for these nothing was prefilled or measured
+        finally:
+            self._learn()
+
+    def _most_drafts(self, drafts: int | str, requests: Sequence[Request]) -> int:
+        """Drafts that a round of these requests may make; none makes more than the longest text can take."""
+        if self.drafter is None:
+            return 0
+        return Auto.most if drafts == AUTO else min(drafts, max(request.limit for request in requests))
+
+    def _needed(self, requests: Sequence[Request], drafts: int | str) -> int:
+        """Bytes of K/V of a batch of these requests, if every text grows to its limit (see Batch)."""
+        most, longest = self._most_drafts(drafts, requests), max(len(request.prompt) for request in requests)
+        block = max(most + 1, min(self.prefill_chunk, longest))
+        tokens = max(longest + block, *(len(request.prompt) + request.limit + most + 1 for request in requests))
+        return memory.kv_bytes(self.target.config, tokens, len(requests), block, self.target.dtype.size)
+
+    def _check_fits(self, request: Request, drafts: int | str) -> None:
+        """Raises UserError for a text that would not fit even alone."""
+        memory.check(
+            self._weight_bytes + self._needed([request], drafts),
+            f"a prompt of {len(request.prompt)} tokens with max_tokens={request.limit} on this model",
+            "lower max_tokens, shorten the prompt, or take a smaller model",
+        )
+
+    def _rows_that_fit(self, waiting: Sequence[Request], drafts: int | str) -> int:
+        """How many of the requests, from the first on, go into one batch: as many as max_rows and the memory allow.
+
+        Raises UserError where open streams leave too little for one.
+        """
+        free = memory.total_bytes() - self._weight_bytes - self._kv_bytes
+        for rows in range(min(self.max_rows, len(waiting)), 0, -1):
+            if self._needed(waiting[:rows], drafts) <= free:
+                return rows
+        raise UserError(
+            f"the next prompt needs {self._needed(waiting[:1], drafts) / 1e9:.1f} GB of K/V, weights and open streams "
+            f"leave {max(free, 0) / 1e9:.1f} GB; finish or close other streams first, or lower max_tokens"
+        )
+
+    def _batch(self, requests: list[Request], drafts: int | str) -> Batch:
+        return Batch(
+            self.target,
+            self.drafter,
+            requests,
+            self._depth(drafts, requests),
+            self.prefill_chunk,
+            self.defaults.suppress_token_ids,
+            self.drafting,
+        )
+
+    def _learn(self) -> None:
+        """What rounds took is for the next start's table; a call that is closed early tells as well."""
         for kind, auto in self._autos.items():
             self.costs[kind].learn(auto.live)
             auto.live.clear()
 
+    @contextmanager
+    def _in_use(self, wait: bool = False) -> Iterator[None]:
+        """Holds the engine for this thread, as long as the block runs. wait: for another thread's round to end.
 
-def check_depth(drafts: int | str) -> None:
-    """Raises UserError for what is no draft length."""
-    if drafts != AUTO and (isinstance(drafts, (str, bool)) or drafts < 0):
-        raise UserError(f"num_draft_tokens is {drafts!r}, expected '{AUTO}', 0 (plain decoding) or more")
+        Raises UserError in a forked child (Metal, BLAS and MLX's threads do not survive a fork), and where another
+        thread is computing and nothing says to wait.
+        """
+        if os.getpid() != self._process:
+            raise UserError(
+                f"this engine was loaded in process {self._process} and this is process {os.getpid()}, forked from it; "
+                "load it in the child, which multiprocessing must start with 'spawn'"
+            )
+        if not self._lock.acquire(blocking=wait):
+            raise UserError(
+                "the engine is computing in another thread; expected one thread at a time: give prompts as one list, "
+                "read streams in turn, or hold a threading.Lock around each call"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _guarded(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The same chunks; the engine is held while each is made, and free while the caller has it."""
+        try:
+            while True:
+                with self._in_use():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            if os.getpid() == self._process:  # a child's copy of the stream has nothing to give back
+                with self._in_use(wait=True):
+                    chunks.close()
+
+
+@runtime_checkable
+class Cancel(Protocol):
+    """What tells a call to end: an event of threading, multiprocessing or asyncio."""
+
+    def is_set(self) -> bool: ...
+
+
+def check_depth(drafts: int | str) -> int | str:
+    """The draft length. Raises UserError for what is none."""
+    if isinstance(drafts, str) and drafts == AUTO:
+        return AUTO
+    return whole("num_draft_tokens", drafts, lambda n: n >= 0, f"'{AUTO}', 0 (plain decoding) or more")
+
+
+def _settings(params: SamplingParams | Iterable[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:
+    """One for each prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        every = [params or SamplingParams()] * prompts
+    elif isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
+        raise UserError(f"params is {shown(params)}, expected SamplingParams, or a list of them, one a prompt")
+    else:
+        every = [SamplingParams() if each is None else each for each in params]
+    for each in every:
+        if not isinstance(each, SamplingParams):
+            raise UserError(f"params has {shown(each)}, expected SamplingParams")
+    if not prompts or len(every) != prompts:
+        raise UserError(
+            f"{prompts} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
+        )
+    return every
+
+
+def _told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:
+    """Who is told, or nobody. Raises UserError for what cannot be called."""
+    if listener is None:
+        return lambda *_: None
+    if not callable(listener):
+        raise UserError(f"{name} is {shown(listener)}, expected a function")
+    return listener
+
+
+def _location(name: str, value: Any) -> str:
+    """A folder or a hub id as text."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise UserError(f"{name} is {shown(value)}, expected a folder or a hub id")
+    return os.fspath(value)
 
 
 def load(
-    model: str | None = None,
-    draft_model: str = "auto",
+    model: str | os.PathLike[str] | None = None,
+    draft_model: str | os.PathLike[str] = "auto",
     *,
     revision: str | None = None,
     num_draft_tokens: int | str = AUTO,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     draft_bits: int | None = None,
     max_rows: int = MAX_ROWS,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
-    draft_temperature: float = DRAFT_TEMPERATURE,
+    draft_temperature: float = 1.0,
     accept: str = COUPLED,
-    notice: Callable[[str], None] = lambda message: None,
-    progress: Progress = weights.no_progress,
+    notice: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    stage: Callable[[str], None] | None = None,
 ) -> Engine:
     """Loads a target and its drafter.
 
@@ -271,66 +413,124 @@ def load(
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
     dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. max_rows: prompts in
     one batch, the others wait for the next; each costs the memory of its K/V. draft_position, draft_temperature: see
-    Speculation. accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
+    Drafting. accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
     (block verification: more stay and the distribution is the same, but the text depends on drafts, and so on draft
     length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and in all,
-    of each model. Raises UserError for whatever cannot be loaded.
+    of each model; stage: what is being done that may take seconds, '' for nothing. Raises UserError for
+    whatever cannot be loaded.
     """
-    if not 0 < draft_temperature < float("inf"):
-        raise UserError(f"draft_temperature is {draft_temperature}, expected a number above 0; 1 is the request's own")
-    check_depth(num_draft_tokens)
-    if accept not in ACCEPT:
-        raise UserError(f"accept is {accept!r}, expected one of {', '.join(ACCEPT)}")
-    for name, value in {"max_rows": max_rows, "prefill_chunk": prefill_chunk}.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}, expected at least 1")
-    if dtype is not None and dtype not in weights.DTYPES:
-        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(weights.DTYPES)}")
-    bits = MODES["affine"][1]
-    if draft_bits is not None and (draft_bits not in bits or draft_model == "none"):
-        raise UserError(f"draft_bits is {draft_bits}, expected one of {bits}, and a drafter to quantise")
-    pair = hub.find_pair(model, draft_model, revision)
+    _check_process()
+    notice, progress, stage = _told("notice", notice), _told("progress", progress), _told("stage", stage)
+    num_draft_tokens, max_rows = check_depth(num_draft_tokens), count("max_rows", max_rows)
+    prefill_chunk = count("prefill_chunk", prefill_chunk)
+    drafting = Drafting(draft_position, draft_temperature, accept)
+    if revision is not None and not isinstance(revision, str):
+        raise UserError(f"revision is {shown(revision)}, expected the name of a revision on the hub")
+    draft_model = _location("draft_model", draft_model)
+    cast, draft_bits = _dtype(dtype), _draft_bits(draft_bits, draft_model)
+    stage("looking for the model")
+    pair = hub.find_pair(None if model is None else _location("model", model), draft_model, revision)
+    stage("checking the model's files")
     weights.check_pair(pair.target, pair.drafter)
+    config = TargetConfig.from_dict(weights.read_config(pair.target))
     defaults = weights.read_generation_defaults(pair.target)
+    defaults.check_vocabulary(config.vocab_size)
+    weights.check_text_files(pair.target)
+    stage("checking the Metal kernels (the first start on this machine)")
     health.ensure(notice)
-    cast = weights.DTYPES[dtype] if dtype else None
     if cast is None and not metal_available():
         cast = mx.float32
         notice("no Metal here: running on the CPU, in float32")
-    _check_memory(pair, cast)
-    target = weights.load_target(pair.target, cast, progress)
-    cast = cast or target.dtype  # the drafter reads the target's K/V and hidden states: of one type, or all is float32
-    drafter = weights.load_drafter(pair.drafter, target.config, cast, progress, draft_bits) if pair.drafter else None
+    _check_memory(pair, config, cast, prefill_chunk)
+    _computing.add(os.getpid())
+    target, drafter = _open_models(pair, cast, draft_bits)
+    stage("")
+    for each in (target, drafter) if drafter else (target,):
+        weights.prepare(each, progress)
     if drafter is None and draft_model == "auto":
         notice(f"{pair.reason}; decoding plainly")
-    warming = threading.Thread(target=warm_up, args=(target, drafter))
-    warming.start()
-    from .text import Text  # seconds, for it imports transformers
-
-    warming.join()
+    stage(making_ready(target))
+    text = _load_text(pair.target, target, drafter, max_rows)
+    stage("")
     return Engine(
         target,
         drafter,
-        Text(pair.target, target.config.media_token_ids),
+        text,
         defaults,
         no_drafter_reason=pair.reason,
         num_draft_tokens=num_draft_tokens,
         max_rows=max_rows,
         prefill_chunk=prefill_chunk,
-        draft_position=draft_position,
-        draft_temperature=draft_temperature,
-        accept=accept,
+        drafting=drafting,
         costs=Costs.of_pair(pair, target, drafter, notice),
     )
 
 
-def _check_memory(pair: hub.Pair, cast: mx.Dtype | None) -> None:
-    """Refuses what cannot fit, before anything is read. A cast to float32 can double 16-bit weights."""
+def _check_process() -> None:
+    """Raises UserError in a process that was forked after MLX computed: its threads did not come along, so that the
+    first array would be waited for in vain.
+    """
+    if _computing and os.getpid() not in _computing:
+        raise UserError(
+            f"this process {os.getpid()} was forked from one that had loaded a model, which MLX does not survive; "
+            "expected a fresh one: start it with multiprocessing's 'spawn'"
+        )
+
+
+def _dtype(dtype: Any) -> mx.Dtype | None:
+    names = weights.DTYPES
+    if dtype is None or (isinstance(dtype, mx.Dtype) and dtype in names.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in names:
+        raise UserError(f"dtype is {shown(dtype)}, expected one of {', '.join(names)}")
+    return names[dtype]
+
+
+def _draft_bits(bits: Any, draft_model: str) -> int | None:
+    if bits is None:
+        return None
+    known = MODES["affine"][1]
+    return whole(
+        "draft_bits",
+        bits,
+        lambda n: n in known and draft_model != "none",
+        f"one of {known}, and a drafter to quantise",
+    )
+
+
+def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) -> tuple[Gemma4, Drafter | None]:
+    """Both models, checked before the weights of either are read. MLX's global random state, from which new modules
+    draw, is the host's and stays as it was.
+    """
+    high, low = mx.random.state[0].tolist()
+    try:
+        target = weights.open_target(pair.target, cast)
+        if pair.drafter is None:
+            return target, None
+        # The drafter reads the target's K/V and hidden states: of one type, or everything would be float32.
+        return target, weights.open_drafter(pair.drafter, target.config, cast or target.dtype, draft_bits)
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: int) -> Text:
+    """The tokenizer, whose libraries take seconds to import: meanwhile the models run for the first time.
+
+    The import has the other thread, not the models: MLX aborts a process that ends after a thread of its own computed.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        importing = pool.submit(import_module, ".text", __package__)
+        warm_up(target, drafter, max_rows)
+        text = importing.result()
+    return text.Text(folder, target.config.vocab_size, target.config.media_token_ids)
+
+
+def _check_memory(pair: hub.Pair, config: TargetConfig, cast: mx.Dtype | None, block: int) -> None:
+    """Refuses what cannot fit with one row of a short text, before anything is read. A cast to float32 can double
+    16-bit weights.
+    """
     folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
-    needed = sum(memory.weight_bytes(folder, widened=cast is not None and cast == mx.float32) for folder in folders)
+    widened = cast is not None and cast == mx.float32
+    needed = sum(memory.weight_bytes(folder, widened) for folder in folders)
+    needed += memory.kv_bytes(config, 1, 1, block, 4 if widened else 2)
     memory.check(needed, f"the model in {pair.target}", "convert it with -q --q-bits 4, or take a smaller model")
-
-
-def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
-    """One prompt (text, chat messages, token ids), or several."""
-    return isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], (dict, int)))

@@ -13,7 +13,7 @@ from statistics import fmean, variance
 import mlx.core as mx
 
 from .cache import Cache
-from .engine import Engine
+from .engine import Engine, Result
 from .params import SamplingParams
 from .sampling import logprobs, soft_cap
 
@@ -50,33 +50,47 @@ class Cell:
     equal: int
     divergences: list[Divergence]
     tokens_per_round: float
+    errors: list[str]  # of texts that could not go on, with or without drafts
 
     def __str__(self) -> str:
         what = "greedy" if not self.temperature else f"temperature {self.temperature:g}"
-        count = self.equal + len(self.divergences)
+        count = self.equal + len(self.divergences) + len(self.errors)
         lines = [
             f"  {what}, {self.rows} rows, {self.drafts} drafts: {self.equal} of {count} texts equal, "
             f"{self.tokens_per_round:.2f} tokens a round"
         ]
-        return "\n".join([*lines, *(f"    {each}" for each in self.divergences)])
+        return "\n".join([*lines, *(f"    {each}" for each in (*self.divergences, *self.errors))])
 
 
 def compare(
     engine: Engine, prompts: Sequence[str], params: SamplingParams, rows: Sequence[int], drafts: Sequence[int]
 ) -> Iterator[Cell]:
     """Every batch size x draft length. params: with a seed, so that sampled texts are comparable token by token."""
-    plain = [engine.generate(prompt, params, num_draft_tokens=0).tokens for prompt in prompts]
+    plain = [engine.generate(prompt, params, num_draft_tokens=0) for prompt in prompts]
     for size in rows:
         for count in drafts:
             results = []
             for start in range(0, len(prompts), size):
                 results += engine.generate(list(prompts[start : start + size]), params, num_draft_tokens=count)
-            found = [divergence(engine, i, prompts[i], plain[i], r.tokens) for i, r in enumerate(results)]
-            differing = [each for each in found if each is not None]
+            errors = [_failed(i, one, other) for i, (one, other) in enumerate(zip(plain, results, strict=True))]
+            found = [
+                divergence(engine, i, prompts[i], plain[i].tokens, r.tokens)
+                for i, r in enumerate(results)
+                if errors[i] is None
+            ]
+            differing, errors = ([each for each in some if each is not None] for some in (found, errors))
             rounds = sum(r.stats.rounds for r in results)
             emitted = sum(r.stats.accepted + r.stats.rounds for r in results)
-            equal = len(prompts) - len(differing)
-            yield Cell(params.temperature, size, count, equal, differing, emitted / rounds if rounds else 0.0)
+            equal = len(prompts) - len(differing) - len(errors)
+            yield Cell(params.temperature, size, count, equal, differing, emitted / rounds if rounds else 0.0, errors)
+
+
+def _failed(index: int, plain: Result, drafted: Result) -> str | None:
+    """Which of a prompt's two texts could not go on, and why; None where both could."""
+    for name, result in (("plain", plain), ("MTP", drafted)):
+        if result.error is not None:
+            return f"prompt {index + 1}, {name}, after {len(result.tokens)} tokens: {result.error}"
+    return None
 
 
 def divergence(engine: Engine, index: int, prompt: str, plain: list[int], tokens: list[int]) -> Divergence | None:
@@ -94,13 +108,16 @@ def same_distribution(engine: Engine, prompt: str, params: SamplingParams, draft
     """The chance that texts sampled with and without drafts differ as much as they do, if their law is the same.
 
     Compared are the log-probabilities that the target gives to whole texts of 12 tokens, other seeds on either side: a
-    wrong rule makes texts that are too likely or too unlikely. Two-sided test of the means.
+    wrong rule makes texts that are too likely or too unlikely. Two-sided test of the means; NaN, which is no chance at
+    all, where a text could not go on.
     """
 
     def likelihoods(num_draft: int, first_seed: int) -> tuple[float, float]:
         every = [replace(params, max_tokens=12, seed=first_seed + i, ignore_eos=True) for i in range(samples)]
-        texts = [r.tokens for r in engine.generate([prompt] * samples, every, num_draft_tokens=num_draft)]
-        values = [_log_probability(engine, tokens, text) for text in texts]
+        results = engine.generate([prompt] * samples, every, num_draft_tokens=num_draft)
+        if any(result.error is not None for result in results):
+            return math.nan, math.nan
+        values = [_log_probability(engine, tokens, result.tokens) for result in results]
         return fmean(values), variance(values) / samples
 
     tokens = engine.text.encode(prompt)

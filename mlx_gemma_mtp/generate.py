@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from . import __version__, blas
-from .cli import Bar, Parser, command, note
+from . import __version__
+from .cli import Bar, Parser, Stage, command, loaded, note, tell
 from .errors import UserError
 from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 
@@ -30,91 +30,138 @@ BUNDLED = (
 
 def parser() -> argparse.ArgumentParser:
     p = Parser("mlx_gemma_mtp.generate", description="Gemma 4 with its MTP drafter: the same text, faster.")
-    p.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
-    p.add_argument(
+    _add_models(p)
+    _add_prompts(p)
+    _add_sampling(p)
+    _add_rules(p)
+    _add_drafts(p)
+    _add_output(p)
+    return p
+
+
+def _add_models(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("models")
+    group.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
+    group.add_argument(
         "--draft-model", default="auto", metavar="PATH|auto|none", help="the drafter (default: auto, look for it)"
     )
-    p.add_argument("--revision", help="the hub revision of --model")
-    p.add_argument(
+    group.add_argument("--revision", help="the hub revision of --model")
+    group.add_argument(
+        "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
+    )
+
+
+def _add_prompts(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("prompts")
+    group.add_argument(
         "--prompt", action="append", default=[], help="a prompt; repeat it for a batch; - reads standard input"
     )
-    p.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, made as a batch")
-    p.add_argument(
+    group.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, made as a batch")
+    group.add_argument(
         "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"prompts in one batch (default: {MAX_ROWS})"
     )
-    p.add_argument("--system-prompt", help="a system turn before each prompt")
-    p.add_argument("--ignore-chat-template", action="store_true", help="take prompts as raw text")
-    p.add_argument("--max-tokens", type=int, default=512, help="at most so many tokens a prompt (default: 512)")
-    p.add_argument(
+    group.add_argument("--system-prompt", help="a system turn before each prompt")
+    group.add_argument("--ignore-chat-template", action="store_true", help="take prompts as raw text")
+    group.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
+    group.add_argument("--thinking-budget", type=int, metavar="N", help="close the thought after N tokens")
+    group.add_argument("--image", "--audio", dest="media", action="append", help=argparse.SUPPRESS)
+
+
+def _add_sampling(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=512, help="at most so many tokens a prompt (default: 512)")
+    group.add_argument(
         "--temp", type=float, help="temperature; 0 is greedy (default: as the model's generation_config.json says)"
     )
-    p.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability; 1 is off")
-    p.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; -1 is off")
-    p.add_argument(
+    group.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability; 1 is off")
+    group.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; -1 is off")
+    group.add_argument(
         "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest's probability"
     )
-    p.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="divides the logits of what was said; 1 is off"
-    )
-    p.add_argument("--presence-penalty", type=float, default=0.0, help="taken from the logits of what was said")
-    p.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, for each time that it was said")
-    p.add_argument(
-        "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
-    )
-    p.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens at each place")
-    p.add_argument("--json-schema", metavar="FILE|TEXT", help="the reply is JSON of this schema (extra `grammar`)")
-    p.add_argument("--regex", help="the reply matches this expression (extra `grammar`)")
-    p.add_argument("--grammar", metavar="FILE|TEXT", help="the reply follows this Lark grammar (extra `grammar`)")
-    p.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
-    p.add_argument("--thinking-budget", type=int, metavar="N", help="close the thought after N tokens")
-    p.add_argument(
+    group.add_argument(
         "--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)"
     )
-    p.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
-    p.add_argument(
+    group.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
+    group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+
+
+def _add_rules(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("penalties and grammars")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="divides the logits of what was said; 1 is off"
+    )
+    group.add_argument("--presence-penalty", type=float, default=0.0, help="taken from the logits of what was said")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, for each time that it was said")
+    group.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
+    )
+    group.add_argument("--json-schema", metavar="FILE|TEXT", help="the reply is JSON of this schema (extra `grammar`)")
+    group.add_argument("--regex", help="the reply matches this expression (extra `grammar`)")
+    group.add_argument("--grammar", metavar="FILE|TEXT", help="the reply follows this Lark grammar (extra `grammar`)")
+
+
+def _add_drafts(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("drafts")
+    group.add_argument(
         "--num-draft-tokens",
         default="auto",
         metavar="N|auto",
         help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
     )
-    p.add_argument(
-        "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
-    )
-    p.add_argument(
+    group.add_argument(
         "--draft-temperature", type=float, default=1.0, metavar="T", help="the drafter's, times --temp (default: 1)"
     )
-    p.add_argument(
+    group.add_argument(
         "--accept",
         choices=ACCEPT,
         default=COUPLED,
         help="which sampled drafts stay: coupled, where the text never depends on them (default), or rejection, which "
         "keeps more; the text then depends on the drafts, its distribution does not",
     )
-    p.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
-    p.add_argument("--image", "--audio", dest="media", action="append", help=argparse.SUPPRESS)
-    p.add_argument("--stats", action="store_true", help="print figures on standard error")
-    p.add_argument("--json", action="store_true", help="one JSON object a prompt on standard output, instead of text")
-    p.add_argument("--version", action="version", version=f"mlx_gemma_mtp {__version__}")
-    return p
+
+
+def _add_output(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("output")
+    group.add_argument("--stats", action="store_true", help="print figures on standard error")
+    group.add_argument(
+        "--json", action="store_true", help="one JSON object a prompt on standard output, instead of text"
+    )
+    group.add_argument("--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens at each place")
+    group.add_argument("--version", action="version", version=f"mlx_gemma_mtp {__version__}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
-    try:
-        return command(run, parser, argv)
-    except BrokenPipeError:  # the reader has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    """Returns the exit code: 0, 1 where a prompt ended with an error, 2 for bad input, 130 after Ctrl-C."""
+    return command(run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.media:
         raise UserError(f"{args.media[0]!r}: image and audio input are not supported; this package takes text alone")
-    prompts = read_prompts(args)
-    blas.preload()
-    params = SamplingParams(
+    prompts, params = read_prompts(args), read_params(args)
+    args.num_draft_tokens = read_depth(args.num_draft_tokens)
+    engine = load_engine(args, len(prompts))
+    cancel = threading.Event()
+    with _ctrl_c(cancel):
+        results = generate(engine, prompts, params, args, cancel)
+    if args.json:
+        print_json(prompts, results)
+    failed = [number for number, result in enumerate(results, 1) if result.error is not None]
+    if args.model is None and not (args.json or failed or cancel.is_set()):
+        print_speedup(engine, prompts, params, args, results)
+    if args.stats:
+        print_stats(results)
+        tell(f"computed: {engine.description}")
+        if engine.advice:
+            note(engine.advice)
+    for number in failed:
+        tell(f"error: prompt {number}: {results[number - 1].error}")
+    return 130 if cancel.is_set() else 1 if failed else 0
+
+
+def read_params(args: argparse.Namespace) -> SamplingParams:
+    """The settings of every prompt. Raises UserError."""
+    return SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temp,
         top_p=args.top_p,
@@ -125,36 +172,21 @@ def run(args: argparse.Namespace) -> int:
         frequency_penalty=args.frequency_penalty,
         logit_bias=dict(map(read_bias, args.logit_bias)),
         logprobs=args.logprobs,
-        json_schema=read_source(args.json_schema),
+        json_schema=read_schema(args.json_schema),
         regex=args.regex,
-        grammar=read_source(args.grammar),
+        grammar=read_source("--grammar", args.grammar, lambda text: ":" in text or "\n" in text),
         thinking=args.thinking,
         thinking_budget=args.thinking_budget,
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
-    args.num_draft_tokens = read_depth(args.num_draft_tokens)
-    engine = load_engine(args)
-    cancel = threading.Event()
-    with _ctrl_c(cancel):
-        results = generate(engine, prompts, params, args, cancel)
-    if args.json:
-        print_json(prompts, results)
-    if args.model is None and not args.json and not cancel.is_set():
-        print_speedup(engine, prompts, params, args, results)
-    if args.stats:
-        print_stats(results)
-        print(f"computed: {engine.description}", file=sys.stderr)
-        if engine.advice:
-            print(f"note: {engine.advice}", file=sys.stderr)
-    return 130 if cancel.is_set() else 0
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of --prompt, standard input and --prompt-file, in this order."""
-    prompts = [_decode(sys.stdin.buffer.read(), "standard input") if p == "-" else p for p in args.prompt]
-    if args.prompt_file:
+    prompts = [_standard_input() if p == "-" else p for p in args.prompt]
+    if args.prompt_file is not None:
         prompts += read_lines(args.prompt_file)
     if not prompts:
         raise UserError("there is no prompt; give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE")
@@ -166,20 +198,49 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def read_lines(path: str) -> list[str]:
     """The prompts of a --prompt-file: its lines, without empty ones."""
-    try:
-        with open(path, "rb") as file:
-            lines = _decode(file.read(), path).splitlines()
-    except OSError as error:
-        raise UserError(f"--prompt-file {path}: {error.strerror}; expected a text file, a prompt a line") from None
+    lines = re.split(r"\r\n|\n|\r", _read("--prompt-file", path, "a text file, a prompt a line"))
     return [line for line in lines if line.strip()]
 
 
-def read_source(source: str | None) -> str | None:
-    """The text of a file where `source` names one, else `source`."""
-    if source is None or len(source) > 1000 or not os.path.isfile(source):
+def read_schema(source: str | None) -> str | None:
+    """The JSON text of --json-schema."""
+    text = read_source("--json-schema", source, lambda text: text.lstrip().startswith(("{", "[")))
+    if text is not None:
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError) as error:
+            where = "" if text is source else f" {source}"
+            raise UserError(f"--json-schema{where} is no JSON: {error}; give a JSON schema, or a file of one") from None
+    return text
+
+
+def read_source(flag: str, source: str | None, is_text: Callable[[str], bool]) -> str | None:
+    """The text of a file where `source` names one, else `source`, if that can be such a text."""
+    if source is None:
+        return None
+    if os.path.exists(os.path.expanduser(source)):
+        return _read(flag, source, "a text file")
+    if is_text(source):
         return source
-    with open(source, "rb") as file:
-        return _decode(file.read(), source)
+    raise UserError(f"{flag} {source}: there is no such file, and it is no text of that kind; check the name")
+
+
+def _read(flag: str, path: str, expected: str) -> str:
+    """The text of a file that the user named. Raises UserError."""
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; expected {expected}") from None
+    except ValueError:  # a NUL in the name
+        raise UserError(f"{flag} {path!r} is no name of a file; expected {expected}") from None
+    return _decode(data, f"{flag} {path}")
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise UserError("--prompt - reads standard input, which is closed; expected a file or a pipe there")
+    return _decode(sys.stdin.buffer.read(), "standard input")
 
 
 def read_depth(text: str) -> int | str:
@@ -202,29 +263,26 @@ def read_bias(text: str) -> tuple[int, float]:
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where} is not UTF-8 (byte {data[error.start]:#04x} at {error.start}); convert it to UTF-8"
+            f"{where} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); convert it to UTF-8"
         ) from None
 
 
-def load_engine(args: argparse.Namespace) -> Engine:
-    from .engine import load
-
+def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
+    """prompts: how many will come; what more rows would need is not made ready."""
     if args.model is None:
-        print(BUNDLED, file=sys.stderr)
-    return load(
+        tell(BUNDLED)
+    return loaded(
         args.model,
         args.draft_model,
         revision=args.revision,
         num_draft_tokens=args.num_draft_tokens,
         draft_bits=args.draft_bits,
-        max_rows=args.max_rows,
+        max_rows=min(args.max_rows, max(prompts, 1)) if args.max_rows > 0 else args.max_rows,
         draft_temperature=args.draft_temperature,
         accept=args.accept,
-        notice=note,
-        progress=Bar("loading"),
     )
 
 
@@ -269,6 +327,8 @@ def print_json(prompts: list[str], results: list[Result]) -> None:
             "finish_reason": result.finish_reason,
             "stats": result.stats.as_dict(),
         }
+        if result.error is not None:
+            record["error"] = result.error
         if result.logprobs is not None:
             record["logprobs"] = [asdict(each) for each in result.logprobs]
         print(json.dumps(record, ensure_ascii=False), flush=True)
@@ -284,7 +344,10 @@ def print_speedup(
         return
     some, same = prompts[: engine.max_rows], replace(params, seed=results[0].stats.seed)
     options = {"system_prompt": args.system_prompt, "chat_template": not args.ignore_chat_template}
-    print(speedup.measure(engine, some, same, **options), file=sys.stderr)
+    with Stage() as stage:
+        stage("measuring what MTP is worth on this prompt")
+        found = speedup.measure(engine, some, same, **options)
+    tell(str(found))
 
 
 def print_stats(results: list[Result]) -> None:
@@ -300,12 +363,12 @@ def print_stats(results: list[Result]) -> None:
             f"  drafts: {s.accepted} of {s.drafted} accepted ({s.accept}); by position {positions}; seed {s.seed}",
             f"  rounds by draft length: {depths(s.depths)}",
         ]
-        print("\n".join(lines), file=sys.stderr)
+        tell(*lines)
     if results:
         s = results[-1].stats
         peak = max(result.stats.peak_memory_gb for result in results)
         batch = f"{s.batch_generation_tps:.1f} tokens/s" + (" in the last batch" if len(results) > 1 else "")
-        print(f"all: {batch}; peak memory {peak:.3f} GB; BLAS: {s.blas}", file=sys.stderr)
+        tell(f"all: {batch}; peak memory {peak:.3f} GB; BLAS: {s.blas}")
 
 
 def depths(counts: dict[int, dict[str, int]]) -> str:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 
+COMPLETE = ("NoExtension", "EndOfSentence")  # llguidance's reasons for a stop at an end of the text
+
+
 class Grammars:
     """Compiles grammars for one tokenizer, which llguidance takes a second to read for 262,144 tokens."""
 
@@ -65,20 +68,36 @@ class Grammar:
         return Grammar(self.matcher.deep_copy(), self.vocab, self.end_tokens, self.ended)
 
     def mask(self) -> np.ndarray:
-        if self.ended or self.matcher.is_stopped():  # a stopped matcher leaves the buffer as it was
+        """Raises UserError where the matcher has failed, which is no end of the text."""
+        if self.ended or self._stopped():
             return only(self.end_tokens, self.vocab)
         from llguidance.numpy import fill_next_token_bitmask
 
         bits = np.full((1, -(-self.vocab // 32)), -1, np.int32)
         fill_next_token_bitmask(self.matcher, bits, 0)
+        if self._stopped():  # while it looked; then it leaves the buffer as it was
+            return only(self.end_tokens, self.vocab)
         return bits[0].view(np.uint32)
 
     def advance(self, token: int) -> None:
-        """End tokens are kept from the matcher, which would count one as text or not by its state."""
+        """End tokens are kept from the matcher, which would count one as text or not by its state. Raises UserError for
+        a token that the grammar refuses.
+        """
         if token in self.end_tokens:
             self.ended = True
         elif not self.ended and not self.matcher.consume_token(token):
-            raise RuntimeError(f"the grammar refused token {token} that its mask allowed: {self.matcher.get_error()}")
+            self._stopped()
+            raise UserError(f"the grammar refuses token {token}; expected one that its mask allows")
+
+    def _stopped(self) -> bool:
+        """Whether the text is complete. Raises UserError for any other stop: an error, or a limit of the library."""
+        if not self.matcher.is_stopped():
+            return False
+        reason = self.matcher.stop_reason()
+        if self.matcher.is_error() or reason not in COMPLETE:
+            what = (self.matcher.get_error() or reason).partition("\n")[0]
+            raise UserError(f"the grammar stopped amid the text: {what}; make it simpler, or bound its repetitions")
+        return True
 
 
 def _schema(source: str | Mapping[str, Any]) -> dict[str, Any]:

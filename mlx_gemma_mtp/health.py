@@ -16,8 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import __version__, kernels, paths
-from .costs import cache_folder
-from .files import whole
+from .files import cache_folder, whole
 
 FORMAT = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .cache import CAPACITY_STEP
 from .config import TargetConfig
 from .drafter import Drafter
 from .errors import UserError
 from .gemma4 import Gemma4
 from .kernels import metal_available
-from .safetensors_io import read_header
+from .safetensors_io import read_header, weight_files
 
 
 def total_bytes() -> int:
@@ -27,7 +29,7 @@ def total_bytes() -> int:
 
 def weight_bytes(folder: Path, widened: bool = False) -> int:
     """Bytes of a folder's tensors; widened: 16-bit floats, also scales and biases of quantised weights, as float32."""
-    tensors = [tensor for file in folder.glob("*.safetensors") for tensor in read_header(file).values()]
+    tensors = [tensor for file in weight_files(folder) for tensor in read_header(file).values()]
     return sum(t.nbytes * (2 if widened and t.dtype in ("BF16", "F16") else 1) for t in tensors)
 
 
@@ -43,9 +45,18 @@ def step_bytes(model: Gemma4 | Drafter) -> int:
     )
 
 
+def model_bytes(model: Gemma4 | Drafter) -> int:
+    """Bytes of all weights of a loaded model."""
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+
 def kv_bytes(config: TargetConfig, tokens: int, rows: int, block: int, item_size: int) -> int:
-    """Bytes of a cache that holds `tokens` positions of `rows` sequences (rings hold window + block - 1)."""
-    slots = [min(tokens, spec.window + block - 1) if spec.window else tokens for spec in config.kv]
+    """Bytes that a cache takes for `tokens` positions of `rows` sequences.
+
+    Rings have window + block - 1 positions however short the text is, full layers grow in steps of 256.
+    """
+    whole = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
+    slots = [spec.window + block - 1 if spec.window else whole for spec in config.kv]
     per_row = sum(2 * n * spec.kv_heads * spec.head_dim for n, spec in zip(slots, config.kv, strict=True))
     return rows * per_row * item_size
 
@@ -59,15 +70,37 @@ def check(needed: int, what: str, advice: str) -> None:
         )
 
 
+class _Wired:
+    """Who needs weights wired: the first raises MLX's limit, the last one puts it back, in whatever order they end."""
+
+    def __init__(self) -> None:
+        self.users, self.before, self.lock = 0, 0, threading.Lock()
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.before = mx.set_wired_limit(total_bytes())
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                mx.synchronize()
+                mx.set_wired_limit(self.before)
+
+
+_wired = _Wired()
+
+
 @contextmanager
 def wired_limit() -> Iterator[None]:
-    """On a Mac, keeps weights wired up to the recommended working set for as long as the block runs (as mlx_lm)."""
+    """On a Mac, keeps weights wired up to the recommended working set while any such block runs (as mlx_lm)."""
     if not metal_available():
         yield
         return
-    before = mx.set_wired_limit(total_bytes())
+    _wired.enter()
     try:
         yield
     finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
+        _wired.leave()

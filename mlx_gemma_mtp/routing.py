@@ -21,7 +21,7 @@ from .gemma4 import Gemma4
 from .moe import Router
 from .params import SamplingParams
 from .sampling import Rules
-from .speculative import Speculation, compact, prefill
+from .speculative import Round, Speculation, compact, prefill
 
 
 class Watched(nn.Module):
@@ -91,7 +91,7 @@ def trace(
 ) -> tuple[list[list[int]], list[Verify]]:
     """Generates the texts of a batch of encoded prompts: (their tokens, every verify pass). The prefill is not logged.
 
-    Raises UserError for a prompt that fills the context.
+    Raises UserError for a prompt that fills the context, and for a text that cannot go on.
     """
     context, longest = engine.target.config.context, max(map(len, prompts))
     if longest >= context:
@@ -100,12 +100,14 @@ def trace(
     texts = [Text(min(params.max_tokens, context - len(prompt))) for prompt in prompts]
     live, verifies = list(range(len(prompts))), []
 
-    def take(emitted: list[list[int]]) -> tuple[int, ...]:
-        return tuple(texts[row].take(tokens, engine.end_tokens) for row, tokens in zip(live, emitted, strict=True))
+    def take(done: Round) -> tuple[int, ...]:
+        for reason in filter(None, done.errors):
+            raise UserError(f"a text cannot be traced: {reason}")
+        return tuple(texts[row].take(tokens, engine.end_tokens) for row, tokens in zip(live, done.tokens, strict=True))
 
     loop = _begin(engine, prompts, params, num_draft)
     with watched(engine.target) as log:
-        take(loop.start(num_draft).tokens)
+        take(loop.start(num_draft))
         while stay := compact([not texts[row].ended for row in live]):
             if len(stay) < len(live):
                 live = [live[place] for place in stay]
@@ -113,8 +115,8 @@ def trace(
                 loop.retain(stay, _rules(engine, params, len(live)))
             loop.launch()
             launched, log[:] = log[:], []  # `step` builds the next pass
-            emitted = loop.step(num_draft).tokens
-            verifies.append(Verify(tuple(live), _gathered(launched, len(live)), take(emitted)))
+            done = loop.step(num_draft)
+            verifies.append(Verify(tuple(live), _gathered(launched, len(live)), take(done)))
     return [text.tokens for text in texts], verifies
 
 
@@ -126,7 +128,7 @@ def _begin(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPar
     hidden = prefill(target, cache, slice(0, len(prompts)), prompts)
     rules = _rules(engine, params, len(prompts))
     drafter = engine.drafter if num_draft else None
-    return Speculation(target, drafter, cache, rules, hidden, engine.draft_position, engine.draft_temperature)
+    return Speculation(target, drafter, cache, rules, hidden, engine.drafting)
 
 
 def _rules(engine: Engine, params: SamplingParams, rows: int) -> Rules:

@@ -1,4 +1,4 @@
-"""Safetensors headers, read strictly and written first, so that tensors stream in row blocks.
+"""Safetensors: which files hold a folder's weights; headers, read strictly and written first, so that tensors stream.
 
 Format: https://github.com/huggingface/safetensors#format: 8 bytes header length (little endian),
 a JSON object name -> {dtype, shape, data_offsets}, then the bytes, without holes or overlaps.
@@ -6,12 +6,16 @@ a JSON object name -> {dtype, shape, data_offsets}, then the bytes, without hole
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
+from .files import HEAD, content, instead
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -33,15 +37,44 @@ class Tensor:
     nbytes: int
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model folder's weights: those that its index names, or model.safetensors without an index.
+
+    Whatever else lies there (hidden files, adapters, consolidated.safetensors, folders) is no weight of the model.
+    Raises UserError for a file that is not there, or that an index places elsewhere.
+    """
+    names = sorted(set(read_index(folder).values())) or [SINGLE]
+    for name in names:
+        if not is_plain(name) or not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no weight file {name!r}{_others(folder)}; expected a plain NAME.safetensors beside "
+                "config.json: download the folder again"
+            )
+    return [folder / name for name in names]
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name of a folder with an index, {} without one. Raises UserError for one that is none."""
+    path = folder / INDEX
+    if not os.path.lexists(path):
+        return {}
+    placed = read_object(path).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise UserError(f"{path} has no 'weight_map' of tensor names to file names; download the folder again")
+    return placed
+
+
+def is_plain(name: str) -> bool:
+    """Whether `name` is that of a safetensors file in the same folder: no path, nothing hidden."""
+    return os.path.basename(name) == name and name.endswith(".safetensors") and name[0] != "." and name.isprintable()
+
+
 def read_header(path: Path) -> dict[str, Tensor]:
     """name -> Tensor of one file; UserError if any byte of it would be unaccounted for."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise _broken(path, f"header length {length} in a file of {size} bytes")
-        raw = file.read(length)
+    try:
+        size, raw, length = _read_header(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
     try:
         header = parse_object(raw)
     except ValueError as error:
@@ -53,6 +86,28 @@ def read_header(path: Path) -> dict[str, Tensor]:
     tensors = {n: _tensor(path, n, entry, 8 + length) for n, entry in header.items()}
     _check_layout(path, tensors, 8 + length, size)
     return tensors
+
+
+def _read_header(path: Path) -> tuple[int, bytes, int]:
+    """(bytes of the file, those of its header, how many these are)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+        if other := instead(head):
+            raise UserError(f"{path} {other}")
+        length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
+        if not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise _broken(path, f"header length {length} in a file of {size} bytes")
+        file.seek(8)
+        return size, file.read(length), length
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file of a model folder. Raises UserError for whatever else is there, with the fix."""
+    try:
+        return parse_object(content(path))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); expected a JSON object; download it again") from None
 
 
 def parse_object(raw: bytes) -> dict:
@@ -80,10 +135,16 @@ def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes
     return prefix, [len(prefix) + begin for begin in begins]
 
 
-def pickles(folder: Path) -> str:
-    """Names the weights that would be pickles: loading one runs the code in it, so none is loaded."""
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
-    return f", but {', '.join(found)}: pickles are never loaded" if found else ""
+def _others(folder: Path) -> str:
+    """Names what may have been taken for the weights: pickles (loading one runs the code in it), other tensors."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return ""
+    if found := [name for name in names if name.endswith(PICKLES)]:
+        return f", but {', '.join(found)}: pickles are never loaded"
+    found = [name for name in names if name.endswith(".safetensors")]
+    return f", but {', '.join(found)}, which nothing names" if found else ""
 
 
 def _tensor(path: Path, name: str, entry: object, start: int) -> Tensor:

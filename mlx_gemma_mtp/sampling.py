@@ -21,7 +21,7 @@ from .penalties import Penalties, Said
 class Rules:
     """The resolved settings of all rows of a batch, as arrays.
 
-    temperature, top_k, top_p, min_p: [B, 1, 1]; keys: uint32 [B, 2]; greedy: bool [B, 1]; suppressed: [V] with -inf at
+    temperature, top_k, rest, min_p: [B, 1, 1], rest what top-p leaves out of the probability, -1 where it is off; keys: uint32 [B, 2]; greedy: bool [B, 1]; suppressed: [V] with -inf at
     tokens that no row may say; bias: [B, 1, V]; penalties, bias, suppressed: None where there are none; reordered: bool
     [B, 1], rows whose order of logits they change, None where there is no such row. candidates: how many of the best
     tokens any row may need (0: none is filtered, -1: all, sorted). logprobs: how many likeliest tokens to report, None
@@ -30,7 +30,7 @@ class Rules:
 
     temperature: mx.array
     top_k: mx.array
-    top_p: mx.array
+    rest: mx.array
     min_p: mx.array
     keys: mx.array
     greedy: mx.array
@@ -55,7 +55,7 @@ class Rules:
         return cls(
             temperature=column([p.temperature or 1.0 for p in params], mx.float32),
             top_k=column([p.top_k if p.top_k > 0 else vocab for p in params], mx.int32),
-            top_p=column([p.top_p for p in params], mx.float32),
+            rest=column([1 - p.top_p if p.top_p < 1 else -1.0 for p in params], mx.float32),
             min_p=column([p.min_p for p in params], mx.float32),
             keys=mx.array([_key(p.seed) for p in params], mx.uint32),
             greedy=mx.array([not p.temperature for p in params])[:, None],
@@ -97,12 +97,14 @@ class Distribution:
 
     best: int32 [B, T], the likeliest. scores: float32 [B, T, C], log-probabilities but for a constant, -inf where a
     filter leaves a token out; None where all rows are greedy. tokens: [B, T, C], the ids of its columns; None: column i
-    is token i.
+    is token i. peak: float32 [B, T], the best token's score before the temperature, -inf where no token is allowed;
+    None where no row has a bias or a mask.
     """
 
     best: mx.array
     scores: mx.array | None = None
     tokens: mx.array | None = None
+    peak: mx.array | None = None
 
     @classmethod
     def of(
@@ -116,9 +118,10 @@ class Distribution:
     ) -> Distribution:
         """See `sample`."""
         forbidden = [_columns(bias, ids) for bias in (rules.suppressed, mask) if bias is not None]
-        best = mx.argmax(sum(forbidden, logits), axis=-1)
+        allowed = sum(forbidden, logits)
+        best = mx.argmax(allowed, axis=-1)
         if rules.all_greedy and rules.reordered is None:
-            return cls(_named(best, ids))
+            return cls(_named(best, ids), peak=None if mask is None else _at(allowed, best))
         logits = soft_cap(logits, cap)
         if rules.penalties is not None:
             logits = rules.penalties.apply(logits, said.among(ids))
@@ -127,17 +130,18 @@ class Distribution:
         logits = sum(forbidden, logits)
         if rules.reordered is not None:
             best = mx.where(rules.reordered, mx.argmax(logits, axis=-1), best)
+        peak = None if mask is None and rules.bias is None else _at(logits, best)
         if rules.all_greedy:
-            return cls(_named(best, ids))
+            return cls(_named(best, ids), peak=peak)
         scaled, tokens = logits / rules.temperature, ids
         if rules.candidates:
             scaled, columns = _filtered(scaled, rules)
             tokens = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
-        return cls(_named(best, ids), scaled, tokens)
+        return cls(_named(best, ids), scaled, tokens, peak)
 
     @classmethod
     def joined(cls, each: Sequence[Distribution]) -> Distribution:
-        """One after the other: positions become T."""
+        """One after the other: positions become T. Without their peaks."""
         parts = zip(*((one.best, one.scores, one.tokens) for one in each), strict=True)
         return cls(*(None if part[0] is None else mx.concatenate(part, axis=1) for part in parts))
 
@@ -208,6 +212,11 @@ def _columns(bias: mx.array, ids: mx.array | None) -> mx.array:
     return bias[ids] if bias.ndim == 1 else mx.take_along_axis(bias, ids, axis=-1)
 
 
+def _at(values: mx.array, columns: mx.array) -> mx.array:
+    """[B, T, C] at one column each, [B, T]."""
+    return mx.take_along_axis(values, columns[..., None], axis=-1)[..., 0]
+
+
 def _named(columns: mx.array, ids: mx.array | None) -> mx.array:
     if ids is not None:
         columns = mx.take_along_axis(ids, columns[..., None], axis=-1)[..., 0]
@@ -220,7 +229,8 @@ def _filtered(scaled: mx.array, rules: Rules) -> tuple[mx.array, mx.array]:
     scaled = mx.take_along_axis(scaled, columns, axis=-1)
     scaled = mx.where(mx.arange(scaled.shape[-1]) < rules.top_k, scaled, -mx.inf)
     p = mx.softmax(scaled, axis=-1, precise=True)
-    kept = mx.cumsum(p, axis=-1, inclusive=False) < rules.top_p
+    # Summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
+    kept = mx.cumsum(p, axis=-1, reverse=True) > rules.rest
     kept &= p >= rules.min_p * p[..., :1]  # a share of the likeliest: the same before and after top-p
     return mx.where(kept, scaled, -mx.inf), columns
 

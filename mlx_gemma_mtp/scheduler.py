@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from .cache import Cache
 from .depth import Auto, Fixed
-from .drafter import Drafter
+from .drafter import DEFAULT_DRAFTING, Drafter, Drafting
+from .errors import in_a_line
 from .gemma4 import Gemma4
 from .guide import Constraint, guide
-from .params import COUPLED, SamplingParams
+from .params import SamplingParams
 from .penalties import Said
 from .sampling import Rules
 from .speculative import Round, Speculation, TokenLogprob, compact, prefill
@@ -33,8 +34,9 @@ PROMPT_CALLER = 0.05  # of a round: a caller that takes longer with a chunk spoi
 class Result:
     """One prompt's answer. tokens: generated ids without the token that ended it (a stop string's tokens are kept).
 
-    finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full) or 'cancelled'.
-    stats: complete when the whole batch is. logprobs: one for each token, where the request asked for them.
+    finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full), 'cancelled' or
+    'error'. stats: complete when the whole batch is. logprobs: one for each token, where the request asked for them.
+    error: with finish_reason 'error' why the text could not go on, in one line; text and tokens are what was good.
     """
 
     text: str
@@ -42,6 +44,7 @@ class Result:
     finish_reason: str
     stats: Stats
     logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,11 @@ class Chunk:
 
 @dataclass
 class Request:
-    """A prompt on its way. limit: tokens it may generate (max_tokens, or what the context leaves)."""
+    """A prompt on its way. id: unique in the engine; index: its number in its call; limit: tokens it may generate
+    (max_tokens, or what the context leaves).
+    """
 
+    id: int
     index: int
     prompt: list[int]
     params: SamplingParams
@@ -71,6 +77,7 @@ class Request:
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str | None = None
 
     @property
     def remaining(self) -> int:
@@ -82,26 +89,30 @@ class Request:
         drafted: int | None,
         reason: str = "",
         logprobs: Sequence[TokenLogprob] | None = None,
+        error: str | None = None,
     ) -> Chunk:
         """Adds the tokens of a round, up to the one that ends the request; drafts past it do not count as accepted.
 
-        drafted: how many drafts the round verified; None: the tokens come from the prefill. reason: why so many.
+        drafted: how many drafts the round verified; None: the tokens come from the prefill. reason: why so many. error:
+        why the request cannot go on after these tokens.
         """
-        before, pieces = len(self.tokens), []
+        before, pieces, used = len(self.tokens), [], 0
         for used, token in enumerate(emitted, 1):  # noqa: B007
             if token in self.end_tokens:
                 self.finish_reason = "stop"
             else:
                 self.tokens.append(token)
-                pieces.append(self.stream.push(token))
-                if self.stream.stopped:
+                pieces.append(self._safely(self.stream.push, token))
+                if self.finish_reason is None and self.stream.stopped:
                     self.finish_reason = "stop"
-                elif not self.remaining:
+                elif self.finish_reason is None and not self.remaining:
                     self.finish_reason = "length"
             if self.finish_reason:
                 break
+        if error is not None and self.finish_reason is None:
+            self.finish_reason, self.error = "error", error
         if drafted is not None:
-            self.stats.count_round(drafted, used - 1, reason)
+            self.stats.count_round(drafted, max(used - 1, 0), reason)
         if self.params.logprobs is not None:
             kept = logprobs[: len(self.tokens) - before]
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
@@ -116,11 +127,21 @@ class Request:
         """What was added since token `start`."""
         result, logprobs = None, None if self.params.logprobs is None else self.logprobs
         if self.finish_reason:
-            pieces.append(self.stream.finish())
+            pieces.append(self._safely(self.stream.finish))
         self.pieces += pieces
         if self.finish_reason:
-            result = Result("".join(self.pieces), self.tokens, self.finish_reason, self.stats, logprobs)
+            text = "".join(self.pieces)
+            result = Result(text, self.tokens, self.finish_reason, self.stats, logprobs, self.error)
         return Chunk(self.index, "".join(pieces), self.tokens[start:], result, logprobs and logprobs[start:])
+
+    def _safely(self, call: Callable[..., str], *args: int) -> str:
+        """The text that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
+        try:
+            return call(*args)
+        except Exception as error:
+            if self.error is None:
+                self.finish_reason, self.error = "error", in_a_line(error)
+            return ""
 
 
 class Cancelled(Exception):
@@ -138,14 +159,12 @@ class Batch:
         depth: Fixed | Auto,
         prefill_chunk: int,
         suppress: Sequence[int] = (),
-        draft_position: int = 0,
-        draft_temperature: float = 1.0,
-        accept: str = COUPLED,
+        drafting: Drafting = DEFAULT_DRAFTING,
     ):
         self.target, self.drafter, self.suppress = target, drafter, suppress
         self.requests, self.live = list(requests), list(requests)
-        self.depth = depth
-        self.draft_position, self.draft_temperature, self.accept = draft_position, draft_temperature, accept
+        self.depth, self.drafting = depth, drafting
+        self._loop: Speculation | None = None  # from the prefill's end on
         self.longest = max(len(request.prompt) for request in requests)
         block = max(depth.most + 1, min(prefill_chunk, self.longest))
         self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, target.dtype)
@@ -155,11 +174,14 @@ class Batch:
         self.began = time.perf_counter()
         mx.reset_peak_memory()
         try:
-            loop = self._prefill(cancel, progress)
+            yield from self._rounds(cancel, progress)
         except Cancelled:
             yield from [request.cancel() for request in self.live]
-            return
-        self.depth.begin()
+        finally:  # also when the caller closes the stream early
+            self._close()
+
+    def _rounds(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
+        loop = self._loop = self._prefill(cancel, progress)
         emitted = loop.start(self.depth.draft(*self._rows(2)))
         while self.live:
             chunks = self._take(emitted, loop, cancel.is_set())
@@ -167,15 +189,15 @@ class Batch:
                 yield from chunks
                 break
             launched = time.perf_counter()
-            loop.launch(self.depth.verify(*self._rows(1), loop.confidences))  # works while the caller reads
+            width = self.depth.verify(*self._rows(1), loop.confidences, loop.waiting)
+            loop.launch(width)  # works while the caller reads
             yielded = time.perf_counter()
             yield from chunks
             away = time.perf_counter() - yielded
             emitted = loop.step(self.depth.draft(*self._rows(2)))
             seconds = time.perf_counter() - launched
             if away < PROMPT_CALLER * seconds:  # else the round is hidden behind the caller's own work
-                self.depth.timed(len(self.live), self._rows(0)[1], seconds)
-        self._close(loop)
+                self.depth.timed(*self._rows(0)[:2], seconds)
 
     def _prefill(self, cancel: threading.Event, progress: Progress) -> Speculation:
         def told(done: int) -> None:
@@ -196,12 +218,10 @@ class Batch:
             self.cache,
             rules,
             hidden,
-            self.draft_position,
-            self.draft_temperature,
+            self.drafting,
             said,
             guide([request.constraint for request in self.requests], self.target.config.vocab_size),
             self.depth.confident,
-            self.accept,
         )
 
     def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:
@@ -209,13 +229,14 @@ class Batch:
         now = time.perf_counter()
         chunks, reason = [], ""
         if emitted.drafted is not None:
-            accepted = [len(tokens) - 1 for tokens in emitted.tokens]
-            reason = self.depth.observe(dict(zip((r.index for r in self.live), accepted, strict=True)))
+            accepted = [max(len(tokens) - 1, 0) for tokens in emitted.tokens]
+            reason = self.depth.observe(dict(zip((r.id for r in self.live), accepted, strict=True)))
         reports = emitted.logprobs or [None] * len(self.live)
-        for request, tokens, report in zip(self.live, emitted.tokens, reports, strict=True):
+        rows = zip(self.live, emitted.tokens, reports, emitted.errors, strict=True)
+        for request, tokens, report, error in rows:
             if not request.tokens:
                 request.stats.ttft_s = now - self.began
-            chunk = request.take(tokens, emitted.drafted, reason, report)
+            chunk = request.take(tokens, emitted.drafted, reason, report, error)
             chunks.append(chunk)
             if cancelled and chunk.result is None:
                 chunks.append(request.cancel())
@@ -229,22 +250,25 @@ class Batch:
         return chunks
 
     def _rows(self, surely: int) -> tuple[list[int], int, list[int]]:
-        """What the draft length may depend on: the live requests' numbers, the longest row's tokens, and for how many
+        """What the draft length may depend on: the live requests' ids, the longest row's tokens, and for how many
         drafts each row has room. surely: tokens that come anyway, with the drafts' round and before it.
         """
-        indices = [request.index for request in self.live]
+        ids = [request.id for request in self.live]
         context = max(len(request.prompt) + len(request.tokens) for request in self.live)
-        return indices, context, [max(0, request.remaining - surely) for request in self.live]
+        return ids, context, [max(0, request.remaining - surely) for request in self.live]
 
     def _rules(self) -> Rules:
         return Rules.of([request.params for request in self.live], self.target.config.vocab_size, self.suppress)
 
-    def _close(self, loop: Speculation) -> None:
-        """Figures of the whole batch."""
+    def _close(self) -> None:
+        """Figures of the whole batch, however it ended."""
+        self.depth.forget([request.id for request in self.requests])
+        if self._loop is None:
+            return
         seconds = max(time.perf_counter() - self.prefilled, 1e-9)
         tokens = sum(len(request.tokens) for request in self.requests)
         for request in self.requests:
-            request.stats.host_syncs = loop.host_syncs
+            request.stats.host_syncs = self._loop.host_syncs
             request.stats.say_why_off()
             request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
             request.stats.batch_generation_tps = tokens / seconds

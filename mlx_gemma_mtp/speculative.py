@@ -7,21 +7,24 @@ a verify writes it, and the write is in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from . import rejection
 from .cache import Cache
-from .drafter import Drafter, Drafts, draft
+from .drafter import DEFAULT_DRAFTING, Drafter, Drafting, Drafts, draft
 from .gemma4 import Gemma4
 from .guide import Guide
 from .kernels import metal_available
-from .noise import keys_of_round
-from .params import COUPLED, REJECTION
 from .penalties import Said
-from .sampling import Distribution, Rules, accept, logprobs, sample
+from .sampling import Distribution, Rules, accept, logprobs
+
+NOT_FINITE = "the model's scores are not finite (NaN or infinity): its weights are damaged, or the dtype is too narrow"
+NOTHING_ALLOWED = "no token is allowed here: the constraint, logit_bias and suppressed tokens leave none in common"
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,113 @@ class TokenLogprob:
 class Round:
     """What one round gave: the tokens emitted by each row, and how many drafts a row were verified.
 
-    The prefill's tokens come as a round that verified nothing: drafted is None. logprobs: one for each token, where the
+    The prefill's tokens come as a round that verified nothing: drafted is None. errors: for each row why it cannot go
+    on, or None; such a row has only the tokens that are good, and must leave. logprobs: one for each token, where the
     rules ask for them.
     """
 
     tokens: list[list[int]]
     drafted: int | None
+    errors: list[str | None]
     logprobs: list[list[TokenLogprob]] | None = None
 
 
-@dataclass
-class _Verify:
-    """A verify pass that is built but not dispatched, and the cache's buffers as they were before it."""
+@dataclass(frozen=True)
+class Inputs:
+    """All that one round begins with, for rows 0 to B - 1 of the cache. A round makes the next one's; nothing else of a
+    round stays.
 
+    newest: int32 [B], each row's newest token, which the cache does not hold yet; None after the prefill, where it
+    does. drafts: the K drafts to be verified behind it. said: the tokens up to the newest, where the rules have
+    penalties. guide: the rows' constraints, None where every row is free. mask: float32 [B, K + 1, V], -inf at tokens
+    that the guide forbids; None without a guide.
+    """
+
+    newest: mx.array | None
     drafts: Drafts
-    hidden: mx.array
-    positions: mx.array
-    before: list[tuple[mx.array, mx.array]]
+    rules: Rules
+    said: Said | None
+    guide: Guide | None
+    mask: mx.array | None
+
+    @property
+    def rows(self) -> slice:
+        return slice(0, self.drafts.tokens.shape[0])
+
+    @property
+    def width(self) -> int:
+        """K, how many drafts are to be verified."""
+        return self.drafts.tokens.shape[1]
+
+    def first(self, width: int) -> Inputs:
+        """The same round with the first `width` drafts alone."""
+        mask = None if self.mask is None else self.mask[:, : width + 1]
+        return replace(self, drafts=self.drafts.first(width), mask=mask)
+
+    def of_rows(self, rows: Sequence[int], rules: Rules) -> Inputs:
+        """The same round of these rows alone, row rows[i] in place i; rules: theirs, in this order."""
+        index, guide = mx.array(list(rows)), self.guide and self.guide.of_rows(rows)
+        return Inputs(
+            self.newest[index],
+            self.drafts.of_rows(index),
+            rules,
+            self.said.of_rows(index) if rules.penalties else None,
+            guide,
+            None if guide is None else self.mask[index],
+        )
+
+
+class Verify:
+    """The target's pass over a round's newest tokens and drafts. It is built first, and then dispatched or dropped.
+
+    inputs: the round's. hidden: [B, K + 1, H]. positions: [B, K + 1], of the tokens that the hidden states predict.
+    """
+
+    def __init__(self, target: Gemma4, cache: Cache, inputs: Inputs):
+        tokens = mx.concatenate([inputs.newest[:, None], inputs.drafts.tokens], axis=1)
+        span = cache.span(inputs.rows, tokens.shape[1])
+        self._cache, self._before = cache, cache.buffers  # while these handles are kept, a write is a copy
+        self.inputs, self.positions = inputs, span.positions + 1
+        self.hidden = target(tokens, span)
+        self.dispatched = False
+
+    def dispatch(self) -> None:
+        """Lets it run; its writes are in place, since the last handles of the old buffers go."""
+        self._before.clear()
+        if not metal_available():  # layer by layer: MLX walks a whole graph before its first operation begins
+            for buffers in self._cache.buffers:
+                mx.async_eval(*buffers)
+        mx.async_eval(self.hidden)
+        self.dispatched = True
+
+    def drop(self) -> None:
+        """Gives the cache back as it was before this pass was built."""
+        assert not self.dispatched, "a pass that was dispatched has written"
+        self._cache.buffers = self._before
+
+
+class Prefilled:
+    """The prefill in a verify's place: of no drafts, and its tokens are committed. See Verify."""
+
+    dispatched = True
+
+    def __init__(self, cache: Cache, inputs: Inputs, hidden: mx.array):
+        self.inputs, self.hidden, self.positions = inputs, hidden[:, None], cache.lengths[inputs.rows][:, None]
+
+
+class Accepted(NamedTuple):
+    """What a verify decided. tokens: int32 [B, K + 1], of which kept + 1 count; kept: [B], drafts that stay; newest:
+    [B], the token after them; sums: float32 [B, K + 1], of the logits of each position, finite where these are; peaks:
+    [B, K + 1], see Distribution, or [B, 0] where it has none; report: of each token, where the rules ask for one (see
+    sampling.logprobs), or nothing.
+    """
+
+    tokens: mx.array
+    kept: mx.array
+    newest: mx.array
+    sums: mx.array
+    peaks: mx.array
+    report: tuple[mx.array, ...]
 
 
 def prefill(
@@ -93,16 +186,45 @@ def compact(live: Sequence[bool]) -> list[int]:
     return [place if live[place] else movers.pop() for place in range(count)]
 
 
-class Speculation:
-    """The loop's state between rounds, for rows 0 to B - 1 of a cache.
+def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
+    """Which drafts of a verify stay, and the token after them. Pure: reads no cache and waits for nothing."""
+    inputs, cap = verify.inputs, target.config.softcap
+    drafts, rules = inputs.drafts, inputs.rules
+    said = inputs.said and inputs.said.at_each(drafts.tokens)
+    logits = target.logits(verify.hidden)
+    p = Distribution.of(logits, rules, cap, said=said, mask=inputs.mask)
+    if drafts.q is None or rules.all_greedy:
+        tokens = p.drawn(rules, verify.positions)
+        kept, newest = accept(drafts.tokens, tokens)
+    else:
+        tokens, kept, newest = rejection.accept(drafts.tokens, drafts.q, p, rules, verify.positions)
+    peaks = mx.zeros((tokens.shape[0], 0)) if p.peak is None else p.peak
+    report = () if rules.logprobs is None else logprobs(logits, tokens, cap, rules.logprobs)
+    return Accepted(tokens, kept, newest, logits.sum(axis=-1), peaks, report)
 
-    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly.
-    draft_position: the drafter's query position, relative to the newest token's index (0: transformers; -1: vLLM).
-    draft_temperature: the drafter's, as a multiple of the target's. said: the prompts, where the rules have penalties.
-    guide: the rows' constraints; then the drafts are read before the verify is built, and those that are refused cut.
-    confident: read the drafter's confidences with every round, into `confidences`, [B][K] for the drafts that wait to
-    be verified. accept: which drafts stay, 'coupled' (those that plain decoding says) or 'rejection' (see rejection.py;
-    drafts are never cut then, which would favour those that are not).
+
+def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) -> tuple[list[int], str | None]:
+    """A row's tokens up to the first that nothing can be said of, and why: NaN weights or an overflow, or settings that
+    leave no token; None where all are good. sums, peaks: see Accepted.
+    """
+    for i in range(len(tokens)):
+        if not math.isfinite(sums[i]):
+            return list(tokens[:i]), NOT_FINITE
+        if peaks and peaks[i] == -math.inf:
+            return list(tokens[:i]), NOTHING_ALLOWED
+    return list(tokens), None
+
+
+class Speculation:
+    """The loop over rows 0 to B - 1 of a cache: `start`, then `step` after `step`. Rows leave in between (`retain`).
+
+    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: how drafts are
+    made and accepted. said: the prompts, where the rules have penalties. guide: the rows' constraints; then the drafts
+    are read before the verify is built, and those that are refused cut (but see rejection.py). confident: read the
+    drafter's confidences with every round, into `confidences`, [B][K] for the drafts that were made last, also those
+    that the guide cut.
+
+    What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
     """
 
     def __init__(
@@ -112,167 +234,106 @@ class Speculation:
         cache: Cache,
         rules: Rules,
         hidden: mx.array,
-        draft_position: int = 0,
-        draft_temperature: float = 1.0,
+        drafting: Drafting = DEFAULT_DRAFTING,
         said: Said | None = None,
         guide: Guide | None = None,
         confident: bool = False,
-        accept: str = COUPLED,
     ):
-        self.target, self.drafter, self.cache, self.rules = target, drafter, cache, rules
-        self.draft_position, self.draft_temperature = draft_position, draft_temperature
-        self.hidden, self.said, self.guide, self.confident = hidden, said, guide, confident
-        self.rejection = accept == REJECTION
-        self.confidences: list[list[float]] = [[]] * hidden.shape[0]
-        self._mask = guide and guide.look([[]] * hidden.shape[0])[1]  # [B, 1, V] for the first token
-        self.rows = slice(0, hidden.shape[0])
+        self.target, self.drafter, self.cache = target, drafter, cache
+        self.drafting, self.confident = drafting, confident
+        rows = hidden.shape[0]
+        mask = guide and guide.look([[]] * rows).mask  # of the first token
+        self.inputs = Inputs(None, Drafts.none(rows), rules, said, guide, mask)
+        self.confidences: list[list[float]] = [[]] * rows
         self.host_syncs = 0
-        self._verify: _Verify | None = None
-        self._launched = False
+        self._verify: Verify | Prefilled | None = Prefilled(cache, self.inputs, hidden)
 
     def start(self, num_draft: int) -> Round:
-        """Draws every row's first token and drafts `num_draft` more."""
-        positions = self.cache.lengths[self.rows][:, None]
-        tokens = self._sample(self.hidden[:, None], positions, self.said)
-        self._next = tokens[:, 0]
-        self.said = self.said and self.said.followed_by(self._next)
-        self._draft(num_draft)
-        return self._read(tokens, None, None)
+        """The first round: draws every row's first token from the prefill, and drafts `num_draft` more."""
+        assert self.inputs.newest is None, "a text starts once"
+        return self.step(num_draft)
+
+    @property
+    def waiting(self) -> int:
+        """How many drafts wait to be verified: those that were made, without what the guide cut."""
+        return self.inputs.width
 
     def launch(self, width: int | None = None) -> None:
         """Dispatches the next verify, of the first `width` drafts (None: of all), so that it runs while the caller uses
         the last round. `step` does it if nobody did.
         """
-        if self._launched:
+        if self._verify is not None and self._verify.dispatched:
             return
-        if width is not None and width < self._drafts.tokens.shape[1]:
-            self._forget()
-            self._drafts = self._drafts.first(width)
-            self._mask = self._mask[:, : width + 1] if self._mask is not None else None
-        self._verify = self._verify or self._build()
-        self._verify.before.clear()  # the last handles of the old buffers: from here on the write can be in place
-        if not metal_available():  # layer by layer: MLX walks a whole graph before its first operation begins
-            for buffers in self.cache.buffers:
-                mx.async_eval(*buffers)
-        mx.async_eval(self._verify.hidden)
-        self._launched = True
+        if width is not None and width < self.inputs.width:
+            self._go_on_with(self.inputs.first(width))
+        self._verify = self._verify or Verify(self.target, self.cache, self.inputs)
+        self._verify.dispatch()
 
     def step(self, num_draft: int) -> Round:
-        """One round: verifies the drafts there are; num_draft: how many to draft for the next."""
+        """One round, which verifies the drafts there are and makes `num_draft` for the next."""
+        # VERIFY: runs from here on, if not since `launch`; all that follows is queued behind it.
         self.launch()
-        verify, self._launched = self._verify, False
-        said = self.said and self.said.at_each(verify.drafts.tokens)
-        tokens, n, self._next = self._accept(verify, said)
-        self.said = self.said and self.said.after(tokens, n + 1)
-        width = verify.drafts.tokens.shape[1]
-        self.cache.commit(self.rows, n + 1, [width + 1] * self.rows.stop)
-        self.hidden = mx.take_along_axis(verify.hidden, n[:, None, None], axis=1)[:, 0]
-        self._draft(num_draft)
-        return self._read(tokens, n, width)
+        verify, self._verify = self._verify, None
+        now, rows = verify.inputs, verify.inputs.rows
+        # ACCEPT
+        out = accepted(self.target, verify)
+        said = now.said and now.said.after(out.tokens, out.kept + 1)
+        # COMMIT: each row's tokens that stay
+        drafted = None if now.newest is None else now.width
+        if drafted is not None:
+            self.cache.commit(rows, out.kept + 1, [drafted + 1] * rows.stop)
+        # DRAFT
+        drafts = Drafts.none(rows.stop)
+        if self.drafter is not None and num_draft > 0:
+            hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
+            state = (self.cache, rows, out.newest, hidden, now.rules, said)
+            drafts = draft(self.drafter, self.target.embed, *state, num_draft, self.drafting, self.confident)
+        told = (out.tokens, out.kept, out.sums, out.peaks, drafts.tokens, drafts.sure, *out.report)
+        mx.async_eval(*told, self.cache.lengths, out.newest)
+        # VERIFY of the next round: built while the device works, unless constraints must see the tokens first.
+        self._go_on_with(Inputs(out.newest, drafts, now.rules, said, now.guide, None))
+        if now.guide is None:
+            self._verify = Verify(self.target, self.cache, self.inputs)
+        # One readback
+        tokens, kept, sums, peaks, drafted_next, sure, *report = self._readback(*told)
+        self.confidences = [[0.0 if math.isnan(each) else each for each in row] for row in sure]
+        self.cache.tighten(rows, [(drafted or 0) - count for count in kept])
+        counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
+        emitted, errors = map(list, zip(*map(sound, counted, sums, peaks), strict=True))
+        if now.guide is not None:
+            self._constrain(emitted, errors, drafted_next)
+            self._verify = Verify(self.target, self.cache, self.inputs)
+        return Round(emitted, drafted, errors, _named(emitted, *report) if report else None)
 
     def retain(self, rows: Sequence[int], rules: Rules) -> None:
         """Goes on with these rows alone, row rows[i] in place i (see `compact`); rules: theirs, in this order."""
-        assert not self._launched, "rows leave between rounds, before the next verify is launched"
-        self._forget()  # it was built for the old rows
-        for place, row in enumerate(rows):
-            if place != row:
-                self.cache.move(row, place)
-        index = mx.array(list(rows))
-        self.hidden, self._next, self._drafts = self.hidden[index], self._next[index], self._drafts.of_rows(index)
-        self.said = self.said and self.said.of_rows(index) if rules.penalties else None
-        self._mask = self._mask[index] if self._mask is not None else None
-        self.guide = self.guide and self.guide.of_rows(rows)
+        self._go_on_with(self.inputs.of_rows(rows, rules))
+        self.cache.move({place: row for place, row in enumerate(rows) if place != row})
         self.confidences = [self.confidences[row] for row in rows]
-        self.rows, self.rules = slice(0, len(rows)), rules
 
-    def _sample(self, hidden: mx.array, positions: mx.array, said: Said | None) -> mx.array:
-        """The target's own tokens at these positions, [B, T], from the hidden states that predict them."""
-        logits = self.target.logits(hidden)
-        tokens = sample(logits, self.rules, positions, self.target.config.softcap, said=said, mask=self._mask)
-        self._note(logits, tokens)
-        return tokens
-
-    def _accept(self, verify: _Verify, said: Said | None) -> tuple[mx.array, mx.array, mx.array]:
-        """Tokens [B, K + 1], of which n + 1 count, n [B], the drafts kept, and the token after them [B]. said: the
-        tokens before each position.
-        """
-        drafts, positions = verify.drafts, verify.positions + 1
-        if drafts.q is None or self.rules.all_greedy:
-            targets = self._sample(verify.hidden, positions, said)
-            return targets, *accept(drafts.tokens, targets)
-        logits = self.target.logits(verify.hidden)
-        p = Distribution.of(logits, self.rules, self.target.config.softcap, said=said, mask=self._mask)
-        tokens, n, following = rejection.accept(drafts.tokens, drafts.q, p, self.rules, positions)
-        self._note(logits, tokens)
-        return tokens, n, following
-
-    def _note(self, logits: mx.array, tokens: mx.array) -> None:
-        """What is to be reported of these tokens, where the rules ask for it."""
-        cap, top = self.target.config.softcap, self.rules.logprobs
-        self._report = () if top is None else logprobs(logits, tokens, cap, top)
-
-    def _draft(self, count: int) -> None:
-        if self.drafter is None or count < 1:
-            self._drafts = Drafts.none(self.rows.stop)
-            return
-        rules = self.rules.drafting(self.draft_temperature)
-        if self.rejection:
-            rules = replace(rules, keys=keys_of_round(rules.keys, self.cache.lengths[self.rows]))
-        self._drafts = draft(
-            self.drafter,
-            self.target.embed,
-            self.cache,
-            self.rows,
-            self._next,
-            self.hidden,
-            rules,
-            count,
-            self.draft_position,
-            self.said,
-            self.confident,
-            self.rejection,
-        )
-
-    def _forget(self) -> None:
-        """Drops a verify that was built and not dispatched."""
+    def _go_on_with(self, inputs: Inputs) -> None:
+        """Makes these the next round's inputs; a verify that was built of others is dropped."""
         if self._verify is not None:
-            self.cache.buffers = self._verify.before
-            self._verify = None
+            self._verify.drop()
+        self.inputs, self._verify = inputs, None
 
-    def _build(self) -> _Verify:
-        tokens = mx.concatenate([self._next[:, None], self._drafts.tokens], axis=1)
-        span = self.cache.span(self.rows, tokens.shape[1])
-        before = self.cache.buffers
-        return _Verify(self._drafts, self.target(tokens, span), span.positions, before)
-
-    def _read(self, tokens: mx.array, n: mx.array | None, drafted: int | None) -> Round:
-        """Queues everything, builds the next verify meanwhile, and reads back once."""
-        waiting = (self._drafts.tokens, self._drafts.sure)
-        mx.async_eval(tokens, self.cache.lengths, self.hidden, self._next, *waiting, *self._report)
-        if self.guide is None:
-            self._verify = self._build()
-        rows, kept, drafts, report = self._readback(tokens, n)
-        self.cache.tighten(self.rows, [(drafted or 0) - count for count in kept])
-        emitted = [row[: k + 1] for row, k in zip(rows, kept, strict=True)]
-        if self.guide is not None:
-            self.guide.advance(emitted)
-            width, self._mask = self.guide.look(drafts, cut=self._drafts.q is None)
-            self._drafts = self._drafts if self._drafts.q else self._drafts.first(width)
-            self.confidences = [row[:width] for row in self.confidences]
-            self._verify = self._build()
-        return Round(emitted, drafted, _named(emitted, *report) if report else None)
-
-    def _readback(self, tokens: mx.array, n: mx.array | None) -> tuple[list[list[int]], list[int], list, list]:
-        """The round's one host synchronisation: targets, drafts kept, the next drafts (where a guide needs them), and
-        the report.
+    def _constrain(self, emitted: list[list[int]], errors: list[str | None], drafts: list[list[int]]) -> None:
+        """Moves the guide by what was emitted, and cuts and masks the next round's drafts by it. A row whose constraint
+        fails gets its error, and keeps of its tokens those before it.
         """
+        inputs, uncut = self.inputs, self.inputs.drafts.q is not None
+        for row, (good, reason) in inputs.guide.advance(emitted).items():
+            emitted[row], errors[row] = emitted[row][:good], reason
+        width, mask, failures = inputs.guide.look(drafts, cut=not uncut)
+        for row, reason in failures.items():
+            errors[row] = reason
+        self.inputs = replace(inputs if uncut else inputs.first(width), mask=mask)
+
+    def _readback(self, *arrays: mx.array) -> list[list]:
+        """The round's one host sync: the values of these arrays."""
         self.host_syncs += 1
-        waiting = self._drafts
-        mx.eval(tokens, waiting.tokens, waiting.sure, self.hidden, *self._report)
-        self.confidences = waiting.sure.tolist()
-        kept = [0] * tokens.shape[0] if n is None else n.tolist()
-        drafts = [] if self.guide is None else waiting.tokens.tolist()
-        return tokens.tolist(), kept, drafts, [part.tolist() for part in self._report]
+        mx.eval(*arrays)
+        return [array.tolist() for array in arrays]
 
 
 def _named(emitted: list[list[int]], own: list, best: list, values: list) -> list[list[TokenLogprob]]:

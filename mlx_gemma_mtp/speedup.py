@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
-from .params import REJECTION, SamplingParams
+from .params import SamplingParams
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -65,6 +65,6 @@ def measure(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, *
         mtp_tps=median(rate for rate, _ in rates),
         plain_tps=median(rate for _, rate in rates),
         ratio=median(ratios),
-        by_rejection=engine.accept == REJECTION and params.resolved(engine.defaults).temperature > 0,
+        by_rejection=engine.drafting.rejection and params.resolved(engine.defaults).temperature > 0,
         equal=[result.tokens for result in mtp] == [result.tokens for result in plain],
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import blas
-from .cli import Bar, Parser, check_file, check_plot, command, note, written
+from .cli import Bar, Parser, check_file, check_plot, command, loaded, written
 from .errors import UserError
 from .generate import read_prompts
 from .overlap import FITTED, NEIGHBOURS, Figures
@@ -100,14 +100,13 @@ def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingPa
     """Generates all texts: (the figures, what they were taken from)."""
     from . import hub, memory, weights  # after the BLAS: these import MLX
     from .config import TargetConfig
-    from .engine import load
     from .routing import trace
 
     folder = hub.find_pair(args.model, args.draft_model, None).target
     moe = TargetConfig.from_dict(weights.read_config(folder)).moe
     if moe is None:
         raise UserError(f"{folder} has no experts to route to; expected a mixture of experts, such as the 26B-A4B")
-    engine = load(args.model, args.draft_model, draft_bits=args.draft_bits, notice=note, progress=Bar("loading"))
+    engine = loaded(args.model, args.draft_model, draft_bits=args.draft_bits)
     if engine.drafter is None and args.num_draft_tokens:
         raise UserError(
             "there is no drafter; name one with --draft-model, or trace plain decoding: --num-draft-tokens 0"

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from . import blas
-from .cli import Bar, Parser, command, note
+from .cli import Parser, command, loaded
 from .errors import UserError
 from .generate import read_lines
 from .params import SamplingParams
@@ -60,22 +60,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     prompts = read_lines(args.prompt_file) if args.prompt_file else PROMPTS
     _check(args, prompts)
-    blas.preload()
-    from .engine import load  # after the BLAS: these import MLX
-    from .equality import compare, same_distribution
-    from .invariance import probe
-
     base = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True, seed=0)
     every = [replace(base, temperature=temperature) for temperature in args.temps]
-    engine = load(
-        args.model,
-        args.draft_model,
-        dtype=args.dtype,
-        draft_bits=args.draft_bits,
-        max_rows=max(args.rows),
-        notice=note,
-        progress=Bar("loading"),
-    )
+    engine = loaded(args.model, args.draft_model, dtype=args.dtype, draft_bits=args.draft_bits, max_rows=max(args.rows))
+    from .equality import compare, same_distribution  # after the BLAS: these import MLX
+    from .invariance import probe
+
     if engine.drafter is None:
         raise UserError("there is no drafter to verify; name one with --draft-model")
     say = (lambda *lines: None) if args.json else (lambda *lines: print(*lines, sep="\n", flush=True))
@@ -99,12 +89,13 @@ def run(args: argparse.Namespace) -> int:
                 f"  temperature {params.temperature:g}, {args.samples} samples each way: same distribution, p = {p:.3f}"
             )
     differing = [each for cell in cells for each in cell.divergences if not abs(each.gap) <= args.tolerance]
-    unlike = [temperature for temperature, p in chances.items() if p < CHANCE]
-    ok = not differing and not unlike
+    failed = sum(len(cell.errors) for cell in cells)
+    unlike = [temperature for temperature, p in chances.items() if not p >= CHANCE]  # NaN, too
+    ok = not differing and not unlike and not failed
     say(
         "equal: MTP changes nothing here"
         if ok
-        else f"NOT equal: {len(differing)} texts differ; distributions: {unlike}"
+        else f"NOT equal: {len(differing)} texts differ, {failed} could not go on; distributions: {unlike}"
     )
     if args.json:
         print(json.dumps(_record(engine, widths, cells, chances, ok)))
@@ -129,7 +120,7 @@ def _record(engine: Engine, widths: list, cells: list[Cell], chances: dict[float
         "reference": f"plain decoding, one row at a time; {engine.description}",
         "widths": dict(widths),
         "cells": [asdict(cell) for cell in cells],
-        "same_distribution": chances,
+        "same_distribution": {t: None if math.isnan(p) else p for t, p in chances.items()},
         "equal": ok,
     }
 

@@ -1,29 +1,126 @@
 """The first run of everything on a CPU, while something else is waited for.
 
-A fused kernel costs MLX's CPU backend a second of g++ the first time on a machine; afterwards it lies in MLX's own
-cache. Which kernels there are follows from the kinds of layers and the layout of arrays, not from their sizes.
+A fused kernel costs MLX's CPU backend half a second of g++ the first time on a machine; afterwards it lies below the
+folder for temporary files. Which kernels there are follows from the kinds of layers and the layout of arrays, not from
+their sizes.
 """
 
 from __future__ import annotations
 
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import mlx.core as mx
+
 from .calibration import KINDS, Bench
 from .drafter import Drafter
+from .files import cache_folder
 from .gemma4 import Gemma4
 from .kernels import metal_available
 from .memory import step_bytes
 
 MOST_BYTES = 1e9  # a step of a larger model takes so long that its kernels may be made as they come
 PROMPT = [2, 3, 4, 5]
+SAFE = re.compile(r"[\w./+ -]+", re.ASCII)  # MLX puts the folder's name into a shell command
+PATIENCE = 120  # more than a first start takes
 _done: set[tuple] = set()
 
 
-def warm_up(target: Gemma4, drafter: Drafter | None) -> None:
-    """Runs a short prompt, and rounds with drafts and without, in one row and in two; once a process for each kind of
-    pair. Does nothing on Metal.
+def keep_kernels() -> None:
+    """Has MLX keep what it compiles for a Linux CPU in the user's cache folder, by setting TMPDIR.
+
+    A reboot empties /tmp, and there the folder belongs to whoever came first: others cannot add to it, and would run
+    what lies in it. For a command line alone, since TMPDIR is the process's; one that is a folder stays.
     """
-    kind = (type(target), target.config.moe is None, drafter and type(drafter.masked_embedding))
-    if metal_available() or kind in _done or step_bytes(target) > MOST_BYTES:
+    if not sys.platform.startswith("linux") or metal_available() or os.path.isdir(os.environ.get("TMPDIR", "")):
         return
-    _done.add(kind)
-    for rows in (1, 2):
-        Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0).rounds(2)
+    folder = cache_folder() / "kernels" / f"{platform.machine()}-{_libc()}"
+    if SAFE.fullmatch(str(folder)) and _can_hold(folder):
+        os.environ.pop("TMPDIR", None)
+        tempfile.gettempdir()  # Python's own stays where it was
+        os.environ["TMPDIR"] = str(folder)
+
+
+def _libc() -> str:
+    """A home may be shared by machines; a library of a newer one does not load on an older."""
+    with suppress(ValueError, OSError):
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "libc").replace(" ", "-")
+    return "libc"
+
+
+def _can_hold(folder: Path) -> bool:
+    """Whether libraries can be written there, and loaded."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK | os.X_OK) and not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    except OSError:
+        return False
+
+
+def kernel_folder() -> Path:
+    """Where MLX keeps the kernels that it compiled for the CPU."""
+    return Path(os.environ.get("TMPDIR") or tempfile.gettempdir(), "mlx", mx.__version__, "cpu")
+
+
+def wanted(target: Gemma4) -> bool:
+    """Whether kernels are to be made before they are needed."""
+    return not metal_available() and step_bytes(target) <= MOST_BYTES
+
+
+def making_ready(target: Gemma4) -> str:
+    """What `load` does last, for whoever waits."""
+    if wanted(target) and shutil.which("g++") and not any(kernel_folder().glob("*.so")):
+        return "compiling kernels for this CPU (once on this machine) and importing the tokenizer"
+    return "importing the tokenizer"
+
+
+def warm_up(target: Gemma4, drafter: Drafter | None, max_rows: int) -> None:
+    """Runs a short prompt, and rounds with drafts and without, in one row and, where there may be more, in two; once a
+    process for each kind of pair. Does nothing on Metal.
+    """
+    if not wanted(target):
+        return
+    for rows in (1, 2)[:max_rows]:
+        kind = (rows, type(target), target.config.moe is None, drafter and type(drafter.masked_embedding))
+        if kind not in _done:
+            _done.add(kind)
+            with _one_at_a_time():
+                Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0).rounds(2)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Keeps processes that start together from loading libraries that another one's g++ still writes.
+
+    One that is stopped holds the others up for PATIENCE seconds; where there are no locks, nothing waits.
+    """
+    lock = None
+    with suppress(OSError):
+        kernel_folder().mkdir(parents=True, exist_ok=True)
+        lock = os.open(kernel_folder(), os.O_RDONLY)
+        began = time.monotonic()
+        while not _locked(lock) and time.monotonic() - began < PATIENCE:
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: int) -> bool:
+    import fcntl  # Unix alone, and so is MLX's CPU compiler here
+
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

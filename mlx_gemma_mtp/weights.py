@@ -6,6 +6,7 @@ quantisation described in config.json. Whatever is missing or left over is an er
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import gemma4
+from . import files, gemma4
 from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetConfig
 from .drafter import Drafter
 from .errors import UserError
 from .linear import Embedding, Linear, settle
 from .moe import ExpertLinear
-from .safetensors_io import parse_object, pickles, read_header
+from .safetensors_io import INDEX, read_header, read_index, read_object, weight_files
 
 MEDIA_PREFIXES = (
     "vision_tower.",
@@ -31,7 +32,8 @@ MEDIA_PREFIXES = (
     "vision_embedder.",
     "multi_modal_projector.",
 )
-INDEX = "model.safetensors.index.json"
+TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+LARGE = 4_000_000  # bytes of JSON that take a tenth of a second to parse; Gemma's tokenizer has 33 million
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 # What a file may hold where the module has packed weights, the scales of FP4 and FP8 modes, or a token ordering.
 INTEGERS = {mx.uint32: (mx.uint32,), mx.uint8: (mx.uint8,), mx.int32: (mx.int32, mx.int64)}
@@ -47,24 +49,50 @@ def no_progress(done: int, total: int) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
-    return _read_json(folder / "config.json", f"{folder} is no model folder: it has no config.json")
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise UserError(
+            f"{folder} is no model folder: it has no config.json; expected a converted Gemma 4 folder "
+            "(python -m convert --hf-path SOURCE --mlx-path OUT)"
+        )
+    return read_object(path)
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
     """generation_config.json, or greedy where there is none."""
     path = folder / "generation_config.json"
-    return GenerationDefaults.from_dict(_read_json(path, "") if path.is_file() else {})
+    return GenerationDefaults.from_dict(read_object(path) if os.path.lexists(path) else {})
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    if not path.is_file():
+def check_text_files(folder: Path) -> None:
+    """Raises UserError for a tokenizer or a chat template that is missing, broken or not downloaded.
+
+    It takes milliseconds, so it comes before any weight is read.
+    """
+    path = folder / "tokenizer.json"
+    if not os.path.lexists(path):
         raise UserError(
-            f"{missing}; expected a converted Gemma 4 folder (python -m convert --hf-path SOURCE --mlx-path OUT)"
+            f"{folder} has no tokenizer.json; expected it beside config.json: download or convert the folder again"
         )
-    try:
-        return parse_object(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}; download or convert the folder again") from None
+    if path.is_file() and path.stat().st_size > LARGE:
+        _check_ends(path)
+    else:
+        model = read_object(path).get("model")
+        if not isinstance(model, dict) or not model.get("vocab"):
+            raise UserError(f"{path} has no 'model' with a 'vocab'; expected a tokenizer; download it again")
+    for name in TOKENIZER_EXTRAS:
+        if os.path.lexists(folder / name):
+            read_object(folder / name)
+    template = folder / "chat_template.jinja"
+    if os.path.lexists(template):
+        files.text(template)
+
+
+def _check_ends(path: Path) -> None:
+    """Of a JSON object that takes long to parse: it begins as one, ends as one, and names a vocabulary."""
+    data = files.content(path).strip()
+    if not (data.startswith(b"{") and data.endswith(b"}") and b'"vocab"' in data):
+        raise UserError(f"{path} cannot be read as JSON (it is cut off); expected a tokenizer; download it again")
 
 
 def check_pair(target: Path, drafter: Path | None) -> None:
@@ -85,6 +113,15 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress 
     progress: told parts done and in all. Raises UserError for whatever is missing, left over, broken or of another
     shape.
     """
+    model = open_target(folder, dtype)
+    prepare(model, progress)
+    return model
+
+
+def open_target(folder: Path, dtype: mx.Dtype | None = None) -> gemma4.Gemma4:
+    """The target in `folder`, checked against its files' headers; `prepare` reads the weights. Otherwise
+    `load_target`.
+    """
     config = TargetConfig.from_dict(read_config(folder))
     tensors = read_tensors(folder)
     model = gemma4.build(config)
@@ -97,7 +134,6 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress 
     unused = _unused_tensors(config, prefix)
     tensors = {k: v for k, v in tensors.items() if not _is_media(k) and k.rsplit(".", 1)[0] not in unused}
     _assign(model, tensors, lambda path: prefix + path, config.quantization, folder, dtype)
-    _prepare(model, progress)
     return model
 
 
@@ -113,6 +149,15 @@ def load_drafter(
     bits: quantise its matrices while loading, as `convert --pair -q` does with 8: a dense head at 4 bits or fewer, a
     centroid head not at all (a draft reads little of it). Raises UserError where the folder is quantised already.
     """
+    model = open_drafter(folder, target, dtype, bits)
+    prepare(model, progress)
+    return model
+
+
+def open_drafter(folder: Path, target: TargetConfig, dtype: mx.Dtype | None = None, bits: int | None = None) -> Drafter:
+    """The drafter in `folder`, checked against its files' headers; `prepare` reads the weights. Otherwise
+    `load_drafter`.
+    """
     config = DrafterConfig.from_dict(read_config(folder), target)
     if bits is not None and config.quantization is not None:
         raise UserError(f"{folder} is quantised already; leave out draft_bits ({bits}), or take the bf16 drafter")
@@ -121,45 +166,39 @@ def load_drafter(
     _assign(model, read_tensors(folder), name, config.quantization, folder, dtype)
     if bits is not None:
         _quantize_drafter(model, bits)
-    _prepare(model, progress)
+    if config.centroids:
+        _check_ordering(model.masked_embedding.token_ordering, config.vocab_size, folder)
     return model
+
+
+def _check_ordering(ordering: mx.array, vocab: int, folder: Path) -> None:
+    """Its entries are looked up in the embedding. Reads this one tensor."""
+    strange = [n for n in (mx.min(ordering).item(), mx.max(ordering).item()) if not 0 <= n < vocab]
+    if strange:
+        raise UserError(
+            f"{folder}: masked_embedding.token_ordering has {strange[0]}, expected token ids from 0 to {vocab - 1}; "
+            "download it again"
+        )
 
 
 def read_tensors(folder: Path) -> dict[str, mx.array]:
     """All tensors of a folder, lazily. Where there is an index, it says which file holds which tensor."""
-    placed = _read_index(folder)
+    placed = read_index(folder)
     tensors: dict[str, mx.array] = {}
-    for name in sorted(set(placed.values())) or ["model.safetensors"]:
-        path = folder / name
-        if Path(name).name != name or not name.endswith(".safetensors") or not path.is_file():
-            raise UserError(
-                f"{folder} has no weight file {name!r}{pickles(folder)}; expected it beside config.json: "
-                "download the folder again"
-            )
+    for path in weight_files(folder):
         read_header(path)  # MLX takes overlaps, holes and a name that occurs twice
         try:
             held = mx.load(str(path), format="safetensors")
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} cannot be read ({reason}); download or convert it again") from None
-        stray = sorted(k for k in held if placed and placed.get(k) != name)
+        stray = sorted(k for k in held if placed and placed.get(k) != path.name)
         if stray:
             raise UserError(
                 f"{path} holds {stray[0]!r}, but {INDEX} does not place it there; download the folder again"
             )
         tensors |= held
     return tensors
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file of a folder with several weight files, {} without an index."""
-    path = folder / INDEX
-    if not path.is_file():
-        return {}
-    placed = _read_json(path, "").get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise UserError(f"{path} has no 'weight_map' of tensor names to file names; download the folder again")
-    return placed
 
 
 def _is_media(name: str) -> bool:
@@ -265,7 +304,7 @@ def format_of(model: nn.Module) -> str:
 
 
 def _quantize_drafter(model: Drafter, bits: int) -> None:
-    """Lazily, like the load itself: `_prepare` evaluates part by part."""
+    """Lazily, like the load itself: `prepare` evaluates part by part."""
 
     def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
         sparse = path.startswith("masked_embedding") or (path == "embed_tokens" and model.config.centroids)
@@ -278,7 +317,7 @@ def _quantize_drafter(model: Drafter, bits: int) -> None:
     nn.quantize(model, class_predicate=form)
 
 
-def _prepare(model: nn.Module, progress: Progress) -> None:
+def prepare(model: nn.Module, progress: Progress) -> None:
     """Reads, merges and lays out part by part, so that the peak stays one part above the whole."""
     parts = [*model.layers, *(child for name, child in model.children().items() if name != "layers")]
     for done, part in enumerate(parts, 1):

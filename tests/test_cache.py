@@ -118,7 +118,7 @@ def test_row_ranges_move_and_clear():
     history.run(cache, [(6, [6, 2, 5]), (4, [1, 4, 0])])
     history.step(cache, slice(1, 2), 5, [5])  # a joiner's prefill, alone
     history.step(cache, slice(0, 2), 3, [3, 1])
-    cache.move(2, 0)
+    cache.move({0: 2})
     history.committed[0] = list(history.committed[2])
     assert cache.lengths.tolist() == [len(c) for c in history.committed]
     history.step(cache, slice(0, 2), 4, [2, 4])
@@ -157,3 +157,26 @@ def test_slots_that_were_never_written_are_not_read():
     assert slots_read(few.layers[1].slots, 9) == READ_STEP < CAPACITY_STEP
     for ours, wide in zip(*seen, strict=True):
         np.testing.assert_array_equal(ours, wide)
+
+
+def test_a_row_that_moves_copies_no_buffer():
+    """What moving takes is the rows that move, of all layers: not a buffer, however many rows move at once."""
+    rows, slots = 8, 16_384
+    cache = Cache([KVSpec(2, 16, None), KVSpec(2, 16, 64)], rows, slots, block=8, dtype=mx.float32)
+    stamps = mx.arange(rows, dtype=mx.float32)[:, None, None, None]
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys + stamps, layer.values - stamps
+    cache.commit(slice(0, rows), mx.arange(rows), list(range(rows)))
+    mx.eval(cache.lengths, cache.buffers)
+    one_row = sum(2 * layer.keys.nbytes // rows for layer in cache.layers)
+    for movers in ({0: 7}, {1: 6, 2: 5}):
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        cache.move(movers)
+        mx.eval(cache.lengths, *[array for buffers in cache.buffers for array in buffers])
+        assert mx.get_peak_memory() - before < 1.1 * len(movers) * one_row
+    for layer in cache.layers:
+        assert np.array(layer.keys[:, 0, -1, 0]).tolist() == [7, 6, 5, 3, 4, 5, 6, 7]
+        assert np.array(layer.values[:, 1, 0, 0]).tolist() == [-7, -6, -5, -3, -4, -5, -6, -7]
+    assert cache.lengths.tolist() == cache.most == [7, 6, 5, 3, 4, 5, 6, 7]

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from mlx_gemma_mtp import gemma4
 from mlx_gemma_mtp.config import DrafterConfig, GenerationDefaults, KVSpec, TargetConfig
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.params import SamplingParams
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 # Language model, the head tied once, layer scalars not counted; drafters without their four layer scalars.
@@ -150,6 +153,104 @@ def test_generation_defaults():
     defaults = GenerationDefaults.from_dict(raw | {"suppress_tokens": [258883, 258882]})
     assert defaults == GenerationDefaults(1.0, 0.95, 64, (1, 106, 50), (258883, 258882), 6)
     assert GenerationDefaults.from_dict({"eos_token_id": 1}) == GenerationDefaults(0.0, 1.0, 0, (1,), (), 6)
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_k": 0}, {"top_k": 0}),
+        ({"top_k": 64.0}, {"top_k": 64}),
+        ({"top_k": None, "top_p": None, "temperature": None}, {}),
+        ({"top_p": 1}, {}),
+        ({"top_p": 1.0}, {}),
+        ({"top_p": 0.0}, {"top_p": 1e-6}),
+        ({"temperature": 0}, {"temperature": 0.0}),
+        ({"temperature": 2}, {"temperature": 2.0}),
+        ({"do_sample": 1}, {}),
+        ({"do_sample": False}, {"temperature": 0.0}),
+        ({"do_sample": 0}, {"temperature": 0.0}),
+        ({"do_sample": None}, {"temperature": 0.0}),
+        ({"cache_implementation": "hybrid", "pad_token_id": 0, "_from_model_config": True}, {}),
+        ({"eos_token_id": [1, 106, 1, None, 106]}, {"eos_token_ids": (1, 106)}),
+        ({"eos_token_id": 1.0}, {"eos_token_ids": (1,)}),
+        ({"eos_token_id": None, "suppress_tokens": None}, {}),
+        ({"suppress_tokens": []}, {}),
+        ({"suppress_tokens": [5.0, 5]}, {"suppress_token_ids": (5,)}),
+        ({"num_assistant_tokens": 4.0}, {"num_draft_tokens": 4}),
+    ],
+    ids=str,
+)
+def test_generation_defaults_take_what_is_meant(given, meant):
+    usual = GenerationDefaults(1.0, 1.0, 0, (), (), 6)
+    found = GenerationDefaults.from_dict({"do_sample": True} | given)
+    assert found == replace(usual, **meant)
+    assert SamplingParams().resolved(found).temperature == found.temperature
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"top_k": -5},
+        {"top_k": 1.5},
+        {"top_k": "64"},
+        {"top_k": True},
+        {"top_p": 1.5},
+        {"top_p": -0.1},
+        {"top_p": "0.9"},
+        {"top_p": [0.9]},
+        {"temperature": -1},
+        {"temperature": 1e39},
+        {"temperature": "hot"},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"do_sample": "yes"},
+        {"eos_token_id": -1},
+        {"eos_token_id": "1"},
+        {"eos_token_id": [1, True]},
+        {"eos_token_id": [[1]]},
+        {"eos_token_id": {"id": 1}},
+        {"eos_token_id": 1.5},
+        {"eos_token_id": 2**40},
+        {"suppress_tokens": [-1]},
+        {"suppress_tokens": [False]},
+        {"suppress_tokens": "all"},
+        {"suppress_tokens": [math.nan]},
+    ],
+    ids=str,
+)
+def test_generation_defaults_without_a_meaning_are_named(given):
+    with pytest.raises(UserError, match=f"generation_config.json: {next(iter(given))}") as raised:
+        GenerationDefaults.from_dict({"do_sample": True} | given)
+    assert "expected" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "suppress_tokens"])
+def test_ids_beyond_the_vocabulary_are_named(key):
+    GenerationDefaults.from_dict({key: [0, 96]}).check_vocabulary(97)
+    for beyond in (97, 5000, 10**7):
+        with pytest.raises(UserError, match=f"{key} has {beyond}, expected 0 to 96"):
+            GenerationDefaults.from_dict({key: [3, beyond]}).check_vocabulary(97)
+
+
+@pytest.mark.parametrize("ids", [97, [1, 97], [-1], [True], ["1"], 1.5])
+def test_end_tokens_beyond_the_vocabulary_are_named(ids):
+    with pytest.raises(UserError, match=r"config\.json: eos_token_id has"):
+        TargetConfig.from_dict(tiny.target_dict("moe") | {"eos_token_id": ids})
+
+
+@pytest.mark.parametrize("name", ["image", "audio", "video"])
+@pytest.mark.parametrize("value", [-1, True, "5", 1.5, {}])
+def test_media_tokens_are_ids(name, value):
+    with pytest.raises(UserError, match=f"config.json: {name}_token_id has"):
+        TargetConfig.from_dict(tiny.target_dict("moe") | {f"{name}_token_id": value})
+
+
+def test_every_token_has_a_row_in_the_per_layer_table():
+    raw = tiny.target_dict("e2b")
+    raw["text_config"]["vocab_size_per_layer_input"] = 96
+    with pytest.raises(UserError, match="vocab_size_per_layer_input is 96, expected at least the vocab_size of 97"):
+        TargetConfig.from_dict(raw)
 
 
 JSON = st.recursive(

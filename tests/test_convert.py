@@ -531,6 +531,7 @@ def fill(weights: dict, name: str, value: float) -> None:
 NORM = "model.language_model.norm.weight"
 Q = "model.language_model.layers.0.self_attn.q_proj.weight"
 SHARD_2 = "model-2-of-2.safetensors"
+NO_SHARD = "no weight file 'model-2-of-2.safetensors'"
 LAYOUT = "language_model.model.norm.weight"
 ERRORS = {
     "no config": (lambda c: (c.folder / "config.json").unlink(), "config.json: no such file"),
@@ -565,8 +566,8 @@ ERRORS = {
     "rope of no kind": (lambda c: edit_config(c, rope_parameters={S: ROPE[S]}), "'full_attention'"),
     "pickles": (lambda c: pickled(c, "pytorch_model.bin"), "but pytorch_model.bin: pickles are never loaded"),
     "pickles of another name": (lambda c: pickled(c, "consolidated.pt"), "but consolidated.pt: pickles are never"),
-    "weights that are a pipe": (lambda c: pipe(c.folder / "model.safetensors"), "neither model.safeten"),
-    "no weights": (lambda c: (c.folder / "model.safetensors").unlink(), "neither model.safeten"),
+    "weights that are a pipe": (lambda c: pipe(c.folder / "model.safetensors"), "no weight file 'model.safetensors'"),
+    "no weights": (lambda c: (c.folder / "model.safetensors").unlink(), "no weight file 'model.safetensors'"),
     "missing tensor": (lambda c: edit_weights(c, lambda w: w.pop(NORM)), f"{NORM!r} is missing"),
     "extra tensor": (lambda c: edit_weights(c, lambda w: w.update(x=mx.ones(1))), "'x' is unknown"),
     "shared K/V of no shared layer": (
@@ -588,7 +589,7 @@ ERRORS = {
         "MLX layout already",
     ),
     "NaN": (lambda c: edit_weights(c, lambda w: fill(w, Q, math.nan)), f"{Q!r} holds NaN"),
-    "empty file": (lambda c: edit_bytes(c, lambda data: b""), "header length -1"),
+    "empty file": (lambda c: edit_bytes(c, lambda data: b""), "is empty; download it again"),
     "truncated data": (lambda c: edit_bytes(c, lambda data: data[:-1]), "header describes"),
     "truncated header": (lambda c: edit_bytes(c, lambda data: data[:99]), "header length"),
     "trailing bytes": (lambda c: edit_bytes(c, lambda data: data + b"x"), "header describes"),
@@ -631,7 +632,7 @@ ERRORS = {
     "metadata 0": (lambda c: edit_header(c, lambda h: h.update(__metadata__=0)), "__metadata__ does not map names"),
     "missing shard": (
         lambda c: sharded(c, lambda folder, index: (folder / "model-2-of-2.safetensors").unlink()),
-        "missing shard",
+        NO_SHARD,
     ),
     "path in the index": (
         lambda c: sharded(c, lambda folder, index: point_at(index, "../model.safetensors")),
@@ -644,15 +645,15 @@ ERRORS = {
     "pickle in the index": (
         lambda c: sharded(c, lambda folder, index: point_at(index, "pytorch_model.bin")), "'pytorch_model.bin'",
     ),
-    "number in the index": (lambda c: sharded(c, lambda folder, index: point_at(index, 5)), "file name 5"),
+    "number in the index": (lambda c: sharded(c, lambda folder, index: point_at(index, 5)), "no 'weight_map'"),
     "shard that links to itself": (
-        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, SHARD_2)), "missing shard",
+        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, SHARD_2)), NO_SHARD,
     ),
     "shard that links to nothing": (
-        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, "/nowhere")), "missing shard",
+        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, "/nowhere")), NO_SHARD,
     ),
     "shard that links to a device": (
-        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, "/dev/zero")), "missing shard",
+        lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, "/dev/zero")), NO_SHARD,
     ),
     "shard that links to no weights": (
         lambda c: sharded(c, lambda folder, index: link(folder / SHARD_2, __file__)), "header length",
@@ -665,7 +666,7 @@ ERRORS = {
         lambda c: link(c.folder / "tokenizer.json", "/etc/hostname"), "tokenizer.json is a link to /etc/hostname",
     ),
     "index without a map": (
-        lambda c: sharded(c, lambda folder, index: index.pop("weight_map")), "no weight_map",
+        lambda c: sharded(c, lambda folder, index: index.pop("weight_map")), "no 'weight_map'",
     ),
     "tensor not in the index": (
         lambda c: sharded(c, lambda folder, index: index["weight_map"].pop(NORM)), repr(NORM),
@@ -739,7 +740,7 @@ def test_full_disk_is_noticed_before_writing(moe, tmp_path, capsys, monkeypatch)
 def test_hub_ids_are_downloaded_and_failures_are_one_line(moe, tmp_path, capsys, monkeypatch):
     asked = []
 
-    def snapshot_download(repo, revision, allow_patterns):
+    def snapshot_download(repo, revision, allow_patterns, **more):
         asked.append((repo, allow_patterns))
         if repo == "org/absent":
             raise OSError("404 not found\nlong explanation")

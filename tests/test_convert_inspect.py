@@ -141,7 +141,7 @@ def test_errors(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     for where, says in (
         (tmp_path / "nowhere", "no such folder"),
-        ("org/name", "the hub cannot be asked (no network)"),
+        ("org/name", "the hub cannot be reached (no network)"),
         (tmp_path, "no such file"),
     ):
         assert main(["inspect", str(where)]) == 2

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks import replay
-from mlx_gemma_mtp import SamplingParams, calibrate, calibration, load
+from mlx_gemma_mtp import SamplingParams, calibrate, calibration, hub, kernels, load, paths
 from mlx_gemma_mtp.calibration import KINDS, Costs
-from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable
+from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, CostFile, CostTable
 from mlx_gemma_mtp.depth import (
     BEST,
     CONFIDENCE,
+    GRAMMAR,
     LIMIT,
     OFF,
     PROBE,
@@ -107,7 +108,7 @@ def test_probes_back_off_and_find_the_way_back():
     lengths, reasons = [], []
     for step in range(160):
         drafts = auto.draft([0], 100, [FREE])
-        width = auto.verify([0], 100, [FREE], [[0.9] * drafts])
+        width = auto.verify([0], 100, [FREE], [[0.9] * drafts], drafts)
         kept = 0 if step < 110 else width
         reasons.append(auto.observe({0: kept}))
         lengths.append(width)
@@ -136,9 +137,54 @@ def test_doubtful_drafts_are_cut():
 def test_a_cut_is_said():
     auto = Auto(table(0.3, 0.01))
     made = auto.draft([0], 100, [FREE])
-    assert made > 1 and auto.verify([0], 100, [FREE], [[0.9] + [0.01] * (made - 1)]) == 1
+    assert made > 1 and auto.verify([0], 100, [FREE], [[0.9] + [0.01] * (made - 1)], made) == 1
     auto.draft([0], 100, [FREE])
     assert auto.observe({0: 1}) == CONFIDENCE
+
+
+@pytest.mark.parametrize("confident", [True, False])
+def test_what_a_grammar_cuts_was_drafted_in_vain(confident):
+    """A sure drafter, whose first draft a grammar refuses every time: after some rounds nothing is drafted."""
+    auto, made, reasons = Auto(table(0.1, 0.1), confident), [], []
+    for _ in range(60):
+        drafts = auto.draft([7], 100, [FREE])
+        assert auto.verify([7], 100, [FREE], [[0.99] * drafts if confident else []], 0) == 0
+        made.append(drafts)
+        reasons.append(auto.observe({7: 0}))
+    assert made[0] > 0 and reasons[0] == GRAMMAR and sum(made[:8]) <= 20 and sum(made[8:]) <= 8
+    assert {OFF, GRAMMAR} == set(reasons) and all(
+        (each == GRAMMAR) == bool(n) for each, n in zip(reasons, made, strict=True)
+    )
+
+
+def test_a_grammar_cuts_before_doubt_does():
+    """Of five drafts the grammar leaves three and doubt two: the third is a doubt, the fourth a failure."""
+    auto = Auto(table(0.1, 0.01))
+    made = auto.draft([3], 100, [FREE])
+    assert made >= 5
+    assert auto.verify([3], 100, [FREE], [[0.9, 0.9, 0.01, 0.9, 0.9] + [0.9] * (made - 5)], 3) == 2
+    assert auto.observe({3: 2}) == CONFIDENCE
+    first, second, third, fourth = auto.pool.tried[:4]
+    assert (first, second, third) == (1, 1, 1) and fourth == pytest.approx(0.01) and auto.pool.kept[3] == 0
+
+
+def test_drafting_follows_a_schema(engine):
+    """JSON by the bundled pair, which drafts Python: most drafts are refused, and soon few are made."""
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+              "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
+    params = SamplingParams(max_tokens=60, temperature=0.0, json_schema=json.dumps(schema), seed=0)
+    auto = with_table(engine, table(0.1, 0.1))._autos["greedy"]
+    made, draft = [], auto.draft
+    auto.draft = lambda *about: made.append(draft(*about)) or made[-1]
+    drafted, lengths = [], []
+    for _ in range(3):
+        made.clear()
+        stats = engine.generate("Invent a user.", params).stats
+        drafted.append((sum(made), stats.drafted))
+        lengths.append(stats.depths)
+    assert GRAMMAR in {reason for each in lengths for reasons in each.values() for reason in reasons}
+    assert drafted[2][0] <= 2 * drafted[2][1] + 8, drafted
 
 
 def test_break_even():
@@ -255,9 +301,82 @@ def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine):
     assert notices == []
 
 
-def test_a_machine_too_slow_to_measure_starts_from_a_guess(tmp_path, engine):
-    costs = Costs("greedy", CostFile({"a": 1}, tmp_path), seconds=0.0)
-    assert costs.table(engine.target, engine.drafter, [5, 6, 7]) == UNKNOWN and not costs.file.path.exists()
+class StubBench:
+    """A machine whose plain step takes `step` seconds, half as much again for each further token of a verify."""
+
+    step = 0.0
+    clock = 0.0
+
+    def __init__(self, target, drafter, prompt, params, rows, context):
+        self.rows, self.context, self.widths = rows, context, []
+
+    def rounds(self, width):
+        self.widths.append(width)
+        verify = self.step * (1 + width / 2)
+        StubBench.clock += 4 * verify
+        return verify + width * self.step / 10, verify
+
+
+@pytest.mark.parametrize("milliseconds", [1, 30, 40, 60, 200, 1000, 30000])
+def test_a_slow_machine_is_measured_too(tmp_path, monkeypatch, milliseconds):
+    """One pass over two widths is enough; what was compiled on the way is not counted."""
+    monkeypatch.setattr(calibration, "Bench", StubBench)
+    monkeypatch.setattr("time.perf_counter", lambda: StubBench.clock)
+    monkeypatch.setattr(StubBench, "step", milliseconds / 1000)
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path))
+    table = costs.table(None, None, [5, 6, 7])
+    verified, drafted = costs.file.read()
+    assert {(1, 3, 0), (1, 3, 1)} <= set(verified) and set(drafted) == {1}
+    assert [each / table.verify_at(1, 3)[0] for each in table.rounds_at(1, 3)[:5]] == pytest.approx(
+        [1, 1.6, 2.2, 2.8, 3.4]
+    )
+    assert costs.table(None, None, [5, 6, 7]) == table  # from the file
+    assert (len(verified) == 3) == (milliseconds <= 60)
+
+
+def test_no_first_pass_is_counted_where_there_is_another(monkeypatch):
+    """The first pass of every width is slow, as where kernels are compiled."""
+
+    class Cold(StubBench):
+        def rounds(self, width):
+            factor = 1 if width in self.widths else 10
+            return tuple(factor * each for each in super().rounds(width))
+
+    monkeypatch.setattr(calibration, "Bench", Cold)
+    monkeypatch.setattr(StubBench, "step", 0.001)
+    timings = calibration.measure(None, None, [5], KINDS["greedy"], (1,), (1,), (0, 1), 2)
+    assert timings.alone == {(1, 1, 0): [0.001, 0.001], (1, 1, 1): [0.0015, 0.0015]}
+    few = calibration.measure(None, None, [5], KINDS["greedy"], (1,), (1,), (0, 1), 2, seconds=0.0)
+    assert few.alone == {(1, 1, 0): [0.01], (1, 1, 1): [0.015]}
+
+
+def test_a_table_is_of_the_kernels_that_run(engine, monkeypatch):
+    """A switch, a failed check, the doctor's rules, another BLAS: other costs, so another file."""
+    pair = hub.find_pair(None, "auto", None)
+    key = lambda: json.dumps(calibration._key(pair, engine.target, engine.drafter))  # noqa: E731
+    keys = [key()]
+    try:
+        kernels.switch_off("grouping", "a finding")
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "metal_available", lambda: True)
+            keys.append(key())
+            patch.setenv(kernels.SWITCH, "0")
+            keys.append(key())
+        paths.adopt((paths.Rule("", "", "", ((1, paths.Path.PAIRS), (48, paths.Path.SORTED)), paths.EQUAL),))
+        keys.append(key())
+    finally:
+        kernels.forget_failures()
+        paths.adopt(())
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration.blas, "name", lambda: "another")
+        keys.append(key())
+        patch.setenv("OPENBLAS_NUM_THREADS", "17")
+        keys.append(key())
+        patch.setattr(calibration, "format_of", lambda model: "affine4")
+        keys.append(key())
+        patch.setattr(mx, "__version__", "99")
+        keys.append(key())
+    assert len(set(keys)) == len(keys) and key() == keys[0]
 
 
 @pytest.mark.parametrize("broken", ["corrupt", "foreign", "unwritable"])

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from test_sampling import distribution
 
+from mlx_gemma_mtp import drafter as drafting
 from mlx_gemma_mtp import rejection, speculative
 from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.drafter import drawn
+from mlx_gemma_mtp.drafter import Drafting, drawn
 from mlx_gemma_mtp.guide import guide, only
 from mlx_gemma_mtp.noise import uniform
 from mlx_gemma_mtp.params import COUPLED, REJECTION, SamplingParams
@@ -87,14 +88,14 @@ def draw(
     seeds = np.stack([np.arange(count), np.full(count, 77)], axis=1).astype(np.uint32)
     rows = lambda value: mx.broadcast_to(value, (count, *value.shape[1:]))  # noqa: E731
     rules = Rules.of([params], VOCAB)
-    each = {name: rows(getattr(rules, name)) for name in ("temperature", "top_k", "top_p", "min_p", "greedy")}
+    each = {name: rows(getattr(rules, name)) for name in ("temperature", "top_k", "rest", "min_p", "greedy")}
     loop = Speculation(
         ToyTarget(),
         ToyDrafter(drafter),
         cache,
         replace(rules, **each, keys=mx.array(seeds)),
         mx.full((count, 1), FIRST),
-        accept=accept,
+        Drafting(temperature=settings.pop("draft_temperature", 1.0), accept=accept),
         **settings,
     )
     texts = loop.start(next(drafts)).tokens
@@ -196,8 +197,8 @@ def _target_alone(drafts, q, p, vocab):
     [
         (rejection, "residuals", _target_alone),
         (rejection, "chances", lambda reach, rest: reach),  # each draft by itself: what block verification must not do
-        (speculative, "keys_of_round", lambda keys, first: keys ^ 1),  # drafts meet the noise of refused ones again
-        (speculative, "keys_of_round", lambda keys, first: keys),  # and that of the token after them
+        (drafting, "keys_of_round", lambda keys, first: keys ^ 1),  # drafts meet the noise of refused ones again
+        (drafting, "keys_of_round", lambda keys, first: keys),  # and that of the token after them
         (rejection, "uniform", lambda keys, positions, tokens: uniform(keys, positions, tokens * 0 + VOCAB)),
     ],
     ids=["no residual", "no block", "noise of another round", "noise of the residual", "luck of another round"],

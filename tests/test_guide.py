@@ -43,15 +43,15 @@ def test_bits_become_a_mask():
 def test_drafts_are_walked_on_a_copy_up_to_the_first_that_is_refused():
     stairs, free = Stairs(), None
     found = guide([stairs, free], VOCAB)
-    width, mask = found.look([[7, 15, 3, 4], [1, 2, 3, 4]])  # 7 % 7 = 0, 15 % 7 = 1, 3 is refused
-    assert width == 4 and mask.shape == (2, 5, VOCAB)  # the free row keeps its drafts
+    width, mask, failures = found.look([[7, 15, 3, 4], [1, 2, 3, 4]])  # 7 % 7 = 0, 15 % 7 = 1, 3 is refused
+    assert width == 4 and mask.shape == (2, 5, VOCAB) and not failures  # the free row keeps its drafts
     allowed = [np.flatnonzero(row == 0) % 7 for row in np.array(mask[0])]
     assert [set(a.tolist()) for a in allowed[:3]] == [{0}, {1}, {2}] and (np.array(mask[1]) == 0).all()
     assert (stairs.step, stairs.advanced) == (0, 0)
     assert guide([stairs], VOCAB).look([[7, 15, 3, 4]])[0] == 2
-    width, mask = guide([stairs], VOCAB).look([[7, 15, 3, 4]], cut=False)
+    width, mask, _ = guide([stairs], VOCAB).look([[7, 15, 3, 4]], cut=False)
     assert width == 4 and (np.array(mask[0, 3:]) == 0).all() and mx.isinf(mask[0, 2]).any()
-    found.advance([[14, 8], [5, 6]])
+    assert found.advance([[14, 8], [5, 6]]) == {}
     assert (stairs.step, stairs.advanced) == (2, 2)
     assert found.of_rows([1]) is None and found.of_rows([0]).constraints == [stairs]
     assert guide([None, None], VOCAB) is None
@@ -118,7 +118,7 @@ def test_a_reply_is_constrained_from_the_border_on():
     t = thinking(3, Stairs())
     stairs = {i for i in range(VOCAB) if i % 7 == 0}
     assert allowed(t) == stairs | {OPEN}
-    width, mask = guide([t], VOCAB).look([[OPEN, 50, CLOSE, 7, 7]])
+    width, mask, _ = guide([t], VOCAB).look([[OPEN, 50, CLOSE, 7, 7]])
     assert width == 4  # the second 7 is refused
     at = [set(np.flatnonzero(row == 0).tolist()) for row in np.array(mask[0])]
     assert at[1] == at[2] == set(range(VOCAB)) - {END} and at[3] == stairs

@@ -4,15 +4,31 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from mlx_gemma_mtp import hub
 from mlx_gemma_mtp.errors import UserError
 
-NOT_THERE = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+def answer(kind: type, status: int) -> HfHubHTTPError:
+    """An error of the hub's client, as it raises it for an answer of the hub."""
+    return kind(f"{status} for url\nmore", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+NOT_THERE = answer(RepositoryNotFoundError, 404)
 
 
 def folders(root, *names):
@@ -48,7 +64,7 @@ def test_no_drafter_gives_the_reason(tmp_path):
 def test_hub_ids_are_downloaded_and_their_drafters_found_by_name(tmp_path, monkeypatch):
     asked = []
 
-    def download(name, revision=None, allow_patterns=None):
+    def download(name, revision=None, **patterns):
         asked.append((name, revision))
         if "4bit-assistant" in name:
             raise NOT_THERE
@@ -91,7 +107,7 @@ def test_a_hub_that_does_not_answer_is_asked_for_one_drafter_only(tmp_path, monk
     """The reason says so; decoding goes on plainly."""
     asked = []
 
-    def download(name, revision=None, allow_patterns=None):
+    def download(name, revision=None, **patterns):
         asked.append(name)
         if "assistant" in name:
             raise LocalEntryNotFoundError("no route")
@@ -194,3 +210,158 @@ def test_offline_the_cache_is_enough_and_what_it_lacks_is_named(tmp_path):
         "check the name, or connect and run: hf download org/part"
     )
     assert lines[4].startswith("'org/none' is no folder, nor in the hub's cache, and HF_HUB_OFFLINE is set;")
+
+
+class Dropped(Exception):
+    """As httpx's errors: of no base that others share."""
+
+    __module__ = "httpx"
+
+
+ANSWERS = {
+    "gated": (answer(GatedRepoError, 403), ["org/name and run: hf auth login", "accept its licence at"]),
+    "401": (answer(RepositoryNotFoundError, 401), ["there is no model 'org/name'", "hf auth login"]),
+    "403": (answer(HfHubHTTPError, 403), ["does not give 'org/name' to this login", "hf auth login"]),
+    "revision": (answer(RevisionNotFoundError, 404), ["has no revision 'v9'", "name a branch, a tag or a commit"]),
+    "429": (answer(HfHubHTTPError, 429), ["hf download org/name --revision v9", "the hub asks to wait (429"]),
+    "503": (answer(HfHubHTTPError, 503), ["the hub answered 503 (503 for url)", "hf download"]),
+    "no JSON": (json.JSONDecodeError("Expecting value", "<html>", 0), ["not from a hub", "hf download"]),
+    "an id that is none": (HFValidationError("bad id"), ["there is no model 'org/name'"]),
+    "dropped": (Dropped("peer closed connection"), ["cannot be reached (peer closed connection)", "hf download"]),
+    "without a word": (Dropped(""), ["cannot be reached (Dropped)"]),
+    "time": (TimeoutError("timed out"), ["cannot be reached (timed out)"]),
+    "nothing cached": (LocalEntryNotFoundError("no\nway"), ["cannot be reached (no)"]),
+    "disk": (OSError(28, "No space left on device"), ["disk of the hub's cache", "is full", "HF_HUB_CACHE"]),
+    "rights": (PermissionError(13, "Permission denied"), ["cannot be written", "HF_HUB_CACHE"]),
+    "a strange answer": (KeyError("sha"), ["the hub's client failed ('sha')"]),
+}
+
+
+def refuse(monkeypatch, error: Exception, what: str = "", other: Path | None = None) -> None:
+    """The hub gives no model whose name has `what` in it, and the folder `other` for others."""
+
+    def download(name, **options):
+        if what in name:
+            raise error
+        return str(other)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_what_the_hub_answers_is_one_line_with_a_fix(monkeypatch, case):
+    error, parts = ANSWERS[case]
+    refuse(monkeypatch, error)
+    with pytest.raises(UserError) as raised:
+        hub.find("org/name", "v9")
+    assert "\n" not in str(raised.value) and all(part in str(raised.value) for part in parts), raised.value
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_a_drafter_that_the_hub_does_not_give_is_done_without(tmp_path, monkeypatch, case):
+    """The reason, which `load` tells as a notice, says why; a drafter that was named is an error."""
+    refuse(monkeypatch, ANSWERS[case][0], "assistant", folders(tmp_path, "target"))
+    pair = hub.find_pair("org/gemma-4-E2B-it", "auto")
+    assert pair.drafter is None and pair.reason.startswith("no drafter was found (looked for")
+    assert "\n" not in pair.reason
+    if case not in ("401", "revision", "an id that is none"):  # then the next spelling is tried, and all are listed
+        assert ANSWERS[case][1][-1] in pair.reason
+    with pytest.raises(UserError):
+        hub.find_pair("org/gemma-4-E2B-it", "org/gemma-4-E2B-it-assistant")
+
+
+def test_a_web_page_instead_of_the_hub_leaves_what_is_cached(tmp_path, monkeypatch):
+    refuse(monkeypatch, ANSWERS["no JSON"][0])
+    snapshot = cached(tmp_path, "org/name")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file, revision: str(snapshot / file))
+    assert hub.find("org/name") == snapshot
+
+
+class Portal(BaseHTTPRequestHandler):
+    """A hotel's page for everything."""
+
+    def do_GET(self):
+        page = b"<!DOCTYPE html><html>Sign in</html>"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, *args):
+        pass
+
+
+class Drop(Portal):
+    """No answer at all."""
+
+    def do_GET(self):
+        self.connection.close()
+
+
+@pytest.mark.parametrize("handler, part", [(Portal, "is not from a hub"), (Drop, "the hub cannot be reached")])
+def test_a_server_that_is_no_hub(tmp_path, handler, part):
+    """The client itself, as it is installed."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    settings = {"HF_ENDPOINT": url, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    argv = [sys.executable, "-c", FIND, "org/gemma-4-E2B-it"]
+    found = subprocess.run(argv, env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    server.shutdown()
+    assert part in found.stdout and found.stdout.count("\n") == 1 and found.returncode == 0, found
+
+
+def linked(link: Path, folder: Path) -> Path:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    link.symlink_to(folder)
+    return link
+
+
+def test_a_drafter_beside_the_name_as_it_is_given(tmp_path):
+    """Each model lies on another disk under a name of its own; names are those of the links."""
+    target = linked(tmp_path / "models" / "gemma-4-toy-it", tmp_path / "disk" / "x")
+    drafter = linked(tmp_path / "models" / "gemma-4-toy-it-assistant", tmp_path / "disk" / "y")
+    assert hub.find_pair(str(target), "auto").drafter == drafter
+    assert hub.find_pair(f"{target}/", "auto").drafter == drafter
+    again = tmp_path / "shelf" / "favourite"
+    again.parent.mkdir()
+    again.symlink_to("../models/gemma-4-toy-it")  # a link to a link
+    assert hub.find_pair(str(again), "auto").drafter == drafter
+    assert hub.assistant(str(target)) == f"{target}-assistant" and hub.assistant(str(again)) == f"{drafter}"
+
+
+def test_a_drafter_beside_what_a_link_leads_to(tmp_path, monkeypatch):
+    target = linked(tmp_path / "m", tmp_path / "disk" / "gemma-4-toy-it")
+    (tmp_path / "disk" / "gemma-4-toy-it-assistant").mkdir()
+    (tmp_path / "disk" / "gemma-4-toy-it-assistant" / "config.json").write_text("{}")
+    assert hub.find_pair(str(target), "auto").drafter == tmp_path / "disk" / "gemma-4-toy-it-assistant"
+    monkeypatch.chdir(target)
+    assert hub.find_pair(".", "auto").drafter == tmp_path / "disk" / "gemma-4-toy-it-assistant"
+
+
+def test_links_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "gone").symlink_to("nowhere")
+    (tmp_path / "models" / "round").symlink_to("round")
+    refuse(monkeypatch, AssertionError("the hub is asked"))
+    for name in ("models/gone", "models/round"):
+        with pytest.raises(UserError, match="is a link to"):
+            hub.find(name)
+
+
+def test_names_of_links_tell_a_base_model(tmp_path):
+    target = linked(tmp_path / "gemma-4-E2B", tmp_path / "disk" / "x")
+    drafter = linked(tmp_path / "gemma-4-E2B-it-assistant", tmp_path / "disk" / "y")
+    with pytest.raises(UserError, match="is a base model"):
+        hub.find_pair(str(target), str(drafter))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "~nobody-here/x/y"])
+def test_names_that_are_no_paths(name):
+    with pytest.raises(UserError, match="there is no model"):
+        hub.find(name)

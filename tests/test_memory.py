@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from tiny import target_dict
 
-from mlx_gemma_mtp import gemma4, hub, memory
+from mlx_gemma_mtp import SamplingParams, gemma4, hub, memory
+from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.config import DrafterConfig, KVSpec, TargetConfig
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.engine import load
@@ -26,13 +28,82 @@ def test_what_cannot_fit_is_refused_before_it_is_read(monkeypatch, tmp_path):
 
 
 def test_cache_bytes():
-    """Rings hold window + block - 1 positions at most, full layers all of them."""
+    """Whole rings of window + block - 1 positions; full layers in steps of 256."""
     config = TargetConfig.from_dict(target_dict("moe"))
     rows, tokens, block = 2, 1000, 16
     rings = 4 * 2 * (8 + block - 1) * 2 * 8
-    full = 2 * 2 * tokens * 1 * 16
+    full = 2 * 2 * 1024 * 1 * 16
     assert memory.kv_bytes(config, tokens, rows, block, 4) == rows * (rings + full) * 4
     assert config.kv[0] == KVSpec(2, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["moe", "e2b"])
+@pytest.mark.parametrize("tokens", [1, 5, 256, 257, 1000])
+def test_cache_bytes_are_those_of_a_cache(kind, tokens):
+    config = TargetConfig.from_dict(target_dict(kind))
+    cache = Cache(config.kv, 3, tokens, 16, mx.float16)
+    held = sum(array.nbytes for buffers in cache.buffers for array in buffers)
+    assert memory.kv_bytes(config, tokens, 3, 16, 2) == held
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load(num_draft_tokens=2)
+
+
+def test_a_batch_takes_no_more_than_was_said(engine, monkeypatch):
+    """Texts that grow to their limits, from ragged prompts: the cache of each batch ends within what was counted."""
+    said, caches, batch = [], [], engine._batch
+    needed = engine._needed
+
+    def counted(some, drafts):
+        said.append(needed(some, drafts))
+        caches.append(batch(some, drafts))
+        return caches[-1]
+
+    monkeypatch.setattr(engine, "_batch", counted)
+    for lengths, limit in (((5, 300), 300), ((1,), 3), ((255, 257, 40), 1), ((200,), 57)):
+        prompts = [[2 + i % 90 for i in range(length)] for length in lengths]
+        engine.generate(prompts, SamplingParams(max_tokens=limit, ignore_eos=True))
+        held = sum(array.nbytes for buffers in caches[-1].cache.buffers for array in buffers)
+        assert held <= said[-1] < held + 3 * len(lengths) * 256 * 2 * 4 * 1024
+
+
+def test_rows_are_as_many_as_the_memory_holds(engine, monkeypatch):
+    """Eight prompts where there is room for three: batches of three, three and two, and the same texts."""
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    prompts = [[2, 10 + i, 20, 30] for i in range(8)]
+    usual = [result.tokens for result in engine.generate(prompts, params)]
+    rows, batch = [], engine._batch
+    monkeypatch.setattr(engine, "_batch", lambda some, drafts: rows.append(len(some)) or batch(some, drafts))
+    one = memory.kv_bytes(engine.target.config, 256, 1, 4, 4)
+    monkeypatch.setattr(memory, "total_bytes", lambda: engine._weight_bytes + int(3.5 * one))
+    assert [result.tokens for result in engine.generate(prompts, params)] == usual
+    assert rows == [3, 3, 2]
+
+
+def test_what_one_row_cannot_hold_is_refused_with_numbers(engine, monkeypatch):
+    """Before anything is generated; a shorter text still runs, and open streams count."""
+    one = memory.kv_bytes(engine.target.config, 256, 1, 4, 4)
+    monkeypatch.setattr(memory, "total_bytes", lambda: engine._weight_bytes + int(1.5 * one))
+    short, long = (SamplingParams(max_tokens=n, ignore_eos=True) for n in (6, 6000))
+    with pytest.raises(UserError, match=r"max_tokens=6000 on .* needs .* GB, this machine has .* lower max_tokens"):
+        engine.stream([2, 5, 7], long)
+    stream = engine.stream([2, 5, 7], short)
+    next(stream)
+    with pytest.raises(UserError, match=r"open streams leave 0\.0 GB; finish or close"):
+        engine.generate([2, 5, 7], short)
+    list(stream)
+    assert len(engine.generate([2, 5, 7], short).tokens) == 6 and engine._kv_bytes == 0
+
+
+def test_a_model_is_refused_only_where_not_even_a_short_text_fits(monkeypatch):
+    weights = sum(memory.weight_bytes(hub.DEMO / each, widened=True) for each in ("target", "drafter"))
+    monkeypatch.setattr(memory, "total_bytes", lambda: weights)
+    with pytest.raises(UserError, match="this machine has"):
+        load()
+    monkeypatch.setattr(memory, "total_bytes", lambda: weights + 20_000_000)
+    load()
 
 
 def published(size: str) -> tuple[TargetConfig, DrafterConfig]:

@@ -55,8 +55,9 @@ def test_the_package_imports_neither_convert_nor_torch(path):
 
 @pytest.mark.parametrize("path", sources("convert"), ids=lambda p: p.stem)
 def test_convert_needs_no_torch_and_only_the_facts_of_the_package(path):
-    """What a config means, what memory it takes, where models are; never the running of one."""
-    facts = {f"mlx_gemma_mtp.{name}" for name in ("errors", "config", "memory", "hub", "safetensors_io", "_version")}
+    """What a config means, what memory it takes, where models are, what commands share; never the running of one."""
+    names = ("errors", "config", "memory", "hub", "safetensors_io", "files", "cli", "_version")
+    facts = {f"mlx_gemma_mtp.{name}" for name in names}
     for name in imports(path):
         assert not within(name, TORCH | {"mlx_gemma_mtp.convert"}), name
         assert not within(name, {"mlx_gemma_mtp"}) or name == "mlx_gemma_mtp" or within(name, facts), name

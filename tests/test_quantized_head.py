@@ -107,7 +107,7 @@ def test_no_array_of_the_vocabularys_size_is_made(form):
     wide = {"vocab_size": 65_536, "hidden_size": 32}
     raw["text_config"] |= wide
     target_raw = tiny.target_dict("e2b")
-    target_raw["text_config"] |= {"vocab_size": 65_536}
+    target_raw["text_config"] |= {"vocab_size": 65_536, "vocab_size_per_layer_input": 65_536}
     target_config = tiny.TargetConfig.from_dict(target_raw)
     drafter = Drafter(tiny.DrafterConfig.from_dict(raw, target_config))
     nn.quantize(

@@ -16,6 +16,7 @@ from benchmarks.acceptance import by_block, probabilities
 from mlx_gemma_mtp import SamplingParams, load, rejection
 from mlx_gemma_mtp.cache import Cache
 from mlx_gemma_mtp.depth import CONFIDENCE, Auto
+from mlx_gemma_mtp.drafter import Drafting
 from mlx_gemma_mtp.guide import guide
 from mlx_gemma_mtp.noise import gumbel, keys_of_round
 from mlx_gemma_mtp.params import REJECTION
@@ -107,7 +108,7 @@ def test_drafts_that_a_constraint_refuses_are_verified():
     prompt, cache = tiny.prompts(1), Cache(model.config.kv, 1, 64, 16, mx.float32)
     rules, guided = Rules.of([tiny.SAMPLED], tiny.VOCAB), guide([Stairs()], tiny.VOCAB)
     hidden = prefill(model, cache, slice(0, 1), prompt)
-    loop = Speculation(model, tiny.drafter(model), cache, rules, hidden, guide=guided, accept=REJECTION)
+    loop = Speculation(model, tiny.drafter(model), cache, rules, hidden, Drafting(accept=REJECTION), guide=guided)
     text = list(loop.start(3).tokens[0])
     for _ in range(8):
         done = loop.step(3)

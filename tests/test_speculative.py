@@ -13,6 +13,7 @@ import tiny
 import mlx_gemma_mtp
 from mlx_gemma_mtp import gemma4
 from mlx_gemma_mtp.cache import Cache
+from mlx_gemma_mtp.drafter import Drafting
 from mlx_gemma_mtp.params import COUPLED, REJECTION
 from mlx_gemma_mtp.sampling import Rules
 from mlx_gemma_mtp.speculative import Speculation, compact, prefill
@@ -160,9 +161,9 @@ def test_the_draft_position_is_a_setting(moe):
     for position in (0, -1):
         cache = Cache(moe.config.kv, 2, 64, 16, mx.float32)
         rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
-        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 2), batch), position)
+        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 2), batch), Drafting(position))
         rows = loop.start(3).tokens
-        drafts.append(loop._drafts.tokens.tolist())
+        drafts.append(loop.inputs.drafts.tokens.tolist())
         for _ in range(30):
             rows = [row + more for row, more in zip(rows, loop.step(3).tokens, strict=True)]
         emitted.append([row[:20] for row in rows])
@@ -207,17 +208,18 @@ def test_one_readback_a_round(moe):
         batch = tiny.prompts(4)
         cache = Cache(moe.config.kv, 4, 64, 16, mx.float32)
         rules = Rules.of([tiny.SAMPLED] * 4, tiny.VOCAB)
-        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 4), batch), accept=accept)
+        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 4), batch), Drafting(accept=accept))
         loop.start(num_draft)
         for done in range(5):
             assert loop.host_syncs == 1 + done
             loop.step(num_draft)
     waits = {name: _waits(name) for name in ROOMS}
-    # Weights and Rope's tables are evaluated once; prefill waits for each chunk.
+    # Weights and Rope's tables are evaluated once; prefill waits for each chunk, rows that move for their copies.
     assert waits.pop("speculative") == {
         "prefill": ["eval"],
-        "_readback": ["eval", *["tolist"] * 5],
+        "_readback": ["eval", "tolist"],
     }
+    assert waits.pop("cache") == {"move": ["eval"]}
     assert waits.pop("layers") == {"__init__": ["eval", "eval"]}
     assert waits.pop("linear") == {"settle": ["eval"]}
     assert not any(waits.values()), waits
@@ -255,3 +257,25 @@ def test_a_long_cache_is_written_in_place(num_draft):
     for _ in range(3):
         loop.step(num_draft)
     assert mx.get_peak_memory() - before < one_buffer + masks_and_scores
+
+
+@pytest.mark.parametrize("rows", [[3, 1, 2], [3, 2], [2, 1], [3], [0, 1]])
+def test_a_long_cache_is_written_in_place_after_rows_left(rows):
+    """Leaving copies the rows that move, and the verify after it writes in place again."""
+    model = tiny.target("dense")
+    cache = Cache(model.config.kv, 4, 100_000, 64, mx.float32)
+    rules = lambda count: Rules.of([tiny.GREEDY] * count, tiny.VOCAB)  # noqa: E731
+    hidden = prefill(model, cache, slice(0, 4), tiny.prompts(4))
+    loop = Speculation(model, tiny.drafter(model, "dense"), cache, rules(4), hidden)
+    loop.start(3)
+    for _ in range(2):
+        loop.step(3)
+    one_row = sum(2 * layer.keys.nbytes // 4 for layer in cache.layers)
+    scores = 4 * 4 * 4 * 2 * 100_000 // 4  # of the slots in use these are few
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    loop.retain(rows, rules(len(rows)))
+    for _ in range(3):
+        loop.step(3)
+    movers = sum(place != row for place, row in enumerate(rows))
+    assert mx.get_peak_memory() - before < movers * one_row + scores < 4 * one_row

@@ -13,7 +13,7 @@ MEDIA = 40  # a token of the bundled vocabulary that plays the image token
 
 @pytest.fixture(scope="module")
 def text() -> Text:
-    return Text(hub.DEMO / "target", [MEDIA])
+    return Text(hub.DEMO / "target", 4096, [MEDIA])
 
 
 def pieces(text: Text, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:

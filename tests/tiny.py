@@ -10,7 +10,7 @@ from mlx.utils import tree_map
 from mlx_gemma_mtp import gemma4
 from mlx_gemma_mtp.cache import Cache, Span
 from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
-from mlx_gemma_mtp.drafter import Drafter, drawn
+from mlx_gemma_mtp.drafter import Drafter, Drafting, drawn
 from mlx_gemma_mtp.gemma4 import Gemma4
 from mlx_gemma_mtp.guide import Constraint, guide
 from mlx_gemma_mtp.linear import settle
@@ -194,7 +194,7 @@ def rejected(
     rules = Rules.of(params, model.config.vocab_size)
     said = Said.of(prompts, model.config.vocab_size) if rules.penalties else None
     hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
-    loop = Speculation(model, drafts, cache, rules, hidden, said=said, accept=REJECTION)
+    loop = Speculation(model, drafts, cache, rules, hidden, drafting=Drafting(accept=REJECTION), said=said)
     names, texts = list(range(len(prompts))), [list(row) for row in loop.start(num_draft).tokens]
     while stay := compact([len(texts[name]) < count for name in names]):
         if len(stay) < len(names):

@@ -23,6 +23,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import Gemma4AssistantForCausalLM
 
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.safetensors_io import weight_files
 from training.cli import require
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -200,7 +201,7 @@ def _model_type(folder: Path, *expected: str) -> str:
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     if model_type not in expected:
         raise UserError(f"{folder} is of type {model_type!r}, expected {' or '.join(expected)}; give another folder")
-    for file in folder.glob("*.safetensors"):
+    for file in weight_files(folder):
         with safe_open(file, "pt") as weights:
             if any(name.startswith("language_model.model.") for name in weights.keys()):  # noqa: SIM118 - no mapping
                 raise UserError(f"{folder} was converted for MLX; give the Hugging Face folder that it was made from")

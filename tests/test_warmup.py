@@ -1,0 +1,108 @@
+"""Where compiled kernels are kept, and what is made ready before it is needed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mlx_gemma_mtp import hub, warmup, weights
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX compiles for CPUs on Linux alone")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", "/nowhere/at/all")  # as if unset: MLX fails on it, Python passes over it
+    return tmp_path / "cache"
+
+
+def test_kernels_are_kept_in_the_user_s_cache(cache):
+    before = tempfile.gettempdir()
+    warmup.keep_kernels()
+    folder = Path(os.environ["TMPDIR"])
+    assert folder.parent == cache / "kernels" and folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+    assert warmup.kernel_folder().is_relative_to(folder) and tempfile.gettempdir() == before
+
+
+def test_a_folder_that_the_user_named_stays(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    warmup.keep_kernels()
+    assert os.environ["TMPDIR"] == str(tmp_path) and not cache.exists()
+
+
+@pytest.mark.parametrize("name", ["/proc/none", "{tmp}/file/x", '{tmp}/a"b', "{tmp}/$(touch x)", "{tmp}/`x`"])
+def test_a_cache_folder_that_cannot_hold_kernels_is_left_alone(cache, tmp_path, monkeypatch, name):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", name.format(tmp=tmp_path))
+    warmup.keep_kernels()
+    assert os.environ["TMPDIR"] == "/nowhere/at/all"
+
+
+def test_mlx_looks_there(cache):
+    code = (
+        "from mlx_gemma_mtp import warmup; import mlx.core as mx\nwarmup.keep_kernels()\n"
+        "mx.eval(mx.compile(lambda x: mx.sin(x) * 2 + 1)(mx.ones((3,))))\n"
+        "print(*(file.suffix for file in sorted(warmup.kernel_folder().iterdir())))"
+    )
+    settings = {"MLX_GEMMA_MTP_BLAS": "off", "MLX_GEMMA_MTP_CACHE": f"{cache} with spaces"}
+    environment = {name: value for name, value in (os.environ | settings).items() if name != "TMPDIR"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() in ([".cpp", ".so"], []), done  # none where there is no g++
+    assert done.returncode == 0, done
+
+
+def test_what_one_row_does_not_need_is_not_made(monkeypatch):
+    """Kernels of two rows are a fifth of a first start."""
+    made = []
+
+    class Bench:
+        def __init__(self, target, drafter, prompt, params, rows, context):
+            made.append(rows)
+
+        def rounds(self, width):
+            pass
+
+    monkeypatch.setattr(warmup, "Bench", Bench)
+    monkeypatch.setattr(warmup, "_done", set())
+    target = weights.open_target(hub.DEMO / "target")
+    for most, expected in ((1, [1]), (1, []), (8, [2]), (8, [])):
+        made.clear()
+        warmup.warm_up(target, None, most)
+        assert made == expected
+
+
+def test_what_is_being_done_is_told(cache, monkeypatch):
+    target = weights.open_target(hub.DEMO / "target")
+    monkeypatch.setattr(warmup.shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setenv("TMPDIR", str(cache.parent))
+    assert "compiling kernels" in warmup.making_ready(target)
+    warmup.kernel_folder().mkdir(parents=True)
+    (warmup.kernel_folder() / "libx.so").touch()
+    assert warmup.making_ready(target) == "importing the tokenizer"
+    (warmup.kernel_folder() / "libx.so").unlink()
+    monkeypatch.setattr(warmup.shutil, "which", lambda name: None)
+    assert warmup.making_ready(target) == "importing the tokenizer"
+
+
+def test_processes_that_start_together_compile_in_turn(cache, monkeypatch):
+    """One that is stopped in the middle is not waited for without end."""
+    monkeypatch.setenv("TMPDIR", str(cache.parent))
+    code = (
+        "from mlx_gemma_mtp import warmup\nwith warmup._one_at_a_time():\n    print('in', flush=True); input()\n"
+        "print('out', flush=True)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    other = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"MLX_GEMMA_MTP_BLAS": "off"}, **pipes)
+    assert other.stdout.readline() == "in\n"
+    folder = os.open(warmup.kernel_folder(), os.O_RDONLY)
+    assert not warmup._locked(folder)
+    monkeypatch.setattr(warmup, "PATIENCE", 0)
+    with warmup._one_at_a_time():
+        pass
+    assert other.communicate("\n", timeout=60)[0] == "out\n" and warmup._locked(folder)
+    os.close(folder)
