@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ matplotlib.use("Agg")  # files, no window; before pyplot
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks import series
 from benchmarks.series import Record, Series
+from mlx_gemma_mtp.plots import SMALL, heading, spread
 
 SIZE = (8.5, 5.0)  # inches
 DPI = 130
+LEGEND = 32  # letters in a line of the legend
 MARKERS, STROKES = "os^DvP", ("-", "--", ":", "-.")
 
 
@@ -28,15 +32,31 @@ def draw(records: Sequence[Record], title: str, out: Path, number: str) -> list[
         lines = numbers(records)
         if not lines:
             continue
-        figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-        paint(axes, lines)
-        axes.set_title(f"{axes.get_title()}\n{title}", fontsize=10)
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3.5)
         path = out / f"{number}-{name}.png"
-        figure.savefig(path, dpi=DPI)
+        figure = picture(paint, lines, title)
+        figure.savefig(path)
         plt.close(figure)
         made.append(path)
     return made
+
+
+def picture(paint: Callable[[Axes, Series], None], lines: Series, title: str) -> Figure:
+    """One picture: its name and the title above everything, the legend right of the axes, from their top downwards."""
+    width, height = SIZE
+    labels = [textwrap.fill(label, LEGEND) for label in lines]
+    rows = sum(label.count("\n") + 1 for label in labels)
+    height = max(height, 1.5 + 0.17 * rows)  # inches; a line of the legend is 0.17 high
+    figure, axes = plt.subplots(figsize=(width, height), dpi=DPI, layout="constrained")
+    paint(axes, lines)
+    heading(figure, axes.get_title(), title)
+    axes.set_title("")
+    handles, _ = axes.get_legend_handles_labels()
+    axes.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, fontsize=SMALL, frameon=False,
+        handlelength=3.5,
+    )  # fmt: skip
+    spread(axes)
+    return figure
 
 
 def _lines(axes: Axes, lines: Series) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_gemma_mtp.costs import MAX_DRAFTS, CostTable
 from mlx_gemma_mtp.depth import Auto, Fixed
+from mlx_gemma_mtp.plots import fitted, spread
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 CONTEXT = 512
@@ -184,7 +185,9 @@ def plot(lines: Sequence[dict], path: Path) -> None:
             panel.plot([MAX_DRAFTS + 2], [line["oracle"]], color=color, marker="*", markersize=10)
         panel.axhline(1, color="grey", linewidth=0.8)
         panel.set_xticks(range(MAX_DRAFTS + 3), [*map(str, range(MAX_DRAFTS + 1)), "auto", "oracle"])
-        panel.set(title=table, xlabel="drafts a round", ylabel="tokens/s over plain decoding")
+        panel.set(xlabel="drafts a round", ylabel="tokens/s over plain decoding")
+        panel.set_title(fitted(figure, table, 10, 0.85 / panels.shape[1]), fontsize=10)
+        spread(panel)
     panels.flat[0].legend()
     figure.savefig(path, dpi=110)
 

@@ -16,6 +16,7 @@ from .cli import Bar, Parser, check_plot, command, loaded, written
 from .costs import MAX_DRAFTS, ROWS, CostTable
 from .depth import break_even
 from .errors import UserError
+from .plots import heading
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,7 +109,7 @@ def plot(tables: Mapping[str, CostTable], description: str, path: Path, kind: st
         above.set(title=f"{text_kind}, after {context} tokens", xlabel="drafts a round", ylabel="round, in plain steps")
         below.set(xlabel="drafts a round", ylabel="break-even acceptance", ylim=(0, 1))
         above.legend()
-    figure.suptitle(description, fontsize=8, wrap=True)
+    heading(figure, "", description)
     figure.savefig(path, format=kind, dpi=110)
 
 

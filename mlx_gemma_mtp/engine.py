@@ -267,8 +267,8 @@ def load(
     model: a converted folder or a hub id, None for the small bundled pair; draft_model: likewise, 'auto' to look for
     the target's drafter, 'none' for plain decoding. num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows
     what rounds cost on this machine (measured once and kept in the user's cache folder) and what is accepted. dtype:
-    'float32', 'bfloat16' or 'float16' for what is not quantised; None keeps the folder's, except on a CPU, which gets
-    float32 (MLX's CPU has no bf16 experts).
+    'float32', 'bfloat16' or 'float16' for what is not quantised; None keeps the target's, for its drafter too, but on
+    a CPU it is float32 (MLX's CPU has no bf16 experts).
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
     dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. max_rows: prompts in
     one batch, the others wait for the next; each costs the memory of its K/V. draft_position, draft_temperature: see
@@ -305,6 +305,7 @@ def load(
         notice("no Metal here: running on the CPU, in float32")
     _check_memory(pair, cast)
     target = weights.open_target(pair.target, cast)  # both are checked before the weights of either are read
+    cast = cast or target.dtype  # the drafter reads the target's K/V and hidden states: of one type, or all is float32
     drafter = weights.open_drafter(pair.drafter, target.config, cast, draft_bits) if pair.drafter else None
     stage("")
     for each in (target, drafter) if drafter else (target,):
@@ -337,7 +338,7 @@ def load(
 def _check_memory(pair: hub.Pair, cast: mx.Dtype | None) -> None:
     """Refuses what cannot fit, before anything is read. A cast to float32 can double 16-bit weights."""
     folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
-    needed = sum(memory.weight_bytes(folder, widened=cast == mx.float32) for folder in folders)
+    needed = sum(memory.weight_bytes(folder, widened=cast is not None and cast == mx.float32) for folder in folders)
     memory.check(needed, f"the model in {pair.target}", "convert it with -q --q-bits 4, or take a smaller model")
 
 

@@ -35,10 +35,13 @@ class Block(Settled):
         self.mlp = MLP(hidden_size, spec.mlp_size)
         self.post_feedforward_layernorm = RMSNorm(hidden_size, eps)
         self.layer_scalar = mx.ones((1,))
-        self._one = mx.ones((1,))
 
     def derive(self) -> None:
-        """The two functions compiled, with the weights as inputs. They are traced at the first call with a shape."""
+        """The two functions compiled, with the weights as inputs. They are traced at the first call with a shape.
+
+        The constant takes the weights' type: a float32 one would make float32 of everything after it.
+        """
+        self._one = mx.ones((1,), self.input_layernorm.weight.dtype)
         self._enter = mx.compile(self.enter, inputs=[self.input_layernorm, self.self_attn])
         self._leave = mx.compile(self.leave, inputs=self)
 

@@ -17,11 +17,11 @@ from .linear import Linear, Settled, Stack
 
 def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | None = None) -> mx.array:
     """RMS norm over the last axis. size_eps: number(size * eps), kept in the caller's module, so that a compiled graph
-    gets it as an input; weights: from `rooted`, any shape that x broadcasts to; None: without.
+    gets it as an input; weights: from `rooted`, any shape that x broadcasts to; None: without. Returns x's type.
     """
     if metal_available():
         y = mx.fast.rms_norm(x, None, eps)
-        return y if weights is None else y * weights
+        return y if weights is None else (y * weights).astype(x.dtype)
     size = x.shape[-1]
     return islands.normed(x, _square_sum(x), size_eps, _rooted_ones(size) if weights is None else weights)
 
@@ -58,14 +58,15 @@ class RMSNorm(Settled):
         self._rooted = rooted(self.weight)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Returns x's shape and type, whatever the weight's."""
         if metal_available():
-            return mx.fast.rms_norm(x, self.weight, self.eps)
+            return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
         return islands.normed(x, _square_sum(x), self._size_eps, self._rooted)
 
     def add(self, residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
-        """(residual + norm(x)) * scale: how a sub-layer's output joins the stream."""
+        """(residual + norm(x)) * scale: how a sub-layer's output joins the stream. Returns x's type."""
         if metal_available():
-            return (residual + mx.fast.rms_norm(x, self.weight, self.eps)) * scale
+            return ((residual + mx.fast.rms_norm(x, self.weight, self.eps)) * scale).astype(x.dtype)
         return islands.normed_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
 
 
@@ -86,7 +87,7 @@ class FastRotation:
 
     def turn(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, offset: mx.array) -> mx.array:
         """Turns x * weight. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim], and with its halves swapped."""
-        x = x * weight
+        x = (x * weight).astype(x.dtype)
         return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
 
 

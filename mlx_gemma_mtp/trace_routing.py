@@ -18,6 +18,7 @@ from .errors import UserError
 from .generate import read_prompts
 from .overlap import FITTED, NEIGHBOURS, Figures
 from .params import SamplingParams
+from .plots import heading
 from .verify import PROMPTS
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def plot(record: dict[str, Any], path: Path, kind: str) -> None:
     for axes in (runs, verifies, shares):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="best" if axes is shares else "lower right")
-    figure.suptitle(f"{record['model']}: {record['experts']} experts, {k} a token; {record['tokens']} tokens")
+    heading(figure, f"{record['experts']} experts, {k} a token; {record['tokens']} tokens", str(record["model"]))
     figure.savefig(path, format=kind, dpi=120)
 
 

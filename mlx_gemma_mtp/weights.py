@@ -7,6 +7,7 @@ quantisation described in config.json. Whatever is missing or left over is an er
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def check_pair(target: Path, drafter: Path | None) -> None:
 
 
 def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress = no_progress) -> gemma4.Gemma4:
-    """The target in `folder`, evaluated. dtype: of everything not quantised; None keeps the file's.
+    """The target in `folder`, evaluated. dtype: of everything not quantised; None keeps the file's,
+    or where it has several that of most values.
 
     progress: told parts done and in all. Raises UserError for whatever is missing, left over, broken or of another
     shape.
@@ -237,6 +239,7 @@ def _assign(
         what, names = ("lacks", missing) if missing else ("has an unknown", extra)
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise UserError(f"{folder} {what} tensor {names[0]!r}{more}; is it a complete, converted Gemma 4 folder?")
+    dtype = dtype or _prevailing([tensors[file] for file, _ in wanted.values()])
     loaded = []
     for path, (file, value) in wanted.items():
         tensor = tensors[file]
@@ -258,6 +261,17 @@ def _check_float_types(folder: Path, types: dict[str, mx.Dtype]) -> None:
             f"{folder}: {first[mx.float16]} is of float16 but {first[mx.bfloat16]} of bfloat16; expected one "
             "of the two; download it again"
         )
+
+
+def _prevailing(tensors: list[mx.array]) -> mx.Dtype | None:
+    """The type that most of the floats have, where they have several, else None. A model computes in one type: beside
+    16-bit weights a norm of float32 would make float32 of every activation after it.
+    """
+    sizes: Counter[mx.Dtype] = Counter()
+    for tensor in tensors:
+        if mx.issubdtype(tensor.dtype, mx.floating):
+            sizes[tensor.dtype] += tensor.size
+    return sizes.most_common(1)[0][0] if len(sizes) > 1 else None
 
 
 def _cast(tensor: mx.array, like: mx.array, dtype: mx.Dtype | None) -> mx.array:

@@ -2,17 +2,20 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
 from benchmarks import claim, decode, folders, machine, prompts, records, report, series, workers
 from benchmarks.cases import Axes, Case, Ended, Job, first_difference, reference_of
+from benchmarks.systems import call, ours
 from benchmarks.systems.__main__ import answer
 from benchmarks.trace import Trace, primitives
 from benchmarks.workers import OURS, Failed, Gone, Setup
 from mlx_gemma_mtp import UserError, hub
 from mlx_gemma_mtp.hub import Pair
+from mlx_gemma_mtp.stats import Stats
 
 END = 1
 ABOUT = {
@@ -41,6 +44,23 @@ def test_each_primitive_is_counted_once_and_waits_are_those_that_wait():
         assert (trace.primitives, trace.syncs) == (2 + nodes, 2)
     mx.eval(mx.exp(a))
     assert trace.syncs == 2, "the functions are MLX's own again"
+
+
+def test_rounds_of_a_chosen_draft_length_are_counted_as_they_were(monkeypatch):
+    """Three rounds of one row, one of another, no two alike: counts by position are of those that verified so many."""
+    rounds = [[(3, 1), (1, 1), (0, 0)], [(2, 2)]]
+    results = []
+    for row in rounds:
+        stats = Stats(ttft_s=0.5)
+        for drafted, accepted in row:
+            stats.count_round(drafted, accepted)
+        results.append(SimpleNamespace(tokens=[5], stats=stats))
+    chunks = [SimpleNamespace(index=index, result=result) for index, result in enumerate(results)]
+    engine = SimpleNamespace(stream=lambda prompts, params, num_draft_tokens: iter(chunks))
+    monkeypatch.setattr(ours, "load", lambda **options: engine)
+    timing = ours.Ours("target", "drafter").measured(call.Request([[1], [2]], "auto", 8))
+    assert (timing.rounds, timing.passes, timing.drafted, timing.accepted) == (4, 3, 6, 4)
+    assert timing.offered == [3, 2, 1] and timing.kept == [3, 1, 0]
 
 
 # ---------------------------------------------------------------------------------- what runs, in which order

@@ -51,6 +51,5 @@ class Ours(MlxSystem):
             timing.rounds += stats.rounds
             timing.drafted += stats.drafted
             timing.accepted += stats.accepted
-            kept = [share * stats.rounds for share in stats.acceptance_by_position]
-            timing.add([stats.rounds] * len(kept), kept)
+            timing.add(stats.offered, stats.kept)  # rounds of a chosen draft length are not alike
         return timing

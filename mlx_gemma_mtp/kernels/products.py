@@ -82,7 +82,8 @@ def gather_reference(x: mx.array, weights: Weights, rows: mx.array, experts: mx.
 
 # products adds to sums[c][r] this lane's part of weight row rows[c] times row inputs[r] of x, for c < columns and
 # r < count; total is the sum over the lanes, valid in lane 0.
-# A run's products are one expression, as in gather_qmv: a compiler that fuses products into sums fuses the same ones.
+# A run's products are one expression, as in gather_qmv: a compiler that fuses products into sums within an expression
+# fuses the same ones. (Across statements it may choose: gcc's -ffp-contract=fast does, by the target's instructions.)
 AFFINE = """
 template <int BITS>
 inline float digit(uint32_t word, int i) {

@@ -1,7 +1,12 @@
 """Runs the Metal text of `mlx_gemma_mtp.kernels` on a CPU: what it computes, what it reads, what it does wrong.
 
-Needs g++ and x86-64. Compiled objects are kept by hash in a temporary folder. Small shapes; evaluates at once, so not
-inside mx.compile. What it cannot show: speed, registers, and whether Apple's compiler takes the text.
+Needs x86-64 and g++ or clang++. Compiled objects are kept by hash in a temporary folder. Small shapes; evaluates at
+once, so not inside mx.compile. What it cannot show: speed, registers, and whether Apple's compiler takes the text.
+
+Results do not depend on the compiler, nor on the machine: floats are computed as written, no product is fused into a
+sum, except where `fused` says which are. So any choice of the two below must pass all tests here:
+
+    MSL_CXX=clang++ MSL_MARCH=x86-64-v2 python -m pytest tests/msl
 """
 
 from __future__ import annotations
@@ -28,9 +33,12 @@ from mlx_gemma_mtp.kernels import Kernel
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(tempfile.gettempdir()) / f"msl_emulator_{os.getuid()}"
-FAST = ("-Og", "-march=native", "-ffp-contract=off")
-CONTRACTED = ("-O2", "-march=native", "-ffp-contract=fast")  # products are fused into sums
-SANITIZED = ("-Og", "-march=native", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+COMPILER = os.environ.get("MSL_CXX") or ("g++" if shutil.which("g++") else "clang++")
+MARCH = f"-march={os.environ.get('MSL_MARCH', 'native')}"
+FAST = ("-Og", MARCH, "-ffp-contract=off")
+AT_WILL = ("-O2", MARCH, "-ffp-contract=fast")  # the compiler fuses what it likes, across statements, too
+SANITIZED = (*FAST, "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+HEADERS = ("msl_emu.h", "msl_fused.h", "msl_driver.h")
 CLANG = shutil.which("clang++")
 ORDERS = (0, 1, 2)  # forward, reverse, shuffled
 
@@ -56,18 +64,20 @@ def missing() -> str | None:
     """Why the emulator cannot run here, or None."""
     if platform.machine() != "x86_64":
         return f"the emulator switches fibers on x86-64 only, not on {platform.machine()}"
-    return None if shutil.which("g++") else "the emulator needs g++"
+    return None if shutil.which(COMPILER) else f"the emulator needs g++ or clang++; there is no {COMPILER}"
 
 
 @dataclass
 class Emulator:
-    """Stands in for MLX's kernel objects. order: of threads and threadgroups; counting: fills `reads`.
+    """Stands in for MLX's kernel objects. order: of threads and threadgroups; counting: fills `reads`; fused: products
+    are fused into sums within an expression (msl_fused.h), in kernels of float32.
 
     reads: by kernel, then by input, of the latest launch.
     """
 
     order: int = 0
     counting: bool = False
+    fused: bool = False
     flags: tuple[str, ...] = FAST
     reads: dict[str, dict[str, Reads]] = field(default_factory=dict)
 
@@ -80,7 +90,7 @@ class Emulator:
             inputs = [mx.contiguous(x if isinstance(x, mx.array) else mx.array(x)) for x in inputs]
             mx.eval(inputs)
             sign = signature(kernel, inputs, output_dtypes, list(template))
-            text = emulated(kernel, sign, self.counting)
+            text = emulated(kernel, sign, self.counting, self.fused)
             outputs = list(zip(output_shapes, output_dtypes, strict=True))
             return self._run(kernel, text, sign, inputs, outputs, grid, threadgroup)
 
@@ -179,13 +189,13 @@ def _library(text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 def _compiled(text: str, flags: tuple[str, ...]) -> Path:
     """The shared object of a file, from the cache or compiled now against a precompiled header."""
-    folder = CACHE / _digest(*flags, *((HERE / name).read_text() for name in ("msl_emu.h", "msl_driver.h")))
+    folder = CACHE / _digest(*flags, COMPILER, *((HERE / name).read_text() for name in HEADERS))
     path = folder / f"{_digest(text)}.so"
     if not path.exists():
         _headers(folder, flags)
         source = path.with_suffix(f".{os.getpid()}.cpp")
         source.write_text(text)
-        done = _gcc(source, path, ["-shared", "-I", str(folder), *flags])
+        done = _compile(source, path, ["-shared", "-include", str(folder / "msl_emu.h"), "-I", str(folder), *flags])
         source.unlink()
         if done.returncode:
             raise KernelFault("does not compile:\n" + done.stderr[:4000])
@@ -195,19 +205,19 @@ def _compiled(text: str, flags: tuple[str, ...]) -> Path:
 def _headers(folder: Path, flags: tuple[str, ...]) -> None:
     """The headers beside the objects, msl_emu.h precompiled too: it is half of a kernel's compile time."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("msl_emu.h", "msl_driver.h"):
+    for name in HEADERS:
         if not (folder / name).exists():
             temporary = folder / f"{name}.{os.getpid()}"
             shutil.copy(HERE / name, temporary)
             os.replace(temporary, folder / name)
     if not (folder / "msl_emu.h.gch").exists():
-        _gcc(folder / "msl_emu.h", folder / "msl_emu.h.gch", ["-x", "c++-header", *flags])
+        _compile(folder / "msl_emu.h", folder / "msl_emu.h.gch", ["-x", "c++-header", *flags])
 
 
-def _gcc(source: Path, path: Path, flags: list[str]) -> subprocess.CompletedProcess:
+def _compile(source: Path, path: Path, flags: list[str]) -> subprocess.CompletedProcess:
     """Compiles beside, then renames: several processes may want the same object."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    fixed = ["g++", "-std=gnu++14", "-fPIC", "-fvisibility=hidden", "-w"]
+    fixed = [COMPILER, "-std=gnu++14", "-fPIC", "-fvisibility=hidden", "-w"]
     done = subprocess.run([*fixed, *flags, str(source), "-o", str(temporary)], capture_output=True, text=True)
     if not done.returncode:
         os.replace(temporary, path)

@@ -234,8 +234,22 @@ inline uint16_t f2bf(float f) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 inline float bf2f(uint16_t b) { uint32_t u = uint32_t(b) << 16; float f; memcpy(&f, &u, 4); return f; }
-inline uint16_t f2h(float f) { _Float16 h = (_Float16)f; uint16_t b; memcpy(&b, &h, 2); return b; }
-inline float h2f(uint16_t b) { _Float16 h; memcpy(&h, &b, 2); return (float)h; }
+// In integers: not every compiler has _Float16. To the nearest, ties to even.
+inline uint16_t f2h(float f) {
+  uint32_t u; memcpy(&u, &f, 4);
+  uint32_t sign = u >> 16 & 0x8000, size = u & 0x7fffffff;
+  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);                                // NaN
+  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);                               // 65520 and above
+  if (size >= 0x38800000) return uint16_t(sign | ((size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13));
+  float shifted; memcpy(&shifted, &size, 4); shifted += 0.5f;                           // subnormal: in steps of 2^-24
+  memcpy(&u, &shifted, 4);
+  return uint16_t(sign | (u - 0x3f000000));
+}
+inline float h2f(uint16_t b) {
+  uint32_t sign = uint32_t(b & 0x8000) << 16, power = b >> 10 & 31, digits = b & 0x3ff;
+  if (power == 0) { float f = float(digits) * (1.0f / (1 << 24)); return sign ? -f : f; }
+  uint32_t u = sign | (power == 31 ? 0x7f800000 : (power + 112) << 23) | digits << 13; float f; memcpy(&f, &u, 4); return f;
+}
 }
 #define EMU_EXPLICIT_half
 #define EMU_EXPLICIT_bfloat explicit   // MSL: no implicit conversion to bfloat

@@ -103,8 +103,10 @@ def function(kernel: Kernel, sign: Signature, rewrite) -> str:
     )
 
 
-def emulated(kernel: Kernel, sign: Signature, counting: bool) -> str:
-    """The whole C++ file: kernel and driver. Counting: reads of device memory go through emu::counted."""
+def emulated(kernel: Kernel, sign: Signature, counting: bool, fused: bool = False) -> str:
+    """The whole C++ file: kernel and driver. counting: reads of device memory go through emu::counted; fused: products
+    go into sums, see msl_fused.h.
+    """
     name = f"custom_kernel_{kernel.name}" + (f"<{sign.arguments}>" if sign.template else "")
     text = function(kernel, sign, _allocated) + f"#define EMU_CALL {name}({', '.join(sign.values)});\n"
     if counting:
@@ -112,7 +114,8 @@ def emulated(kernel: Kernel, sign: Signature, counting: bool) -> str:
             r"\(const device (\w+)\*\)buf\[(\d+)\]", r"emu::counted<\1>((const \1*)buf[\2], L.tally + \2)", text
         )
         text = DEVICE_READ.sub(r"emu::counted<\1>", text)
-    return f'#include "msl_emu.h"\n{text}#include "msl_driver.h"\n'
+    headers = '#include "msl_emu.h"\n' + '#include "msl_fused.h"\n' * fused
+    return f'{headers}{text}#include "msl_driver.h"\n'
 
 
 def checked(kernel: Kernel, sign: Signature) -> str:

@@ -79,6 +79,39 @@ def test_bfloat_needs_an_explicit_cast():
     assert run(INDEX + "out[i] = static_cast<bfloat16_t>(a[i] * 2.0f);", dtype=mx.bfloat16)[3] == 6
 
 
+def test_halves_are_rounded_to_nearest():
+    """All 63,488 that are numbers come back, and so does what numpy makes of floats between, above and below them."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    with np.errstate(over="ignore"):
+        between = np.concatenate([halves, np.nextafter(halves, np.float16(np.inf))]).astype(np.float32)
+        between = np.concatenate([between, (between[1:] + between[:-1]) / 2, [65519.9, 65520.0, 2.0**-25, 3e-8, 7e-46]])
+    floats = between.astype(np.float32)[np.isfinite(between)]
+    floats = np.concatenate([floats, np.nextafter(floats, np.float32(0))])
+    with np.errstate(over="ignore"):
+        theirs = floats.astype(np.float16)
+    n = floats.size
+    source = INDEX + "out[i] = static_cast<float16_t>(a[i]);"
+    ours = np.array(run(source, n, inputs=[mx.array(floats)], out=(n,), dtype=mx.float16))
+    assert np.array_equal(ours.view(np.uint16), theirs.view(np.uint16))
+    finite = mx.array(halves)
+    back = run(INDEX + "out[i] = static_cast<float>(a[i]);", halves.size, inputs=[finite], out=(halves.size,))
+    assert np.array_equal(np.array(back), halves.astype(np.float32))
+
+
+def test_a_product_is_fused_into_a_sum_only_where_that_is_asked_for():
+    """(1 + e)(1 - e) - 1 is -e^2, and 0 once the product is rounded; across statements nothing is fused."""
+    e = 2.0**-13
+    inputs, names = [mx.full((64,), 1 + e), mx.full((64,), 1 - e)], ("a", "b")
+    for fused in (False, True):
+        emulator = Emulator(fused=fused)
+        ask = lambda source: run(INDEX + source, inputs=inputs, names=names, emulator=emulator)[5].item()  # noqa: B023, E731
+        assert ask("out[i] = a[i] * b[i] - 1.0f;") == (-e * e if fused else 0)
+        assert ask("float s = -1.0f; s += a[i] * b[i]; out[i] = s;") == (-e * e if fused else 0)
+        assert ask("out[i] = a[i] * b[i] + -1.0f * 1.0f;") == (-e * e if fused else 0)  # the left one
+        assert ask("float p = a[i] * b[i]; out[i] = p - 1.0f;") == 0
+
+
 def test_shuffles_and_partial_groups():
     out = run(INDEX + "out[i] = simd_shuffle_xor(a[i], 1) + 100.0f * simd_broadcast(a[i], 3);")
     assert np.array_equal(np.array(out), [(i ^ 1) + 100 * (i // 32 * 32 + 3) for i in range(64)])
