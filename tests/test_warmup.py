@@ -1,11 +1,14 @@
 """Where compiled kernels are kept, and what is made ready before it is needed."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_gemma_mtp import hub, warmup, weights
@@ -68,6 +71,7 @@ def test_what_one_row_does_not_need_is_not_made(monkeypatch):
             pass
 
     monkeypatch.setattr(warmup, "Bench", Bench)
+    monkeypatch.setattr(warmup, "_preamble_compiled", nullcontext)
     monkeypatch.setattr(warmup, "_done", set())
     target = weights.open_target(hub.DEMO / "target")
     for most, expected in ((1, [1]), (1, []), (8, [2]), (8, [])):
@@ -106,3 +110,26 @@ def test_processes_that_start_together_compile_in_turn(cache, monkeypatch):
         pass
     assert other.communicate("\n", timeout=60)[0] == "out\n" and warmup._locked(folder)
     os.close(folder)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ here")
+def test_g_plus_plus_takes_the_compiled_header(cache, monkeypatch):
+    """`g++ -H` marks a compiled header that it takes with an exclamation mark."""
+    monkeypatch.setenv("TMPDIR", str(cache.parent))
+    include, folder = Path(mx.__file__).parent / "include", warmup.kernel_folder()
+    if not (include / warmup.PREAMBLE).is_file() or "clang" in subprocess.getoutput("g++ --version"):
+        pytest.skip("another MLX, or another compiler")
+    with warmup._preamble_compiled():
+        (folder / "x.cpp").write_text(f'#include "{warmup.PREAMBLE}"\n')
+        argv = ["g++", *warmup.FLAGS, "-shared", "-I", include, "-H", folder / "x.cpp", "-o", folder / "libx.so"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        assert f"! {folder / warmup.PREAMBLE}.gch" in done.stderr
+    assert sorted(file.name for file in folder.iterdir()) == ["libx.so", "x.cpp"]
+
+
+def test_a_header_that_cannot_be_compiled_stops_nothing(cache, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(cache.parent))
+    monkeypatch.setattr(warmup, "FLAGS", ("-no-such-flag",))
+    with warmup._preamble_compiled():
+        assert not list(warmup.kernel_folder().rglob("*.gch"))
+    assert list(warmup.kernel_folder().iterdir()) == []
