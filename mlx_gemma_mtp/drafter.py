@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -129,7 +129,8 @@ class Drafting:
     accept: str = COUPLED
 
     def __post_init__(self) -> None:
-        if isinstance(self.position, bool) or self.position not in (0, -1):
+        whole = isinstance(self.position, Integral) and not isinstance(self.position, bool)
+        if not whole or self.position not in (0, -1):
             raise UserError(f"draft_position is {self.position!r}, expected 0 (as in transformers) or -1 (as in vLLM)")
         if not (isinstance(self.temperature, Real) and 0 < self.temperature < math.inf):
             raise UserError(
@@ -141,6 +142,11 @@ class Drafting:
     @property
     def rejection(self) -> bool:
         return self.accept == REJECTION
+
+    @property
+    def lookback(self) -> int:
+        """What the cache has to keep for it, see Cache."""
+        return -self.position
 
 
 DEFAULT_DRAFTING = Drafting()

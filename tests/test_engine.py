@@ -8,7 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp import SamplingParams, UserError, load, scheduler
+from mlx_gemma_mtp.depth import Fixed
+from mlx_gemma_mtp.drafter import Drafting
 from mlx_gemma_mtp.engine import Engine
 
 PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
@@ -74,6 +76,45 @@ def test_logprobs_are_those_of_plain_decoding(engine, temperature):
             assert (a.token, a.logprob) == a.top[0] or temperature
     pieces = [chunk.logprobs for chunk in engine.stream(PROMPTS[0], params)]
     assert [each.token for piece in pieces for each in piece] == drafted[0].tokens
+
+
+@pytest.mark.parametrize("position", [1, -2, 7, True, -1.0, "0", None])
+def test_an_unknown_draft_position_is_named(position):
+    with pytest.raises(UserError, match=r"draft_position is .*, expected 0 .* or -1 .*"):
+        load(draft_position=position)
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_either_draft_position_gives_the_same_text(engine, position):
+    own = Engine(engine.target, engine.drafter, engine.text, engine.defaults, drafting=Drafting(position=position))
+    plain = engine.generate(PROMPTS[:3], GREEDY, num_draft_tokens=0)
+    assert [r.tokens for r in own.generate(PROMPTS[:3], GREEDY)] == [r.tokens for r in plain]
+
+
+def test_nobody_waits_for_what_is_cancelled(engine, monkeypatch):
+    """A batch that is cancelled before it begins makes no cache and runs no pass."""
+    made = []
+    monkeypatch.setattr(scheduler, "Cache", lambda *args, **kwargs: made.append(args))
+    monkeypatch.setattr(scheduler, "prefill", lambda *args: made.append(args))
+    cancel = threading.Event()
+    cancel.set()
+    request = engine._request(0, engine.text.encode(PROMPTS[0]), GREEDY, 4)
+    batch = scheduler.Batch(engine.target, engine.drafter, [request], Fixed(4), 256)
+    [chunk] = batch.run(cancel, lambda done, total: made.append(done))
+    assert chunk.result.finish_reason == "cancelled" and made == []
+
+
+def test_metal_gives_buffers_back(engine, monkeypatch):
+    """After the prefill, and then each CLEAR_EVERY rounds; never on a CPU, where there is nothing to give back."""
+    cleared = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    monkeypatch.setattr(scheduler, "CLEAR_EVERY", 10)
+    engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0)
+    assert mx.metal.is_available() or not cleared
+    cleared.clear()
+    monkeypatch.setattr(scheduler, "metal_available", lambda: True)
+    engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0)  # of 39 rounds
+    assert len(cleared) == 4
 
 
 def test_an_unknown_rule_of_acceptance_is_named():
