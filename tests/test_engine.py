@@ -117,6 +117,21 @@ def test_metal_gives_buffers_back(engine, monkeypatch):
     assert len(cleared) == 4
 
 
+def test_each_row_gets_the_report_that_it_asked_for(engine):
+    every = [replace(GREEDY, logprobs=n, max_tokens=6) for n in (0, 2, 5)]
+    results = engine.generate(PROMPTS[:3], every)
+    assert [{len(each.top) for each in result.logprobs} for result in results] == [{0}, {2}, {5}]
+
+
+def test_what_comes_after_the_end_in_a_round_does_not_count(engine):
+    """An end token and the last token of the limit, amid what a round emitted."""
+    for params, taken, reason in ((SamplingParams(max_tokens=9), [40, 41], "stop"), (GREEDY, [40, 41, 1], "length")):
+        request = engine._request(0, [2, 5], params, 4)
+        request.limit = 3 if reason == "length" else 9
+        chunk = request.take([40, 41, 1, 42, 43], 4)
+        assert (chunk.tokens, chunk.result.finish_reason, request.stats.accepted) == (taken, reason, 2)
+
+
 def test_an_unknown_rule_of_acceptance_is_named():
     with pytest.raises(UserError, match="accept is 'typical', expected one of coupled, rejection"):
         load(accept="typical")

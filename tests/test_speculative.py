@@ -298,3 +298,19 @@ def test_the_bound_of_the_lengths_follows_the_tokens(moe):
     loop.retain([2, 1], Rules.of([tiny.GREEDY] * 2, tiny.VOCAB))
     loop.step(2)
     assert cache.most[:2] == cache.lengths.tolist()[:2] == [len(batch[2]) + 31, len(batch[1]) + 31]
+
+
+def test_a_verify_that_was_only_built_leaves_no_trace(moe):
+    """Rows leave, or the verify narrows, before it is dispatched: the cache has the buffers that it had before."""
+    cache = Cache(moe.config.kv, 2, 48, 16, mx.float32)
+    rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
+    loop = Speculation(moe, tiny.drafter(moe), cache, rules, prefill(moe, cache, slice(0, 2), tiny.prompts(2)))
+    held = cache.buffers
+    loop.start(3)
+    assert not any(now is old for now, old in zip(cache.buffers[0], held[0], strict=True))  # of the next verify
+    loop.retain([0, 1], rules)
+    assert all(
+        now is old
+        for new, before in zip(cache.buffers, held, strict=True)
+        for now, old in zip(new, before, strict=True)
+    )
