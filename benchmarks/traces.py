@@ -33,7 +33,9 @@ def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tu
     head = engine.text.encode(prompt, chat_template=chat)
     result = engine.generate(head, params, num_draft_tokens=0)
     text = [*head, *result.tokens]
-    cache = Cache(target.config.kv, 1, len(text) + MAX_DRAFTS, len(text), target.dtype)
+    cache = Cache(
+        target.config.kv, 1, len(text) + MAX_DRAFTS, len(text), target.dtype, lookback=engine.drafting.lookback
+    )
     hidden = target(mx.array([text]), cache.span(ROW, len(text)))
     rules = Rules.of([params.resolved(engine.defaults)], target.config.vocab_size, engine.defaults.suppress_token_ids)
     accepted, confidences = [], []

@@ -89,7 +89,8 @@ class Cache:
     """K/V of all rows. `specs` has one entry for each KV-owning layer.
 
     rows: how many sequences; capacity: tokens that the full layers hold (rounded up to 256; they grow as `span` needs);
-    block: the longest write, which with the window sets the size of the rings.
+    block: the longest write, which with the window sets the size of the rings; lookback: how far before the newest
+    token's index a drafter's query may sit, whose window begins so much earlier.
     lengths: [rows] tokens committed; most: what the host knows of them, a bound for each row.
     """
 
@@ -101,14 +102,16 @@ class Cache:
         block: int,
         dtype: mx.Dtype,
         ring_slots: int | None = None,
+        lookback: int = 0,
     ):
-        self.block = block
+        self.block, self.lookback = block, lookback
         self.lengths = mx.zeros((rows,), mx.int32)
         self.most = [0] * rows
         self.layers = []
         for spec in specs:
-            ring = spec.window and (ring_slots or spec.window + block - 1)
-            assert not spec.window or ring >= spec.window + block - 1, "ring law: slots >= window + block - 1"
+            least = spec.window and spec.window + block - 1 + lookback
+            ring = ring_slots or least if spec.window else None
+            assert not spec.window or ring >= least, "ring law: slots >= window + block - 1 + lookback"
             self.layers.append(LayerKV(spec, rows, ring or _round_up(capacity), dtype))
 
     @property
@@ -191,6 +194,7 @@ class Span:
     def __init__(
         self, cache: Cache, rows: slice, tokens: int, query_offset: int = 0, counts: Sequence[int] | None = None
     ):
+        assert -cache.lookback <= query_offset <= 0, "the rings hold the window of no query before that"
         self.cache, self.rows, self.tokens = cache, rows, tokens
         self.used = cache.longest(rows) + tokens  # no query sees a slot from here on
         self.once, self.own, self.places, self._real = counts is not None, None, None, None

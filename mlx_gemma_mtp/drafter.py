@@ -144,6 +144,11 @@ class Drafting:
     def rejection(self) -> bool:
         return self.accept == REJECTION
 
+    @property
+    def lookback(self) -> int:
+        """What the cache has to keep for it, see Cache."""
+        return -self.position
+
 
 DEFAULT_DRAFTING = Drafting()
 

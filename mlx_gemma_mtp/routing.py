@@ -124,7 +124,9 @@ def _begin(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPar
     """Prefills, as scheduler.Batch does; with no drafts the drafter stays out."""
     target, longest = engine.target, max(map(len, prompts))
     block = max(num_draft + 1, min(engine.prefill_chunk, longest))
-    cache = Cache(target.config.kv, len(prompts), longest + block, block, target.dtype)
+    cache = Cache(
+        target.config.kv, len(prompts), longest + block, block, target.dtype, lookback=engine.drafting.lookback
+    )
     hidden = prefill(target, cache, slice(0, len(prompts)), prompts)
     rules = _rules(engine, params, len(prompts))
     drafter = engine.drafter if num_draft else None

@@ -21,12 +21,12 @@ from .penalties import Penalties, Said
 class Rules:
     """The resolved settings of all rows of a batch, as arrays.
 
-    temperature, top_k, rest, min_p: [B, 1, 1], rest what top-p leaves out of the probability, -1 where it is off; keys:
-    uint32 [B, 2]; greedy: bool [B, 1]; suppressed: [V] with -inf at tokens that no row may say; bias: [B, 1, V];
-    penalties, bias, suppressed: None where there are none; reordered: bool [B, 1], rows whose order of logits they
-    change, None where there is no such row. candidates: how many of the best tokens any row may need (0: none is
-    filtered, -1: all, sorted). logprobs: how many likeliest tokens to report, None
-    where no row wants a report; vocab: V.
+    temperature, top_k, rest, min_p: [B, 1, 1], rest what top-p leaves out of the probability, -1 where it is off;
+    keys: uint32 [B, 2]; greedy: bool [B, 1]; suppressed: [V] with -inf at tokens that no row may say; bias: [B, 1,
+    V]; penalties, bias, suppressed: None where there are none; reordered: bool [B, 1], rows whose order of logits
+    they change, None where there is no such row. candidates: how many of the best tokens any row may need (0: none
+    is filtered, -1: all, sorted). logprobs: how many likeliest tokens to report, None where no row wants a report;
+    vocab: V.
     """
 
     temperature: mx.array

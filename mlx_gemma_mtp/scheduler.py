@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from .drafter import DEFAULT_DRAFTING, Drafter, Drafting
 from .errors import in_a_line
 from .gemma4 import Gemma4
 from .guide import Constraint, guide
+from .kernels import metal_available
 from .params import SamplingParams
 from .penalties import Said
 from .sampling import Rules
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from .text import TextStream
 
 
+# Rounds from one time to the next that MLX gives its unused buffers back on Metal, the prefill's at first: prompts come
+# in ever new sizes and full layers grow, so that else they pile up to its limit.
+CLEAR_EVERY = 256
 PROMPT_CALLER = 0.05  # of a round: a caller that takes longer with a chunk spoils the round's time
 
 
@@ -166,8 +171,7 @@ class Batch:
         self.depth, self.drafting = depth, drafting
         self._loop: Speculation | None = None  # from the prefill's end on
         self.longest = max(len(request.prompt) for request in requests)
-        block = max(depth.most + 1, min(prefill_chunk, self.longest))
-        self.cache = Cache(target.config.kv, len(requests), self.longest + block, block, target.dtype)
+        self.block = max(depth.most + 1, min(prefill_chunk, self.longest))
 
     def run(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
         """Yields pieces of text as they are made, until every request is finished or `cancel` is set."""
@@ -183,7 +187,7 @@ class Batch:
     def _rounds(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
         loop = self._loop = self._prefill(cancel, progress)
         emitted = loop.start(self.depth.draft(*self._rows(2)))
-        while self.live:
+        for rounds in count():
             chunks = self._take(emitted, loop, cancel.is_set())
             if not self.live:
                 yield from chunks
@@ -191,6 +195,8 @@ class Batch:
             launched = time.perf_counter()
             width = self.depth.verify(*self._rows(1), loop.confidences, loop.waiting)
             loop.launch(width)  # works while the caller reads
+            if metal_available() and rounds % CLEAR_EVERY == 0:
+                mx.clear_cache()
             yielded = time.perf_counter()
             yield from chunks
             away = time.perf_counter() - yielded
@@ -205,22 +211,26 @@ class Batch:
                 raise Cancelled
             progress(min(done, self.longest), self.longest)
 
-        prompts = [request.prompt for request in self.requests]
-        hidden = prefill(self.target, self.cache, slice(0, len(prompts)), prompts, told)
+        if cancel.is_set():  # nobody waits for the first chunk either
+            raise Cancelled
+        prompts, target = [request.prompt for request in self.requests], self.target
+        shape = (len(prompts), self.longest + self.block, self.block)
+        cache = Cache(target.config.kv, *shape, target.dtype, lookback=self.drafting.lookback)
+        hidden = prefill(target, cache, slice(0, len(prompts)), prompts, told)
         self.prefilled = time.perf_counter()
         for request in self.requests:
             request.stats.prompt_tps = len(request.prompt) / (self.prefilled - self.began)
         rules = self._rules()
-        said = Said.of(prompts, self.target.config.vocab_size) if rules.penalties else None
+        said = Said.of(prompts, target.config.vocab_size) if rules.penalties else None
         return Speculation(
-            self.target,
+            target,
             self.drafter,
-            self.cache,
+            cache,
             rules,
             hidden,
             self.drafting,
             said,
-            guide([request.constraint for request in self.requests], self.target.config.vocab_size),
+            guide([request.constraint for request in self.requests], target.config.vocab_size),
             self.depth.confident,
         )
 

@@ -180,3 +180,27 @@ def test_a_row_that_moves_copies_no_buffer():
         assert np.array(layer.keys[:, 0, -1, 0]).tolist() == [7, 6, 5, 3, 4, 5, 6, 7]
         assert np.array(layer.values[:, 1, 0, 0]).tolist() == [-7, -6, -5, -3, -4, -5, -6, -7]
     assert cache.lengths.tolist() == cache.most == [7, 6, 5, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 8])
+@pytest.mark.parametrize("lookback", [0, 1])
+def test_a_query_that_looks_back_sees_its_own_window(window, lookback):
+    """After ragged writes with padding: of each row the last `window` committed keys up to the query, and none else."""
+    for seed in range(4):
+        cache = Cache([KVSpec(1, 4, window)], ROWS, 1, 5, mx.float32, lookback=lookback)
+        committed: list[list[int]] = [[] for _ in range(ROWS)]
+        for i, (tokens, commits) in enumerate(ragged_schedule(seed, 8)):
+            stamps = 1 + 100 * i + np.arange(ROWS * tokens).reshape(ROWS, tokens)
+            kv = mx.array(np.broadcast_to(stamps[:, None, :, None], (ROWS, 1, tokens, 4)).astype(np.float32))
+            cache.span(slice(0, ROWS), tokens).write(0, kv, kv)
+            cache.commit(slice(0, ROWS), mx.array(commits), [tokens] * ROWS)
+            committed = [[*past, *new[:n].tolist()] for past, new, n in zip(committed, stamps, commits, strict=True)]
+            span, kv = Span(cache, slice(0, ROWS), 0, -lookback), cache.layers[0]
+            seen = np.array(visible(span.lengths, 0, span.positions, kv.slots, window))[:, 0, 0]
+            for row, past in enumerate(committed):
+                # The query sits at the newest token's index less `lookback`; that token is not in the cache yet.
+                first = len(past) - lookback - window + 1
+                want = past[max(first, 0) :] if first < len(past) else []
+                assert sorted(np.array(kv.keys)[row, 0, seen[row], 0].tolist()) == sorted(want), (seed, i, row)
+    with pytest.raises(AssertionError, match="window of no query"):
+        Span(cache, slice(0, ROWS), 0, -lookback - 1)

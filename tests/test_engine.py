@@ -8,7 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp import SamplingParams, UserError, load, scheduler
+from mlx_gemma_mtp.depth import Fixed
+from mlx_gemma_mtp.drafter import Drafting
 from mlx_gemma_mtp.engine import Engine
 
 PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
@@ -74,6 +76,60 @@ def test_logprobs_are_those_of_plain_decoding(engine, temperature):
             assert (a.token, a.logprob) == a.top[0] or temperature
     pieces = [chunk.logprobs for chunk in engine.stream(PROMPTS[0], params)]
     assert [each.token for piece in pieces for each in piece] == drafted[0].tokens
+
+
+@pytest.mark.parametrize("position", [1, -2, 7, True, -1.0, "0", None])
+def test_an_unknown_draft_position_is_named(position):
+    with pytest.raises(UserError, match=r"draft_position is .*, expected 0 .* or -1 .*"):
+        load(draft_position=position)
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_either_draft_position_gives_the_same_text(engine, position):
+    own = Engine(engine.target, engine.drafter, engine.text, engine.defaults, drafting=Drafting(position=position))
+    plain = engine.generate(PROMPTS[:3], GREEDY, num_draft_tokens=0)
+    assert [r.tokens for r in own.generate(PROMPTS[:3], GREEDY)] == [r.tokens for r in plain]
+
+
+def test_nobody_waits_for_what_is_cancelled(engine, monkeypatch):
+    """A batch that is cancelled before it begins makes no cache and runs no pass."""
+    made = []
+    monkeypatch.setattr(scheduler, "Cache", lambda *args, **kwargs: made.append(args))
+    monkeypatch.setattr(scheduler, "prefill", lambda *args: made.append(args))
+    cancel = threading.Event()
+    cancel.set()
+    request = engine._request(0, engine.text.encode(PROMPTS[0]), GREEDY, 4)
+    batch = scheduler.Batch(engine.target, engine.drafter, [request], Fixed(4), 256)
+    [chunk] = batch.run(cancel, lambda done, total: made.append(done))
+    assert chunk.result.finish_reason == "cancelled" and made == []
+
+
+def test_metal_gives_buffers_back(engine, monkeypatch):
+    """After the prefill, and then each CLEAR_EVERY rounds; never on a CPU, where there is nothing to give back."""
+    cleared = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    monkeypatch.setattr(scheduler, "CLEAR_EVERY", 10)
+    engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0)
+    assert mx.metal.is_available() or not cleared
+    cleared.clear()
+    monkeypatch.setattr(scheduler, "metal_available", lambda: True)
+    engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0)  # of 39 rounds
+    assert len(cleared) == 4
+
+
+def test_each_row_gets_the_report_that_it_asked_for(engine):
+    every = [replace(GREEDY, logprobs=n, max_tokens=6) for n in (0, 2, 5)]
+    results = engine.generate(PROMPTS[:3], every)
+    assert [{len(each.top) for each in result.logprobs} for result in results] == [{0}, {2}, {5}]
+
+
+def test_what_comes_after_the_end_in_a_round_does_not_count(engine):
+    """An end token and the last token of the limit, amid what a round emitted."""
+    for params, taken, reason in ((SamplingParams(max_tokens=9), [40, 41], "stop"), (GREEDY, [40, 41, 1], "length")):
+        request = engine._request(0, [2, 5], params, 4)
+        request.limit = 3 if reason == "length" else 9
+        chunk = request.take([40, 41, 1, 42, 43], 4)
+        assert (chunk.tokens, chunk.result.finish_reason, request.stats.accepted) == (taken, reason, 2)
 
 
 def test_an_unknown_rule_of_acceptance_is_named():

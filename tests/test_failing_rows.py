@@ -18,6 +18,8 @@ from test_guide import Stairs
 from convert.cli import main as convert
 from mlx_gemma_mtp import SamplingParams, load, verify
 from mlx_gemma_mtp.cache import Cache
+from mlx_gemma_mtp.calibration import Costs
+from mlx_gemma_mtp.costs import UNKNOWN
 from mlx_gemma_mtp.drafter import Drafting
 from mlx_gemma_mtp.engine import Engine
 from mlx_gemma_mtp.guide import guide
@@ -286,13 +288,15 @@ def ended(model, drafter, batch, num_draft: int, count: int) -> tuple[list[list[
 
 
 @pytest.mark.parametrize("accept", ACCEPT)
-def test_a_drafter_with_a_nan_changes_no_text(engine, accept):
-    """Its drafts are worthless, and that is all."""
+@pytest.mark.parametrize("drafts", [4, "auto"])
+def test_a_drafter_with_a_nan_changes_no_text(engine, accept, drafts, monkeypatch):
+    """Its drafts are worthless, and that is all; also to who chooses their number by its confidences."""
+    monkeypatch.setattr(Costs, "table", lambda *args: UNKNOWN)
     drafter = copy.deepcopy(engine.drafter)
     broken = Engine(engine.target, drafter, engine.text, engine.defaults, drafting=Drafting(accept=accept))
     drafter.norm.weight = drafter.norm.weight * mx.nan
     for params in (FREE, replace(FREE, temperature=1.0, seed=2)):
-        results = broken.generate(PROMPTS, params)
+        results = broken.generate(PROMPTS, params, num_draft_tokens=drafts)
         assert all(result.finish_reason == "length" and result.error is None for result in results)
         if accept != REJECTION or not params.temperature:
             plain = engine.generate(PROMPTS, params, num_draft_tokens=0)

@@ -159,7 +159,7 @@ def test_the_draft_position_is_a_setting(moe):
     batch, drafter = tiny.prompts(2), tiny.drafter(moe)
     emitted, drafts = [], []
     for position in (0, -1):
-        cache = Cache(moe.config.kv, 2, 64, 16, mx.float32)
+        cache = Cache(moe.config.kv, 2, 64, 16, mx.float32, lookback=-position)
         rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
         loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 2), batch), Drafting(position))
         rows = loop.start(3).tokens
@@ -279,3 +279,38 @@ def test_a_long_cache_is_written_in_place_after_rows_left(rows):
         loop.step(3)
     movers = sum(place != row for place, row in enumerate(rows))
     assert mx.get_peak_memory() - before < movers * one_row + scores < 4 * one_row
+
+
+def test_the_bound_of_the_lengths_follows_the_tokens(moe):
+    """After each readback the host knows the lengths exactly, so that capacities grow by tokens and not by drafts."""
+    batch = tiny.prompts(3)
+    wrong = tiny.OracleDrafter(mx.zeros((3, 200), mx.int32), mx.zeros((3, 200), mx.bool_))
+    cache = Cache(moe.config.kv, 3, 48, 16, mx.float32)
+    loop = Speculation(
+        moe, wrong, cache, Rules.of([tiny.GREEDY] * 3, tiny.VOCAB), prefill(moe, cache, slice(0, 3), batch)
+    )
+    loop.start(7)
+    for done in range(30):
+        assert cache.most == cache.lengths.tolist() == [len(prompt) + done for prompt in batch]
+        loop.step(7)
+    slots = [layer.slots for layer in cache.layers if layer.spec.window is None]
+    assert slots == [256] * len(slots)  # the longest row has 47 tokens, and would have 257 if every draft counted
+    loop.retain([2, 1], Rules.of([tiny.GREEDY] * 2, tiny.VOCAB))
+    loop.step(2)
+    assert cache.most[:2] == cache.lengths.tolist()[:2] == [len(batch[2]) + 31, len(batch[1]) + 31]
+
+
+def test_a_verify_that_was_only_built_leaves_no_trace(moe):
+    """Rows leave, or the verify narrows, before it is dispatched: the cache has the buffers that it had before."""
+    cache = Cache(moe.config.kv, 2, 48, 16, mx.float32)
+    rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
+    loop = Speculation(moe, tiny.drafter(moe), cache, rules, prefill(moe, cache, slice(0, 2), tiny.prompts(2)))
+    held = cache.buffers
+    loop.start(3)
+    assert not any(now is old for now, old in zip(cache.buffers[0], held[0], strict=True))  # of the next verify
+    loop.retain([0, 1], rules)
+    assert all(
+        now is old
+        for new, before in zip(cache.buffers, held, strict=True)
+        for now, old in zip(new, before, strict=True)
+    )
