@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from . import blas
+from .choice import break_even
 from .cli import Bar, Parser, check_plot, command, note, written
 from .costs import MAX_DRAFTS, ROWS, CostTable
-from .depth import break_even
 from .errors import UserError
 
 

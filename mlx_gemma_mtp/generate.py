@@ -78,6 +78,11 @@ def parser() -> argparse.ArgumentParser:
         help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
     )
     p.add_argument(
+        "--frozen-costs",
+        action="store_true",
+        help="take the measured costs as they are: equal calls, equal draft lengths",
+    )
+    p.add_argument(
         "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
     )
     p.add_argument(
@@ -223,6 +228,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
         max_rows=args.max_rows,
         draft_temperature=args.draft_temperature,
         accept=args.accept,
+        frozen_costs=args.frozen_costs,
         notice=note,
         progress=Bar("loading"),
     )
