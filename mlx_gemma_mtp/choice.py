@@ -28,7 +28,7 @@ REASONS = {
 }
 PROBE_FROM, PROBE_TO = 8, 24  # rounds without drafts before a probe; doubled after each failure
 PROBE_SHARE = 0.015  # of the time may go into probes and checks
-CHECK_FROM = 12  # rounds with drafts before plain decoding is timed again
+CHECK_FROM = 16  # rounds with drafts before plain decoding is timed again
 CHECK_SURE = 8  # checks, before which they come faster
 CHECK_MOST = 4  # plain rounds at the start, where their times do not come
 TRY_EVERY = 8  # rounds with drafts, after which more of them are tried where that may pay
@@ -51,13 +51,15 @@ class Choice:
 @dataclass(frozen=True)
 class Pause:
     """How long one thing has been done. rounds: without drafts; every: a probe after so many, at the earliest;
-    drafting: rounds with drafts since the last plain one; checks: rounds that were plain to be timed, from the start.
+    drafting: rounds with drafts since the last plain one; checks: rounds that were plain to be timed, from the start;
+    checking: one more is due, since a plain round in which drafts are made times both.
     """
 
     rounds: int = 0
     every: int = PROBE_FROM
     drafting: int = 0
     checks: int = 0
+    checking: bool = False
 
     def chosen(self, reason: str) -> Pause:
         """Returns the pause after a choice."""
@@ -66,7 +68,7 @@ class Pause:
         if reason == OFF:
             return replace(self, rounds=self.rounds + 1, drafting=0)
         if reason == CHECK:
-            return replace(self, drafting=0, checks=self.checks + 1)
+            return replace(self, drafting=0, checks=self.checks + 1, checking=not self.checking)
         return Pause(drafting=self.drafting + 1, checks=self.checks)
 
     def probed(self, accepted: int) -> Pause:
@@ -103,7 +105,7 @@ def choose(
     rates = [emitted / cost for emitted, cost in zip(tokens, seconds, strict=True)]
     if most < 1:
         return Choice(0, LIMIT, rates[0])
-    if not prices.anchored and pause.checks < CHECK_MOST:
+    if prices.live and (pause.checking or (not prices.anchored and pause.checks < CHECK_MOST)):
         return Choice(0, CHECK, rates[0])
     known = prices.tried if max(useful) < SHORT else 2 * prices.tried + 1
     sure = expected(pool.floor(), MAX_DRAFTS)
@@ -116,7 +118,7 @@ def choose(
     hopes = [emitted / cost for emitted, cost in zip(tokens, prices.hope, strict=True)]
     hope = max(affordable, key=hopes.__getitem__, default=0)
     if best and rates[best] > (1 + MARGIN) * rates[0]:
-        every = max(CHECK_FROM, (rates[best] / rates[0] - 1) / PROBE_SHARE)
+        every = max(CHECK_FROM, 2 * (rates[best] / rates[0] - 1) / PROBE_SHARE)
         if prices.live and pause.drafting >= every * min(pause.checks / CHECK_SURE, 1.0):
             return Choice(0, CHECK, rates[0])
         if hope > prices.tried and pause.drafting % TRY_EVERY == TRY_EVERY - 1 and hopes[hope] > rates[best]:
