@@ -30,6 +30,7 @@ from .weights import format_of
 
 QUICK_SECONDS = 0.7  # what rounds of a first start may take; a slow machine takes the time of a dozen rounds
 QUICK_WIDTHS = (0, 1, 4)
+SLOW = 0.3  # seconds of the first width, from which the whole takes long enough to be announced
 LONG = 2048  # tokens of the calibration's long context
 # Kinds of text: their rounds differ in cost (noise, filters) and in acceptance.
 KINDS = {
@@ -179,8 +180,13 @@ class Costs:
         """Read, or measured quickly and written. prompt: token ids to time after."""
         if (kept := self.kept()) is not None:
             return kept
-        once = (1,), (len(prompt),), QUICK_WIDTHS
-        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds)
+        began, once = time.perf_counter(), ((1,), (len(prompt),), QUICK_WIDTHS)
+
+        def told(done: int, total: int) -> None:
+            if done == 1 and time.perf_counter() - began > SLOW:
+                self.notice("measuring what drafts cost on this machine, once")
+
+        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds, told)
         self._write(*timings.parts())
         return CostTable.of(*timings.parts())
 

@@ -519,8 +519,10 @@ def test_a_slow_machine_is_measured_too(tmp_path, monkeypatch, milliseconds):
     monkeypatch.setattr(calibration, "Bench", StubBench)
     monkeypatch.setattr("time.perf_counter", lambda: StubBench.clock)
     monkeypatch.setattr(StubBench, "step", milliseconds / 1000)
-    costs = Costs("greedy", CostFile({"a": 1}, tmp_path))
+    notices = []
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path), notices.append)
     table = costs.table(None, None, [5, 6, 7])
+    assert len(notices) == (milliseconds > 75)  # what takes over a second says what it does
     verified, drafted = costs.file.read()
     assert {(1, 3, 0), (1, 3, 1)} <= set(verified) and set(drafted) == {1}
     assert [each / table.verify_at(1, 3)[0] for each in table.rounds_at(1, 3)[:5]] == pytest.approx(
