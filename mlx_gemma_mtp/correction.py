@@ -17,6 +17,7 @@ from statistics import median_low
 from .costs import MAX_DRAFTS, CostTable
 
 KEEP = 9  # times of a cell
+SURE = 4  # times, from which a cell stands for itself
 PLAIN_FIRST = 3  # plain rounds that are timed before anything is compared with them
 NEAR = 1.0  # in powers of two: rows that are alike enough for a length that was tried there to count as tried here
 DRAFT_WEIGHT = 1.0  # of what the table says of a draft, in timed drafts
@@ -113,13 +114,11 @@ class Correction:
         if not own:
             return shape
         apart = {width: log - shape[width] for width, (log, _) in own.items()}
-        steady = {}
+        steady = dict(apart)
         for width, (_, count) in own.items():
-            if len(own) > 1:  # one time alone is half believed
+            if count < SURE and len(own) > 1:  # one time alone is half believed
                 elsewhere = _spread({w: log for w, log in apart.items() if w != width})[width]
                 steady[width] = (count**2 * apart[width] + elsewhere) / (count**2 + 1)
-            else:
-                steady[width] = apart[width]
         return [a + b for a, b in zip(shape, _spread(steady), strict=True)]
 
     def _logs(self, rows: int) -> dict[int, tuple[float, int]]:
@@ -135,6 +134,8 @@ def middle(times: Sequence[float]) -> float:
 
 def _spread(known: Mapping[int, float]) -> list[float]:
     """Returns a value for each width: linear between known ones, beyond them as the last."""
+    if len(known) == 1:
+        return list(known.values()) * (MAX_DRAFTS + 1)
     widths, values = sorted(known), []
     for width in range(MAX_DRAFTS + 1):
         right = bisect_left(widths, width)
