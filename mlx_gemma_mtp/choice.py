@@ -34,8 +34,8 @@ CHECK_MOST = 4  # plain rounds at the start, where their times do not come
 TRY_EVERY = 8  # rounds with drafts, after which more of them are tried where that may pay
 SHORT = 12  # tokens: a text that has fewer left tries nothing new
 PURSE_FIRST, PURSE_MOST, PURSE_LEAST = 0.8, 12.0, -0.3  # see Purse
-PURSE_OPEN = -0.1
-PURSE_ROUND = 0.015
+PURSE_OPEN = -0.1  # below which it stays shut, however well drafts are kept
+PURSE_ROUND = 0.015  # that each round adds
 MARGIN = 0.03  # drafts that gain less than this are not worth the doubt
 
 
@@ -91,6 +91,21 @@ class Purse:
         return Purse(max(PURSE_LEAST, min(PURSE_MOST, self.left + earned + PURSE_ROUND)))
 
 
+def affordable(prices: Prices, pool: History, room: int, purse: Purse) -> list[int]:
+    """Returns the lengths from 1 to `room` whose failure the purse covers.
+
+    A length beyond those that were timed is no more than twice the longest of them and one, must be covered by what the
+    timed ones are sure to keep, and is nothing for a text that ends soon.
+    """
+    longest = prices.tried if room < SHORT else 2 * prices.tried + 1
+    sure = expected(pool.floor(), MAX_DRAFTS)
+    return [
+        drafts
+        for drafts in range(1, min(MAX_DRAFTS, room, longest) + 1)
+        if max(prices.risk(drafts, sure[min(drafts, prices.tried)]), PURSE_OPEN) <= purse.left
+    ]
+
+
 def choose(
     prices: Prices, histories: Sequence[History], pool: History, useful: Sequence[int], pause: Pause, purse: Purse
 ) -> Choice:
@@ -107,16 +122,10 @@ def choose(
         return Choice(0, LIMIT, rates[0])
     if prices.live and (pause.checking or (not prices.anchored and pause.checks < CHECK_MOST)):
         return Choice(0, CHECK, rates[0])
-    known = prices.tried if max(useful) < SHORT else 2 * prices.tried + 1
-    sure = expected(pool.floor(), MAX_DRAFTS)
-    affordable = [
-        k
-        for k in range(1, min(most, known) + 1)
-        if max(prices.risk(k, sure[min(k, prices.tried)]), PURSE_OPEN) <= purse.left
-    ]
-    best = max(affordable, key=rates.__getitem__, default=0)
+    lengths = affordable(prices, pool, max(useful), purse)
+    best = max(lengths, key=rates.__getitem__, default=0)
     hopes = [emitted / cost for emitted, cost in zip(tokens, prices.hope, strict=True)]
-    hope = max(affordable, key=hopes.__getitem__, default=0)
+    hope = max(lengths, key=hopes.__getitem__, default=0)
     if best and rates[best] > (1 + MARGIN) * rates[0]:
         every = max(CHECK_FROM, 2 * (rates[best] / rates[0] - 1) / PROBE_SHARE)
         if prices.live and pause.drafting >= every * min(pause.checks / CHECK_SURE, 1.0):

@@ -1,7 +1,7 @@
 """How far a table of costs is off: the times of the last rounds over what the table says of them.
 
 A table may be from a bad moment, of another number of rows, or of a shape that the machine has not. Only ratios between
-draft lengths matter, so a factor that all cells share does no harm. Each cell (rows, drafts verified) has the median of
+draft lengths matter, so a factor that all cells share does no harm. Each cell (rows, drafts) has the lower tercile of
 its last times; cells without times follow their neighbours.
 """
 

@@ -152,6 +152,11 @@ def test_doubtful_drafts_are_cut():
     assert worthwhile(prices(costs), trust, [[0.95, 0.95]], [FREE], 1.0) == 1
 
 
+def test_drafts_behind_a_refused_one_say_nothing_of_confidence():
+    trust = Trust().after([0.95, 0.15, 0.55, 0.55], 1)
+    assert [i for i, tried in enumerate(trust.tried) if tried] == [1, 9] and trust.kept[9] == 1 and trust.kept[1] == 0
+
+
 def test_a_cut_is_said():
     auto = Auto(table(0.3, 0.01), frozen=True)
     made = auto.draft([0], 100, [FREE])
