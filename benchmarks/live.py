@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.texts import texts
 from mlx_gemma_mtp import UserError, blas
+from mlx_gemma_mtp.costs import ROWS, CostFile
 
 BAR = 0.97
 
@@ -33,6 +34,11 @@ def interval(values: list[float], chance: float = 0.95) -> tuple[float, float]:
     return ordered[0], ordered[-1]
 
 
+def flatten(file: CostFile) -> None:
+    """Writes a table from a bad moment: a verify of many drafts is no dearer than one of 1, a draft hardly costs."""
+    file.write({(rows, 25, width): 0.01 + 0.0005 * (width > 0) for rows in ROWS for width in (0, 1, 4, 7)}, {1: 1e-4})
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.live", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the bundled pair")
@@ -40,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--texts", type=int, default=2, help="of each class in a run")
     parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--rows", type=int, default=1, help="of each text, in a batch (default: 1)")
+    parser.add_argument("--flat", action="store_true", help="begin with a table by which drafts are nearly free")
     parser.add_argument("--json", help="append one line for each class")
     args = parser.parse_args(argv)
     blas.preload()
@@ -50,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.flat:
+        for costs in engine.costs.values():
+            flatten(costs.file)
     classes = {
         name: [(engine.text.encode(prompt, chat_template=chat), params) for prompt, chat, params in some]
         for name, some in texts(args.texts).items()
@@ -61,13 +72,17 @@ def main(argv: list[str] | None = None) -> int:
         for pair in tqdm(range(args.pairs + 1), desc=name, disable=None, leave=False):
             seconds = {}
             for drafts in ((0, "auto"), ("auto", 0))[pair % 2]:
-                results = [
-                    engine.generate(tokens, replace(params, max_tokens=args.max_tokens), num_draft_tokens=drafts)
+                batches = [
+                    engine.generate(
+                        [tokens] * args.rows, replace(params, max_tokens=args.max_tokens), num_draft_tokens=drafts
+                    )
                     for tokens, params in some
                 ]
-                seconds[drafts] = sum(len(r.tokens) / r.stats.generation_tps for r in results)
+                seconds[drafts] = sum(
+                    sum(len(r.tokens) for r in batch) / batch[0].stats.batch_generation_tps for batch in batches
+                )
                 if drafts == "auto":
-                    for result in results:
+                    for result in (batch[0] for batch in batches):
                         for length, reasons in result.stats.depths.items():
                             depths[length] += sum(reasons.values())
             if pair:  # the first warms up

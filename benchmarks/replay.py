@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mlx_gemma_mtp.costs import MAX_DRAFTS, CostTable
+from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostTable
 from mlx_gemma_mtp.depth import Auto, Fixed
 from mlx_gemma_mtp.plots import fitted, spread
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 CONTEXT = 512
 SEGMENT = 400  # tokens of one class in the mixture
+START = 64  # rounds in which a controller may still lose a little
 FAST = 1e9  # room for drafts: no limit
 
 
@@ -94,8 +98,26 @@ def read_table(path: Path) -> CostTable:
     return CostTable.of(verified, dict(data["draft"]))
 
 
-def replay(trace: Trace, table: CostTable, depth: Fixed | Auto) -> Run:
+@dataclass(frozen=True)
+class Clock:
+    """What times look like when they are observed: a lognormal factor of this sigma, and now and then an outlier."""
+
+    sigma: float = 0.0
+    outliers: float = 0.0  # share of rounds
+    longer: float = 4.0  # times, an outlier
+
+    def observe(self, seconds: float, draws: np.random.Generator) -> float:
+        late = self.longer if draws.random() < self.outliers else 1.0
+        return seconds * late * math.exp(self.sigma * draws.standard_normal())
+
+
+EXACT = Clock()
+NOISY = Clock(0.1, 0.05)
+
+
+def replay(trace: Trace, table: CostTable, depth: Fixed | Auto, clock: Clock = EXACT, seed: int = 0) -> Run:
     """One row's text under a rule, in the order in which the scheduler asks it."""
+    draws = np.random.default_rng(seed)
     verify, draft = table.verify_at(1, CONTEXT), table.draft_at(1)
     at, rounds = 0, []
     made = depth.draft([0], CONTEXT, [FAST])
@@ -106,9 +128,44 @@ def replay(trace: Trace, table: CostTable, depth: Fixed | Auto) -> Run:
         kept = min(width, int(trace.accepted[at]))
         rounds.append(Step(at, at + kept + 1, made, width, verify[width] + made * draft))
         made = depth.draft([0], CONTEXT, [FAST])
+        depth.timed([0], CONTEXT, clock.observe(verify[width] + made * draft, draws))
         depth.observe({0: kept})
         at += kept + 1
     return Run(rounds)
+
+
+def against_plain(
+    trace: Trace,
+    truth: CostTable,
+    depth: Fixed | Auto,
+    rows: int,
+    rounds: int,
+    clock: Clock = NOISY,
+    seed: int = 0,
+    start: int = 64,
+) -> list[tuple[float, float]]:
+    """For each of `rounds` rounds, the seconds that plain decoding takes for its tokens, and those of the round.
+
+    rows: parts of the text from different places, in one batch; start: tokens before the first. The rule has any table;
+    rounds take what `truth` says, and are observed by a clock.
+    """
+    draws, count = np.random.default_rng(seed), len(trace.accepted)
+    at = [int(place) for place in draws.integers(0, count, rows)]
+    ids, room, context, found = list(range(rows)), [FAST] * rows, start, []
+    made = depth.draft(ids, context, room)
+    for _ in range(rounds):
+        sure = [trace.confidences[place % count, :made].astype(float).tolist() for place in at]
+        width = depth.verify(ids, context, room, sure, made)
+        width = made if width is None else width
+        kept = [min(width, int(trace.accepted[place % count])) for place in at]
+        verify, draft = truth.verify_at(rows, context), truth.draft_at(rows)
+        found.append((verify[0] * (1 + sum(kept) / rows), verify[width] + made * draft))
+        made = depth.draft(ids, context, room)
+        depth.timed(ids, context, clock.observe(verify[width] + made * draft, draws))
+        depth.observe(dict(zip(ids, kept, strict=True)))
+        at = [place + each + 1 for place, each in zip(at, kept, strict=True)]
+        context = start + int(sum(each[0] / verify[0] for each in found))
+    return found
 
 
 def oracle(trace: Trace, table: CostTable) -> float:
@@ -167,6 +224,72 @@ def report(traces: dict[str, Trace], tables: dict[str, CostTable]) -> list[dict[
     return lines
 
 
+# Tables that are wrong, made of one that is right.
+
+
+def cells_of(table: CostTable, of: Callable[[int, int, int], float]) -> dict[tuple[int, int, int], float]:
+    return {(r, c, w): of(r, c, w) for r in ROWS for c in table.contexts for w in range(MAX_DRAFTS + 1)}
+
+
+def scattered(table: CostTable, seed: int, factor: float = 2.0) -> CostTable:
+    """Each entry off by a factor of its own, between 1 / factor and factor."""
+    draws, scale = random.Random(seed), math.log(factor)
+    off = lambda: math.exp(draws.uniform(-scale, scale))  # noqa: E731
+    cells = cells_of(table, lambda r, c, w: table.verify_at(r, c)[w] * off())
+    return CostTable.of(cells, {rows: table.draft_at(rows) * off() for rows in ROWS})
+
+
+def wrong_shapes(table: CostTable) -> dict[str, CostTable]:
+    """Tables whose shape is not the machine's."""
+    at, first = table.verify_at, table.contexts[0]
+    drafts = {rows: table.draft_at(rows) for rows in ROWS}
+    one_row = {(1, first, w): at(1, first)[w] for w in (0, 1, 4)}
+    return {
+        "right": table,
+        "flat drafts": CostTable.of(cells_of(table, lambda r, c, w: at(r, c)[min(w, 1)]), drafts),
+        "free drafts": CostTable.of(
+            cells_of(table, lambda r, c, w: at(r, c)[0]), {rows: each / 10 for rows, each in drafts.items()}
+        ),
+        "steep drafts": CostTable.of(cells_of(table, lambda r, c, w: 2 * at(r, c)[w] - at(r, c)[0]), drafts),
+        "flat rows": CostTable.of(cells_of(table, lambda r, c, w: at(1, c)[w]), dict.fromkeys(ROWS, drafts[1])),
+        "steep rows": CostTable.of(
+            cells_of(table, lambda r, c, w: at(1, c)[w] * r), {rows: drafts[1] * rows for rows in ROWS}
+        ),
+        "one context": CostTable.of(
+            {(r, first, w): at(r, first)[w] for r in ROWS for w in range(MAX_DRAFTS + 1)}, drafts
+        ),
+        "one row": CostTable.of(one_row, {1: drafts[1]}),
+        "a busy plain round": CostTable.of(cells_of(table, lambda r, c, w: at(r, c)[w] * (1.0 if w else 2.0)), drafts),
+        "no table": UNKNOWN,
+    }
+
+
+def astray(
+    trace: Trace, truth: CostTable, name: str, rows: int, scattered_tables: int = 6, rounds: int = 300
+) -> list[dict[str, Any]]:
+    """The controller with wrong tables and noisy times: a line for each table.
+
+    first, then: plain decoding's time over the controller's, in the first 64 rounds and after them; best: the same of
+    the best fixed length after them.
+    """
+
+    def share(found: list[tuple[float, float]], start: int, end: int) -> float:
+        return sum(plain for plain, _ in found[start:end]) / sum(seconds for _, seconds in found[start:end])
+
+    lengths = [
+        against_plain(trace, truth, Fixed(drafts), rows, rounds, EXACT, rows) for drafts in range(MAX_DRAFTS + 1)
+    ]
+    best = max(share(each, START, rounds) for each in lengths)
+    tables = wrong_shapes(truth) | {f"scattered {i}": scattered(truth, i) for i in range(scattered_tables)}
+    lines = []
+    for kind, table in tables.items():
+        found = against_plain(trace, truth, Auto(table), rows, rounds, NOISY, sum(map(ord, kind + name)) + rows)
+        lines.append(
+            {"table": kind, "first": share(found, 0, START), "then": share(found, START, rounds), "best": best}
+        )
+    return lines
+
+
 def plot(lines: Sequence[dict], path: Path) -> None:
     """A panel for each table: every fixed length, the controller and the oracle over plain decoding, by class."""
     import matplotlib
@@ -192,12 +315,32 @@ def plot(lines: Sequence[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def print_astray(traces: dict[str, Trace], tables: dict[str, CostTable]) -> int:
+    """The worst and the median of each machine and text, over all wrong tables and numbers of rows."""
+    print("machine          text       runs  first 64: worst  median  then: worst  median  of the best: 10 %  median")
+    for machine, table in tables.items():
+        for text, trace in traces.items():
+            lines = [line for rows in ROWS for line in astray(trace, table, machine + text, rows)]
+            first, then = (sorted(line[key] for line in lines) for key in ("first", "then"))
+            share = sorted(line["then"] / line["best"] for line in lines)
+            middle = len(lines) // 2
+            print(
+                f"{machine:16} {text:9} {len(lines):5} {first[0]:16.3f} {first[middle]:7.3f} {then[0]:12.3f} "
+                f"{then[middle]:7.3f} {share[len(lines) // 10]:18.3f} {share[middle]:7.3f}",
+                flush=True,
+            )
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.replay", description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, default=DATA / "traces.npz")
     parser.add_argument("--costs", type=Path, nargs="+", default=sorted((DATA / "costs").glob("*.json")))
     parser.add_argument("--plot", type=Path, help="a PNG")
+    parser.add_argument("--wrong", action="store_true", help="the controller with wrong tables and noisy times")
     args = parser.parse_args(argv)
+    if args.wrong:
+        return print_astray(read_traces(args.traces), {path.stem: read_table(path) for path in args.costs})
     lines = report(read_traces(args.traces), {path.stem: read_table(path) for path in args.costs})
     print("table            text      best K  auto/plain  auto/best  oracle/plain  rounds to adapt")
     for line in lines:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .choice import break_even
 from .cli import Bar, Parser, check_plot, command, loaded, written
 from .costs import MAX_DRAFTS, ROWS, CostTable
-from .depth import break_even
 from .errors import UserError
 from .plots import heading
 

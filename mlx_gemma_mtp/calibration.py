@@ -1,4 +1,4 @@
-"""What rounds cost here: measured by running the loop itself, kept in a file, frozen for an engine's life."""
+"""What rounds cost here: measured by running the loop itself, kept in a file, corrected in use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
@@ -31,8 +31,8 @@ from .weights import format_of
 
 QUICK_SECONDS = 0.7  # what rounds of a first start may take; a slow machine takes the time of a dozen rounds
 QUICK_WIDTHS = (0, 1, 4)
+SLOW = 0.3  # seconds of the first width, from which the whole takes long enough to be announced
 LONG = 2048  # tokens of the calibration's long context
-LIVE_ROUNDS, LIVE_SHARE = 16, 0.2  # from so many rounds on, their lower quartile counts for so much of a cell
 # Kinds of text: their rounds differ in cost (noise, filters) and in acceptance.
 KINDS = {
     "greedy": SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, seed=0),
@@ -181,8 +181,13 @@ class Costs:
         """Read, or measured quickly and written. prompt: token ids to time after."""
         if (kept := self.kept()) is not None:
             return kept
-        once = (1,), (len(prompt),), QUICK_WIDTHS
-        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds)
+        began, once = time.perf_counter(), ((1,), (len(prompt),), QUICK_WIDTHS)
+
+        def told(done: int, total: int) -> None:
+            if done == 1 and time.perf_counter() - began > SLOW:
+                self.notice("measuring what drafts cost on this machine, once")
+
+        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds, told)
         self._write(*timings.parts())
         return CostTable.of(*timings.parts())
 
@@ -210,14 +215,11 @@ class Costs:
     def where(self) -> str:
         return "nowhere" if self.file is None else str(self.file.path)
 
-    def learn(self, live: Mapping[tuple[int, int, int], Sequence[float]]) -> None:
-        """Moves the file towards what verifies took in use; an engine keeps the table that it has."""
-        enough = {c: sorted(s)[len(s) // 4] for c, s in live.items() if c[0] in ROWS and len(s) >= LIVE_ROUNDS}
-        if enough and (known := self._read()):
-            verified, drafted = known
-            for cell, now in enough.items():
-                verified[cell] = verified.get(cell, now) * (1 - LIVE_SHARE) + now * LIVE_SHARE
-            self._write(verified, drafted)
+    def learn(self, verified: Verified, drafted: Drafted) -> None:
+        """Overwrites the file's cells with what was learned in use, or starts a file."""
+        if verified and self.file is not None:
+            before = self._read() or ({}, {})
+            self._write({**before[0], **verified}, {**before[1], **drafted})
 
     def _read(self) -> tuple[Verified, Drafted] | None:
         try:

@@ -65,10 +65,11 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         drafting: Drafting = DEFAULT_DRAFTING,
         costs: Mapping[str, Costs] | None = None,
+        frozen_costs: bool = False,
     ):
         self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
         self.num_draft_tokens, self.max_rows, self.prefill_chunk = num_draft_tokens, max_rows, prefill_chunk
-        self.drafting = drafting
+        self.drafting, self.frozen_costs = drafting, frozen_costs
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
         self._autos: dict[str, Auto] = {}
         self._ids = itertools.count()  # requests, whichever call they come from
@@ -210,6 +211,8 @@ class Engine:
         if self.drafter is None or drafts != AUTO:
             return Fixed(self._most_drafts(drafts, requests))
         kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
+        if self.frozen_costs and kind in self._autos:  # an equal call gets equal choices: nothing is kept of the last
+            self._autos[kind] = self._auto(kind, self._autos[kind].table)
         if kind not in self._autos:
             prompt = self.text.encode(CALIBRATION, chat_template=False)
             self._autos[kind] = self._auto(kind, self.costs[kind].table(self.target, self.drafter, prompt))
@@ -217,7 +220,7 @@ class Engine:
 
     def _auto(self, kind: str, table: CostTable) -> Auto:
         """Drafts that are accepted by rejection are not cut, see rejection.py."""
-        return Auto(table, confident=kind == "greedy" or not self.drafting.rejection)
+        return Auto(table, kind == "greedy" or not self.drafting.rejection, self.frozen_costs)
 
     def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
         """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
@@ -298,8 +301,7 @@ class Engine:
     def _learn(self) -> None:
         """What rounds took is for the next start's table; a call that is closed early tells as well."""
         for kind, auto in self._autos.items():
-            self.costs[kind].learn(auto.live)
-            auto.live.clear()
+            self.costs[kind].learn(*auto.learned())
 
     @contextmanager
     def _in_use(self, wait: bool = False) -> Iterator[None]:
@@ -399,6 +401,7 @@ def load(
     draft_position: int = 0,
     draft_temperature: float = 1.0,
     accept: str = COUPLED,
+    frozen_costs: bool = False,
     notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
     stage: Callable[[str], None] | None = None,
@@ -407,7 +410,8 @@ def load(
 
     model: a converted folder or a hub id, None for the small bundled pair; draft_model: likewise, 'auto' to look for
     the target's drafter, 'none' for plain decoding. num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows
-    what rounds cost on this machine (measured once and kept in the user's cache folder) and what is accepted. dtype:
+    what rounds cost on this machine (measured once, kept in the user's cache folder, corrected in use) and what is
+    accepted; frozen_costs takes the costs as they are in the file, so that equal calls get equal draft lengths. dtype:
     'float32', 'bfloat16' or 'float16' for what is not quantised; None keeps the target's, for its drafter too, but on
     a CPU it is float32 (MLX's CPU has no bf16 experts).
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
@@ -463,6 +467,7 @@ def load(
         prefill_chunk=prefill_chunk,
         drafting=drafting,
         costs=Costs.of_pair(pair, target, drafter, notice),
+        frozen_costs=frozen_costs,
     )
 
 

@@ -109,6 +109,11 @@ def _add_drafts(p: argparse.ArgumentParser) -> None:
         help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
     )
     group.add_argument(
+        "--frozen-costs",
+        action="store_true",
+        help="take the measured costs as they are: equal calls, equal draft lengths",
+    )
+    group.add_argument(
         "--draft-temperature", type=float, default=1.0, metavar="T", help="the drafter's, times --temp (default: 1)"
     )
     group.add_argument(
@@ -283,6 +288,7 @@ def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
         max_rows=min(args.max_rows, max(prompts, 1)) if args.max_rows > 0 else args.max_rows,
         draft_temperature=args.draft_temperature,
         accept=args.accept,
+        frozen_costs=args.frozen_costs,
     )
 
 

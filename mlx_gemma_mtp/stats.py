@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .depth import REASONS
+from .choice import REASONS
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Stats:
     verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
     1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
     batch; accept: the rule by which sampled drafts were kept; depths[K]: rounds that verified K drafts, by the reason
-    of K (depth.REASONS); offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept so many;
+    of K (choice.REASONS); offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept so many;
     target_step_bytes, draft_step_bytes: weights read for one token by the target, and for one draft.
     """
 

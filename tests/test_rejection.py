@@ -169,7 +169,7 @@ def test_auto_never_cuts(engine):
     """Whatever the table says, all drafts that were made are verified; greedy text may still be cut."""
     lengths = set()
     for seed in (0, 2):
-        engine._autos = {"sampled": Auto(random_table(seed), confident=False)}
+        engine._autos = {"sampled": Auto(random_table(seed), confident=False, frozen=True)}
         for result in engine.generate(PROMPTS[:2], SAMPLED, num_draft_tokens="auto"):
             lengths |= set(result.stats.depths)
             assert len(result.tokens) == 40

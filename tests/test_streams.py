@@ -67,7 +67,7 @@ def test_a_call_in_the_middle_of_a_stream(engine, alone, read):
 def test_a_stream_that_is_closed_early_leaves_nothing_behind(engine, alone, monkeypatch):
     """Nobody else's rows go with it, its figures are complete, and what its rounds took is learnt."""
     learnt = []
-    monkeypatch.setattr(Costs, "learn", lambda self, live: learnt.append(dict(live)))
+    monkeypatch.setattr(Costs, "learn", lambda self, verified, drafted: learnt.append(True))
     stays, goes = engine.stream(*CALLS[0]), engine.stream(PROMPTS[:2], [GREEDY, replace(GREEDY, max_tokens=2)])
     chunks = [next(stays) for _ in range(4)]
     ended = next(chunk.result for chunk in goes if chunk.result is not None)
@@ -79,14 +79,14 @@ def test_a_stream_that_is_closed_early_leaves_nothing_behind(engine, alone, monk
         texts[chunk.index] += chunk.tokens
     assert texts == alone[0] and any(learnt)
     for auto in engine._autos.values():
-        assert not auto.live and not auto._own and not auto._drafted and not auto._verified
+        assert not auto._own and not auto._drafted and not auto._verified
 
 
 def test_streams_that_are_dropped_are_closed(engine):
     for _ in range(20):
         next(engine.stream(PROMPTS[0], GREEDY))
     gc.collect()
-    assert all(not auto.live and not auto._own for auto in engine._autos.values())
+    assert all(not auto._own for auto in engine._autos.values())
 
 
 def test_waiting_prompts_cost_nothing_after_a_cancel(engine, monkeypatch):

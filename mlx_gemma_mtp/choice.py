@@ -1,0 +1,171 @@
+"""How many drafts to make, and how many of them to verify: pure functions of prices and of what was kept so far.
+
+Expected tokens of a round over its cost, for K = 0..MAX_DRAFTS; the best ratio wins, among the lengths whose failure
+can be afforded. Prior art: Cascade (arXiv 2506.20675), EVICT (arXiv 2605.00342), conservative bandits (arXiv
+1602.04282).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .correction import Prices
+from .costs import MAX_DRAFTS, CostTable
+from .history import History, Trust, expected
+
+FIXED, BEST, PROBE, CHECK, OFF, LIMIT = "fixed", "best", "probe", "check", "off", "limit"
+CONFIDENCE, GRAMMAR = "confidence", "grammar"
+REASONS = {
+    FIXED: "the length that was asked for",
+    BEST: "the most tokens a second by measured cost and acceptance",
+    PROBE: "a look whether drafts, or more of them, would pay",
+    CHECK: "a look at what a plain round takes now",
+    OFF: "drafts do not pay at present",
+    LIMIT: "no row has room for drafts before its end",
+    GRAMMAR: "drafts that the grammar refuses were cut before the verify",
+    CONFIDENCE: "drafts that the drafter itself doubts were cut before the verify",
+}
+PROBE_FROM, PROBE_TO = 8, 24  # rounds without drafts before a probe; doubled after each failure
+PROBE_SHARE = 0.015  # of the time may go into probes and checks
+CHECK_FROM = 16  # rounds with drafts before plain decoding is timed again
+CHECK_SURE = 8  # checks, before which they come faster
+CHECK_MOST = 4  # plain rounds at the start, where their times do not come
+TRY_EVERY = 8  # rounds with drafts, after which more of them are tried where that may pay
+SHORT = 12  # tokens: a text that has fewer left tries nothing new
+PURSE_FIRST, PURSE_MOST, PURSE_LEAST = 0.8, 12.0, -0.3  # see Purse
+PURSE_OPEN = -0.1  # below which it stays shut, however well drafts are kept
+PURSE_ROUND = 0.015  # that each round adds
+MARGIN = 0.03  # drafts that gain less than this are not worth the doubt
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How many drafts, and the code of the reason. rate: expected tokens a second of all rows."""
+
+    drafts: int
+    reason: str
+    rate: float
+
+
+@dataclass(frozen=True)
+class Pause:
+    """How long one thing has been done. rounds: without drafts; every: a probe after so many, at the earliest;
+    drafting: rounds with drafts since the last plain one; checks: rounds that were plain to be timed, from the start;
+    checking: one more is due, since a plain round in which drafts are made times both.
+    """
+
+    rounds: int = 0
+    every: int = PROBE_FROM
+    drafting: int = 0
+    checks: int = 0
+    checking: bool = False
+
+    def chosen(self, reason: str) -> Pause:
+        """Returns the pause after a choice."""
+        if reason == PROBE:
+            return replace(self, rounds=0, drafting=0)
+        if reason == OFF:
+            return replace(self, rounds=self.rounds + 1, drafting=0)
+        if reason == CHECK:
+            return replace(self, drafting=0, checks=self.checks + 1, checking=not self.checking)
+        return Pause(drafting=self.drafting + 1, checks=self.checks)
+
+    def probed(self, accepted: int) -> Pause:
+        """Returns the pause after a probe: the next one at once if a draft was kept, else later and later."""
+        return replace(self, every=0 if accepted else min(max(2 * self.every, PROBE_FROM), PROBE_TO))
+
+
+@dataclass(frozen=True)
+class Purse:
+    """What drafts may still lose, in plain rounds: what they have earned so far, and a little for each round.
+
+    A length is affordable if a round with it, of whose drafts no more are kept than is known for certain, would lose no
+    more than that. So drafts never lose much against plain decoding, however wrong prices and expectations are.
+    """
+
+    left: float = PURSE_FIRST
+
+    def after(self, earned: float) -> Purse:
+        """Returns the purse after one more round, which earned so many plain rounds against plain decoding."""
+        return Purse(max(PURSE_LEAST, min(PURSE_MOST, self.left + earned + PURSE_ROUND)))
+
+
+def affordable(prices: Prices, pool: History, room: int, purse: Purse) -> list[int]:
+    """Returns the lengths from 1 to `room` whose failure the purse covers.
+
+    A length beyond those that were timed is no more than twice the longest of them and one, must be covered by what the
+    timed ones are sure to keep, and is nothing for a text that ends soon.
+    """
+    longest = prices.tried if room < SHORT else 2 * prices.tried + 1
+    sure = expected(pool.floor(), MAX_DRAFTS)
+    return [
+        drafts
+        for drafts in range(1, min(MAX_DRAFTS, room, longest) + 1)
+        if max(prices.risk(drafts, sure[min(drafts, prices.tried)]), PURSE_OPEN) <= purse.left
+    ]
+
+
+def choose(
+    prices: Prices, histories: Sequence[History], pool: History, useful: Sequence[int], pause: Pause, purse: Purse
+) -> Choice:
+    """Returns one draft length for all rows.
+
+    histories, useful: one a row; useful: drafts that the row's limit leaves room for. pool: everybody's history.
+    """
+    most, seconds, common = min(MAX_DRAFTS, max(useful)), prices.rounds, pool.rates()
+    tokens = [0.0] * (MAX_DRAFTS + 1)
+    for history, room in zip(histories, useful, strict=True):
+        tokens = [a + b for a, b in zip(tokens, expected(history.rates(common), room), strict=True)]
+    rates = [emitted / cost for emitted, cost in zip(tokens, seconds, strict=True)]
+    if most < 1:
+        return Choice(0, LIMIT, rates[0])
+    if prices.live and (pause.checking or (not prices.anchored and pause.checks < CHECK_MOST)):
+        return Choice(0, CHECK, rates[0])
+    lengths = affordable(prices, pool, max(useful), purse)
+    best = max(lengths, key=rates.__getitem__, default=0)
+    hopes = [emitted / cost for emitted, cost in zip(tokens, prices.hope, strict=True)]
+    hope = max(lengths, key=hopes.__getitem__, default=0)
+    if best and rates[best] > (1 + MARGIN) * rates[0]:
+        every = max(CHECK_FROM, 2 * (rates[best] / rates[0] - 1) / PROBE_SHARE)
+        if prices.live and pause.drafting >= every * min(pause.checks / CHECK_SURE, 1.0):
+            return Choice(0, CHECK, rates[0])
+        if hope > prices.tried and pause.drafting % TRY_EVERY == TRY_EVERY - 1 and hopes[hope] > rates[best]:
+            return Choice(hope, PROBE, rates[0])
+        return Choice(best, BEST, rates[best])
+    if hope and max(useful) >= SHORT:
+        loss = seconds[hope] / seconds[0] - tokens[hope] / tokens[0]  # expected, in plain rounds
+        every = min(pause.every, PROBE_FROM) if purse.left > PURSE_MOST / 2 else pause.every
+        if pause.rounds >= max(every, loss / PROBE_SHARE):
+            return Choice(hope, PROBE, rates[0])
+    return Choice(0, OFF, rates[0])
+
+
+def worthwhile(
+    prices: Prices, trust: Trust, confidences: Sequence[Sequence[float]], useful: Sequence[int], rate: float
+) -> int:
+    """Returns how many of the drafts that were made are worth verifying, the first always.
+
+    confidences: [rows][K]; rate: tokens a second that the time is worth elsewhere.
+    """
+    made = len(confidences[0])
+    if made < 2:
+        return made
+    rows = [expected([trust.rate(each) for each in row], room) for row, room in zip(confidences, useful, strict=True)]
+    return max(range(1, made + 1), key=lambda width: sum(row[width] for row in rows) - rate * prices.verify(width))
+
+
+def break_even(table: CostTable, rows: int, context: int) -> list[float | None]:
+    """Returns for K = 1..MAX_DRAFTS the acceptance, equal at all positions, from which a round of K drafts beats plain
+    decoding; None where even 1 would not do.
+    """
+    seconds = table.rounds_at(rows, context)
+    found: list[float | None] = []
+    for drafts in range(1, MAX_DRAFTS + 1):
+        needed = seconds[drafts] / seconds[0]
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if expected([middle] * drafts, drafts)[-1] >= needed else (middle, high)
+        found.append(high if drafts + 1 >= needed else None)
+    return found

@@ -1,0 +1,148 @@
+"""How far a table of costs is off: the times of the last rounds over what the table says of them.
+
+A table may be from a bad moment, of another number of rows, or of a shape that the machine has not. Only ratios between
+draft lengths matter, so a factor that all cells share does no harm. Each cell (rows, drafts) has the lower tercile of
+its last times; cells without times follow their neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from statistics import median_low
+
+from .costs import MAX_DRAFTS, CostTable
+
+KEEP = 9  # times of a cell
+SURE = 4  # times, from which a cell stands for itself
+PLAIN_FIRST = 3  # plain rounds that are timed before anything is compared with them
+NEAR = 1.0  # in powers of two: rows that are alike enough for a length that was tried there to count as tried here
+DRAFT_WEIGHT = 1.0  # of what the table says of a draft, in timed drafts
+GUESS = 0.27  # of a plain round: what each draft costs at least where no length was timed
+DRAFT_GUESS = 0.1  # of a plain round, likewise
+DRAFT_LEAST = 0.1  # of what the table says of a draft
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What rounds of so many rows are thought to take now, in seconds.
+
+    rounds[K]: a round that makes and verifies K = 0..MAX_DRAFTS drafts; draft: one draft. tried: the largest K that was
+    timed; hope[K]: what a round may take at best where K is more; live: rounds are timed; anchored: plain ones were.
+    """
+
+    rounds: tuple[float, ...]
+    draft: float
+    hope: tuple[float, ...]
+    tried: int = MAX_DRAFTS
+    live: bool = False
+    anchored: bool = True
+
+    def verify(self, width: int) -> float:
+        """Returns the seconds of a round that verifies so many drafts and makes none."""
+        return max(self.rounds[width] - width * self.draft, self.rounds[0])
+
+    def risk(self, drafts: int, tokens: float) -> float:
+        """Returns what a round with these drafts loses if a row gets so many tokens from it, in plain rounds."""
+        return self.rounds[drafts] / self.rounds[0] - tokens
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The last times over the table's, oldest first. rounds: by (rows, K), of rounds that make and verify K drafts;
+    drafts: by rows, of a draft.
+    """
+
+    rounds: Mapping[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
+    drafts: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def after(self, table: CostTable, rows: int, context: int, width: int, made: int, seconds: float) -> Correction:
+        """Returns the correction with one more round, which verified `width` drafts and made `made` new ones."""
+        whole, draft = table.rounds_at(rows, context)[width], table.draft_at(rows)
+        plain = self.rounds.get((rows, 0))
+        if made and not width and plain:  # the difference to a plain round is the drafts'
+            scale = middle(plain)
+            ratio = (seconds - scale * whole) / (made * draft)
+            ratio = max(DRAFT_LEAST * scale, min(ratio, scale * whole / draft))  # a draft is no dearer than a round
+            return Correction(self.rounds, {**self.drafts, rows: (*self.drafts.get(rows, ()), ratio)[-KEEP:]})
+        ratio = (seconds + (width - made) * self.draft(table, rows, context)) / whole
+        if ratio <= 0:
+            return self
+        times = (*self.rounds.get((rows, width), ()), ratio)[-KEEP:]
+        return Correction({**self.rounds, (rows, width): times}, self.drafts)
+
+    def prices(self, table: CostTable, rows: int, context: int) -> Prices:
+        """Returns the table's seconds at a number of rows and a context, corrected.
+
+        A length that was not timed is not believed to be cheaper than the timed ones make likely: on a straight line
+        through them, or a plain round for each draft where none was timed.
+        """
+        rounds = [math.exp(f) * s for f, s in zip(self.factors(rows), table.rounds_at(rows, context), strict=True)]
+        near = [(count, width) for count, width in self.rounds if abs(math.log2(count / rows)) <= NEAR]
+        tried = max((width for _, width in near), default=0)
+        rounds = list(accumulate(rounds, max))
+        slope = (rounds[tried] - rounds[0]) / tried if tried else GUESS * rounds[0]
+        line = [rounds[0] + slope * drafts for drafts in range(MAX_DRAFTS + 1)]
+        hope = (*rounds[: tried + 1], *line[tried + 1 :])
+        rounds = [*rounds[: tried + 1], *map(max, rounds[tried + 1 :], line[tried + 1 :])]
+        plain = sum(len(self.rounds[cell]) for cell in near if cell[1] == 0)
+        return Prices(tuple(rounds), self.draft(table, rows, context), hope, tried, True, plain >= PLAIN_FIRST)
+
+    def draft(self, table: CostTable, rows: int, context: int) -> float:
+        """Returns the seconds of a draft; where few were timed, the table's, but no less than a share of a round."""
+        draft, plain = table.draft_at(rows), self.rounds.get((rows, 0))
+        scale = middle(plain) if plain else math.exp(self.factors(rows)[0])
+        guess = max(draft, DRAFT_GUESS * table.verify_at(rows, context)[0]) * scale
+        times = self.drafts.get(rows, ())
+        known = median_low(times) * draft * len(times) if times else 0.0
+        return (known + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)
+
+    def factors(self, rows: int) -> list[float]:
+        """Returns for each width the logarithm of the true seconds over the table's.
+
+        What other numbers of rows say of the widths' ratios holds until these rows were timed themselves.
+        """
+        own = self._logs(rows)
+        others = {count for count, _ in self.rounds if count != rows}
+        shape = [0.0] * (MAX_DRAFTS + 1)
+        if others:
+            nearest = self._logs(min(others, key=lambda count: (abs(math.log2(count / rows)), count)))
+            shape = _spread({width: log for width, (log, _) in nearest.items()})
+        if not own:
+            return shape
+        apart = {width: log - shape[width] for width, (log, _) in own.items()}
+        steady = dict(apart)
+        for width, (_, count) in own.items():
+            if count < SURE and len(own) > 1:  # one time alone is half believed
+                elsewhere = _spread({w: log for w, log in apart.items() if w != width})[width]
+                steady[width] = (count**2 * apart[width] + elsewhere) / (count**2 + 1)
+        return [a + b for a, b in zip(shape, _spread(steady), strict=True)]
+
+    def _logs(self, rows: int) -> dict[int, tuple[float, int]]:
+        """Width -> the logarithm of its ratio, and the number of times behind it."""
+        cells = ((width, times) for (count, width), times in self.rounds.items() if count == rows)
+        return {width: (math.log(middle(times)), len(times)) for width, times in cells}
+
+
+def middle(times: Sequence[float]) -> float:
+    """Returns the lower tercile, of three the least: noise mostly adds, and an outlier by much."""
+    return sorted(times)[(len(times) - 1) // 3]
+
+
+def _spread(known: Mapping[int, float]) -> list[float]:
+    """Returns a value for each width: linear between known ones, beyond them as the last."""
+    if len(known) == 1:
+        return list(known.values()) * (MAX_DRAFTS + 1)
+    widths, values = sorted(known), []
+    for width in range(MAX_DRAFTS + 1):
+        right = bisect_left(widths, width)
+        if right in (0, len(widths)):
+            values.append(known[widths[min(right, len(widths) - 1)]])
+        else:
+            low, high = widths[right - 1], widths[right]
+            share = (width - low) / (high - low)
+            values.append(known[low] * (1 - share) + known[high] * share)
+    return values

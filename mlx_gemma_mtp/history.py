@@ -1,0 +1,85 @@
+"""What was kept of the drafts so far: decayed counts, by position and by the drafter's confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .costs import MAX_DRAFTS
+
+FIRST = 0.75  # acceptance that is assumed before anything is known
+WEIGHT = 3.0  # of what is assumed, in rounds
+RECENT, LASTING = 0.9, 0.98  # what a round keeps of the past: of a request's own, of everybody's
+BINS = 10
+
+
+@dataclass(frozen=True)
+class History:
+    """Decayed counts by position: drafts whose predecessors were all kept, and those of them that were kept."""
+
+    tried: tuple[float, ...] = (0.0,) * MAX_DRAFTS
+    kept: tuple[float, ...] = (0.0,) * MAX_DRAFTS
+
+    def after(self, verified: int, accepted: int, keep: float, cut: Sequence[float] = ()) -> History:
+        """Returns the history with one more round of one row.
+
+        keep: what the round leaves of the past. cut: for each draft that was made and not verified, the chance that it
+        would have been kept; without them only sure drafts would count.
+        """
+        tried, kept, reach = [t * keep for t in self.tried], [k * keep for k in self.kept], 1.0
+        for i, rate in enumerate([float(i < accepted) for i in range(verified)] + list(cut)):
+            tried[i], kept[i], reach = tried[i] + reach, kept[i] + reach * rate, reach * rate
+        return History(tuple(tried), tuple(kept))
+
+    def rates(self, assumed: Sequence[float] | None = None) -> list[float]:
+        """Returns the chance that the draft at each position is kept if those before it are.
+
+        assumed: the rates that count as WEIGHT rounds of evidence. Where they are None, a position is assumed to be
+        like the one before it.
+        """
+        rates: list[float] = []
+        for i, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
+            if assumed is None:
+                prior = rates[-1] if rates else FIRST
+            else:  # as everybody's, as far as this row is like everybody
+                prior = min(assumed[i] * (rates[-1] / max(assumed[i - 1], 1e-3) if rates else 1.0), 0.98)
+            rates.append((kept + WEIGHT * prior) / (tried + WEIGHT))
+        return rates
+
+    def floor(self) -> list[float]:
+        """Returns the rates that the counts alone vouch for: none where nothing was tried."""
+        return [kept / (tried + WEIGHT) for tried, kept in zip(self.tried, self.kept, strict=True)]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the drafter's confidence is worth: decayed counts by tenths of it."""
+
+    tried: tuple[float, ...] = (0.0,) * BINS
+    kept: tuple[float, ...] = (0.0,) * BINS
+
+    def after(self, confidences: Sequence[float], accepted: int) -> Trust:
+        """Returns the trust after one more round of one row. confidences: of the drafts that were verified."""
+        tried, kept = list(self.tried), list(self.kept)
+        for i, confidence in enumerate(confidences[: accepted + 1]):
+            bin_ = _bin(confidence)
+            tried[bin_], kept[bin_] = tried[bin_] * LASTING + 1, kept[bin_] * LASTING + (i < accepted)
+        return Trust(tuple(tried), tuple(kept))
+
+    def rate(self, confidence: float) -> float:
+        """Returns the chance that such a draft is kept if those before it are; at first, the confidence itself."""
+        bin_ = _bin(confidence)
+        return (self.kept[bin_] + WEIGHT * confidence) / (self.tried[bin_] + WEIGHT)
+
+
+def _bin(confidence: float) -> int:
+    return min(int(confidence * BINS), BINS - 1)
+
+
+def expected(rates: Sequence[float], most: int) -> list[float]:
+    """Returns the tokens that a row's round emits, with K = 0..len(rates) drafts of which at most `most` are of use."""
+    tokens, reach = [1.0], 1.0
+    for i, rate in enumerate(rates):
+        reach *= rate
+        tokens.append(tokens[-1] + (reach if i < most else 0.0))
+    return tokens
