@@ -3,6 +3,7 @@
 import asyncio
 import json
 import multiprocessing
+import re
 import threading
 from pathlib import Path
 
@@ -12,6 +13,12 @@ import pytest
 
 from mlx_gemma_mtp import SamplingParams, UserError, hub, load
 from mlx_gemma_mtp.engine import Engine
+
+
+def name(value: object) -> str:
+    """A test's name that is the same in every process: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))[:60]
+
 
 SHORT = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 MESSAGE = {"role": "user", "content": "hello"}
@@ -108,7 +115,7 @@ def test_several_prompts(engine, ids, kind):
         {"role": "user", "content": [{"type": "text", "text": None}]},
         {"role": "user", "content": [{"type": "text"}]},
     ],
-    ids=lambda prompt: str(prompt)[:40],
+    ids=name,
 )
 def test_what_is_no_prompt(engine, prompt):
     named(lambda: engine.generate(prompt, SHORT))
@@ -150,7 +157,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=str)
+@pytest.mark.parametrize("option", OPTIONS, ids=name)
 def test_options_of_a_call(engine, option):
     name = next(iter(option)).replace("system_prompt", "system")
     named(lambda: engine.generate("hello", SHORT, **option), name)
@@ -224,7 +231,7 @@ LOADS = [
 ]
 
 
-@pytest.mark.parametrize("options", LOADS, ids=str)
+@pytest.mark.parametrize("options", LOADS, ids=name)
 def test_arguments_of_load(options):
     named(lambda: load(**options), next(iter(options)))
 
