@@ -137,7 +137,7 @@ class Prefilled:
 class Accepted(NamedTuple):
     """What a verify decided. tokens: int32 [B, K + 1], of which kept + 1 count; kept: [B], drafts that stay; newest:
     [B], the token after them; sums: float32 [B, K + 1], of the logits of each position, finite where these are; peaks:
-    [B, K + 1], see Distribution, or [B, 0] where it has none; report: of each token, where the rules ask for one (see
+    [B, K + 1], see Distribution, None where it has none; report: of each token, where the rules ask for one (see
     sampling.logprobs), or nothing.
     """
 
@@ -145,7 +145,7 @@ class Accepted(NamedTuple):
     kept: mx.array
     newest: mx.array
     sums: mx.array
-    peaks: mx.array
+    peaks: mx.array | None
     report: tuple[mx.array, ...]
 
 
@@ -198,9 +198,8 @@ def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
         kept, newest = accept(drafts.tokens, tokens)
     else:
         tokens, kept, newest = rejection.accept(drafts.tokens, drafts.q, p, rules, verify.positions)
-    peaks = mx.zeros((tokens.shape[0], 0)) if p.peak is None else p.peak
     report = () if rules.logprobs is None else logprobs(logits, tokens, cap, rules.logprobs)
-    return Accepted(tokens, kept, newest, logits.sum(axis=-1), peaks, report)
+    return Accepted(tokens, kept, newest, logits.sum(axis=-1), p.peak, report)
 
 
 def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) -> tuple[list[int], str | None]:
@@ -288,18 +287,20 @@ class Speculation:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
             state = (self.cache, rows, out.newest, hidden, now.rules, said)
             drafts = draft(self.drafter, self.target.embed, *state, num_draft, self.drafting, self.confident)
-        told = (out.tokens, out.kept, out.sums, out.peaks, drafts.tokens, drafts.sure, *out.report)
+        checks = (out.sums,) if out.peaks is None else (out.sums, out.peaks)
+        told = (out.tokens, out.kept, drafts.tokens, drafts.sure, *out.report, *checks)
         mx.async_eval(*told, self.cache.lengths, out.newest)
         # VERIFY of the next round: built while the device works, unless constraints must see the tokens first.
         self._go_on_with(Inputs(out.newest, drafts, now.rules, said, now.guide, None))
         if now.guide is None:
             self._verify = Verify(self.target, self.cache, self.inputs)
         # One readback
-        tokens, kept, sums, peaks, drafted_next, sure, *report = self._readback(*told)
+        tokens, kept, drafted_next, sure, *more = self._readback(*told)
+        report, (sums, *peaks) = more[: len(out.report)], more[len(out.report) :]
         self.confidences = [[0.0 if math.isnan(each) else each for each in row] for row in sure]
         self.cache.tighten(rows, [(drafted or 0) - count for count in kept])
         counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
-        emitted, errors = map(list, zip(*map(sound, counted, sums, peaks), strict=True))
+        emitted, errors = map(list, zip(*map(sound, counted, sums, *(peaks or [[[]] * rows.stop])), strict=True))
         if now.guide is not None:
             self._constrain(emitted, errors, drafted_next)
             self._verify = Verify(self.target, self.cache, self.inputs)
