@@ -22,6 +22,7 @@ from mlx_gemma_mtp.choice import (
     PURSE_FIRST,
     PURSE_LEAST,
     PURSE_MOST,
+    PURSE_ROUND,
     REASONS,
     SHORT,
     Pause,
@@ -318,6 +319,36 @@ def test_a_length_that_was_not_timed_is_affordable_by_what_the_timed_ones_keep()
     assert choose(known, [good], good, [FREE], pause, Purse(0.5)).drafts == 1
     assert choose(known, [good], good, [FREE], pause, Purse(9.0)).drafts == 3  # no more than twice and one
     assert choose(known, [good], good, [FREE], Pause(checks=8, drafting=1000), Purse(0.5)).reason == CHECK
+
+
+def test_the_purse_is_told_what_a_round_earned():
+    """Verify and drafts by the table where it is frozen; by the clock else; a plain round earns none."""
+    costs = table(0.1, 0.2)
+    auto = Auto(costs, frozen=True)
+    made = auto.draft([0], 100, [FREE])
+    assert auto.verify([0], 100, [FREE], [[0.9] * made], made) == made == 2
+    auto.observe({0: 1})
+    assert auto.purse.left == pytest.approx(Purse().after(2 - costs.rounds_at(1, 100)[2]).left)
+
+    def left(late: float) -> float:
+        auto = Auto(costs)
+        run(auto, costs, 4, 0.0)
+        assert auto.purse.left == pytest.approx(PURSE_FIRST + 4 * PURSE_ROUND)  # plain so far
+        assert auto.verify([0], 100, [FREE], [[0.9]], 1) == 1
+        auto.draft([0], 100, [FREE])
+        auto.timed([0], 100, late * 1.3)
+        auto.observe({0: 1})
+        return auto.purse.left
+
+    assert left(1.0) > left(1.3) + 0.2 > left(1.6) + 0.4
+
+
+def test_everybodys_history_lasts_longer_than_a_requests_own():
+    auto = Auto(table(0.02, 0.02), frozen=True)
+    run(auto, table(0.02, 0.02), 60, 1.0)
+    assert auto.pool.tried[0] > 25 and 9 < auto._own[0].tried[0] < 11
+    auto.forget([0])
+    assert not auto._own and auto.pool.tried[0] > 25
 
 
 def test_a_short_text_tries_nothing_new():
