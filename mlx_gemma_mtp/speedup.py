@@ -23,7 +23,7 @@ PAIRS = 5  # at most
 @dataclass(frozen=True)
 class Speedup:
     """Medians over alternating runs. rates: tokens a second of all rows together, after the prefill. drafted: drafts
-    that were verified in the last run; where there are none, the ratio is noise.
+    that were verified in all runs; where there are none, the ratio is noise.
     """
 
     tokens: int
@@ -61,11 +61,12 @@ def measure(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, *
         return engine.generate(list(prompts), params, **options, **drafts)
 
     run(num_draft_tokens=0)  # what is met for the first time is not measured
-    began, ratios, rates = time.perf_counter(), [], []
+    began, ratios, rates, drafted = time.perf_counter(), [], [], 0
     while not ratios or (len(ratios) < PAIRS and time.perf_counter() - began < SECONDS):
         plain, mtp = run(num_draft_tokens=0), run()
         rates.append([results[-1].stats.batch_generation_tps for results in (mtp, plain)])
         ratios.append(rates[-1][0] / rates[-1][1])
+        drafted += sum(result.stats.drafted for result in mtp)
     rounds = sum(result.stats.rounds for result in mtp)
     return Speedup(
         tokens=sum(len(result.tokens) for result in mtp),
@@ -73,7 +74,7 @@ def measure(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, *
         mtp_tps=median(rate for rate, _ in rates),
         plain_tps=median(rate for _, rate in rates),
         ratio=median(ratios),
-        drafted=sum(result.stats.drafted for result in mtp),
+        drafted=drafted,
         by_rejection=engine.accept == REJECTION and params.resolved(engine.defaults).temperature > 0,
         equal=[result.tokens for result in mtp] == [result.tokens for result in plain],
     )

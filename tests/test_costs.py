@@ -28,6 +28,7 @@ def test_between_grid_points_it_is_linear():
     assert table.verify_at(2, 10)[0] == pytest.approx(1 + 2)  # but not below the first
     assert table.verify_at(12, 100)[0] == pytest.approx(1 + 12)
     assert table.draft_at(4) == pytest.approx(0.4)
+    assert CostTable.of(VERIFIED, {1: 0.8, 8: 0.1}).draft_at(16) == pytest.approx(0.1)  # a falling slope does not go on
 
 
 def test_what_is_missing_follows_from_the_number_of_tokens():

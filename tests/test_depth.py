@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import replay
-from mlx_gemma_mtp import SamplingParams, calibrate, calibration, hub, kernels, load, paths
+from mlx_gemma_mtp import SamplingParams, calibrate, calibration, hub, kernels, load, paths, speedup
 from mlx_gemma_mtp.calibration import KINDS, Costs
 from mlx_gemma_mtp.choice import (
     BEST,
@@ -519,6 +519,14 @@ def test_frozen_costs_from_load_and_from_the_command_line(monkeypatch):
     for flags in ([], ["--frozen-costs"]):
         generate.load_engine(generate.parser().parse_args(["--prompt", "x", *flags]))
     assert asked == [False, True]
+
+
+def test_where_nothing_is_drafted_noise_is_no_speedup(engine):
+    off = speedup.measure(with_table(engine, table(1.0, 0.5)), PROMPTS[:1], GREEDY)
+    assert off.drafted == 0 and off.tokens == 40
+    assert str(off).startswith("MTP: off, drafts do not pay") and "x)" not in str(off)
+    on = speedup.measure(with_table(engine, table(0.01, 0.01)), PROMPTS[:1], GREEDY)
+    assert on.drafted > 0 and f"({on.ratio:.2f}x) over 40 tokens, the same text" in str(on)
 
 
 def test_a_number_pins_it(engine):
