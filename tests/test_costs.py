@@ -28,6 +28,7 @@ def test_between_grid_points_it_is_linear():
     assert table.verify_at(2, 10)[0] == pytest.approx(1 + 2)  # but not below the first
     assert table.verify_at(12, 100)[0] == pytest.approx(1 + 12)
     assert table.draft_at(4) == pytest.approx(0.4)
+    assert CostTable.of(VERIFIED, {1: 0.8, 8: 0.1}).draft_at(16) == pytest.approx(0.1)  # a falling slope does not go on
 
 
 def test_what_is_missing_follows_from_the_number_of_tokens():
@@ -43,6 +44,7 @@ def test_what_is_missing_follows_from_the_number_of_tokens():
 
 def test_more_work_never_looks_cheaper():
     assert rising([1.0, 3.0, 2.0, 4.0, 3.0, 3.5]) == [1.0, 2.5, 2.5, 3.5, 3.5, 3.5]
+    assert rising([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]  # blocks count by what they hold
     noisy = {(1, 64, w): s for w, s in enumerate([5.0, 9.0, 4.0, 6.0, 7.0, 8.0, 8.0, 7.0])}
     line = CostTable.of(noisy, {1: 0.1}).verify_at(1, 64)
     assert line == sorted(line) and sum(line) == pytest.approx(sum(noisy.values()))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import replay
-from mlx_gemma_mtp import SamplingParams, calibrate, calibration, hub, kernels, load, paths
+from mlx_gemma_mtp import SamplingParams, calibrate, calibration, hub, kernels, load, paths, speedup
 from mlx_gemma_mtp.calibration import KINDS, Costs
 from mlx_gemma_mtp.choice import (
     BEST,
@@ -22,6 +22,7 @@ from mlx_gemma_mtp.choice import (
     PURSE_FIRST,
     PURSE_LEAST,
     PURSE_MOST,
+    PURSE_ROUND,
     REASONS,
     SHORT,
     Pause,
@@ -320,6 +321,36 @@ def test_a_length_that_was_not_timed_is_affordable_by_what_the_timed_ones_keep()
     assert choose(known, [good], good, [FREE], Pause(checks=8, drafting=1000), Purse(0.5)).reason == CHECK
 
 
+def test_the_purse_is_told_what_a_round_earned():
+    """Verify and drafts by the table where it is frozen; by the clock else; a plain round earns none."""
+    costs = table(0.1, 0.2)
+    auto = Auto(costs, frozen=True)
+    made = auto.draft([0], 100, [FREE])
+    assert auto.verify([0], 100, [FREE], [[0.9] * made], made) == made == 2
+    auto.observe({0: 1})
+    assert auto.purse.left == pytest.approx(Purse().after(2 - costs.rounds_at(1, 100)[2]).left)
+
+    def left(late: float) -> float:
+        auto = Auto(costs)
+        run(auto, costs, 4, 0.0)
+        assert auto.purse.left == pytest.approx(PURSE_FIRST + 4 * PURSE_ROUND)  # plain so far
+        assert auto.verify([0], 100, [FREE], [[0.9]], 1) == 1
+        auto.draft([0], 100, [FREE])
+        auto.timed([0], 100, late * 1.3)
+        auto.observe({0: 1})
+        return auto.purse.left
+
+    assert left(1.0) > left(1.3) + 0.2 > left(1.6) + 0.4
+
+
+def test_everybodys_history_lasts_longer_than_a_requests_own():
+    auto = Auto(table(0.02, 0.02), frozen=True)
+    run(auto, table(0.02, 0.02), 60, 1.0)
+    assert auto.pool.tried[0] > 25 and 9 < auto._own[0].tried[0] < 11
+    auto.forget([0])
+    assert not auto._own and auto.pool.tried[0] > 25
+
+
 def test_a_short_text_tries_nothing_new():
     costs = table(0.01, 0.01)
     rounds = run(Auto(costs), costs, 30, 1.0, room=SHORT - 1)
@@ -488,6 +519,14 @@ def test_frozen_costs_from_load_and_from_the_command_line(monkeypatch):
     for flags in ([], ["--frozen-costs"]):
         generate.load_engine(generate.parser().parse_args(["--prompt", "x", *flags]))
     assert asked == [False, True]
+
+
+def test_where_nothing_is_drafted_noise_is_no_speedup(engine):
+    off = speedup.measure(with_table(engine, table(1.0, 0.5)), PROMPTS[:1], GREEDY)
+    assert off.drafted == 0 and off.tokens == 40
+    assert str(off).startswith("MTP: off, drafts do not pay") and "x)" not in str(off)
+    on = speedup.measure(with_table(engine, table(0.01, 0.01)), PROMPTS[:1], GREEDY)
+    assert on.drafted > 0 and f"({on.ratio:.2f}x) over 40 tokens, the same text" in str(on)
 
 
 def test_a_number_pins_it(engine):
