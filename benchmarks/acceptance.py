@@ -26,13 +26,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.drafter import Drafting
-from mlx_gemma_mtp.engine import Engine
-from mlx_gemma_mtp.noise import gumbel
-from mlx_gemma_mtp.params import ACCEPT
-from mlx_gemma_mtp.sampling import Rules, soft_cap
-from mlx_gemma_mtp.speculative import prefill
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.sampling.distribution import Rules, soft_cap
+from mlx_gemma_mtp.sampling.noise import gumbel
+from mlx_gemma_mtp.sampling.params import ACCEPT
+from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.speculative.prefill import prefill
 
 PROMPTS = Path(__file__).parent.parent / "tests" / "data" / "prompts.json"
 ROWS = slice(0, 1)

@@ -40,9 +40,9 @@ from benchmarks.command import command
 from benchmarks.records import record
 from benchmarks.series import geometric_mean
 from benchmarks.workers import OURS, Setup
-from mlx_gemma_mtp.cli import Parser
+from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.hub import Pair, find_pair
+from mlx_gemma_mtp.files.hub import Pair, find_pair
 
 BATCHES = (1, 4, 8)
 CLAIMED, CLAIMED_AT = 2.2, (4, 8)
@@ -126,7 +126,7 @@ class Budget:
 def opened(args: argparse.Namespace, work: Path) -> Pair:
     """The folders of both systems: as they are on a Mac, float32 copies on a CPU."""
     from benchmarks import folders
-    from mlx_gemma_mtp.kernels import metal_available
+    from mlx_gemma_mtp.machine.device import metal_available
 
     pair = find_pair(args.model, args.draft_model)
     if pair.drafter is None:
@@ -136,7 +136,8 @@ def opened(args: argparse.Namespace, work: Path) -> Pair:
 
 def fit_together(pair: Pair) -> bool:
     """Whether two processes can hold the weights at the same time."""
-    from mlx_gemma_mtp.memory import total_bytes, weight_bytes
+    from mlx_gemma_mtp.files.folder import weight_bytes
+    from mlx_gemma_mtp.machine.memory import total_bytes
 
     needed = sum(weight_bytes(folder) for folder in (pair.target, pair.drafter))
     return 2 * needed < ROOM * total_bytes()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from mlx_gemma_mtp import cli
+from mlx_gemma_mtp.cli import command as commands
 from mlx_gemma_mtp.errors import UserError
 
 
 def command(
     run: Callable[[argparse.Namespace], int], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
 ) -> int:
-    """As cli.command; a package that is not installed and a file that cannot be had are bad input, too."""
+    """As command.command; a package that is not installed and a file that cannot be had are bad input, too."""
 
     def asked(args: argparse.Namespace) -> int:
         try:
@@ -22,4 +22,4 @@ def command(
         except OSError as error:
             raise UserError(str(error)) from None
 
-    return cli.command(asked, parser, argv)
+    return commands.command(asked, parser, argv)

@@ -18,8 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
-from mlx_gemma_mtp.memory import kv_bytes
+from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 
 LONGEST = 7  # drafts a round
 
@@ -186,6 +185,12 @@ def qmm_from(name: str, part: str) -> int:
     return (15 if middle else 13) if generation >= 15 else (10 if middle else 6)
 
 
+def _kv_read(target: TargetConfig, context: int) -> int:
+    """Bytes of bf16 keys and values that one token of one row attends to."""
+    seen = ((min(context, spec.window or context), spec) for spec in target.kv)
+    return sum(2 * 2 * positions * spec.kv_heads * spec.head_dim for positions, spec in seen)
+
+
 @dataclass(frozen=True)
 class Model:
     """The cost model. run(M): distinct experts, a layer, of M consecutive tokens of one row."""
@@ -202,7 +207,7 @@ class Model:
         """Seconds of a pass of the target."""
         chip, width = CHIPS[name], tokens * rows
         dense = sum(_dense(name, setup, part, weights, width) for part, weights in self.shape.dense.items())
-        kv = kv_bytes(self.shape.target, setup.context, rows, 1, 2) / chip.bytes_per_s
+        kv = rows * _kv_read(self.shape.target, setup.context) / chip.bytes_per_s
         return setup.fixed + dense + self._experts(chip, setup, tokens, rows) + kv
 
     def _experts(self, chip: Chip, setup: Setup, tokens: int, rows: int) -> float:

@@ -28,9 +28,9 @@ from benchmarks.cases import Axes, Case, Job
 from benchmarks.command import command
 from benchmarks.records import record
 from benchmarks.workers import OURS, PEERS, Setup
-from mlx_gemma_mtp.cli import Parser
+from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.hub import Pair, find_pair
+from mlx_gemma_mtp.files.hub import Pair, find_pair
 
 LONGEST_DRAFT = 8
 BLAS = ("stock", "openblas", "both")
@@ -124,7 +124,7 @@ def setups(args: argparse.Namespace, work: Path, note: Any) -> list[Setup]:
 def folders_for(args: argparse.Namespace, peers: Sequence[str], work: Path) -> tuple[Pair | None, Pair]:
     """(the Hugging Face source where there is one, the MLX folders)."""
     from benchmarks import folders
-    from mlx_gemma_mtp.kernels import metal_available
+    from mlx_gemma_mtp.machine.device import metal_available
 
     if args.hf_path:
         source = Path(args.hf_path)
@@ -163,9 +163,9 @@ def context(args: argparse.Namespace, ready: Sequence[Setup]) -> dict[str, Any]:
 
 def encoded(folder: Path, texts: Sequence[str], count: int) -> dict[str, list[list[int]]]:
     """The prompts of each class as chat turns in token ids, for all systems the same."""
-    from mlx_gemma_mtp.config import TargetConfig
-    from mlx_gemma_mtp.text import Text
-    from mlx_gemma_mtp.weights import read_config
+    from mlx_gemma_mtp.files.folder import read_config
+    from mlx_gemma_mtp.models.config import TargetConfig
+    from mlx_gemma_mtp.text.encode import Text
 
     text_of = Text(folder, TargetConfig.from_dict(read_config(folder)).vocab_size)
     return {text: [text_of.encode(prompt) for prompt in prompts.of(text)[:count]] for text in texts}

@@ -14,16 +14,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.config import MoESpec
-from mlx_gemma_mtp.engine import Engine
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.checks.routing_trace import watched
+from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.hub import DEMO
-from mlx_gemma_mtp.islands import geglu
-from mlx_gemma_mtp.linear import settle
-from mlx_gemma_mtp.moe import Experts
-from mlx_gemma_mtp.routing import watched
-from mlx_gemma_mtp.weights import read_tensors
+from mlx_gemma_mtp.files.hub import DEMO
+from mlx_gemma_mtp.models.config import MoESpec
+from mlx_gemma_mtp.models.linear import settle
+from mlx_gemma_mtp.models.loading import read_tensors
+from mlx_gemma_mtp.models.moe import Experts
+from mlx_gemma_mtp.ops.fused import geglu
 
 Path = Callable[[mx.array, mx.array, mx.array], mx.array]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

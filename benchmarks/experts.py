@@ -26,9 +26,9 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import machine
-from mlx_gemma_mtp import blas
-from mlx_gemma_mtp.config import TargetConfig
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.machine import blas
+from mlx_gemma_mtp.models.config import TargetConfig
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 CONFIG = DATA / "configs" / "gemma-4-26B-A4B-it.json"

@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from convert.run import convert
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.hub import Pair
-from mlx_gemma_mtp.safetensors_io import INDEX, weight_files
+from mlx_gemma_mtp.files.folder import INDEX, weight_files
+from mlx_gemma_mtp.files.hub import Pair
 
 EXPERTS = ".experts.switch_glu."
 PREFIX = "language_model."  # of an MLX target's tensors, before the names of a Gemma4ForCausalLM

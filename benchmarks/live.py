@@ -18,8 +18,9 @@ from statistics import median
 from tqdm import tqdm
 
 from benchmarks.texts import texts
-from mlx_gemma_mtp import UserError, blas
-from mlx_gemma_mtp.costs import ROWS, CostFile
+from mlx_gemma_mtp import UserError
+from mlx_gemma_mtp.machine import blas
+from mlx_gemma_mtp.speculative.costs import ROWS, CostFile
 
 BAR = 0.97
 

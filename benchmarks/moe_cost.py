@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.cost_model import ACCEPTANCE, CHIPS, FORMATS, LONGEST, STACK, STOCK, Model, Setup, Shape
-from mlx_gemma_mtp.config import DrafterConfig, MoESpec, TargetConfig
+from mlx_gemma_mtp.checks.overlap import independent_tokens, uniform
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.overlap import independent_tokens, uniform
+from mlx_gemma_mtp.models.config import DrafterConfig, MoESpec, TargetConfig
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
 NAME = "gemma-4-26B-A4B-it"

@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks import machine, prompts
 from benchmarks.command import command
-from mlx_gemma_mtp import blas
-from mlx_gemma_mtp.cli import Parser
+from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.machine import blas
 
 
 def parser() -> argparse.ArgumentParser:

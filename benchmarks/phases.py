@@ -1,6 +1,6 @@
 """Where a round's time goes: clocks and counters around the functions that a round is made of.
 
-A round: DRAFT (speculative.draft), VERIFY (Gemma4.__call__ and its logits), ACCEPT (speculative.accepted),
+A round: DRAFT (loop.draft), VERIFY (Gemma4.__call__ and its logits), ACCEPT (loop.accepted),
 then dispatches and one readback. A clock stops while another runs inside it, so the parts add up.
 """
 
@@ -21,15 +21,16 @@ from unittest import mock
 import mlx.core as mx
 
 from benchmarks.trace import Trace
-from mlx_gemma_mtp import SamplingParams, speculative
-from mlx_gemma_mtp.engine import Engine, Result
-from mlx_gemma_mtp.gemma4 import Gemma4
+from mlx_gemma_mtp import SamplingParams
+from mlx_gemma_mtp.engine.engine import Engine, Result
+from mlx_gemma_mtp.models.gemma4 import Gemma4
+from mlx_gemma_mtp.speculative import loop
 
 STAGES = (
-    ("draft", speculative, "draft"),
+    ("draft", loop, "draft"),
     ("verify", Gemma4, "__call__"),
     ("logits", Gemma4, "logits"),
-    ("accept", speculative, "accepted"),
+    ("accept", loop, "accepted"),
 )
 HOST = (
     ("dispatch", mx, "async_eval"),

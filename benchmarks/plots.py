@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import series
 from benchmarks.series import Record, Series
-from mlx_gemma_mtp.plots import SMALL, heading, spread
+from mlx_gemma_mtp.cli.plots import SMALL, heading, spread
 
 SIZE = (8.5, 5.0)  # inches
 DPI = 130

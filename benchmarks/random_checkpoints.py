@@ -34,7 +34,8 @@ from convert.checkpoint import Checkpoint
 from convert.names import Entry
 from convert.quantize import Format, Recipe
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import INDEX, ITEM_BYTES, SINGLE, Tensor, header_bytes
+from mlx_gemma_mtp.files.folder import INDEX, SINGLE
+from mlx_gemma_mtp.files.safetensors import ITEM_BYTES, Tensor, header_bytes
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
 TARGETS = {"e2b": "gemma-4-E2B-it", "26b": "gemma-4-26B-A4B-it"}

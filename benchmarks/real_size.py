@@ -44,7 +44,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 MAKE = ["-m", "benchmarks.random_checkpoints"]
 CONVERT_IDLE = ["-c", "import convert.cli"]
-RUN_IDLE = ["-c", "import mlx_gemma_mtp.engine, mlx_gemma_mtp.text"]
+RUN_IDLE = ["-c", "import mlx_gemma_mtp.engine.engine, mlx_gemma_mtp.text.encode"]
 # --formats -> (flags, bytes of the folder that convert writes, at most)
 FORMATS = {
     "4bit": (["-q", "--q-bits", "4"], 4 * GB),
@@ -200,7 +200,7 @@ def emit(folder: str) -> dict[str, Any]:
     import mlx.core as mx
 
     from mlx_gemma_mtp import load
-    from mlx_gemma_mtp.safetensors_io import weight_files
+    from mlx_gemma_mtp.files.folder import weight_files
 
     start = _clock()
     with tqdm(disable=None, desc="load") as bar:
@@ -246,7 +246,7 @@ def _emitted(engine: Any, drafts: int) -> dict[str, Any]:
 
 def _pair(folder: str) -> list[Path]:
     """The folders of a target and of the drafter that is found for it."""
-    from mlx_gemma_mtp.hub import find_pair
+    from mlx_gemma_mtp.files.hub import find_pair
 
     pair = find_pair(folder, "auto")
     return [each for each in (pair.target, pair.drafter) if each is not None]

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostTable
-from mlx_gemma_mtp.depth import Auto, Fixed
-from mlx_gemma_mtp.plots import fitted, spread
+from mlx_gemma_mtp.cli.plots import fitted, spread
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostTable
+from mlx_gemma_mtp.speculative.depth import Auto, Fixed
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 CONTEXT = 512

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.command import command
 from benchmarks.series import Record
-from mlx_gemma_mtp.cli import Parser
+from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.errors import UserError
 
 NEEDED = ("run", "system", "drafts", "batch", "temperature", "text", "blas", "machine", "versions")

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from benchmarks.texts import texts
 from mlx_gemma_mtp import SamplingParams, UserError, load
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.costs import MAX_DRAFTS
-from mlx_gemma_mtp.drafter import draft
-from mlx_gemma_mtp.engine import Engine
-from mlx_gemma_mtp.sampling import Rules
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.sampling.distribution import Rules
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS
+from mlx_gemma_mtp.speculative.drafting import draft
 
 ROW = slice(0, 1)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.machine import OPENBLAS, ROOT
-from mlx_gemma_mtp.hub import Pair
+from mlx_gemma_mtp.files.hub import Pair
 
 OURS = "mlx_gemma_mtp"
 # What each is imported as, and how it gets installed.

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import Tensor
+from mlx_gemma_mtp.files.safetensors import Tensor
 
 from .names import Entry
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.cli import Parser
+from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import is_plain, read_object
+from mlx_gemma_mtp.files.folder import is_plain
+from mlx_gemma_mtp.files.safetensors import read_object
 
 from . import blocks, names, source
 from .blocks import DTYPES, MLX

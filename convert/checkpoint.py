@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import Tensor, read_object
+from mlx_gemma_mtp.files.safetensors import Tensor, read_object
 
 from . import names, quantize, source
 from .blocks import DTYPES

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from mlx_gemma_mtp.cli import Parser, guarded, texts
+from mlx_gemma_mtp.cli.command import Parser, guarded, texts
 from mlx_gemma_mtp.errors import UserError
 
 from .blocks import DTYPES

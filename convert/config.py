@@ -1,7 +1,7 @@
 """config.json of the source: what kind of model it is, and the config that is written for it."""
 
-from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 
 # model_type -> prefix of the text tensors in the source files
 TARGETS = {

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_gemma_mtp.cli import tell
+from mlx_gemma_mtp.cli.command import tell
 from mlx_gemma_mtp.errors import UserError
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_gemma_mtp.cli import Parser
-from mlx_gemma_mtp.memory import kv_bytes
+from mlx_gemma_mtp.cache.spec import kv_bytes
+from mlx_gemma_mtp.cli.command import Parser
 
 from . import config, names, source
 from .checkpoint import Checkpoint
@@ -111,7 +111,7 @@ def _architecture(model: Checkpoint) -> dict:
 
 def _drafter_name(where: str) -> str:
     """The drafter's name beside a target: that of the original, without what conversions append."""
-    from mlx_gemma_mtp import hub  # as in source.find
+    from mlx_gemma_mtp.files import hub  # as in source.find
 
     local = not source.HUB_ID.fullmatch(where) or os.path.isdir(where)
     beside = hub.assistant(os.path.abspath(Path(where).expanduser()) if local else where)
@@ -121,7 +121,7 @@ def _drafter_name(where: str) -> str:
 def _kv(model: Checkpoint) -> dict[str, int]:
     """Context length -> bytes of the cache of one sequence."""
     target = config.loadable(model.raw, model.text)
-    return {str(tokens): kv_bytes(target, tokens, 1, BLOCK, KV_ITEM) for tokens in CONTEXTS}
+    return {str(tokens): kv_bytes(target.kv, tokens, 1, BLOCK, KV_ITEM) for tokens in CONTEXTS}
 
 
 def _lines(report: dict) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import Tensor
+from mlx_gemma_mtp.files.safetensors import Tensor
 
 from .config import TARGETS
 

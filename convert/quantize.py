@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.config import MODES as MLX_MODES
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.models.config import MODES as MLX_MODES
 
 from .names import Entry
 

@@ -7,9 +7,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.files import content
+from mlx_gemma_mtp.files.files import content
+from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 
 from . import config as configs
 from . import quantize, source, upload, writer
@@ -120,7 +120,7 @@ def _planned(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str) 
         return [first]
     if configs.is_drafter(first.config):
         raise UserError(f"{hf_path} is a drafter; expected a target with --pair; leave out --pair")
-    from mlx_gemma_mtp import hub  # as in source.find
+    from mlx_gemma_mtp.files import hub  # as in source.find
 
     path = hub.assistant(hf_path)
     second = _plan(path, outs[1], quantize.DRAFTER if recipe else None, dtype)

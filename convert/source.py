@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import INDEX, Tensor, read_header, read_index, read_object, weight_files
+from mlx_gemma_mtp.files.folder import INDEX, read_index, weight_files
+from mlx_gemma_mtp.files.safetensors import Tensor, read_header, read_object
 
 CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -20,7 +21,7 @@ def find(source: str) -> Path:
 
     Raises UserError that says what is missing, and the command that downloads it.
     """
-    from mlx_gemma_mtp import hub  # the hub's client is imported where it is needed
+    from mlx_gemma_mtp.files import hub  # the hub's client is imported where it is needed
 
     return hub.find(source)
 
@@ -32,7 +33,7 @@ def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
     """
     from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
 
-    from mlx_gemma_mtp import hub
+    from mlx_gemma_mtp.files import hub
 
     try:
         config = Path(hf_hub_download(repo, "config.json"))
@@ -53,7 +54,7 @@ def _cached(repo: str) -> Path | None:
     """The snapshot of a repository in the hub's cache, if it is complete."""
     from huggingface_hub import try_to_load_from_cache
 
-    from mlx_gemma_mtp import hub
+    from mlx_gemma_mtp.files import hub
 
     config = try_to_load_from_cache(repo, "config.json")
     folder = Path(config).parent if isinstance(config, str) else None

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import INDEX, ITEM_BYTES, SINGLE, Tensor, header_bytes
+from mlx_gemma_mtp.files.folder import INDEX, SINGLE
+from mlx_gemma_mtp.files.safetensors import ITEM_BYTES, Tensor, header_bytes
 
 from . import blocks
 from .blocks import DTYPES, MLX

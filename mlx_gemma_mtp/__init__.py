@@ -13,13 +13,22 @@ from ._version import __version__
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .engine import Chunk, Engine, Result, load
-    from .params import SamplingParams
-    from .stats import Stats
+    from .engine.engine import Engine
+    from .engine.load import load
+    from .engine.request import Chunk, Result
+    from .engine.stats import Stats
+    from .sampling.params import SamplingParams
 
 __all__ = ["Chunk", "Engine", "Result", "SamplingParams", "Stats", "UserError", "__version__", "load"]
 
-_HOMES = {"SamplingParams": "params", "Stats": "stats"}
+_HOMES = {
+    "Chunk": "engine.request",
+    "Engine": "engine.engine",
+    "Result": "engine.request",
+    "SamplingParams": "sampling.params",
+    "Stats": "engine.stats",
+    "load": "engine.load",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +37,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES.get(name, 'engine')}", __name__), name)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from ._version import __version__
-from .cli import guarded, texts
+from .cli.command import guarded, texts
 from .errors import UserError
 
 # name -> (module with a `main(argv)`, what it does); nothing is imported before it is wanted: see blas.preload

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .choice import break_even
-from .cli import Bar, Parser, check_plot, command, loaded, written
-from .costs import MAX_DRAFTS, ROWS, CostTable
+from .cli.command import Bar, Parser, check_plot, command, loaded, written
+from .cli.plots import heading
 from .errors import UserError
-from .plots import heading
+from .speculative.choice import break_even
+from .speculative.costs import MAX_DRAFTS, ROWS, CostTable
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,15 +17,15 @@ from pathlib import Path as File
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from . import blas
-from .cli import Bar, Parser, Stage, check_file, command, note, written
+from .cli.command import Bar, Parser, Stage, check_file, command, note, written
 from .errors import UserError
+from .machine import blas
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from .moe import Experts
-    from .paths import Path, Rule
+    from .models.moe import Experts
+    from .ops.expert_paths import Path, Rule
 
 LAYER = (2816, 704, 128, 8)  # of the 26B-A4B: hidden size, expert size, experts, experts a token
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     with Stage() as stage:
         stage("checking the BLAS")
         blas.preload()
-    from . import kernels, memory, paths
-    from .health import Report, check, machine
+    from .machine import memory
+    from .ops import expert_paths, kernels
+    from .ops.kernel_report import Report, check, machine
 
     about = machine() | {"memory_gb": round(memory.total_bytes() / 1e9, 1)}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     rules = known[1] if known else ()
     timed = kernels.metal_available() and not args.no_times
     if timed:
-        paths.adopt(())
+        expert_paths.adopt(())
         rules, times = time_experts(args, about["chip"])
     elif not kernels.metal_available():
         print("no Metal device: plain MLX runs, and nothing is timed")
@@ -135,9 +136,9 @@ def layer(shape: Sequence[int], bits: int) -> Experts:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from .config import MoESpec
-    from .linear import settle
-    from .moe import Experts
+    from .models.config import MoESpec
+    from .models.linear import settle
+    from .models.moe import Experts
 
     hidden, size, count, top_k = shape
     experts = Experts(hidden, MoESpec(num_experts=count, top_k=top_k, size=size))
@@ -157,7 +158,7 @@ def measure(
     """
     import mlx.core as mx
 
-    from .paths import ON_METAL, VERIFY, Path
+    from .ops.expert_paths import ON_METAL, VERIFY, Path
 
     top_k = shape[3]
     times: dict[Path, dict[int, float]] = {}
@@ -210,7 +211,7 @@ def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Pat
     """The fastest way at each width among the paths that agree bit for bit with plain pairs; the one path that is
     fastest on the whole, by the geometric mean, where none but itself may be taken.
     """
-    from .paths import VERIFY, Path, Rule
+    from .ops.expert_paths import VERIFY, Path, Rule
 
     widths = sorted(next(iter(times.values())))
 
@@ -231,9 +232,9 @@ def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Pat
 
 def time_drafts(model: str | None) -> dict[str, float]:
     """Milliseconds of one draft with the drafter as it is, and in 4 bits."""
-    from .calibration import KINDS, Bench
-    from .engine import load
-    from .weights import is_quantized
+    from .engine.calibration import KINDS, Bench
+    from .engine.load import load
+    from .models.loading import is_quantized
 
     found: dict[str, float] = {}
     for name, bits in (("as it is", None), ("4-bit", 4)):

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from . import __version__
-from .cli import Bar, Parser, Stage, command, loaded, note, tell
+from ._version import __version__
+from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
+from .cli.prompts import read_prompts, read_schema, read_source
 from .errors import UserError
-from .params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
+from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 
 if TYPE_CHECKING:
-    from .engine import Engine, Result
+    from .engine.engine import Engine, Result
 
 BUNDLED = (
     "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
@@ -188,66 +187,6 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt, standard input and --prompt-file, in this order."""
-    prompts = [_standard_input() if p == "-" else p for p in args.prompt]
-    if args.prompt_file is not None:
-        prompts += read_lines(args.prompt_file)
-    if not prompts:
-        raise UserError("there is no prompt; give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE")
-    for prompt in prompts:
-        if not prompt.strip():
-            raise UserError(f"the prompt {prompt!r} is empty; expected some text")
-    return prompts
-
-
-def read_lines(path: str) -> list[str]:
-    """The prompts of a --prompt-file: its lines, without empty ones."""
-    lines = re.split(r"\r\n|\n|\r", _read("--prompt-file", path, "a text file, a prompt a line"))
-    return [line for line in lines if line.strip()]
-
-
-def read_schema(source: str | None) -> str | None:
-    """The JSON text of --json-schema."""
-    text = read_source("--json-schema", source, lambda text: text.lstrip().startswith(("{", "[")))
-    if text is not None:
-        try:
-            json.loads(text)
-        except (ValueError, RecursionError) as error:
-            where = "" if text is source else f" {source}"
-            raise UserError(f"--json-schema{where} is no JSON: {error}; give a JSON schema, or a file of one") from None
-    return text
-
-
-def read_source(flag: str, source: str | None, is_text: Callable[[str], bool]) -> str | None:
-    """The text of a file where `source` names one, else `source`, if that can be such a text."""
-    if source is None:
-        return None
-    if os.path.exists(os.path.expanduser(source)):
-        return _read(flag, source, "a text file")
-    if is_text(source):
-        return source
-    raise UserError(f"{flag} {source}: there is no such file, and it is no text of that kind; check the name")
-
-
-def _read(flag: str, path: str, expected: str) -> str:
-    """The text of a file that the user named. Raises UserError."""
-    try:
-        with open(os.path.expanduser(path), "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; expected {expected}") from None
-    except ValueError:  # a NUL in the name
-        raise UserError(f"{flag} {path!r} is no name of a file; expected {expected}") from None
-    return _decode(data, f"{flag} {path}")
-
-
-def _standard_input() -> str:
-    if sys.stdin is None:
-        raise UserError("--prompt - reads standard input, which is closed; expected a file or a pipe there")
-    return _decode(sys.stdin.buffer.read(), "standard input")
-
-
 def read_depth(text: str) -> int | str:
     """A number of drafts, or 'auto'."""
     if text == "auto":
@@ -264,15 +203,6 @@ def read_bias(text: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError:
         raise UserError(f"--logit-bias is {text!r}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); convert it to UTF-8"
-        ) from None
 
 
 def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
@@ -344,7 +274,7 @@ def print_speedup(
     engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, results: list[Result]
 ) -> None:
     """What MTP is worth on these prompts, for the bundled model, which is small enough to try it both ways."""
-    from . import speedup
+    from .checks import speedup
 
     if not any(result.stats.rounds and result.stats.mtp for result in results):
         return

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import blas
-from .cli import Bar, Parser, check_file, check_plot, command, loaded, written
+from .checks.overlap import FITTED, NEIGHBOURS, Figures
+from .cli.command import Bar, Parser, check_file, check_plot, command, loaded, written
+from .cli.plots import heading
+from .cli.prompts import PROMPTS, read_prompts
 from .errors import UserError
-from .generate import read_prompts
-from .overlap import FITTED, NEIGHBOURS, Figures
-from .params import SamplingParams
-from .plots import heading
-from .verify import PROMPTS
+from .files.folder import read_config
+from .machine import blas
+from .sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,12 +98,13 @@ def _check(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingParams) -> tuple[dict, dict]:
     """Generates all texts: (the figures, what they were taken from)."""
-    from . import hub, memory, weights  # after the BLAS: these import MLX
-    from .config import TargetConfig
-    from .routing import trace
+    from .checks.routing_trace import trace
+    from .files import hub
+    from .machine import memory
+    from .models.config import TargetConfig
 
     folder = hub.find_pair(args.model, args.draft_model, None).target
-    moe = TargetConfig.from_dict(weights.read_config(folder)).moe
+    moe = TargetConfig.from_dict(read_config(folder)).moe
     if moe is None:
         raise UserError(f"{folder} has no experts to route to; expected a mixture of experts, such as the 26B-A4B")
     engine = loaded(args.model, args.draft_model, draft_bits=args.draft_bits)

@@ -13,25 +13,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from .cli import Parser, command, loaded
+from .cli.command import Parser, command, loaded
+from .cli.prompts import PROMPTS, read_lines
 from .errors import UserError
-from .generate import read_lines
-from .params import SamplingParams
+from .sampling.params import SamplingParams
 
 if TYPE_CHECKING:
-    from .engine import Engine
-    from .equality import Cell
+    from .checks.equality import Cell
+    from .engine.engine import Engine
 
-PROMPTS = (
-    "Write a Python function that reads a CSV file and returns the column means.",
-    "def fibonacci(n):",
-    "Explain in three sentences why the sky is blue.",
-    "What does the method `str.partition` do?",
-    "Translate to German: The meeting has been moved to Thursday.",
-    'Return a JSON object with the keys "name", "age" and "city" for a fictional person.',
-    "List the planets of the solar system by size.",
-    "Write a haiku about compilers.",
-)
 CHANCE = 1e-3  # a difference of distributions that is likelier than this is no difference
 
 
@@ -63,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     base = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True, seed=0)
     every = [replace(base, temperature=temperature) for temperature in args.temps]
     engine = loaded(args.model, args.draft_model, dtype=args.dtype, draft_bits=args.draft_bits, max_rows=max(args.rows))
-    from .equality import compare, same_distribution  # after the BLAS: these import MLX
-    from .invariance import probe
+    from .checks.equality import compare, same_distribution  # after the BLAS: these import MLX
+    from .checks.invariance import probe
 
     if engine.drafter is None:
         raise UserError("there is no drafter to verify; name one with --draft-model")

@@ -25,7 +25,7 @@ if SIMULATED:
     real = mx.metal.is_available, mx.default_device
     mx.metal.is_available, mx.default_device = lambda: True, lambda: mx.gpu
 
-from mlx_gemma_mtp.kernels import metal_available
+from mlx_gemma_mtp.machine.device import metal_available
 
 assert metal_available(), "no Metal here, and none simulated"  # asked once: the answer is kept
 if SIMULATED:
@@ -34,13 +34,14 @@ if SIMULATED:
 
 import mlx.nn as nn
 
-from mlx_gemma_mtp import SamplingParams, load, paths
-from mlx_gemma_mtp.cache import LayerKV
-from mlx_gemma_mtp.drafter import CentroidHead, DenseHead, Drafter
-from mlx_gemma_mtp.gemma4 import Block, Gemma4
-from mlx_gemma_mtp.kernels import down, gate_up, grouping, head_argmax
-from mlx_gemma_mtp.linear import Embedding, Linear
-from mlx_gemma_mtp.moe import ExpertLinear, Experts, QuantizedExpertLinear
+from mlx_gemma_mtp import SamplingParams, load
+from mlx_gemma_mtp.cache.kv import LayerKV
+from mlx_gemma_mtp.models.drafter import CentroidHead, DenseHead, Drafter
+from mlx_gemma_mtp.models.gemma4 import Block, Gemma4
+from mlx_gemma_mtp.models.linear import Embedding, Linear
+from mlx_gemma_mtp.models.moe import ExpertLinear, Experts, QuantizedExpertLinear
+from mlx_gemma_mtp.ops import expert_paths
+from mlx_gemma_mtp.ops.kernels import down, gate_up, grouping, head_argmax
 
 PROMPTS = ["def mean(values):\n    total = 0\n    for value in values:", "What is a list?"]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
@@ -108,7 +109,7 @@ def ways(engine: Any) -> dict[str, Any]:
     target, drafter = engine.target, engine.drafter
     chosen: dict[str, Any] = {"dtype": named(target.dtype), "drafter": type(drafter.masked_embedding).__name__}
     if target.config.moe:
-        every = range(1, paths.VERIFY + 1)
+        every = range(1, expert_paths.VERIFY + 1)
         chosen["paths"] = sorted({str(layer.experts.path(target.dtype, n)) for layer in target.layers for n in every})
     if isinstance(drafter.masked_embedding, DenseHead):
         table = drafter.masked_embedding.table(drafter.embed_tokens)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_gemma_mtp.engine import Engine
-from mlx_gemma_mtp.equality import Divergence, divergence
+from mlx_gemma_mtp.checks.equality import Divergence, divergence
+from mlx_gemma_mtp.engine.engine import Engine
 
 NEAR = 1e-4  # between the two logits
 FORGIVEN = 2  # places of all texts of a pair, in however many runs they come up

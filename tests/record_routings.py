@@ -11,9 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma_mtp import hub, moe
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.weights import load_target
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.models import moe
+from mlx_gemma_mtp.models.loading import load_target
 
 DATA = Path(__file__).parent / "data"
 TOKENS = 128

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma_mtp.cache import Cache, Span
-from mlx_gemma_mtp.drafter import Drafter
-from mlx_gemma_mtp.gemma4 import Gemma4
-from mlx_gemma_mtp.sampling import soft_cap
+from mlx_gemma_mtp.cache.cache import Cache, Span
+from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.models.gemma4 import Gemma4
+from mlx_gemma_mtp.sampling.distribution import soft_cap
 
 ROW = slice(0, 1)
 

@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp import SamplingParams, UserError, hub, load
-from mlx_gemma_mtp.engine import Engine
+from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.files import hub
 
 
 def name(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -13,9 +14,10 @@ from benchmarks.systems import call, ours
 from benchmarks.systems.__main__ import answer
 from benchmarks.trace import Trace, primitives
 from benchmarks.workers import OURS, Failed, Gone, Setup
-from mlx_gemma_mtp import UserError, hub
-from mlx_gemma_mtp.hub import Pair
-from mlx_gemma_mtp.stats import Stats
+from mlx_gemma_mtp import UserError
+from mlx_gemma_mtp.engine.stats import Stats
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.files.hub import Pair
 
 END = 1
 ABOUT = {
@@ -386,7 +388,7 @@ def test_decode_end_to_end_with_a_peer_that_cannot_load(tmp_path, monkeypatch, c
     pytest.importorskip("rich")
     real = decode.setups
     monkeypatch.setattr(decode, "encoded", lambda *a: {"code": [[2, 105, 2364, 107, 10, 20, 30]]})  # seconds of imports
-    monkeypatch.setattr(decode, "setups", lambda *a: [*real(*a), Setup("lost", Pair(tmp_path, None, None), "stock")])
+    monkeypatch.setattr(decode, "setups", lambda *a: [*(ours := real(*a)), replace(ours[0], system="lost")])
     flags = ["--batch", "1", "--num-draft-tokens", "0,2", "--classes", "code", "--prompts", "1", "--repeats", "1"]
     assert decode.main([*flags, "--max-tokens", "6", "--json", str(tmp_path / "out.jsonl")]) == 0
     made = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]

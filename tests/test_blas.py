@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone")
-NAME = "from mlx_gemma_mtp import blas; {}; import mlx.core; print(blas.name())"
+NAME = "from mlx_gemma_mtp.machine import blas; {}; import mlx.core; print(blas.name())"
 
 
 def run(code: str, **environment: str) -> str:
@@ -48,11 +48,16 @@ def test_an_installed_openblas_comes_before_the_reference():
 
 @linux
 def test_a_library_without_products_is_refused():
-    code = "from mlx_gemma_mtp import blas, UserError\ntry:\n    blas.preload()\nexcept UserError as e:\n    print(e)"
+    code = (
+        "from mlx_gemma_mtp import UserError\nfrom mlx_gemma_mtp.machine import blas\n"
+        "try:\n    blas.preload()\nexcept UserError as e:\n    print(e)"
+    )
     assert "is no usable BLAS" in run(code, MLX_GEMMA_MTP_BLAS="libc.so.6")
 
 
 @linux
 def test_without_openblas_nothing_happens(monkeypatch):
-    code = "from mlx_gemma_mtp import blas; blas.DEFAULT = 'libnothing.so.0'; blas.preload(); " + NAME.format("0")
+    code = "from mlx_gemma_mtp.machine import blas; blas.DEFAULT = 'libnothing.so.0'; blas.preload(); " + NAME.format(
+        "0"
+    )
     assert run(code).startswith("reference")

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.cache import CAPACITY_STEP, Cache, Span, visible
-from mlx_gemma_mtp.config import KVSpec
-from mlx_gemma_mtp.kernels.attention import READ_STEP, slots_read
+from mlx_gemma_mtp.cache.cache import Cache, Span, visible
+from mlx_gemma_mtp.cache.spec import CAPACITY_STEP, KVSpec
+from mlx_gemma_mtp.ops.attention import READ_STEP, slots_read
 
 ROWS = 3
 

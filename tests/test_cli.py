@@ -14,12 +14,16 @@ import pytest
 
 from convert import cli as convert
 from mlx_gemma_mtp import __main__ as dispatcher
-from mlx_gemma_mtp import __version__, calibrate, cli, doctor, engine, files, generate, hub, load, trace_routing, verify
-from mlx_gemma_mtp.calibration import Costs
-from mlx_gemma_mtp.costs import CostFile
+from mlx_gemma_mtp import __version__, calibrate, doctor, generate, load, trace_routing, verify
+from mlx_gemma_mtp.cli import command
+from mlx_gemma_mtp.cli.prompts import read_lines, read_schema, read_source
+from mlx_gemma_mtp.engine import load as loading
+from mlx_gemma_mtp.engine.calibration import Costs
+from mlx_gemma_mtp.engine.request import Result
+from mlx_gemma_mtp.engine.stats import Stats
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.scheduler import Result
-from mlx_gemma_mtp.stats import Stats
+from mlx_gemma_mtp.files import files, hub
+from mlx_gemma_mtp.speculative.costs import CostFile
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -122,9 +126,10 @@ def test_bytes_that_are_no_text_are_refused_in_every_place(capsys, argv):
 
 
 def test_bytes_of_a_locale_without_text_are_read_as_utf8():
-    assert cli.texts(["--prompt", "été".encode().decode("ascii", "surrogateescape"), "é"]) == ["--prompt", "été", "é"]
+    read = command.texts(["--prompt", "été".encode().decode("ascii", "surrogateescape"), "é"])
+    assert read == ["--prompt", "été", "é"]
     with pytest.raises(UserError, match="not UTF-8"):
-        cli.texts(["\ud800"])
+        command.texts(["\ud800"])
 
 
 def test_real_bytes():
@@ -142,7 +147,7 @@ def test_notes_never_reach_a_closed_standard_error_s_neighbour():
 
 def test_a_file_does_not_become_standard_error():
     code = (
-        "from mlx_gemma_mtp import cli; import os, sys\ncli.open_streams()\n"
+        "from mlx_gemma_mtp.cli import command as cli; import os, sys\ncli.open_streams()\n"
         "assert os.open('/dev/zero', os.O_RDONLY) > 2\nprint('note', file=sys.stderr); os.write(2, b'x')"
     )
     done = subprocess.run(
@@ -240,16 +245,16 @@ def test_prompts_of_a_file(tmp_path):
     """A byte order mark is none of the first; a line ends at a line feed, and nowhere else."""
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\r\n\r\ntwo\u2028 and a half\x0c\n \nthree".encode())
-    assert generate.read_lines(str(path)) == ["one", "two\u2028 and a half\x0c", "three"]
+    assert read_lines(str(path)) == ["one", "two\u2028 and a half\x0c", "three"]
     path.write_bytes(b"\xef\xbb\xbf" + b'{"type": "object"}')
-    assert generate.read_schema(str(path)) == '{"type": "object"}'
+    assert read_schema(str(path)) == '{"type": "object"}'
 
 
 def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
     """As in --prompt-file=~/x, which no shell expands."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x").write_text("[]")
-    assert generate.read_lines("~/x") == ["[]"] and generate.read_schema("~/x") == "[]"
+    assert read_lines("~/x") == ["[]"] and read_schema("~/x") == "[]"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd here")
@@ -258,13 +263,13 @@ def test_a_schema_may_come_through_a_pipe():
     read, write = os.pipe()
     os.write(write, b'{"type": "array"}')
     os.close(write)
-    assert generate.read_schema(f"/dev/fd/{read}") == '{"type": "array"}'
+    assert read_schema(f"/dev/fd/{read}") == '{"type": "array"}'
     os.close(read)
 
 
 def test_text_that_is_no_file_stays_text():
-    assert generate.read_schema(' {"a": 1}') == ' {"a": 1}'
-    assert generate.read_source("--grammar", 'start: "a"', lambda text: ":" in text) == 'start: "a"'
+    assert read_schema(' {"a": 1}') == ' {"a": 1}'
+    assert read_source("--grammar", 'start: "a"', lambda text: ":" in text) == 'start: "a"'
 
 
 HOME = str(Path.home())
@@ -335,12 +340,12 @@ def test_a_row_that_ended_with_an_error_is_shown(monkeypatch, capsys):
 
 
 def test_what_takes_long_says_so(capsys):
-    with cli.Stage(0) as stage:
+    with command.Stage(0) as stage:
         stage("reading")
         stage._timer.join()
         stage("waiting")
     assert capsys.readouterr().err.splitlines()[0] == "note: reading \u2026"
-    with cli.Stage(1000) as stage:
+    with command.Stage(1000) as stage:
         stage("reading")
         timer = stage._timer
     assert timer.finished.is_set() and capsys.readouterr().err == ""
@@ -348,6 +353,6 @@ def test_what_takes_long_says_so(capsys):
 
 def test_load_tells_its_stages(monkeypatch):
     told = []
-    monkeypatch.setattr(engine, "warm_up", lambda *_: None)
+    monkeypatch.setattr(loading, "warm_up", lambda *_: None)
     load(stage=told.append)
     assert "checking the model's files" in told and "importing the tokenizer" in told[-2] and told[-1] == ""

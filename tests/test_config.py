@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_gemma_mtp import gemma4
-from mlx_gemma_mtp.config import DrafterConfig, GenerationDefaults, KVSpec, TargetConfig
-from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp.cache.spec import KVSpec
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.params import SamplingParams
+from mlx_gemma_mtp.models import gemma4
+from mlx_gemma_mtp.models.config import DrafterConfig, GenerationDefaults, TargetConfig
+from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.sampling.params import SamplingParams
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 # Language model, the head tied once, layer scalars not counted; drafters without their four layer scalars.

@@ -746,7 +746,7 @@ def test_hub_ids_are_downloaded_and_failures_are_one_line(moe, tmp_path, capsys,
             raise OSError("404 not found\nlong explanation")
         return str(moe.folder)
 
-    monkeypatch.setattr("mlx_gemma_mtp.hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("mlx_gemma_mtp.files.hub.snapshot_download", snapshot_download)
     code = main(["--hf-path", "org/absent", "--mlx-path", str(tmp_path / "out")])
     assert_fails(capsys, tmp_path, code, "the hub cannot be reached (404 not found)")
     assert main(["--hf-path", "org/model", "--mlx-path", str(tmp_path / "out")]) == 0

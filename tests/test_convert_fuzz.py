@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from test_convert import Checkpoint, expected, load, make_drafter, make_e2b, make_moe, make_text
 
 from convert.cli import main
-from mlx_gemma_mtp.config import TargetConfig
-from mlx_gemma_mtp.safetensors_io import ITEM_BYTES
+from mlx_gemma_mtp.files.safetensors import ITEM_BYTES
+from mlx_gemma_mtp.models.config import TargetConfig
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -10,7 +10,8 @@ from test_convert import DRAFTER, V, edit_bytes, make_drafter, make_moe, run
 
 from convert import writer
 from convert.cli import main
-from mlx_gemma_mtp import hub, weights
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.models import loading
 
 
 @pytest.fixture
@@ -36,8 +37,8 @@ def test_a_pair_loads_and_drafts(sources, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 2
     pair = hub.find_pair(str(tmp_path / "out"), "auto")
     assert pair.drafter == (tmp_path / "out-assistant").resolve()
-    target = weights.load_target(pair.target)
-    drafter = weights.load_drafter(pair.drafter, target.config)
+    target = loading.load_target(pair.target)
+    drafter = loading.load_drafter(pair.drafter, target.config)
     tokens, _, carried = reference.draft_steps(target, drafter, [2, 5, 7, 11], 3)
     assert all(0 <= token < V for token in tokens) and np.isfinite(carried).all()
 
@@ -57,8 +58,8 @@ def test_a_quantised_pair_has_a_drafter_of_8_bits(tmp_path, flags, ordered):
     assert held["model.norm.weight"].dtype == mx.bfloat16
     assert held["model.embed_tokens.weight"].shape == (V, 64 if ordered else 8)
     assert held["pre_projection.weight"].shape == (64, 32)
-    target = weights.load_target(tmp_path / "out", mx.float32)
-    drafter = weights.load_drafter(tmp_path / "out-assistant", target.config, mx.float32)
+    target = loading.load_target(tmp_path / "out", mx.float32)
+    drafter = loading.load_drafter(tmp_path / "out-assistant", target.config, mx.float32)
     _, _, carried = reference.draft_steps(target, drafter, [2, 5, 7, 11], 3)
     assert np.isfinite(carried).all()
     for name in ("", "-assistant"):

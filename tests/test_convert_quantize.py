@@ -11,7 +11,7 @@ from test_convert import Checkpoint, expected, load, make_drafter, make_e2b, mak
 
 from convert import blocks
 from convert.quantize import MODES, Q4_0, RECIPES, Format
-from mlx_gemma_mtp import weights
+from mlx_gemma_mtp.models import loading
 
 TEXT = [2, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41]  # more than a window of 8
 LAYER = "language_model.model.layers.0."
@@ -58,7 +58,7 @@ def test_mlx_lm_and_this_package_agree_on_every_mode(tmp_path, monkeypatch, make
 
     checkpoint = saved(make(tmp_path / "hf"))
     assert run(checkpoint, tmp_path / "out", "-q", "--q-mode", mode, "--dtype", "float32") == 0
-    ours = weights.load_target(tmp_path / "out", mx.float32)
+    ours = loading.load_target(tmp_path / "out", mx.float32)
     logits, _, _ = reference.forward(ours, TEXT)
     assert np.isfinite(logits).all() and logits.std() > 0
     look_up = nn.QuantizedEmbedding.__call__  # MLX returns bfloat16 in these modes, and all that follows is rounded
@@ -110,7 +110,7 @@ def test_every_recipe_opens(tmp_path, name):
         out = tmp_path / make.__name__
         checkpoint = saved(make(tmp_path / f"hf-{make.__name__}"))
         assert run(checkpoint, out, "-q", "--quant-predicate", name, "--dtype", "float32") == 0
-        logits, _, _ = reference.forward(weights.load_target(out, mx.float32), TEXT)
+        logits, _, _ = reference.forward(loading.load_target(out, mx.float32), TEXT)
         assert np.isfinite(logits).all() and logits.std() > 0
 
 

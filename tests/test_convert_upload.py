@@ -11,7 +11,7 @@ from test_convert_pair import sources  # noqa: F401
 
 from convert import source, upload
 from convert.cli import main
-from mlx_gemma_mtp import hub
+from mlx_gemma_mtp.files import hub
 
 ME = {"name": "me", "orgs": [{"name": "Team"}], "auth": {"accessToken": {"role": "write"}}}
 CARD = "---\nlicense: apache-2.0\nlicense_link: https://example.org/licence\ntags: [x]\n---\n# Theirs\n"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable, rising
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable, rising
 
 VERIFIED = {(rows, 100, width): 1.0 + rows * (width + 1) for rows in ROWS for width in range(MAX_DRAFTS + 1)}
 DRAFTED = {1: 0.1, 8: 0.8}

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks import replay
-from mlx_gemma_mtp import SamplingParams, calibrate, calibration, hub, kernels, load, paths, speedup
-from mlx_gemma_mtp.calibration import KINDS, Costs
-from mlx_gemma_mtp.choice import (
+from mlx_gemma_mtp import SamplingParams, calibrate, load
+from mlx_gemma_mtp.checks import speedup
+from mlx_gemma_mtp.engine import calibration
+from mlx_gemma_mtp.engine.calibration import KINDS, Costs
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.ops import expert_paths, kernels
+from mlx_gemma_mtp.speculative.choice import (
     BEST,
     CHECK,
     CHECK_MOST,
@@ -31,10 +35,10 @@ from mlx_gemma_mtp.choice import (
     choose,
     worthwhile,
 )
-from mlx_gemma_mtp.correction import Correction, Prices
-from mlx_gemma_mtp.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable
-from mlx_gemma_mtp.depth import LEARN, UNTIMED, Auto
-from mlx_gemma_mtp.history import History, Trust, expected
+from mlx_gemma_mtp.speculative.correction import Correction, Prices
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable
+from mlx_gemma_mtp.speculative.depth import LEARN, UNTIMED, Auto
+from mlx_gemma_mtp.speculative.history import History, Trust, expected
 
 FREE = 10**6  # room for drafts
 
@@ -515,9 +519,9 @@ def test_frozen_costs_from_load_and_from_the_command_line(monkeypatch):
 
     assert load(dtype="float32", frozen_costs=True).frozen_costs and not load(dtype="float32").frozen_costs
     asked = []
-    monkeypatch.setattr("mlx_gemma_mtp.engine.load", lambda *a, **options: asked.append(options["frozen_costs"]))
+    monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *a, **options: asked.append(options["frozen_costs"]))
     for flags in ([], ["--frozen-costs"]):
-        generate.load_engine(generate.parser().parse_args(["--prompt", "x", *flags]))
+        generate.load_engine(generate.parser().parse_args(["--prompt", "x", *flags]), 1)
     assert asked == [False, True]
 
 
@@ -616,11 +620,12 @@ def test_a_table_is_of_the_kernels_that_run(engine, monkeypatch):
             keys.append(key())
             patch.setenv(kernels.SWITCH, "0")
             keys.append(key())
-        paths.adopt((paths.Rule("", "", "", ((1, paths.Path.PAIRS), (48, paths.Path.SORTED)), paths.EQUAL),))
+        steps = ((1, expert_paths.Path.PAIRS), (48, expert_paths.Path.SORTED))
+        expert_paths.adopt((expert_paths.Rule("", "", "", steps, expert_paths.EQUAL),))
         keys.append(key())
     finally:
         kernels.forget_failures()
-        paths.adopt(())
+        expert_paths.adopt(())
     with monkeypatch.context() as patch:
         patch.setattr(calibration.blas, "name", lambda: "another")
         keys.append(key())

@@ -8,10 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp import SamplingParams, UserError, load, scheduler
-from mlx_gemma_mtp.depth import Fixed
-from mlx_gemma_mtp.drafter import Drafting
-from mlx_gemma_mtp.engine import Engine
+from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.engine import scheduler
+from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.speculative.depth import Fixed
+from mlx_gemma_mtp.speculative.drafting import Drafting
 
 PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)

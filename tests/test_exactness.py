@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 from test_sampling import distribution
 
-from mlx_gemma_mtp import drafter as drafting
-from mlx_gemma_mtp import rejection, speculative
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.drafter import Drafting, drawn
-from mlx_gemma_mtp.guide import guide, only
-from mlx_gemma_mtp.noise import uniform
-from mlx_gemma_mtp.params import COUPLED, REJECTION, SamplingParams
-from mlx_gemma_mtp.penalties import Said
-from mlx_gemma_mtp.rejection import residuals
-from mlx_gemma_mtp.sampling import Rules, accept
-from mlx_gemma_mtp.speculative import Speculation
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.models import drafter as drafting
+from mlx_gemma_mtp.models.drafter import drawn
+from mlx_gemma_mtp.sampling import rejection
+from mlx_gemma_mtp.sampling.distribution import Rules, accept
+from mlx_gemma_mtp.sampling.noise import uniform
+from mlx_gemma_mtp.sampling.params import COUPLED, REJECTION, SamplingParams
+from mlx_gemma_mtp.sampling.penalties import Said
+from mlx_gemma_mtp.sampling.rejection import residuals
+from mlx_gemma_mtp.speculative import loop
+from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.speculative.guide import guide, only
+from mlx_gemma_mtp.speculative.loop import Speculation
 
 VOCAB, ROWS, FEWER, SOME, FIRST = 5, 200_000, 60_000, 20_000, 2
 TABLE = np.random.default_rng(5).normal(size=(VOCAB, VOCAB)).astype(np.float32) * 0.7
@@ -158,7 +160,7 @@ def test_a_broken_rule_is_rejected(params, monkeypatch):
     def lenient(drafts, targets):
         return accept(mx.where(mx.abs(drafts - targets[:, :-1]) <= 1, targets[:, :-1], drafts), targets)
 
-    monkeypatch.setattr(speculative, "accept", lenient)
+    monkeypatch.setattr(loop, "accept", lenient)
     assert deviation(draw(DRAFTERS["bad"], params)[0], params) > 3.09
 
 

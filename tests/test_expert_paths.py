@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import expert_paths, experts
 from benchmarks.experts import Times, interleaved, quartiles, report
-from mlx_gemma_mtp.config import MoESpec
+from mlx_gemma_mtp.models.config import MoESpec
 
 SMALL, HIDDEN = MoESpec(num_experts=6, top_k=2, size=64), 128
 

@@ -17,16 +17,17 @@ from test_guide import Stairs
 
 from convert.cli import main as convert
 from mlx_gemma_mtp import SamplingParams, load, verify
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.calibration import Costs
-from mlx_gemma_mtp.costs import UNKNOWN
-from mlx_gemma_mtp.drafter import Drafting
-from mlx_gemma_mtp.engine import Engine
-from mlx_gemma_mtp.guide import guide
-from mlx_gemma_mtp.params import ACCEPT, REJECTION
-from mlx_gemma_mtp.sampling import Rules
-from mlx_gemma_mtp.speculative import NOT_FINITE, NOTHING_ALLOWED, Speculation, compact, prefill, sound
-from mlx_gemma_mtp.text import TextStream
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.engine.calibration import Costs
+from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.sampling.distribution import Rules
+from mlx_gemma_mtp.sampling.params import ACCEPT, REJECTION
+from mlx_gemma_mtp.speculative.costs import UNKNOWN
+from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.speculative.guide import guide
+from mlx_gemma_mtp.speculative.loop import NOT_FINITE, NOTHING_ALLOWED, Speculation, compact, sound
+from mlx_gemma_mtp.speculative.prefill import prefill
+from mlx_gemma_mtp.text.stream import TextStream
 
 PROMPTS = ["Describe the function open().", "def area(width, height):", "What is a list?"]
 FREE = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gemma_mtp import __version__, generate, hub
+from mlx_gemma_mtp import __version__, generate
+from mlx_gemma_mtp.files import hub
 
 PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
 KEYS = {

@@ -14,7 +14,7 @@ import pytest
 from near_ties import NearTies
 
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.equality import Divergence
+from mlx_gemma_mtp.checks.equality import Divergence
 
 HELD_OUT = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
 NAMES = ("parse", "open", "read_line", "close", "merge", "Cache.get", "sort_keys", "Node.walk", "encode", "retry")

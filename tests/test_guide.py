@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from mlx_gemma_mtp.guide import allows, expand, guide, only
-from mlx_gemma_mtp.thinking import Thinking
+from mlx_gemma_mtp.speculative.guide import allows, expand, guide, only
+from mlx_gemma_mtp.text.thinking import Thinking
 
 VOCAB = tiny.VOCAB
 OPEN, CLOSE, END = 90, 91, 1

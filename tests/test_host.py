@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
-from mlx_gemma_mtp import UserError, engine, hub, load
+from mlx_gemma_mtp import UserError, load
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.models import loading
 
 
 def child(code: str) -> str:
@@ -88,8 +90,8 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path, monkeypatch, content):
         if file.name != "tokenizer.json":
             (folder / file.name).symlink_to(file)
     (folder / "tokenizer.json").write_bytes(content)
-    prepare = engine.weights.prepare
-    monkeypatch.setattr(engine.weights, "prepare", lambda *args: read.append(1) or prepare(*args))
+    prepare = loading.prepare
+    monkeypatch.setattr(loading, "prepare", lambda *args: read.append(1) or prepare(*args))
     with pytest.raises(UserError, match="tokenizer") as raised:
         load(folder, "none")
     assert "\n" not in str(raised.value) and not read

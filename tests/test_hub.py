@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mlx_gemma_mtp import hub
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.files import hub
 
 
 def answer(kind: type, status: int) -> HfHubHTTPError:
@@ -186,7 +186,7 @@ def cached(cache: Path, name: str, lacks: str = "") -> Path:
 
 FIND = """
 import sys
-from mlx_gemma_mtp import hub
+from mlx_gemma_mtp.files import hub
 for model in sys.argv[1:]:
     try:
         print(hub.find_pair(model, "auto"))

@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp import SamplingParams, UserError, hub, load
-from mlx_gemma_mtp.engine import Engine
-from mlx_gemma_mtp.text import Text
+from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.text.encode import Text
 
 TARGET, DRAFTER = hub.DEMO / "target", hub.DEMO / "drafter"
 SHORT = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)

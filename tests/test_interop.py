@@ -19,7 +19,7 @@ from checkpoints import FORMATS, KINDS, V, pair
 
 from convert.cli import main as convert_main
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.engine import Engine
+from mlx_gemma_mtp.engine.engine import Engine
 
 pytest.importorskip("mlx_vlm", reason="the peers are not installed (extra `bench`)")
 

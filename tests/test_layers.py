@@ -5,12 +5,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp import islands, layers, moe
-from mlx_gemma_mtp.config import MoESpec, RopeSpec
-from mlx_gemma_mtp.kernels import metal_available
-from mlx_gemma_mtp.kernels.attention import additive_mask, attention, attention_mask, attention_reference
-from mlx_gemma_mtp.linear import settle
-from mlx_gemma_mtp.paths import Path
+from mlx_gemma_mtp.machine.device import metal_available
+from mlx_gemma_mtp.models import layers, moe
+from mlx_gemma_mtp.models.config import MoESpec, RopeSpec
+from mlx_gemma_mtp.models.linear import settle
+from mlx_gemma_mtp.ops import fused
+from mlx_gemma_mtp.ops.attention import additive_mask, attention, attention_mask, attention_reference
+from mlx_gemma_mtp.ops.expert_paths import Path
 
 CLOSE = 1e-3 if metal_available() else 2e-6
 
@@ -40,7 +41,7 @@ def test_norms(shape):
     norm.weight = normal(24)
     settle(norm)
     x, residual, scale = normal(*shape), normal(*shape) + 1, mx.array([0.3])
-    close(layers.rms_norm(x, 1e-6, islands.number(x.shape[-1] * 1e-6)), rms(np.array(x)))
+    close(layers.rms_norm(x, 1e-6, fused.number(x.shape[-1] * 1e-6)), rms(np.array(x)))
     close(norm(x), rms(np.array(x)) * np.array(norm.weight))
     close(norm.add(residual, x, scale), (np.array(residual) + rms(np.array(x)) * np.array(norm.weight)) * 0.3)
 
@@ -48,13 +49,13 @@ def test_norms(shape):
 def test_geglu():
     gate, up = normal(7, 20) * 4, normal(7, 20)
     x = np.array(gate)
-    close(islands.geglu(gate, up), x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * np.array(up))
+    close(fused.geglu(gate, up), x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * np.array(up))
 
 
 def test_geglu_far_from_zero():
     """No overflow: far below zero nothing passes, far above all does."""
     gate = mx.array([-3e4, -40.0, -12.0, 0.0, 12.0, 40.0, 3e4])
-    close(islands.geglu(gate, mx.full(gate.shape, 2.0)), 2 * np.maximum(np.array(gate), 0))
+    close(fused.geglu(gate, mx.full(gate.shape, 2.0)), 2 * np.maximum(np.array(gate), 0))
 
 
 @pytest.mark.parametrize("spec", [RopeSpec(1e4, 8, 16), RopeSpec(1e6, 4, 32)], ids=["default", "proportional"])
@@ -121,7 +122,7 @@ def test_experts_are_a_loop_over_pairs(tokens, bits):
     for t in range(tokens):
         for e, w in zip(np.array(chosen)[t], np.array(weights)[t], strict=True):
             inner = gate_up[e] @ np.array(x)[t]
-            want[t] += w * (down[e] @ np.array(islands.geglu(*mx.split(mx.array(inner), 2))))
+            want[t] += w * (down[e] @ np.array(fused.geglu(*mx.split(mx.array(inner), 2))))
     atol = 1e-3 if metal_available() else 1e-5
     np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=atol)
     if bits is None:

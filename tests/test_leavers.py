@@ -10,13 +10,14 @@ import tiny
 from test_guide import Stairs, thinking
 
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.calibration import Costs
-from mlx_gemma_mtp.costs import UNKNOWN
-from mlx_gemma_mtp.guide import Constraint, guide
-from mlx_gemma_mtp.penalties import Said
-from mlx_gemma_mtp.sampling import Rules
-from mlx_gemma_mtp.speculative import Speculation, compact, prefill
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.engine.calibration import Costs
+from mlx_gemma_mtp.sampling.distribution import Rules
+from mlx_gemma_mtp.sampling.penalties import Said
+from mlx_gemma_mtp.speculative.costs import UNKNOWN
+from mlx_gemma_mtp.speculative.guide import Constraint, guide
+from mlx_gemma_mtp.speculative.loop import Speculation, compact
+from mlx_gemma_mtp.speculative.prefill import prefill
 
 FREE = tiny.GREEDY
 CLOSE = 91

@@ -9,12 +9,19 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import target_dict
 
-from mlx_gemma_mtp import SamplingParams, gemma4, hub, memory
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.config import DrafterConfig, KVSpec, TargetConfig
-from mlx_gemma_mtp.drafter import Drafter
-from mlx_gemma_mtp.engine import load
+from mlx_gemma_mtp import SamplingParams
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.cache.spec import KVSpec, kv_bytes
+from mlx_gemma_mtp.engine import scheduler
+from mlx_gemma_mtp.engine.load import load
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.files.folder import weight_bytes
+from mlx_gemma_mtp.machine import memory
+from mlx_gemma_mtp.models import gemma4
+from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
+from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.models.loading import step_bytes
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 
@@ -33,7 +40,7 @@ def test_cache_bytes():
     rows, tokens, block = 2, 1000, 16
     rings = 4 * 2 * (8 + block - 1) * 2 * 8
     full = 2 * 2 * 1024 * 1 * 16
-    assert memory.kv_bytes(config, tokens, rows, block, 4) == rows * (rings + full) * 4
+    assert kv_bytes(config.kv, tokens, rows, block, 4) == rows * (rings + full) * 4
     assert config.kv[0] == KVSpec(2, 8, 8)
 
 
@@ -43,7 +50,7 @@ def test_cache_bytes_are_those_of_a_cache(kind, tokens):
     config = TargetConfig.from_dict(target_dict(kind))
     cache = Cache(config.kv, 3, tokens, 16, mx.float16)
     held = sum(array.nbytes for buffers in cache.buffers for array in buffers)
-    assert memory.kv_bytes(config, tokens, 3, 16, 2) == held
+    assert kv_bytes(config.kv, tokens, 3, 16, 2) == held
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +65,18 @@ def test_a_batch_takes_no_more_than_was_said(engine, monkeypatch):
 
     def counted(some, drafts):
         said.append(needed(some, drafts))
-        caches.append(batch(some, drafts))
+        return batch(some, drafts)
+
+    def kept(*args, **options):
+        caches.append(Cache(*args, **options))
         return caches[-1]
 
     monkeypatch.setattr(engine, "_batch", counted)
+    monkeypatch.setattr(scheduler, "Cache", kept)
     for lengths, limit in (((5, 300), 300), ((1,), 3), ((255, 257, 40), 1), ((200,), 57)):
         prompts = [[2 + i % 90 for i in range(length)] for length in lengths]
         engine.generate(prompts, SamplingParams(max_tokens=limit, ignore_eos=True))
-        held = sum(array.nbytes for buffers in caches[-1].cache.buffers for array in buffers)
+        held = sum(array.nbytes for buffers in caches[-1].buffers for array in buffers)
         assert held <= said[-1] < held + 3 * len(lengths) * 256 * 2 * 4 * 1024
 
 
@@ -76,7 +87,7 @@ def test_rows_are_as_many_as_the_memory_holds(engine, monkeypatch):
     usual = [result.tokens for result in engine.generate(prompts, params)]
     rows, batch = [], engine._batch
     monkeypatch.setattr(engine, "_batch", lambda some, drafts: rows.append(len(some)) or batch(some, drafts))
-    one = memory.kv_bytes(engine.target.config, 256, 1, 4, 4)
+    one = kv_bytes(engine.target.config.kv, 256, 1, 4, 4)
     monkeypatch.setattr(memory, "total_bytes", lambda: engine._weight_bytes + int(3.5 * one))
     assert [result.tokens for result in engine.generate(prompts, params)] == usual
     assert rows == [3, 3, 2]
@@ -84,7 +95,7 @@ def test_rows_are_as_many_as_the_memory_holds(engine, monkeypatch):
 
 def test_what_one_row_cannot_hold_is_refused_with_numbers(engine, monkeypatch):
     """Before anything is generated; a shorter text still runs, and open streams count."""
-    one = memory.kv_bytes(engine.target.config, 256, 1, 4, 4)
+    one = kv_bytes(engine.target.config.kv, 256, 1, 4, 4)
     monkeypatch.setattr(memory, "total_bytes", lambda: engine._weight_bytes + int(1.5 * one))
     short, long = (SamplingParams(max_tokens=n, ignore_eos=True) for n in (6, 6000))
     with pytest.raises(UserError, match=r"max_tokens=6000 on .* needs .* GB, this machine has .* lower max_tokens"):
@@ -98,7 +109,7 @@ def test_what_one_row_cannot_hold_is_refused_with_numbers(engine, monkeypatch):
 
 
 def test_a_model_is_refused_only_where_not_even_a_short_text_fits(monkeypatch):
-    weights = sum(memory.weight_bytes(hub.DEMO / each, widened=True) for each in ("target", "drafter"))
+    weights = sum(weight_bytes(hub.DEMO / each, widened=True) for each in ("target", "drafter"))
     monkeypatch.setattr(memory, "total_bytes", lambda: weights)
     with pytest.raises(UserError, match="this machine has"):
         load()
@@ -116,13 +127,13 @@ def test_a_step_of_the_26b_reads_its_chosen_experts_alone():
     """Lazily built, in float32 as MLX makes it. 25.2e9 parameters, of which 8 of 128 experts are read."""
     target, _ = published("26B-A4B")
     unread = 30 * 120 * 3 * 2816 * 704
-    assert memory.step_bytes(gemma4.build(target)) == pytest.approx(4 * (25_233_141_760 - unread), rel=1e-3)
+    assert step_bytes(gemma4.build(target)) == pytest.approx(4 * (25_233_141_760 - unread), rel=1e-3)
 
 
 def test_a_step_of_e2b_reads_a_row_of_its_table_and_its_drafter_the_best_centroids():
     target, drafter = published("E2B")
     table = 262144 * 35 * 256
-    assert memory.step_bytes(gemma4.build(target)) == pytest.approx(4 * (4_628_569_344 - table), rel=1e-3)
+    assert step_bytes(gemma4.build(target)) == pytest.approx(4 * (4_628_569_344 - table), rel=1e-3)
     head = 262144 * 256
     parameters = sum(value.size for _, value in tree_flatten(Drafter(drafter).parameters()))
-    assert memory.step_bytes(Drafter(drafter)) == pytest.approx(4 * (parameters - (head + 262144) * 63 / 64), rel=1e-3)
+    assert step_bytes(Drafter(drafter)) == pytest.approx(4 * (parameters - (head + 262144) * 63 / 64), rel=1e-3)

@@ -20,7 +20,7 @@ from checkpoints import FORMATS, pair
 
 from convert.cli import main as convert_main
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.kernels import metal_available
+from mlx_gemma_mtp.machine.device import metal_available
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(tempfile.gettempdir()) / f"metal_child_{os.getuid()}"

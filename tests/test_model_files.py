@@ -10,13 +10,16 @@ import pytest
 from benchmarks import folders
 from convert import check, inspect
 from convert.cli import main as convert
-from mlx_gemma_mtp import hub, load, memory, weights
-from mlx_gemma_mtp.calibration import _fingerprint
+from mlx_gemma_mtp import load
+from mlx_gemma_mtp.engine.calibration import _fingerprint
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.files import HEAD, instead
-from mlx_gemma_mtp.hub import Pair
-from mlx_gemma_mtp.safetensors_io import INDEX, SINGLE, is_plain, weight_files
-from mlx_gemma_mtp.text import Text
+from mlx_gemma_mtp.files import folder as folder_files
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.files.files import HEAD, instead
+from mlx_gemma_mtp.files.folder import INDEX, SINGLE, check_text_files, is_plain, weight_bytes, weight_files
+from mlx_gemma_mtp.files.hub import Pair
+from mlx_gemma_mtp.models import loading
+from mlx_gemma_mtp.text.encode import Text
 
 TARGET, DRAFTER = hub.DEMO / "target", hub.DEMO / "drafter"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 33384568\n"
@@ -46,7 +49,7 @@ def test_what_else_lies_in_a_folder_is_no_weight(tmp_path, index):
     if not index:
         (folder / INDEX).unlink()
     assert weight_files(folder) == [folder / SINGLE]
-    assert memory.weight_bytes(folder) == memory.weight_bytes(TARGET)
+    assert weight_bytes(folder) == weight_bytes(TARGET)
     if index:
         assert _fingerprint(folder) == _fingerprint(TARGET) and _fingerprint(drafter) == _fingerprint(DRAFTER)
     assert hub.missing_files(folder) == []
@@ -69,8 +72,8 @@ def test_an_index_counts_alone(tmp_path):
     placed = {name: file for file, some in parts.items() for name in some}
     (folder / INDEX).write_text(json.dumps({"weight_map": placed}))
     assert weight_files(folder) == [folder / file for file in sorted(parts)]
-    weights.load_target(folder)
-    assert memory.weight_bytes(folder) == memory.weight_bytes(TARGET)
+    loading.load_target(folder)
+    assert weight_bytes(folder) == weight_bytes(TARGET)
     assert convert(["check", str(folder)]) == 1  # checksums.json names the one file; the tensors themselves are sound
 
 
@@ -80,8 +83,8 @@ def test_links_are_followed(tmp_path):
     folder.mkdir()
     for file in TARGET.iterdir():
         (folder / file.name).symlink_to(file)
-    assert memory.weight_bytes(folder) == memory.weight_bytes(TARGET)
-    weights.load_target(folder)
+    assert weight_bytes(folder) == weight_bytes(TARGET)
+    loading.load_target(folder)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_an_index_names_plain_files_alone(tmp_path, name):
     assert not is_plain(name)
     shutil.copytree(TARGET, tmp_path / "model")
     (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    for call in (weights.read_tensors, memory.weight_bytes, _fingerprint, inspect.inspect):
+    for call in (loading.read_tensors, weight_bytes, _fingerprint, inspect.inspect):
         refused(lambda call=call: call(tmp_path / "model"), "no weight file", "download the folder again")
 
 
@@ -141,7 +144,7 @@ def test_what_was_not_downloaded_is_named_before_any_weight_is_read(tmp_path, mo
     if case == "cut" and file == "chat_template.jinja":
         return  # still a text
     spoil(folder / file)
-    monkeypatch.setattr(weights, "prepare", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "prepare", lambda *_: pytest.fail("weights are read"))
     refused(lambda: load(str(folder), str(DRAFTER)), file, *parts)
     if file != "generation_config.json" or case in ("pointer", "empty", "page"):
         assert convert(["--hf-path", str(folder), "--mlx-path", str(tmp_path / "out")]) == 2
@@ -152,7 +155,7 @@ def test_a_drafter_that_was_not_downloaded_is_named_before_any_weight_is_read(tm
     shutil.copytree(DRAFTER, tmp_path / "drafter")
     spoil, *parts = CASES[case]
     spoil(tmp_path / "drafter" / SINGLE)
-    monkeypatch.setattr(weights, "prepare", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "prepare", lambda *_: pytest.fail("weights are read"))
     refused(lambda: load(str(TARGET), str(tmp_path / "drafter")), str(tmp_path / "drafter"), *parts)
 
 
@@ -162,7 +165,7 @@ def test_a_drafter_that_lacks_a_tensor_is_named_before_any_weight_is_read(tmp_pa
     tensors.pop("model.norm.weight")
     (tmp_path / "drafter" / INDEX).unlink()
     mx.save_safetensors(str(tmp_path / "drafter" / SINGLE), tensors)
-    monkeypatch.setattr(weights, "prepare", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "prepare", lambda *_: pytest.fail("weights are read"))
     refused(lambda: load(str(TARGET), str(tmp_path / "drafter")), "lacks tensor 'model.norm.weight'")
 
 
@@ -190,15 +193,15 @@ def test_a_tokenizer_that_is_none_is_one_line(tmp_path, case):
     "spoil", [lambda data: data[:-5], lambda data: data[: len(data) // 2], lambda data: b"[" + data]
 )
 def test_a_large_tokenizer_is_checked_without_parsing_it(tmp_path, monkeypatch, spoil):
-    monkeypatch.setattr(weights, "LARGE", 1000)
+    monkeypatch.setattr(folder_files, "LARGE", 1000)
     shutil.copytree(TARGET, tmp_path / "model")
-    weights.check_text_files(tmp_path / "model")
+    check_text_files(tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"
     path.write_bytes(spoil(path.read_bytes()))
-    refused(lambda: weights.check_text_files(tmp_path / "model"), "tokenizer.json cannot be read as JSON", "download")
+    refused(lambda: check_text_files(tmp_path / "model"), "tokenizer.json cannot be read as JSON", "download")
     path.write_bytes(POINTER)
-    monkeypatch.setattr(weights, "LARGE", 10)
-    refused(lambda: weights.check_text_files(tmp_path / "model"), "is a Git LFS pointer")
+    monkeypatch.setattr(folder_files, "LARGE", 10)
+    refused(lambda: check_text_files(tmp_path / "model"), "is a Git LFS pointer")
 
 
 def test_a_pointer_is_not_copied_into_a_conversion(tmp_path, capsys):

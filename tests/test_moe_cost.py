@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import moe_cost
 from benchmarks.cost_model import ACCEPTANCE, CHIPS, FORMATS, STACK, STOCK, Model, bytes_per_weight, emitted, wide_ops
-from mlx_gemma_mtp.overlap import uniform
+from mlx_gemma_mtp.checks.overlap import uniform
 
 LAYERS, HIDDEN, VOCAB = 30, 2816, 262144
 STEPS = dict(zip(("stock", "4bit", "32k", "cached", "grouped", "tuned"), STACK.values(), strict=True))

@@ -7,11 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.config import GenerationDefaults
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.params import SamplingParams
-from mlx_gemma_mtp.penalties import Said
-from mlx_gemma_mtp.sampling import Distribution, Rules, sample
+from mlx_gemma_mtp.models.config import GenerationDefaults
+from mlx_gemma_mtp.sampling.distribution import Distribution, Rules, sample
+from mlx_gemma_mtp.sampling.params import SamplingParams
+from mlx_gemma_mtp.sampling.penalties import Said
 
 
 def test_settings_come_from_the_folder_where_none_are_given():

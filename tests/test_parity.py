@@ -12,7 +12,7 @@ import mlx.core as mx
 import tiny
 
 from convert.cli import main as convert
-from mlx_gemma_mtp import weights
+from mlx_gemma_mtp.models import loading
 
 pytestmark = pytest.mark.parity
 CLOSE = 1e-4
@@ -35,7 +35,7 @@ def kind(request):
 def pair(kind, tmp_path_factory):
     """The target of a kind: transformers' and ours."""
     theirs = hf_oracle.random_target(kind, seed=1)
-    ours = weights.load_target(converted(theirs, tmp_path_factory.mktemp("target")), mx.float32)
+    ours = loading.load_target(converted(theirs, tmp_path_factory.mktemp("target")), mx.float32)
     return theirs, ours
 
 
@@ -51,7 +51,7 @@ def test_draft_steps(kind, pair, ordered, tmp_path):
     """Four steps, before and past the window: tokens, logits (of the shortlist) and the carried hidden state."""
     theirs, ours = pair
     their_drafter = hf_oracle.random_drafter(kind, seed=2, ordered=ordered)
-    drafter = weights.load_drafter(converted(their_drafter, tmp_path), ours.config, mx.float32)
+    drafter = loading.load_drafter(converted(their_drafter, tmp_path), ours.config, mx.float32)
     for length in (4, 9, 40):
         want = hf_oracle.draft_steps(theirs, their_drafter, TEXT[:length], 4)
         tokens, scores, carried = reference.draft_steps(ours, drafter, TEXT[:length], 4)
@@ -65,7 +65,7 @@ def test_draft_steps(kind, pair, ordered, tmp_path):
 def test_speculative_text_is_their_greedy_text(kind, pair, tmp_path):
     theirs, ours = pair
     their_drafter = hf_oracle.random_drafter(kind, seed=2)
-    drafter = weights.load_drafter(converted(their_drafter, tmp_path), ours.config, mx.float32)
+    drafter = loading.load_drafter(converted(their_drafter, tmp_path), ours.config, mx.float32)
     prompts = [TEXT[:5], TEXT[:19]]
     texts, _ = tiny.decode(ours, drafter, prompts, 3, 40)
     assert texts == [hf_oracle.greedy(theirs, prompt, 40) for prompt in prompts]

@@ -5,13 +5,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp import blas, moe, paths
-from mlx_gemma_mtp.config import MoESpec
-from mlx_gemma_mtp.kernels import SWITCH, metal_available
-from mlx_gemma_mtp.kernels.down import combine
-from mlx_gemma_mtp.kernels.grouping import tiles
-from mlx_gemma_mtp.linear import settle
-from mlx_gemma_mtp.paths import EQUAL, Path, Rule, choose
+from mlx_gemma_mtp.machine import blas
+from mlx_gemma_mtp.machine.device import metal_available
+from mlx_gemma_mtp.models import moe
+from mlx_gemma_mtp.models.config import MoESpec
+from mlx_gemma_mtp.models.linear import settle
+from mlx_gemma_mtp.ops import expert_paths
+from mlx_gemma_mtp.ops.expert_paths import EQUAL, Path, Rule, choose
+from mlx_gemma_mtp.ops.kernels import SWITCH
+from mlx_gemma_mtp.ops.kernels.down import combine
+from mlx_gemma_mtp.ops.kernels.grouping import tiles
 
 
 def test_of_equal_logits_the_higher_expert_is_kept():
@@ -59,7 +62,7 @@ def test_the_ways_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
     x, routed = mx.random.normal((tokens, 64)), moe.route(mx.random.normal((tokens, 8)), 3, mx.ones(8))
     outputs = []
     for path in (*EQUAL, Path.TILED) if bits is None and blas.is_reference() else EQUAL:
-        monkeypatch.setattr(paths, "choose", lambda *_, path=path: path)
+        monkeypatch.setattr(expert_paths, "choose", lambda *_, path=path: path)
         outputs.append(experts(x, *routed))
     assert len(outputs) >= 2 and all(mx.array_equal(outputs[0], other) for other in outputs[1:])
 
@@ -77,7 +80,7 @@ def test_tiles_hold_every_pair_once_beside_its_own_kind(pairs, count):
         assert np.array_equal(own, own[0] + np.arange(len(own))) and own[0] % 8 == 0
 
 
-@pytest.mark.parametrize(("tokens", "told"), [(paths.VERIFY // 4, False), (paths.VERIFY // 4 + 1, True)])
+@pytest.mark.parametrize(("tokens", "told"), [(expert_paths.VERIFY // 4, False), (expert_paths.VERIFY // 4 + 1, True)])
 def test_tiles_of_sorted_pairs_are_for_prefill_alone(monkeypatch, tokens, told):
     """Of quantised weights: on Metal another kernel with other bits, which a verify must not meet at some widths."""
     experts = moe.Experts(64, MoESpec(8, 4, 32))
@@ -114,14 +117,14 @@ def test_a_rule_measured_on_a_chip_goes_first():
     rule = Rule("Apple M4", "bfloat16", "affine4", ((1, Path.PAIRS), (16, Path.GROUPED)), frozenset(Path))
     case = (mx.bfloat16, "affine4")
     assert choose("Apple M4 Max", *case, 15, True) == Path.GROUPED
-    paths.adopt((rule,))
+    expert_paths.adopt((rule,))
     try:
         assert choose("Apple M4 Max", *case, 15, True) == Path.PAIRS
         assert choose("Apple M4 Max", *case, 16, True) == Path.GROUPED
         assert choose("Apple M4 Max", *case, 64, False) == Path.SORTED  # its kernels do not run
         assert choose("Apple M1", *case, 15, True) == Path.GROUPED
     finally:
-        paths.adopt(())
+        expert_paths.adopt(())
     assert choose("Apple M4 Max", *case, 15, True) == Path.GROUPED
 
 

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.params import SamplingParams
-from mlx_gemma_mtp.penalties import Penalties, Said
+from mlx_gemma_mtp.sampling.params import SamplingParams
+from mlx_gemma_mtp.sampling.penalties import Penalties, Said
 
 VOCAB = 9
 PROMPTS = [[1, 2, 2], [5]]

@@ -12,8 +12,8 @@ from matplotlib.legend import Legend
 
 from benchmarks import plots, replay
 from mlx_gemma_mtp import calibrate, trace_routing
-from mlx_gemma_mtp.costs import ROWS, CostTable
-from mlx_gemma_mtp.plots import fitted
+from mlx_gemma_mtp.cli.plots import fitted
+from mlx_gemma_mtp.speculative.costs import ROWS, CostTable
 
 CHIP = "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz (Sapphire Rapids, virtualised)"
 SHORT = "the bundled pair, Apple M4, Accelerate BLAS, 2026-11-22T09:15:02+00:00 a1b2c3"

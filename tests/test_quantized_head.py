@@ -13,8 +13,8 @@ import seeded
 import tiny
 
 from convert.cli import main as convert
-from mlx_gemma_mtp import weights
-from mlx_gemma_mtp.drafter import CentroidHead, Drafter
+from mlx_gemma_mtp.models import loading
+from mlx_gemma_mtp.models.drafter import CentroidHead, Drafter
 
 CLOSE = 1e-4
 TABLE, CENTROIDS = "model.embed_tokens", "masked_embedding.centroids"
@@ -28,7 +28,7 @@ def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("target")
     source = seeded.write(folder / "hf", "e2b", "target")
     assert convert(["--hf-path", str(source), "--mlx-path", str(folder / "mlx"), "--dtype", "float32"]) == 0
-    return weights.load_target(folder / "mlx", mx.float32)
+    return loading.load_target(folder / "mlx", mx.float32)
 
 
 def written(folder, bits: int, group: int, mode: str, also_centroids: bool) -> dict[str, mx.array]:
@@ -61,7 +61,7 @@ def dequantized(tensors: dict[str, mx.array], path: str, bits: int, group: int, 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_logits_are_those_of_the_dequantised_head(target, tmp_path, form, also_centroids):
     tensors = written(tmp_path / "drafter", *form, also_centroids)
-    drafter = weights.load_drafter(tmp_path / "drafter", target.config, mx.float32)
+    drafter = loading.load_drafter(tmp_path / "drafter", target.config, mx.float32)
     assert isinstance(drafter.embed_tokens, nn.QuantizedEmbedding)
     assert isinstance(drafter.masked_embedding, CentroidHead)
     y = np.random.RandomState(0).standard_normal((3, WIDE)).astype(np.float32)
@@ -93,7 +93,7 @@ class Counted:
 @pytest.mark.parametrize("form", [(4, 64, "affine"), (4, 32, "mxfp4")], ids=str)
 def test_only_the_tokens_of_the_best_centroids_are_read(target, tmp_path, form):
     written(tmp_path / "drafter", *form, True)
-    drafter = weights.load_drafter(tmp_path / "drafter", target.config, mx.float32)
+    drafter = loading.load_drafter(tmp_path / "drafter", target.config, mx.float32)
     table = Counted(drafter.embed_tokens)
     drafter.masked_embedding(mx.ones((2, WIDE)), table)
     assert table.rows == 2 * 4 * 16  # rows, best centroids, tokens of each
@@ -131,7 +131,7 @@ def test_no_array_of_the_vocabularys_size_is_made(form):
 def test_speculative_text_is_plain_text(target, tmp_path, form):
     """Whatever the quantised head drafts."""
     written(tmp_path / "drafter", *form, True)
-    drafter = weights.load_drafter(tmp_path / "drafter", target.config, mx.float32)
+    drafter = loading.load_drafter(tmp_path / "drafter", target.config, mx.float32)
     prompts = [[5, 9, 7], list(range(20, 39))]
     plain, _ = tiny.decode(target, None, prompts, 0, 12)
     drafted, _ = tiny.decode(target, drafter, prompts, 3, 12)
@@ -145,7 +145,7 @@ def test_converted_drafters_load_and_draft(target, tmp_path, flags):
     """What `python -m convert -q` makes of a drafter with centroids."""
     source = seeded.write(tmp_path / "hf", "e2b", "drafter")
     assert convert(["--hf-path", str(source), "--mlx-path", str(tmp_path / "mlx"), "-q", *flags]) == 0
-    drafter = weights.load_drafter(tmp_path / "mlx", target.config, mx.float32)
+    drafter = loading.load_drafter(tmp_path / "mlx", target.config, mx.float32)
     assert isinstance(drafter.embed_tokens, nn.QuantizedEmbedding)
     plain, _ = tiny.decode(target, None, [[5, 9, 7]], 0, 12)
     assert tiny.decode(target, drafter, [[5, 9, 7]], 4, 12)[0] == plain

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gemma_mtp import generate, hub, load, weights
+from mlx_gemma_mtp import generate, load
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.models import loading
 
 TARGET, DRAFTER = hub.DEMO / "target", hub.DEMO / "drafter"
 
@@ -61,11 +63,11 @@ def test_pickles_are_named_and_never_loaded(tmp_path, monkeypatch, capsys, name,
 
     folder = pickled(tmp_path / "model", TARGET, name, index)
     drafter = pickled(tmp_path / "drafter", DRAFTER, name, index)
-    config = weights.load_target(TARGET).config
+    config = loading.load_target(TARGET).config
     for attribute in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, attribute, forbidden)
-    refused(lambda: weights.load_target(folder), str(folder), name)
-    refused(lambda: weights.load_drafter(drafter, config), str(drafter), name)
+    refused(lambda: loading.load_target(folder), str(folder), name)
+    refused(lambda: loading.load_drafter(drafter, config), str(drafter), name)
     refused_by_command(capsys, ["--model", folder, "--draft-model", "none"], str(folder), name)
     assert not list(tmp_path.glob("*.mark"))
 
@@ -87,7 +89,7 @@ SWAPPED = {
 @pytest.mark.parametrize("case", SWAPPED)
 def test_sides_in_the_wrong_places(monkeypatch, capsys, case):
     """Named before any weights are read."""
-    monkeypatch.setattr(weights, "read_tensors", lambda folder: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "read_tensors", lambda folder: pytest.fail("weights are read"))
     model, draft_model, parts = SWAPPED[case]
     refused(lambda: load(str(model), str(draft_model)), *parts)
     refused_by_command(capsys, ["--model", model, "--draft-model", draft_model], *parts)
@@ -95,7 +97,7 @@ def test_sides_in_the_wrong_places(monkeypatch, capsys, case):
 
 def test_the_drafter_of_another_target_is_refused_with_both_sides(tmp_path, monkeypatch, capsys):
     """Before any weights are read: they may be gigabytes."""
-    monkeypatch.setattr(weights, "read_tensors", lambda folder: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "read_tensors", lambda folder: pytest.fail("weights are read"))
     folder = tmp_path / "drafter"
     shutil.copytree(DRAFTER, folder)
     text = (folder / "config.json").read_text()

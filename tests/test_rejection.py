@@ -13,16 +13,18 @@ from test_engine import PROMPTS
 from test_guide import Stairs
 
 from benchmarks.acceptance import by_block, probabilities
-from mlx_gemma_mtp import SamplingParams, load, rejection
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.depth import CONFIDENCE, Auto
-from mlx_gemma_mtp.drafter import Drafting
-from mlx_gemma_mtp.guide import guide
-from mlx_gemma_mtp.noise import gumbel, keys_of_round
-from mlx_gemma_mtp.params import REJECTION
-from mlx_gemma_mtp.rejection import chances, residuals
-from mlx_gemma_mtp.sampling import Distribution, Rules, soft_cap
-from mlx_gemma_mtp.speculative import Speculation, prefill
+from mlx_gemma_mtp import SamplingParams, load
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.sampling import rejection
+from mlx_gemma_mtp.sampling.distribution import Distribution, Rules, soft_cap
+from mlx_gemma_mtp.sampling.noise import gumbel, keys_of_round
+from mlx_gemma_mtp.sampling.params import REJECTION
+from mlx_gemma_mtp.sampling.rejection import chances, residuals
+from mlx_gemma_mtp.speculative.depth import CONFIDENCE, Auto
+from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.speculative.guide import guide
+from mlx_gemma_mtp.speculative.loop import Speculation
+from mlx_gemma_mtp.speculative.prefill import prefill
 
 SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, seed=5, ignore_eos=True)
 FILTERS = {

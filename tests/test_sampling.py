@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.noise import gumbel
-from mlx_gemma_mtp.params import SamplingParams
-from mlx_gemma_mtp.penalties import Said
-from mlx_gemma_mtp.sampling import Distribution, Rules, accept, logprobs, sample
+from mlx_gemma_mtp.sampling.distribution import Distribution, Rules, accept, logprobs, sample
+from mlx_gemma_mtp.sampling.noise import gumbel
+from mlx_gemma_mtp.sampling.params import SamplingParams
+from mlx_gemma_mtp.sampling.penalties import Said
 
 VOCAB = 12
 

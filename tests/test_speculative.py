@@ -11,27 +11,32 @@ import pytest
 import tiny
 
 import mlx_gemma_mtp
-from mlx_gemma_mtp import gemma4
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.drafter import Drafting
-from mlx_gemma_mtp.params import COUPLED, REJECTION
-from mlx_gemma_mtp.sampling import Rules
-from mlx_gemma_mtp.speculative import Speculation, compact, prefill
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.models import gemma4
+from mlx_gemma_mtp.sampling.distribution import Rules
+from mlx_gemma_mtp.sampling.params import COUPLED, REJECTION
+from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.speculative.loop import Speculation, compact
+from mlx_gemma_mtp.speculative.prefill import prefill
 
 ROOMS = (
-    "cache",
-    "islands",
-    "linear",
-    "layers",
-    "moe",
-    "gemma4",
-    "drafter",
-    "guide",
-    "noise",
-    "penalties",
-    "rejection",
-    "sampling",
-    "speculative",
+    "cache/cache",
+    "cache/kv",
+    "cache/spec",
+    "models/drafter",
+    "models/gemma4",
+    "models/layers",
+    "models/linear",
+    "models/moe",
+    "ops/fused",
+    "sampling/distribution",
+    "sampling/noise",
+    "sampling/penalties",
+    "sampling/rejection",
+    "speculative/drafting",
+    "speculative/guide",
+    "speculative/loop",
+    "speculative/prefill",
 )
 SETTINGS = {"greedy": tiny.GREEDY, "sampled": tiny.SAMPLED, "penalised": tiny.PENALISED}
 COUNT = 40  # five times the window of 8
@@ -215,13 +220,11 @@ def test_one_readback_a_round(moe):
             loop.step(num_draft)
     waits = {name: _waits(name) for name in ROOMS}
     # Weights and Rope's tables are evaluated once; prefill waits for each chunk, rows that move for their copies.
-    assert waits.pop("speculative") == {
-        "prefill": ["eval"],
-        "_readback": ["eval", "tolist"],
-    }
-    assert waits.pop("cache") == {"move": ["eval"]}
-    assert waits.pop("layers") == {"__init__": ["eval", "eval"]}
-    assert waits.pop("linear") == {"settle": ["eval"]}
+    assert waits.pop("speculative/loop") == {"_readback": ["eval", "tolist"]}
+    assert waits.pop("speculative/prefill") == {"prefill": ["eval"]}
+    assert waits.pop("cache/cache") == {"move": ["eval"]}
+    assert waits.pop("models/layers") == {"__init__": ["eval", "eval"]}
+    assert waits.pop("models/linear") == {"settle": ["eval"]}
     assert not any(waits.values()), waits
 
 

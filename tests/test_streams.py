@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gemma_mtp import SamplingParams, UserError, load, memory
-from mlx_gemma_mtp.calibration import Costs
-from mlx_gemma_mtp.costs import UNKNOWN
-from mlx_gemma_mtp.engine import Engine
+from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.engine.calibration import Costs
+from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.machine import memory
+from mlx_gemma_mtp.speculative.costs import UNKNOWN
 
 PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

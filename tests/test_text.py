@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp import hub
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.text import Text
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.text.encode import Text
 
 MEDIA = 40  # a token of the bundled vocabulary that plays the image token
 

@@ -12,11 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp import SamplingParams, load, overlap, trace_routing
-from mlx_gemma_mtp.cache import Cache
-from mlx_gemma_mtp.moe import Router
-from mlx_gemma_mtp.overlap import Figures
-from mlx_gemma_mtp.routing import Text, Verify, trace, watched
+from mlx_gemma_mtp import SamplingParams, load, trace_routing
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.checks import overlap
+from mlx_gemma_mtp.checks.overlap import Figures
+from mlx_gemma_mtp.checks.routing_trace import Text, Verify, trace, watched
+from mlx_gemma_mtp.models.moe import Router
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 PROMPTS = ["What is a list?", "def fibonacci(n):", "Write the Python method `__len__(self)` for the class `Row`."]

@@ -5,8 +5,10 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp import invariance, speculative, verify
-from mlx_gemma_mtp.sampling import accept
+from mlx_gemma_mtp import verify
+from mlx_gemma_mtp.checks import invariance
+from mlx_gemma_mtp.sampling.distribution import accept
+from mlx_gemma_mtp.speculative import loop
 
 QUICK = ["--max-tokens", "12", "--rows", "2", "--num-draft-tokens", "3", "--samples", "24"]
 
@@ -33,7 +35,7 @@ def test_the_bundled_pair_is_equal(capsys, prompt_file):
 
 def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):
     """Drafts that are kept whatever the target says: the first divergence comes with both logits."""
-    monkeypatch.setattr(speculative, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
+    monkeypatch.setattr(loop, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
     code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--json")
     record = json.loads(out)
     assert code == 1 and not record["equal"]
@@ -44,7 +46,7 @@ def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):
 
 
 def test_gaps_up_to_the_tolerance_are_ties(capsys, prompt_file, monkeypatch):
-    monkeypatch.setattr(speculative, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
+    monkeypatch.setattr(loop, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
     argv = [*QUICK, "--prompt-file", prompt_file, "--samples", "0"]
     assert run(capsys, *argv, "--temps", "0")[0] == 1
     assert run(capsys, *argv, "--temps", "0", "--tolerance", "1000")[0] == 0

@@ -11,7 +11,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp import hub, warmup, weights
+from mlx_gemma_mtp.engine import warmup
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.models import loading
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX compiles for CPUs on Linux alone")
@@ -48,7 +50,7 @@ def test_a_cache_folder_that_cannot_hold_kernels_is_left_alone(cache, tmp_path, 
 
 def test_mlx_looks_there(cache):
     code = (
-        "from mlx_gemma_mtp import warmup; import mlx.core as mx\nwarmup.keep_kernels()\n"
+        "from mlx_gemma_mtp.engine import warmup; import mlx.core as mx\nwarmup.keep_kernels()\n"
         "mx.eval(mx.compile(lambda x: mx.sin(x) * 2 + 1)(mx.ones((3,))))\n"
         "print(*(file.suffix for file in sorted(warmup.kernel_folder().iterdir())))"
     )
@@ -73,7 +75,7 @@ def test_what_one_row_does_not_need_is_not_made(monkeypatch):
     monkeypatch.setattr(warmup, "Bench", Bench)
     monkeypatch.setattr(warmup, "_preamble_compiled", nullcontext)
     monkeypatch.setattr(warmup, "_done", set())
-    target = weights.open_target(hub.DEMO / "target")
+    target = loading.open_target(hub.DEMO / "target")
     for most, expected in ((1, [1]), (1, []), (8, [2]), (8, [])):
         made.clear()
         warmup.warm_up(target, None, most)
@@ -81,7 +83,7 @@ def test_what_one_row_does_not_need_is_not_made(monkeypatch):
 
 
 def test_what_is_being_done_is_told(cache, monkeypatch):
-    target = weights.open_target(hub.DEMO / "target")
+    target = loading.open_target(hub.DEMO / "target")
     monkeypatch.setattr(warmup.shutil, "which", lambda name: "/usr/bin/g++")
     monkeypatch.setenv("TMPDIR", str(cache.parent))
     assert "compiling kernels" in warmup.making_ready(target)
@@ -97,7 +99,7 @@ def test_processes_that_start_together_compile_in_turn(cache, monkeypatch):
     """One that is stopped in the middle is not waited for without end."""
     monkeypatch.setenv("TMPDIR", str(cache.parent))
     code = (
-        "from mlx_gemma_mtp import warmup\nwith warmup._one_at_a_time():\n    print('in', flush=True); input()\n"
+        "from mlx_gemma_mtp.engine import warmup\nwith warmup._one_at_a_time():\n    print('in', flush=True); input()\n"
         "print('out', flush=True)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}

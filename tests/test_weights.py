@@ -13,9 +13,11 @@ import tiny
 from mlx.utils import tree_flatten
 
 from convert.cli import main as convert
-from mlx_gemma_mtp import SamplingParams, hub, load, weights
+from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.linear import Linear, Stack
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.models import loading
+from mlx_gemma_mtp.models.linear import Linear, Stack
 
 TARGET, DRAFTER = hub.DEMO / "target", hub.DEMO / "drafter"
 
@@ -53,19 +55,19 @@ NORM = "language_model.model.norm.weight"
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, edit, message):
     with pytest.raises(UserError) as error:
-        weights.load_target(edited(tmp_path / "model", edit=edit))
+        loading.load_target(edited(tmp_path / "model", edit=edit))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_media_tensors_are_left_out(tmp_path):
     media = {"vision_tower.x.weight": mx.zeros(2), "embed_audio.y": mx.zeros(2)}
-    weights.load_target(edited(tmp_path / "model", edit=lambda t: t | media))
+    loading.load_target(edited(tmp_path / "model", edit=lambda t: t | media))
 
 
 def test_a_raw_hugging_face_drafter_loads():
     """Its names are those of the bundled one: nothing needs converting."""
-    target = weights.load_target(TARGET)
-    assert weights.load_drafter(DRAFTER, target.config).norm.weight.shape == (128,)
+    target = loading.load_target(TARGET)
+    assert loading.load_drafter(DRAFTER, target.config).norm.weight.shape == (128,)
 
 
 def test_files_that_are_broken_or_missing_are_named(tmp_path):
@@ -73,17 +75,17 @@ def test_files_that_are_broken_or_missing_are_named(tmp_path):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:1000])
     with pytest.raises(UserError, match="a complete safetensors file"):
-        weights.load_target(folder)
+        loading.load_target(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weight file 'model"):
-        weights.load_target(folder)
+        loading.load_target(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
     with pytest.raises(UserError, match=r"no weight file '\.\./\.\./secret"):
-        weights.load_target(folder)
+        loading.load_target(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        weights.load_target(folder)
+        loading.load_target(folder)
 
 
 @pytest.mark.parametrize("bits, group", [(8, 32), (4, 32), (8, 64), (4, 64)])
@@ -124,7 +126,7 @@ def test_a_drafter_quantised_while_loading_drafts_losslessly(bits):
     engine = load(draft_bits=bits, num_draft_tokens=4)
     drafter = engine.drafter
     assert (drafter.embed_tokens.bits, drafter.pre_projection.bits) == (min(bits, 4), bits)
-    assert not weights.is_quantized(engine.target)
+    assert not loading.is_quantized(engine.target)
     drafted = engine.generate("def fibonacci(n):", params, num_draft_tokens=3)
     assert (
         drafted.stats.drafted
@@ -136,9 +138,9 @@ def test_eight_bits_while_loading_are_those_of_convert_pair(tmp_path):
     argv = ["--hf-path", raw_target(tmp_path), "--mlx-path", tmp_path / "m", "-q", "--q-bits", "8", "--pair"]
     shutil.copytree(DRAFTER, tmp_path / "raw-assistant")
     assert convert([str(a) for a in argv]) == 0
-    target = weights.load_target(TARGET).config
-    converted = weights.load_drafter(tmp_path / "m-assistant", target)
-    loaded = weights.load_drafter(DRAFTER, target, bits=8)
+    target = loading.load_target(TARGET).config
+    converted = loading.load_drafter(tmp_path / "m-assistant", target)
+    loaded = loading.load_drafter(DRAFTER, target, bits=8)
     for (path, ours), (_, theirs) in zip(*(tree_flatten(m.parameters()) for m in (loaded, converted)), strict=True):
         assert ours.dtype == theirs.dtype and mx.array_equal(ours, theirs), path
 
@@ -197,7 +199,7 @@ def test_merged_models_keep_no_second_copy():
     """Loading ends with the weights alone: no unmerged parts and no second layout stay behind."""
     mx.clear_cache()
     before = mx.get_active_memory()
-    model = weights.load_target(TARGET, mx.float32)
+    model = loading.load_target(TARGET, mx.float32)
     held = mx.get_active_memory() - before
     size = sum(v.nbytes for _, v in nn.utils.tree_flatten(model.parameters()))
     assert held < 1.02 * size + 200_000

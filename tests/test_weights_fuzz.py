@@ -22,10 +22,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_gemma_mtp import gemma4, generate, hub, weights
-from mlx_gemma_mtp.config import DrafterConfig, TargetConfig
-from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp import generate
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.models import gemma4, loading
+from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
+from mlx_gemma_mtp.models.drafter import Drafter
 
 fuzz = settings(
     max_examples=60,
@@ -111,8 +113,8 @@ class Folder:
     def numbers(self) -> np.ndarray:
         """What the model in the folder computes."""
         if self.side == "target":
-            return reference.forward(weights.load_target(self.path, mx.float32), TEXT)[0]
-        drafter = weights.load_drafter(self.path, TARGET_CONFIG, mx.float32)
+            return reference.forward(loading.load_target(self.path, mx.float32), TEXT)[0]
+        drafter = loading.load_drafter(self.path, TARGET_CONFIG, mx.float32)
         return np.concatenate([np.array(a).reshape(-1) for a in drafts(drafter)])
 
     def verdict(self) -> str | None:
@@ -282,7 +284,7 @@ def weight_map(names: list[str]) -> dict[str, Any]:
 def verdict_of_index(folder: Folder, shards: Path, index: Any) -> None:
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
     try:
-        numbers = reference.forward(weights.load_target(shards, mx.float32), TEXT)[0]
+        numbers = reference.forward(loading.load_target(shards, mx.float32), TEXT)[0]
     except UserError as error:
         assert len(str(error).splitlines()) == 1, repr(str(error))
     else:

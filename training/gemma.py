@@ -23,7 +23,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import Gemma4AssistantForCausalLM
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.safetensors_io import weight_files
+from mlx_gemma_mtp.files.folder import weight_files
 from training.cli import require
 
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from mlx_gemma_mtp import engine
-from mlx_gemma_mtp.sampling import SamplingParams
+from mlx_gemma_mtp.engine.load import load
+from mlx_gemma_mtp.sampling.distribution import SamplingParams
 from training import assisted, data, gemma
 from training.cli import command
 from training.drafter import ROUND
@@ -52,7 +52,7 @@ def loss_by_position(model, stream: np.ndarray, length: int = LONG) -> dict[str,
 
 def by_engine(pair: Path, prompts: Sequence[str], temperature: float) -> dict[str, Any]:
     """Acceptance in mlx_gemma_mtp. At temperature 1 drafts and tokens share their noise (see its sampling.py)."""
-    loaded = engine.load(str(pair / "target"), str(pair / "drafter"), num_draft_tokens=ROUND, dtype="float32")
+    loaded = load(str(pair / "target"), str(pair / "drafter"), num_draft_tokens=ROUND, dtype="float32")
     params = SamplingParams(temperature=temperature, max_tokens=NEW_TOKENS, seed=SEED, **GEMMA_SAMPLING)
     stats = [result.stats for result in loaded.generate(list(prompts), params)]
     rounds = sum(stat.rounds for stat in stats)

@@ -99,7 +99,7 @@ class MlxSystem(System):
     def about(self) -> dict[str, Any]:
         import mlx.core as mx
 
-        from mlx_gemma_mtp import blas
+        from mlx_gemma_mtp.machine import blas
 
         return {"device": str(mx.default_device()), "blas_library": blas.name()}
 

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from benchmarks.systems.call import TOP_K, TOP_P, Clock, MlxSystem, Request, Timing
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.memory import step_bytes
+from mlx_gemma_mtp.models.loading import step_bytes
 
 MOST_ROWS = 128  # more than anybody asks for: every call is one batch, as with the peers
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma_mtp.kernels import down, gate_up
-from mlx_gemma_mtp.kernels.grouping import ROWS, group_reference
-from mlx_gemma_mtp.kernels.products import Weights
+from mlx_gemma_mtp.ops.kernels import down, gate_up
+from mlx_gemma_mtp.ops.kernels.grouping import ROWS, group_reference
+from mlx_gemma_mtp.ops.kernels.products import Weights
 
 EXPERTS, TOP_K = 19, 8
 RECORDED = Path(__file__).parents[1] / "data" / "routings.npz"

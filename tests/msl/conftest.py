@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from emulator import Emulator, missing
 
-from mlx_gemma_mtp import kernels
+from mlx_gemma_mtp.ops import kernels
 
 
 @pytest.fixture

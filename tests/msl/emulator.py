@@ -1,4 +1,4 @@
-"""Runs the Metal text of `mlx_gemma_mtp.kernels` on a CPU: what it computes, what it reads, what it does wrong.
+"""Runs the Metal text of `mlx_gemma_mtp.ops.kernels` on a CPU: what it computes, what it reads, what it does wrong.
 
 Needs x86-64 and g++ or clang++. Compiled objects are kept by hash in a temporary folder. Small shapes; evaluates at
 once, so not inside mx.compile. What it cannot show: speed, registers, and whether Apple's compiler takes the text.
@@ -29,7 +29,7 @@ import numpy as np
 from guarded import Guarded
 from signature import Signature, checked, emulated, signature
 
-from mlx_gemma_mtp.kernels import Kernel
+from mlx_gemma_mtp.ops.kernels import Kernel
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path(tempfile.gettempdir()) / f"msl_emulator_{os.getuid()}"

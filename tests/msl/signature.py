@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.kernels import Kernel
+from mlx_gemma_mtp.ops.kernels import Kernel
 
 MAX_CONSTANT = 8
 TYPES = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.kernels import Kernel
-from mlx_gemma_mtp.kernels.products import SIMD, Weights
+from mlx_gemma_mtp.ops.kernels import Kernel
+from mlx_gemma_mtp.ops.kernels.products import SIMD, Weights
 
 FOLDER = Path(mx.__file__).parent / "include/mlx/backend/metal/kernels"
 OFFSETS = {"utils.h": ("elem_to_loc",), "steel/utils.h": ("elem_to_loc_broadcast",)}

@@ -10,9 +10,9 @@ import stock
 from cases import coded, recorded, uniform
 from emulator import Reads
 
-from mlx_gemma_mtp.kernels import down, gate_up
-from mlx_gemma_mtp.kernels.grouping import ROWS, group_reference
-from mlx_gemma_mtp.kernels.products import Weights
+from mlx_gemma_mtp.ops.kernels import down, gate_up
+from mlx_gemma_mtp.ops.kernels.grouping import ROWS, group_reference
+from mlx_gemma_mtp.ops.kernels.products import Weights
 
 WIDTHS = (1, 2, 3, 4, 5, 8, 16, 32)
 INPUTS, SIZE, OUTPUTS = 64, 4, 8

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-import mlx_gemma_mtp.engine  # noqa: F401 - every room is imported before a test pretends that there is Metal
-from mlx_gemma_mtp import doctor, health, kernels, moe, paths
-from mlx_gemma_mtp.kernels import gate_up
-from mlx_gemma_mtp.paths import VERIFY, Path
+from mlx_gemma_mtp import doctor
+from mlx_gemma_mtp.models import moe
+from mlx_gemma_mtp.ops import expert_paths, kernel_report, kernels
+from mlx_gemma_mtp.ops.expert_paths import VERIFY, Path
+from mlx_gemma_mtp.ops.kernels import gate_up
 
 P, S, G = Path.PAIRS, Path.SORTED, Path.GROUPED
 EQUAL = frozenset((P, S))
@@ -21,7 +22,7 @@ def metal(monkeypatch, emulator, tmp_path):
     monkeypatch.setattr(kernels, "_failed", {})
     monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
     yield tmp_path
-    paths.adopt(())
+    expert_paths.adopt(())
 
 
 def times(pairs, ordered, grouped) -> dict:
@@ -75,7 +76,7 @@ def test_which_paths_a_rule_may_take(monkeypatch, rows, off, steady, equal):
 
 
 def test_a_rule_outlives_its_file(tmp_path):
-    report = health.Report(tmp_path)
+    report = kernel_report.Report(tmp_path)
     checked = dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}
     rules = (doctor.rule("M9", "bfloat16", "float", times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, 8),)
     assert report.read() is None
@@ -87,7 +88,7 @@ def test_a_rule_outlives_its_file(tmp_path):
     "text", ["{", "[]", '{"format": 1}', '{"format": 1, "machine": {}, "checked": {}, "rules": []}']
 )
 def test_a_file_that_is_none_is_written_anew(tmp_path, text):
-    report = health.Report(tmp_path)
+    report = kernel_report.Report(tmp_path)
     report.path.write_text(text)
     assert report.read() is None
 
@@ -95,25 +96,25 @@ def test_a_file_that_is_none_is_written_anew(tmp_path, text):
 def test_the_first_load_checks_and_the_second_knows(metal, monkeypatch):
     notices = []
     monkeypatch.setattr(gate_up, "self_check", lambda: "off by 3")
-    health.ensure(notices.append)
+    kernel_report.ensure(notices.append)
     assert len(notices) == 1 and "gate_up is off" in notices[0] and "off by 3" in notices[0]
     monkeypatch.setattr(kernels, "_failed", {})
-    monkeypatch.setattr(health, "check", lambda: pytest.fail("checked again"))
-    health.ensure(notices.append)
+    monkeypatch.setattr(kernel_report, "check", lambda: pytest.fail("checked again"))
+    kernel_report.ensure(notices.append)
     assert kernels.why_off("gate_up") == "self-check failed: off by 3" and kernels.why_off("down") is None
     assert len(notices) == 2 and "gate_up off (self-check failed: off by 3)" in kernels.summary()
 
 
 def test_a_load_without_metal_asks_nothing(monkeypatch):
-    monkeypatch.setattr(health, "check", lambda: pytest.fail("nothing to check"))
-    health.ensure(lambda notice: pytest.fail(notice))
+    monkeypatch.setattr(kernel_report, "check", lambda: pytest.fail("nothing to check"))
+    kernel_report.ensure(lambda notice: pytest.fail(notice))
 
 
 def test_an_unwritable_folder_is_a_notice(metal, monkeypatch):
     (metal / "file").write_text("")
     monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(metal / "file"))
     notices = []
-    health.ensure(notices.append)
+    kernel_report.ensure(notices.append)
     assert len(notices) == 1 and "cannot be kept" in notices[0]
 
 
@@ -125,26 +126,26 @@ def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(f"kernel {name}: on" in out for name in kernels.KERNELS) and "4-bit, microseconds" in out
     record = json.loads((metal / "r.json").read_text())
-    assert set(record["experts"]["4-bit"]) == set(map(str, paths.ON_METAL)) and record["kernels"]["down"] == "on"
+    assert set(record["experts"]["4-bit"]) == set(map(str, expert_paths.ON_METAL)) and record["kernels"]["down"] == "on"
     assert all(t > 0 and math.isfinite(t) for each in record["experts"]["4-bit"].values() for t in each.values())
-    checked, rules = health.Report().read()
+    checked, rules = kernel_report.Report().read()
     assert set(checked.values()) == {None} and [rule.weights for rule in rules] == ["affine4"]
 
 
 def test_checks_alone_keep_the_rules_that_were_measured(metal, monkeypatch, capsys):
     rules = (doctor.rule("M9", "bfloat16", "float", times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, 8),)
     passed = dict.fromkeys(kernels.KERNELS)
-    health.Report().write(passed, rules)
-    monkeypatch.setattr(health, "check", lambda: passed)
+    kernel_report.Report().write(passed, rules)
+    monkeypatch.setattr(kernel_report, "check", lambda: passed)
     assert doctor.main(["--no-times"]) == 0
-    assert "kept in" in capsys.readouterr().out and health.Report().read() == (passed, rules)
+    assert "kept in" in capsys.readouterr().out and kernel_report.Report().read() == (passed, rules)
 
 
 def test_a_kernel_that_was_mended_counts_as_such_in_the_same_run(metal, monkeypatch, capsys):
     """The load that times drafts must not take up what an earlier run kept."""
-    health.Report().write(dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}, ())
+    kernel_report.Report().write(dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}, ())
     monkeypatch.setattr(doctor, "time_experts", lambda args, chip: ((), {}))
-    monkeypatch.setattr(doctor, "time_drafts", lambda model: health.ensure(pytest.fail) or {})
+    monkeypatch.setattr(doctor, "time_drafts", lambda model: kernel_report.ensure(pytest.fail) or {})
     assert doctor.main(["--json", str(metal / "r.json")]) == 0
     assert json.loads((metal / "r.json").read_text())["kernels"]["down"] == "on"
 

@@ -6,7 +6,7 @@ import pytest
 from emulator import CLANG, ORDERS, SANITIZED, Emulator, KernelFault, missing, typecheck
 from signature import printed_parameters, signature
 
-from mlx_gemma_mtp.kernels import Kernel, build
+from mlx_gemma_mtp.ops.kernels import Kernel, build
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

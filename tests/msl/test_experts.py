@@ -7,11 +7,12 @@ from cases import AFFINE, EXPERTS, FLOAT, FORMATS, TOP_K, Layer, normal, routes,
 from emulator import CLANG, ORDERS, SANITIZED, Emulator, typecheck
 from signature import printed_parameters, signature
 
-from mlx_gemma_mtp import kernels, moe, paths
-from mlx_gemma_mtp.config import MoESpec
-from mlx_gemma_mtp.kernels import Kernel, down, gate_up, grouping, head_argmax
-from mlx_gemma_mtp.kernels.products import flat
-from mlx_gemma_mtp.linear import settle
+from mlx_gemma_mtp.models import moe
+from mlx_gemma_mtp.models.config import MoESpec
+from mlx_gemma_mtp.models.linear import settle
+from mlx_gemma_mtp.ops import expert_paths, kernels
+from mlx_gemma_mtp.ops.kernels import Kernel, down, gate_up, grouping, head_argmax
+from mlx_gemma_mtp.ops.kernels.products import flat
 
 layer = pytest.fixture(scope="module", params=FORMATS, ids=str)(lambda request: Layer(request.param))
 affine = pytest.fixture(scope="module")(lambda: Layer(AFFINE))
@@ -163,13 +164,13 @@ def test_experts_are_the_same_by_every_path(monkeypatch, grouped, bits):
     routed = moe.route(mx.random.normal((9, 8), key=mx.random.key(1)), 3, mx.ones(8))
     outputs = {experts.path(x.dtype, 27): experts(x, *routed)}
     monkeypatch.setenv(kernels.SWITCH, "0")
-    for path in (paths.Path.PAIRS, paths.Path.SORTED, paths.Path.TILED):
-        monkeypatch.setattr(paths, "choose", lambda *_, path=path: path)
+    for path in (expert_paths.Path.PAIRS, expert_paths.Path.SORTED, expert_paths.Path.TILED):
+        monkeypatch.setattr(expert_paths, "choose", lambda *_, path=path: path)
         outputs[path] = experts(x, *routed)
-    assert set(outputs) == set(paths.Path)
-    same((outputs[paths.Path.PAIRS],), (outputs[paths.Path.SORTED],))
-    for path in (paths.Path.GROUPED, paths.Path.TILED):
-        close(outputs[path], outputs[paths.Path.PAIRS], 1e-5)
+    assert set(outputs) == set(expert_paths.Path)
+    same((outputs[expert_paths.Path.PAIRS],), (outputs[expert_paths.Path.SORTED],))
+    for path in (expert_paths.Path.GROUPED, expert_paths.Path.TILED):
+        close(outputs[path], outputs[expert_paths.Path.PAIRS], 1e-5)
 
 
 def test_other_formats_fall_to_the_reference(grouped):

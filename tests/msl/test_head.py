@@ -8,10 +8,10 @@ import tiny
 from cases import AFFINE, FLOAT, Format, normal, weights
 from emulator import ORDERS, SANITIZED
 
-from mlx_gemma_mtp import kernels
-from mlx_gemma_mtp.kernels import head_argmax
-from mlx_gemma_mtp.kernels.products import Weights, flat
-from mlx_gemma_mtp.sampling import Rules
+from mlx_gemma_mtp.ops import kernels
+from mlx_gemma_mtp.ops.kernels import head_argmax
+from mlx_gemma_mtp.ops.kernels.products import Weights, flat
+from mlx_gemma_mtp.sampling.distribution import Rules
 
 VOCAB, PARTS = 203, 16  # the last parts are short and empty
 FORMATS = (AFFINE, FLOAT, Format(mx.bfloat16, 8, 64), Format(mx.float16, 0, inputs=256))

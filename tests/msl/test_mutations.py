@@ -5,8 +5,8 @@ import pytest
 from cases import AFFINE, EXPERTS, FLOAT, Layer, routes
 from emulator import KernelFault
 
-from mlx_gemma_mtp import kernels
-from mlx_gemma_mtp.kernels import Kernel, grouping
+from mlx_gemma_mtp.ops import kernels
+from mlx_gemma_mtp.ops.kernels import Kernel, grouping
 
 GATE_UP, DOWN, GROUPS = "expert_gate_up", "expert_down", "expert_groups"
 BREAKS = [

@@ -2,7 +2,9 @@
 
 import pytest
 
-from mlx_gemma_mtp import SamplingParams, kernels, load, moe
+from mlx_gemma_mtp import SamplingParams, load
+from mlx_gemma_mtp.models import moe
+from mlx_gemma_mtp.ops import kernels
 
 PROMPT = "def fibonacci(n):"
 

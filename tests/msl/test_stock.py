@@ -18,10 +18,10 @@ import stock
 from cases import Format, coded, normal, recorded, routes, uniform, weights
 from emulator import AT_WILL
 
-from mlx_gemma_mtp import kernels
-from mlx_gemma_mtp.kernels import Kernel, down, gate_up
-from mlx_gemma_mtp.kernels.grouping import ROWS, group_reference
-from mlx_gemma_mtp.kernels.products import Weights
+from mlx_gemma_mtp.ops import kernels
+from mlx_gemma_mtp.ops.kernels import Kernel, down, gate_up
+from mlx_gemma_mtp.ops.kernels.grouping import ROWS, group_reference
+from mlx_gemma_mtp.ops.kernels.products import Weights
 
 pytestmark = pytest.mark.skipif(stock.missing() is not None, reason=str(stock.missing()))
 

@@ -1,0 +1,218 @@
+"""The KV cache: rows, rings, and one move of the line.
+
+Token j of row b goes to slot (lengths[b] + j) % slots of each layer. Writing does not move `lengths`; `commit` does,
+and nothing else. There is no rollback: a rejected token is a slot that nobody may see and that the next write covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..ops import fused
+from ..ops.attention import attention_mask, slots_read
+from ..ops.fused import number, numbers
+from .kv import LayerKV
+from .spec import CAPACITY_STEP, KVSpec
+
+
+def visible(
+    lengths: mx.array, written: int, queries: mx.array, slots: int, window: int | None, read: int | None = None
+) -> mx.array:
+    """Which slots each query may see.
+
+    lengths: [B] tokens committed; written: tokens written past them by this forward (0: none);
+    queries: [B, T] absolute positions; read: of how many of the slots it is asked (None: of all), the first ones.
+    Returns bool [B, 1, T, read].
+
+    After the write, slot s holds the newest position p <= last with p % slots == s. A stale token in that slot
+    (written, never committed) lies exactly `slots` later than p, so the ring law slots >= window + block - 1 puts p
+    out of sight.
+    """
+    lengths, queries, last = lengths[:, None, None, None], queries[:, None, :, None], number(written - 1)
+    if window is None:  # a full layer never wraps
+        return fused.in_line(lengths, queries, numbers(read or slots), last)
+    return fused.in_ring(lengths, queries, numbers(read or slots), last, number(slots), number(window - 1))
+
+
+class Cache:
+    """K/V of all rows. `specs` has one entry for each KV-owning layer.
+
+    rows: how many sequences; capacity: tokens that the full layers hold (rounded up to 256; they grow as `span` needs);
+    block: the longest write, which with the window sets the size of the rings; lookback: how far before the newest
+    token's index a drafter's query may sit, whose window begins so much earlier.
+    lengths: [rows] tokens committed; most: what the host knows of them, a bound for each row.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[KVSpec],
+        rows: int,
+        capacity: int,
+        block: int,
+        dtype: mx.Dtype,
+        ring_slots: int | None = None,
+        lookback: int = 0,
+    ):
+        self.block, self.lookback = block, lookback
+        self.lengths = mx.zeros((rows,), mx.int32)
+        self.most = [0] * rows
+        self.layers = []
+        for spec in specs:
+            least = spec.window and spec.window + block - 1 + lookback
+            ring = ring_slots or least if spec.window else None
+            assert not spec.window or ring >= least, "ring law: slots >= window + block - 1 + lookback"
+            self.layers.append(LayerKV(spec, rows, ring or _round_up(capacity), dtype))
+
+    @property
+    def rows(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def buffers(self) -> list[tuple[mx.array, mx.array]]:
+        """Handles of all buffers: while they are kept, a write copies; assign them to drop one that was only built."""
+        return [(layer.keys, layer.values) for layer in self.layers]
+
+    @buffers.setter
+    def buffers(self, buffers: Sequence[tuple[mx.array, mx.array]]) -> None:
+        for layer, (keys, values) in zip(self.layers, buffers, strict=True):
+            layer.keys, layer.values = keys, values
+
+    def span(self, rows: slice, tokens: int, counts: Sequence[int] | None = None) -> Span:
+        """The view of one forward that writes `tokens` tokens past the committed ones of the rows; makes room for them.
+
+        counts: how many of them are each row's own, the rest is padding; None: all.
+        """
+        assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
+        needed = self.longest(rows) + tokens
+        for layer in self.layers:
+            if layer.spec.window is None and layer.slots < needed:
+                layer.grow(_round_up(needed))
+        return Span(self, rows, tokens, counts=counts)
+
+    def longest(self, rows: slice) -> int:
+        """No row of these has more committed tokens, as far as the host knows."""
+        return max(self.most[rows])
+
+    def commit(self, rows: slice, n: mx.array, most: Sequence[int]) -> None:
+        """lengths[rows] += n, the only move of the line. n: int32 [B]; most: a bound of n that the host knows."""
+        if rows == slice(0, self.rows):
+            self.lengths = self.lengths + n
+        else:
+            self.lengths = self.lengths.at[rows].add(n)
+        self.most[rows] = [bound + more for bound, more in zip(self.most[rows], most, strict=True)]
+
+    def tighten(self, rows: slice, fewer: Sequence[int]) -> None:
+        """The host has read that so many fewer tokens were committed than it had to expect."""
+        self.most[rows] = [bound - less for bound, less in zip(self.most[rows], fewer, strict=True)]
+
+    def move(self, rows: Mapping[int, int]) -> None:
+        """Copies rows over others, source by destination: how the last live rows fill the holes that leavers make.
+
+        They are copied out first and evaluated, since a write to a buffer that is still read is a copy of the buffer;
+        and all of them are written at once, since so is a second write before a host sync.
+        """
+        if not rows:
+            return
+        sources, places = mx.array(list(rows.values())), mx.array(list(rows))
+        lengths = self.lengths[sources]
+        moved = [(keys[sources], values[sources]) for keys, values in self.buffers]
+        mx.eval(lengths, moved)
+        self.lengths[places] = lengths
+        for layer, (keys, values) in zip(self.layers, moved, strict=True):
+            layer.keys[places], layer.values[places] = keys, values
+        for place, bound in [(place, self.most[source]) for place, source in rows.items()]:
+            self.most[place] = bound
+
+    def clear(self, row: int) -> None:
+        """Empties a row for a new sequence. Its old contents are out of sight."""
+        self.lengths[row] = self.most[row] = 0
+
+
+class Span:
+    """One forward's view of the cache: `tokens` new positions on a contiguous range of rows.
+
+    Masks and slot numbers depend on the window and the number of slots alone, so that layers of one kind share them.
+    With tokens == 0 (the drafter) nothing is written, and the one query sits `query_offset` from the newest token's
+    index.
+
+    With `counts` (see Cache.span) a forward computes what it does token by token for the rows' own tokens alone, packed
+    one behind the other. own: [N] their numbers from 0 to B * T - 1; places: [B * T] where each token is among them, or
+    for padding any. Both None: nothing is packed. once: this shape is a prompt's, and hardly comes again.
+    """
+
+    def __init__(
+        self, cache: Cache, rows: slice, tokens: int, query_offset: int = 0, counts: Sequence[int] | None = None
+    ):
+        assert -cache.lookback <= query_offset <= 0, "the rings hold the window of no query before that"
+        self.cache, self.rows, self.tokens = cache, rows, tokens
+        self.used = cache.longest(rows) + tokens  # no query sees a slot from here on
+        self.once, self.own, self.places, self._real = counts is not None, None, None, None
+        if counts is not None and min(counts) < tokens:
+            own = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]
+            self._real = mx.array(own)[:, None, :, None]
+            self.own = mx.array(np.flatnonzero(own).astype(np.int32))
+            self.places = mx.array(np.where(own.ravel(), np.cumsum(own, dtype=np.int32) - 1, 0))
+        full = rows == slice(0, cache.rows)
+        self.lengths = cache.lengths if full else cache.lengths[rows]
+        steps = numbers(tokens) if tokens else number(query_offset)
+        self.positions = self.lengths[:, None] + steps  # [B, T]
+        self._masks: dict[tuple[KVSpec, int, int], mx.array] = {}
+        self._slots: dict[tuple[KVSpec, int], mx.array] = {}
+
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """keys, values: [B, kv_heads, T, head_dim] of the new positions."""
+        kv = self.cache.layers[layer]
+        if self._real is not None:  # padding repeats another row's token; nobody sees it, but 0 times NaN is NaN
+            keys, values = (mx.where(self._real, new, 0) for new in (keys, values))
+        kv.write(self.rows, self._slot(kv.spec, kv.slots), keys, values)
+
+    def attend(self, layer: int, queries: mx.array) -> mx.array:
+        """queries: [B, heads, T, head_dim] at `positions`. Returns the same shape."""
+        kv = self.cache.layers[layer]
+        read = slots_read(kv.slots, self.used)
+        return kv.attend(self.rows, read, queries, self._mask(kv.spec, kv.slots, read, queries.shape[1]))
+
+    def _slot(self, spec: KVSpec, slots: int) -> mx.array:
+        key = (spec, slots)
+        if key not in self._slots:
+            slot = (self.positions % number(slots))[:, None, :, None]
+            shape = (slot.shape[0], spec.kv_heads, self.tokens, spec.head_dim)
+            self._slots[key] = mx.broadcast_to(slot, shape)
+        return self._slots[key]
+
+    def _mask(self, spec: KVSpec, slots: int, read: int, heads: int) -> mx.array:
+        key = (spec, slots, heads)
+        if key not in self._masks:
+            seen = visible(self.lengths, self.tokens, self.positions, slots, spec.window, read)
+            self._masks[key] = attention_mask(seen, heads, spec.kv_heads)
+        return self._masks[key]
+
+
+class Narrow(Span):
+    """Of a span one token a row, once all are written: a query at this column of the tokens. column: [B].
+
+    source: [B], where these tokens are among the packed ones.
+    """
+
+    def __init__(self, span: Span, column: mx.array):
+        super().__init__(span.cache, span.rows, span.tokens)
+        self.once = span.once
+        self.positions = mx.take_along_axis(span.positions, column[:, None], axis=1)
+        index = mx.arange(column.size) * span.tokens + column
+        self.source = index if span.places is None else span.places[index]
+        self._column = column[:, None, None, None]
+
+    def of(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        """[N, ...] each -> these tokens of them, [B, ...]."""
+        return tuple(each[self.source] for each in inputs)
+
+    def picked(self, queries: mx.array) -> mx.array:
+        """[B, heads, T, head_dim] of all tokens -> [B, heads, 1, head_dim]."""
+        return mx.take_along_axis(queries, self._column, axis=2)
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP

@@ -1,0 +1,1 @@
+"""Measurements that run an engine: equality, invariance, routing, speed-up."""

@@ -1,0 +1,140 @@
+"""Texts with drafts against texts without: token by token, and as distributions.
+
+The reference is plain decoding, one row at a time, with the same weights, dtype and kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, variance
+
+import mlx.core as mx
+
+from ..cache.cache import Cache
+from ..engine.engine import Engine, Result
+from ..sampling.distribution import logprobs, soft_cap
+from ..sampling.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first token that differs. logits: the reference's, at that place, of both tokens."""
+
+    prompt: int
+    position: int
+    plain_token: int
+    mtp_token: int
+    plain_logit: float
+    mtp_logit: float
+
+    @property
+    def gap(self) -> float:
+        return self.plain_logit - self.mtp_logit
+
+    def __str__(self) -> str:
+        return (
+            f"prompt {self.prompt + 1}, token {self.position + 1}: plain {self.plain_token} (logit "
+            f"{self.plain_logit:.5f}), MTP {self.mtp_token} ({self.mtp_logit:.5f}), gap {self.gap:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch size and draft length against the reference."""
+
+    temperature: float
+    rows: int
+    drafts: int
+    equal: int
+    divergences: list[Divergence]
+    tokens_per_round: float
+    errors: list[str]  # of texts that could not go on, with or without drafts
+
+    def __str__(self) -> str:
+        what = "greedy" if not self.temperature else f"temperature {self.temperature:g}"
+        count = self.equal + len(self.divergences) + len(self.errors)
+        lines = [
+            f"  {what}, {self.rows} rows, {self.drafts} drafts: {self.equal} of {count} texts equal, "
+            f"{self.tokens_per_round:.2f} tokens a round"
+        ]
+        return "\n".join([*lines, *(f"    {each}" for each in (*self.divergences, *self.errors))])
+
+
+def compare(
+    engine: Engine, prompts: Sequence[str], params: SamplingParams, rows: Sequence[int], drafts: Sequence[int]
+) -> Iterator[Cell]:
+    """Every batch size x draft length. params: with a seed, so that sampled texts are comparable token by token."""
+    plain = [engine.generate(prompt, params, num_draft_tokens=0) for prompt in prompts]
+    for size in rows:
+        for count in drafts:
+            results = []
+            for start in range(0, len(prompts), size):
+                results += engine.generate(list(prompts[start : start + size]), params, num_draft_tokens=count)
+            errors = [_failed(i, one, other) for i, (one, other) in enumerate(zip(plain, results, strict=True))]
+            found = [
+                divergence(engine, i, prompts[i], plain[i].tokens, r.tokens)
+                for i, r in enumerate(results)
+                if errors[i] is None
+            ]
+            differing, errors = ([each for each in some if each is not None] for some in (found, errors))
+            rounds = sum(r.stats.rounds for r in results)
+            emitted = sum(r.stats.accepted + r.stats.rounds for r in results)
+            equal = len(prompts) - len(differing) - len(errors)
+            yield Cell(params.temperature, size, count, equal, differing, emitted / rounds if rounds else 0.0, errors)
+
+
+def _failed(index: int, plain: Result, drafted: Result) -> str | None:
+    """Which of a prompt's two texts could not go on, and why; None where both could."""
+    for name, result in (("plain", plain), ("MTP", drafted)):
+        if result.error is not None:
+            return f"prompt {index + 1}, {name}, after {len(result.tokens)} tokens: {result.error}"
+    return None
+
+
+def divergence(engine: Engine, index: int, prompt: str, plain: list[int], tokens: list[int]) -> Divergence | None:
+    """Where `tokens` leave `plain`, the reference's text after `prompt`; None where they do not."""
+    if plain == tokens:
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), min(len(plain), len(tokens)))
+    end = min(engine.end_tokens, default=0)  # a text that ended before the other
+    first, second = (text[at] if at < len(text) else end for text in (plain, tokens))
+    logits = _logits(engine, [*engine.text.encode(prompt), *plain[:at]])[0, -1]
+    return Divergence(index, at, first, second, float(logits[first]), float(logits[second]))
+
+
+def same_distribution(engine: Engine, prompt: str, params: SamplingParams, drafts: int, samples: int) -> float:
+    """The chance that texts sampled with and without drafts differ as much as they do, if their law is the same.
+
+    Compared are the log-probabilities that the target gives to whole texts of 12 tokens, other seeds on either side: a
+    wrong rule makes texts that are too likely or too unlikely. Two-sided test of the means; NaN, which is no chance at
+    all, where a text could not go on.
+    """
+
+    def likelihoods(num_draft: int, first_seed: int) -> tuple[float, float]:
+        every = [replace(params, max_tokens=12, seed=first_seed + i, ignore_eos=True) for i in range(samples)]
+        results = engine.generate([prompt] * samples, every, num_draft_tokens=num_draft)
+        if any(result.error is not None for result in results):
+            return math.nan, math.nan
+        values = [_log_probability(engine, tokens, result.tokens) for result in results]
+        return fmean(values), variance(values) / samples
+
+    tokens = engine.text.encode(prompt)
+    (plain, plain_variance), (drafted, drafted_variance) = likelihoods(0, 0), likelihoods(drafts, samples)
+    spread = (plain_variance + drafted_variance) ** 0.5
+    return math.erfc(abs(plain - drafted) / spread / 2**0.5) if spread else float(plain == drafted)
+
+
+def _log_probability(engine: Engine, prompt: list[int], text: list[int]) -> float:
+    """Of the text after the prompt, in one pass of the target."""
+    own, _, _ = logprobs(_logits(engine, [*prompt, *text])[:, len(prompt) - 1 : -1], mx.array([text]), None, 0)
+    return own.sum().item()
+
+
+def _logits(engine: Engine, tokens: list[int]) -> mx.array:
+    """The target's soft-capped logits after each token, float32 [1, T, V], in one pass with a cache of its own."""
+    config = engine.target.config
+    cache = Cache(config.kv, 1, len(tokens), len(tokens), engine.target.dtype)
+    hidden = engine.target(mx.array([tokens]), cache.span(slice(0, 1), len(tokens)))
+    return soft_cap(engine.target.logits(hidden), config.softcap)

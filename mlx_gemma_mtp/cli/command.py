@@ -1,0 +1,222 @@
+"""What the commands share: errors as one line, exit codes, files written whole or not at all, progress."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files.files import whole
+from ..machine import blas
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+
+PLOTS = (".png", ".svg", ".pdf")
+ESCAPED = "[^\ud800-\udc7f\udd00-\udfff]*"  # of lone surrogates, those that stand for bytes alone
+
+
+class Parser(argparse.ArgumentParser):
+    """Usage errors as one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def command(
+    run: Callable[[argparse.Namespace], int], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
+) -> int:
+    """The exit code: what `run` returns for the arguments, otherwise as `guarded`."""
+    return guarded(lambda: run(parser().parse_args(texts(argv))))
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """The exit code: what `call` returns, 2 with one line on standard error for bad input and for what cannot be read
+    or written, 1 where the reader of standard output has gone, 130 after Ctrl-C.
+    """
+    open_streams()
+    try:
+        try:
+            if sys.stdout is None:
+                raise UserError("standard output is closed; expected a terminal, a pipe or a file")
+            return call()
+        finally:
+            _flush()
+    except BrokenPipeError:  # the reader has gone, as in `... | head`
+        _discard_output()
+        return 1
+    except UserError as error:
+        tell(f"error: {' '.join(str(error).splitlines())}")
+        return 2
+    except OSError as error:
+        tell(f"error: {_reason(error)}")
+        return 2
+    except KeyboardInterrupt as stop:
+        if str(stop):
+            tell(f"error: {stop}")
+        return 130
+
+
+def open_streams() -> None:
+    """Opens what the caller has closed (`2>&-`): else Python prints notes on standard output, and a file that is opened
+    takes the number of standard error. Text is UTF-8, whatever the locale says; a path may be no text.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process runs
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _flush() -> None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _discard_output()
+        raise
+
+
+def _reason(error: OSError) -> str:
+    """A line. An error without a name comes from what is open: standard output, or a file that is being written."""
+    reason = " ".join((error.strerror or str(error)).splitlines())
+    if error.filename is None:
+        return f"standard output or a file cannot be written ({reason}); expected a disk with space, or a pipe"
+    return f"{os.fsdecode(error.filename)}: {reason}"
+
+
+def _discard_output() -> None:
+    """What is still to be written goes nowhere, so that the end of the process does not try again."""
+    with suppress(OSError, ValueError):  # no file, as in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def texts(argv: Sequence[str] | None) -> list[str]:
+    """Arguments as text; None: the process's own. Bytes that the locale cannot read are read as UTF-8.
+
+    Raises UserError, naming the argument, for bytes that are no text (they would arrive as lone surrogates).
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    found, flag = [], ""
+    for argument in argv:
+        if argument.startswith("--"):
+            flag = argument.partition("=")[0]
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            argument = _decoded(argument, flag)
+        found.append(argument)
+    return found
+
+
+def _decoded(argument: str, flag: str) -> str:
+    data = argument.encode("utf-8", "surrogateescape" if re.fullmatch(ESCAPED, argument) else "surrogatepass")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"argument {flag}" if flag else "an argument"
+        raise UserError(
+            f"{where}: {argument!r} is not UTF-8 (byte {data[error.start]:#04x} at {error.start}); give it in UTF-8"
+        ) from None
+
+
+def tell(*lines: str) -> None:
+    """Prints on standard error. What cannot be printed there (a full disk, a reader that has gone) stops nothing."""
+    with suppress(OSError):
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """What the user should know, on standard error."""
+    tell(f"note: {message}")
+
+
+class Stage:
+    """Says on standard error what is being done, where that takes more than a second; '' for nothing."""
+
+    def __init__(self, seconds: float = 1.0):
+        self.seconds = seconds
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self("")
+
+    def __call__(self, what: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(self.seconds, note, (f"{what} \u2026",)) if what else None
+        if self._timer is not None:
+            self._timer.daemon = True  # an error must not wait for it
+            self._timer.start()
+
+
+def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
+    """As load, after the BLAS and with notes, a bar, and a word on what takes long."""
+    with Stage() as stage:
+        stage("checking the BLAS")
+        blas.preload()
+        from ..engine.load import load  # after the BLAS: it imports MLX
+        from ..engine.warmup import keep_kernels
+
+        keep_kernels()
+        return load(model, draft_model, notice=note, progress=Bar("loading"), stage=stage, **options)
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Refuses a file that could not be written, before anything is measured. Raises UserError."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: expected a file in a folder that exists; create {path.parent}")
+
+
+def check_plot(path: Path) -> None:
+    """Likewise a --plot that could not be drawn."""
+    check_file("--plot", path)
+    if path.suffix not in PLOTS:
+        raise UserError(f"--plot {path}: expected a name that ends in {', '.join(PLOTS)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("--plot needs matplotlib; install it: pip install 'mlx-gemma-mtp[bench]'") from None
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """As files.whole, for a file that the user named. Raises UserError."""
+    try:
+        with whole(path) as part:
+            yield part
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; name another file") from None
+
+
+class Bar:
+    """A progress bar on a terminal's standard error that shows itself after a second."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self.bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.what, delay=1, leave=False, disable=None)
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,1 @@
+"""Requests, the batch that carries them, and the facade."""

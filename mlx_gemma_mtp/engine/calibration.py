@@ -1,0 +1,288 @@
+"""What rounds cost here: measured by running the loop itself, kept in a file, corrected in use."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+
+from .._version import __version__
+from ..cache.cache import Cache
+from ..files.folder import weight_files
+from ..files.hub import Pair
+from ..machine import blas
+from ..machine.device import metal_available
+from ..models.drafter import Drafter
+from ..models.gemma4 import Gemma4
+from ..models.loading import format_of
+from ..ops import kernels
+from ..sampling.distribution import Rules
+from ..sampling.params import SamplingParams
+from ..speculative.costs import MAX_DRAFTS, ROWS, CostFile, CostTable, Drafted, Verified
+from ..speculative.loop import Speculation
+from ..speculative.prefill import prefill
+
+QUICK_SECONDS = 0.7  # what rounds of a first start may take; a slow machine takes the time of a dozen rounds
+QUICK_WIDTHS = (0, 1, 4)
+SLOW = 0.3  # seconds of the first width, from which the whole takes long enough to be announced
+LONG = 2048  # tokens of the calibration's long context
+# Kinds of text: their rounds differ in cost (noise, filters) and in acceptance.
+KINDS = {
+    "greedy": SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, seed=0),
+    "sampled": SamplingParams(temperature=1.0, top_p=0.95, top_k=64, seed=0),
+}
+
+
+@dataclass
+class Timings:
+    """Seconds by (rows, context, drafts verified), one for each repeat, of rounds that make as many new drafts
+    (chained) or none (alone).
+    """
+
+    chained: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
+    alone: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
+
+    def add(self, cell: tuple[int, int, int], chained: float, alone: float) -> None:
+        """One more repeat of a cell."""
+        self.chained.setdefault(cell, []).append(chained)
+        self.alone.setdefault(cell, []).append(alone)
+
+    def warm(self) -> Timings:
+        """Without the first repeat of the cells that have another."""
+        chained, alone = ({cell: s[1:] or s for cell, s in part.items()} for part in (self.chained, self.alone))
+        return Timings(chained, alone)
+
+    def parts(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
+        """costs.Verified and costs.Drafted, so that together they give the chained rounds. No part takes less than
+        nothing, whatever the noise says.
+        """
+        rounds = {cell: min(seconds) for cell, seconds in self.chained.items()}  # noise only adds
+        floor, each = min(rounds.values()) * 1e-3, {}
+        for (rows, context, width), seconds in self.alone.items():
+            if width:
+                each.setdefault(rows, []).append((rounds[rows, context, width] - min(seconds)) / width)
+        drafted = {rows: max(median(seconds), floor) for rows, seconds in each.items()}
+        return {cell: max(s - cell[2] * drafted[cell[0]], floor) for cell, s in rounds.items()}, drafted
+
+
+class Bench:
+    """Equal rows after `context` committed tokens, from which the same rounds can be run again and again.
+
+    Real text fills the first tokens of the cache, so that the router sees what it sees in use; the rest of a long
+    context is zeros, which take the same time.
+    """
+
+    def __init__(
+        self,
+        target: Gemma4,
+        drafter: Drafter | None,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        rows: int,
+        context: int,
+    ):
+        self.target, self.drafter, self.rows, self.context = target, drafter, rows, max(context, len(prompt))
+        block = max(MAX_DRAFTS + 1, len(prompt))
+        self.cache = Cache(target.config.kv, rows, self.context + 5 * block, block, target.dtype)
+        self.hidden = prefill(target, self.cache, slice(0, rows), [prompt] * rows)
+        self.rules = Rules.of([params] * rows, target.config.vocab_size)
+
+    def rounds(self, width: int) -> tuple[float, float]:
+        """Seconds of a round that verifies `width` drafts and makes as many, and of one that makes none; both after a
+        round of the same kind, since in use the weights are in the caches.
+        """
+        self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
+        self.cache.most = [self.context] * self.rows
+        loop = Speculation(self.target, self.drafter, self.cache, self.rules, self.hidden, confident=True)
+        loop.start(width)
+        loop.step(width)
+        chained, alone = _seconds(loop, width), _seconds(loop, 0)
+        loop.launch()  # what was built must not stay behind as a copy of the cache
+        mx.synchronize()
+        return chained, alone
+
+
+def _seconds(loop: Speculation, drafts: int) -> float:
+    began = time.perf_counter()
+    loop.launch()
+    loop.step(drafts)
+    return time.perf_counter() - began
+
+
+def measure(
+    target: Gemma4,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    rows: Sequence[int],
+    contexts: Sequence[int],
+    widths: Sequence[int],
+    repeats: int,
+    seconds: float = math.inf,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Timings:
+    """Times every cell `repeats` times, the widths in turn, after a first pass that warms up; one batch is in memory
+    at a time.
+
+    widths: drafts verified, 0 and more, rising. seconds: of rounds, after which nothing more begins; what is compiled
+    on the way is not counted. However slow the machine, two widths of a place are timed; the first pass counts where
+    there is no other. prompt: token ids; params: how tokens are drawn after it.
+    """
+    timings, spent, done = Timings(), 0.0, 0
+    places = [(count, context) for count in rows for context in contexts]
+    for place in places:
+        bench = Bench(target, drafter, prompt, params, *place)
+        for cell in [(repeat, width) for repeat in range(repeats + 1) for width in widths]:
+            if spent > seconds and cell not in ((0, width) for width in widths[:2]):
+                break
+            chained, alone = bench.rounds(cell[1])
+            timings.add((bench.rows, bench.context, cell[1]), chained, alone)
+            spent += 2 * (chained + alone)  # each comes after one of its kind
+            done += 1
+            progress(done, len(places) * len(widths) * (repeats + 1))
+    return timings.warm()
+
+
+class Costs:
+    """Where an engine's table for a kind of text comes from: the file of its pair on this machine, else a short
+    measurement.
+
+    kind: of KINDS; file: None keeps nothing. notice: told in a sentence what the user should know. seconds: of rounds,
+    what a first start may spend (see `measure`).
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        file: CostFile | None = None,
+        notice: Callable[[str], None] = lambda message: None,
+        seconds: float = QUICK_SECONDS,
+    ):
+        self.kind, self.file, self.notice, self.seconds = kind, file, notice, seconds
+
+    @classmethod
+    def of_pair(
+        cls, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None]
+    ) -> dict[str, Costs]:
+        """For every kind of text."""
+        if drafter is None:
+            return {kind: cls(kind) for kind in KINDS}
+        key = _key(pair, target, drafter)
+        return {kind: cls(kind, CostFile({"text": kind} | key), notice) for kind in KINDS}
+
+    def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
+        """Read, or measured quickly and written. prompt: token ids to time after."""
+        if (kept := self.kept()) is not None:
+            return kept
+        began, once = time.perf_counter(), ((1,), (len(prompt),), QUICK_WIDTHS)
+
+        def told(done: int, total: int) -> None:
+            if done == 1 and time.perf_counter() - began > SLOW:
+                self.notice("measuring what drafts cost on this machine, once")
+
+        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds, told)
+        self._write(*timings.parts())
+        return CostTable.of(*timings.parts())
+
+    def measured(
+        self,
+        target: Gemma4,
+        drafter: Drafter,
+        prompt: Sequence[int],
+        repeats: int,
+        progress: Callable[[int, int], None],
+    ) -> CostTable:
+        """The whole grid, measured now and written."""
+        contexts = sorted({len(prompt), min(LONG, target.config.context // 2)})
+        grid = ROWS, contexts, range(MAX_DRAFTS + 1)
+        timings = measure(target, drafter, prompt, KINDS[self.kind], *grid, repeats, progress=progress)
+        self._write(*timings.parts())
+        return CostTable.of(*timings.parts())
+
+    def kept(self) -> CostTable | None:
+        """What was measured before; None where there is nothing."""
+        known = self._read()
+        return CostTable.of(*known) if known else None
+
+    @property
+    def where(self) -> str:
+        return "nowhere" if self.file is None else str(self.file.path)
+
+    def learn(self, verified: Verified, drafted: Drafted) -> None:
+        """Overwrites the file's cells with what was learned in use, or starts a file."""
+        if verified and self.file is not None:
+            before = self._read() or ({}, {})
+            self._write({**before[0], **verified}, {**before[1], **drafted})
+
+    def _read(self) -> tuple[Verified, Drafted] | None:
+        try:
+            return self.file and self.file.read()
+        except ValueError as error:
+            self.notice(f"the costs in {self.file.path} are ignored: {error}; they are measured anew")
+            return None
+
+    def _write(self, verified: Verified, drafted: Drafted) -> None:
+        try:
+            if self.file is not None:
+                self.file.write(verified, drafted)
+        except OSError as error:
+            self.notice(f"the costs of rounds cannot be kept in {self.file.path} ({error.strerror})")
+
+
+def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
+    """What a round's cost depends on."""
+    metal = metal_available()
+    return {
+        "target": _fingerprint(pair.target),
+        "drafter": _fingerprint(pair.drafter),
+        "weights": [format_of(target), format_of(drafter)],
+        "dtype": [str(target.dtype), str(drafter.layers[0].input_layernorm.weight.dtype)],
+        "kernels": _kernels(target),
+        "backend": "Metal" if metal else f"CPU, {os.cpu_count()} cores, {blas.name()}, {_threads()}",
+        "chip": mx.device_info()["device_name"] if metal else _processor(),
+        "versions": {"mlx": mx.__version__, "mlx_gemma_mtp": __version__},
+    }
+
+
+def _kernels(target: Gemma4) -> dict[str, Any]:
+    """Which kernels run: ours or their references, and which way the experts of a pass go, by its tokens.
+
+    Both change by a switch, a failed check or the doctor's rules, on the same machine with the same versions.
+    """
+    found: dict[str, Any] = {"ours": kernels.status()}
+    if moe := target.config.moe:
+        experts, most = target.layers[0].experts, ROWS[-1] * (MAX_DRAFTS + 1)
+        ways = [str(experts.path(target.dtype, moe.top_k * tokens)) for tokens in range(1, most + 1)]
+        found["experts"] = [[path, len(list(run))] for path, run in groupby(ways)]
+    return found
+
+
+def _threads() -> str:
+    """How many threads the BLAS was told to take."""
+    return f"{os.environ.get('OPENBLAS_NUM_THREADS', 'any number of')} threads"
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of a model folder: its config, and the sizes of its weight files."""
+    sizes = sorted((file.name, file.stat().st_size) for file in weight_files(folder))
+    return sha256((folder / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

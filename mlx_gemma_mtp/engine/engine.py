@@ -1,0 +1,379 @@
+"""The facade: text in, text and figures out."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
+
+import mlx.core as mx
+
+from ..cache.spec import kv_bytes
+from ..errors import UserError
+from ..files.progress import Progress
+from ..machine import blas, memory
+from ..machine.device import metal_available
+from ..models import loading
+from ..models.config import GenerationDefaults
+from ..models.drafter import Drafter
+from ..models.gemma4 import Gemma4
+from ..models.loading import model_bytes, step_bytes
+from ..ops import kernels
+from ..sampling.params import MAX_ROWS, SamplingParams, count, flag, shown, whole
+from ..speculative.costs import CostTable
+from ..speculative.depth import AUTO, Auto, Fixed
+from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
+from ..speculative.guide import Constraint
+from ..text.grammar import Grammars
+from ..text.thinking import CLOSE, OPEN, Thinking
+from .calibration import KINDS, Costs
+from .request import Chunk, Request, Result
+from .scheduler import Batch
+from .stats import Stats
+
+if TYPE_CHECKING:
+    from ..text.encode import Prompt, Text
+
+PREFILL_CHUNK = 256
+LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
+
+CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
+
+
+class Engine:
+    """A target, its drafter and its tokenizer; make it with `load`.
+
+    Several streams may be open at once and be read in any order. One thread at a time: a call from a second thread
+    while the engine computes raises UserError, and so does any call in a process that was forked after the load.
+    """
+
+    def __init__(
+        self,
+        target: Gemma4,
+        drafter: Drafter | None,
+        text: Text,
+        defaults: GenerationDefaults,
+        *,
+        no_drafter_reason: str | None = None,
+        num_draft_tokens: int | str = AUTO,
+        max_rows: int = MAX_ROWS,
+        prefill_chunk: int = PREFILL_CHUNK,
+        drafting: Drafting = DEFAULT_DRAFTING,
+        costs: Mapping[str, Costs] | None = None,
+        frozen_costs: bool = False,
+    ):
+        self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
+        self.num_draft_tokens, self.max_rows, self.prefill_chunk = num_draft_tokens, max_rows, prefill_chunk
+        self.drafting, self.frozen_costs = drafting, frozen_costs
+        self.costs = costs or {kind: Costs(kind) for kind in KINDS}
+        self._autos: dict[str, Auto] = {}
+        self._ids = itertools.count()  # requests, whichever call they come from
+        # Reentrant: a stream that is forgotten may be closed by the garbage collector amid another one's round.
+        self._lock, self._process = threading.RLock(), os.getpid()
+        self._no_drafter_reason = no_drafter_reason
+        self.end_tokens = frozenset((*defaults.eos_token_ids, *target.config.eos_token_ids))
+        self._grammars: Grammars | None = None
+        self._target_bytes = step_bytes(target)
+        self._draft_bytes = step_bytes(drafter) if drafter else 0
+        self._weight_bytes = sum(model_bytes(model) for model in (target, drafter) if model is not None)
+        self._kv_bytes = 0  # of the batches of open streams
+
+    @overload
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Result: ...
+
+    @overload
+    def generate(
+        self, prompt: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any
+    ) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> Result | list[Result]:
+        """The answer to a prompt, or the answers to a list of prompts, made as a batch, in order.
+        Options: see `stream`.
+        """
+        prompts, single = self.text.prompts(prompt)
+        chunks = self.stream(prompts, params, **options)
+        results = {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
+        ordered = [results[index] for index in sorted(results)]
+        return ordered[0] if single else ordered
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        system_prompt: str | None = None,
+        chat_template: bool = True,
+        num_draft_tokens: int | str | None = None,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Chunk]:
+        """Yields pieces of text as they are made; the last chunk of each prompt carries its Result.
+
+        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (an array,
+        too); or a list of these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly,
+        'auto' follows cost and acceptance. cancel: an event; set it to end after the current round. progress: told
+        prefill's tokens done and in all. Raises UserError, before anything is generated, for an empty
+        prompt, one beyond the context or beyond the memory, image or audio parts, and settings out of range.
+        """
+        prompts, _ = self.text.prompts(prompt)
+        every = _settings(params, len(prompts))
+        drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
+        flag("chat_template", chat_template)
+        if cancel is not None and not isinstance(cancel, Cancel):
+            raise UserError(f"cancel is {shown(cancel)}, expected a threading.Event")
+        progress = told("progress", progress)
+        with self._in_use():
+            encoded = [
+                self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
+                for prompt, settings in zip(prompts, every, strict=True)
+            ]
+            requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
+            for request in requests:
+                self._check_fits(request, drafts)
+        return self._guarded(self._run(requests, drafts, cancel or threading.Event(), progress))
+
+    @property
+    def description(self) -> str:
+        """What computes: the dtype, the weights' format, the device, the experts' ways (paths.py) and MLX's version."""
+        dtype = str(self.target.dtype).removeprefix("mlx.core.")
+        models = {"target": self.target} | ({"drafter": self.drafter} if self.drafter else {})
+        formats = [f"{name} {loading.format_of(model)}" for name, model in models.items()]
+        device = f"Metal, {kernels.summary()}" if metal_available() else f"CPU ({blas.name()})"
+        if moe := self.target.config.moe:
+            ways = self.target.layers[0].experts.ways(self.target.dtype, moe.top_k)
+            device += f", experts {' then '.join(ways)}"
+        return f"{', '.join(formats)}, computed in {dtype} on {device}, MLX {mx.__version__}"
+
+    @property
+    def advice(self) -> str | None:
+        """Whether quantising the drafter would pay, by the bytes that a draft and a target's step read."""
+        share = self._draft_bytes / self._target_bytes
+        if self.drafter is None or share <= LIGHT_DRAFT or loading.is_quantized(self.drafter):
+            return None
+        where = "" if metal_available() else " (on Metal: products with quantised weights are slower on this CPU)"
+        return (
+            f"a draft reads {self._draft_bytes / 1e6:,.1f} MB of weights, {share:.0%} of a target step's "
+            f"{self._target_bytes / 1e6:,.1f} MB; --draft-bits 8 (draft_bits=8 in Python) makes it lighter{where}"
+        )
+
+    def _request(self, index: int, prompt: list[int], params: SamplingParams, drafts: int | str) -> Request:
+        context = self.target.config.context
+        if len(prompt) >= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, expected fewer than the context of {context}; shorten it"
+            )
+        params = params.resolved(self.defaults)
+        vocabulary = self.target.config.vocab_size
+        for token in params.logit_bias:
+            if token >= vocabulary:
+                raise UserError(f"logit_bias has token id {token}, expected 0 to {vocabulary - 1}")
+        reason = self._no_drafter_reason if self.drafter is None else None if drafts else "the draft length is 0"
+        stats = Stats(
+            len(prompt),
+            mtp=reason is None,
+            mtp_reason=reason,
+            blas=blas.name(),
+            seed=params.seed,
+            accept=self.drafting.accept,
+            target_step_bytes=self._target_bytes,
+            draft_step_bytes=self._draft_bytes,
+        )
+        end_tokens = frozenset() if params.ignore_eos else self.end_tokens
+        limit = min(params.max_tokens, context - len(prompt))
+        stream, constraint = self.text.stream(params.stop), self._constraint(params)
+        return Request(next(self._ids), index, prompt, params, stream, end_tokens, limit, stats, constraint)
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        """What the reply must follow, after the thought that may come first."""
+        vocab, reply = self.target.config.vocab_size, None
+        for kind, source in params.grammars.items():
+            if self._grammars is None:
+                self.text.check_grammar_fits()
+                self._grammars = Grammars(self.text.fast_tokenizer, vocab, tuple(self.end_tokens))
+            reply = self._grammars.compile(kind, source)
+        if not params.thinking or (reply is None and params.thinking_budget is None):
+            return reply
+        opening, closing = (self.text.token_id(name) for name in (OPEN, CLOSE))
+        return Thinking(opening, closing, vocab, params.thinking_budget, reply, tuple(self.end_tokens))
+
+    def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
+        """Who chooses the draft length. The costs are measured or read once, when they are first needed."""
+        if self.drafter is None or drafts != AUTO:
+            return Fixed(self._most_drafts(drafts, requests))
+        kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
+        if self.frozen_costs and kind in self._autos:  # an equal call gets equal choices: nothing is kept of the last
+            self._autos[kind] = self._auto(kind, self._autos[kind].table)
+        if kind not in self._autos:
+            prompt = self.text.encode(CALIBRATION, chat_template=False)
+            self._autos[kind] = self._auto(kind, self.costs[kind].table(self.target, self.drafter, prompt))
+        return self._autos[kind]
+
+    def _auto(self, kind: str, table: CostTable) -> Auto:
+        """Drafts that are accepted by rejection are not cut, see rejection.py."""
+        return Auto(table, kind == "greedy" or not self.drafting.rejection, self.frozen_costs)
+
+    def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
+        """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
+        on. Takes a minute or two. Raises UserError without a drafter.
+        """
+        if self.drafter is None:
+            raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
+        repeats, progress = count("repeats", repeats), told("progress", progress)
+        with self._in_use(), memory.wired_limit():
+            prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
+            for kind, costs in self.costs.items():
+                tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
+                self._autos[kind] = self._auto(kind, tables[kind])
+        return tables
+
+    def _run(self, requests: list[Request], drafts: int | str, cancel: Cancel, progress: Progress) -> Iterator[Chunk]:
+        waiting = requests
+        try:
+            with memory.wired_limit():
+                while waiting and not cancel.is_set():
+                    some = waiting[: self._rows_that_fit(waiting, drafts)]
+                    waiting, taken = waiting[len(some) :], self._needed(some, drafts)
+                    self._kv_bytes += taken
+                    try:
+                        yield from self._batch(some, drafts).run(cancel, progress)
+                    finally:
+                        self._kv_bytes -= taken
+            yield from [request.cancel() for request in waiting]  # for these nothing was prefilled or measured
+        finally:
+            self._learn()
+
+    def _most_drafts(self, drafts: int | str, requests: Sequence[Request]) -> int:
+        """Drafts that a round of these requests may make; none makes more than the longest text can take."""
+        if self.drafter is None:
+            return 0
+        return Auto.most if drafts == AUTO else min(drafts, max(request.limit for request in requests))
+
+    def _needed(self, requests: Sequence[Request], drafts: int | str) -> int:
+        """Bytes of K/V of a batch of these requests, if every text grows to its limit (see Batch)."""
+        most, longest = self._most_drafts(drafts, requests), max(len(request.prompt) for request in requests)
+        block = max(most + 1, min(self.prefill_chunk, longest))
+        tokens = max(longest + block, *(len(request.prompt) + request.limit + most + 1 for request in requests))
+        return kv_bytes(self.target.config.kv, tokens, len(requests), block, self.target.dtype.size)
+
+    def _check_fits(self, request: Request, drafts: int | str) -> None:
+        """Raises UserError for a text that would not fit even alone."""
+        memory.check(
+            self._weight_bytes + self._needed([request], drafts),
+            f"a prompt of {len(request.prompt)} tokens with max_tokens={request.limit} on this model",
+            "lower max_tokens, shorten the prompt, or take a smaller model",
+        )
+
+    def _rows_that_fit(self, waiting: Sequence[Request], drafts: int | str) -> int:
+        """How many of the requests, from the first on, go into one batch: as many as max_rows and the memory allow.
+
+        Raises UserError where open streams leave too little for one.
+        """
+        free = memory.total_bytes() - self._weight_bytes - self._kv_bytes
+        for rows in range(min(self.max_rows, len(waiting)), 0, -1):
+            if self._needed(waiting[:rows], drafts) <= free:
+                return rows
+        raise UserError(
+            f"the next prompt needs {self._needed(waiting[:1], drafts) / 1e9:.1f} GB of K/V, weights and open streams "
+            f"leave {max(free, 0) / 1e9:.1f} GB; finish or close other streams first, or lower max_tokens"
+        )
+
+    def _batch(self, requests: list[Request], drafts: int | str) -> Batch:
+        return Batch(
+            self.target,
+            self.drafter,
+            requests,
+            self._depth(drafts, requests),
+            self.prefill_chunk,
+            self.defaults.suppress_token_ids,
+            self.drafting,
+        )
+
+    def _learn(self) -> None:
+        """What rounds took is for the next start's table; a call that is closed early tells as well."""
+        for kind, auto in self._autos.items():
+            self.costs[kind].learn(*auto.learned())
+
+    @contextmanager
+    def _in_use(self, wait: bool = False) -> Iterator[None]:
+        """Holds the engine for this thread, as long as the block runs. wait: for another thread's round to end.
+
+        Raises UserError in a forked child (Metal, BLAS and MLX's threads do not survive a fork), and where another
+        thread is computing and nothing says to wait.
+        """
+        if os.getpid() != self._process:
+            raise UserError(
+                f"this engine was loaded in process {self._process} and this is process {os.getpid()}, forked from it; "
+                "load it in the child, which multiprocessing must start with 'spawn'"
+            )
+        if not self._lock.acquire(blocking=wait):
+            raise UserError(
+                "the engine is computing in another thread; expected one thread at a time: give prompts as one list, "
+                "read streams in turn, or hold a threading.Lock around each call"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _guarded(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The same chunks; the engine is held while each is made, and free while the caller has it."""
+        try:
+            while True:
+                with self._in_use():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            if os.getpid() == self._process:  # a child's copy of the stream has nothing to give back
+                with self._in_use(wait=True):
+                    chunks.close()
+
+
+@runtime_checkable
+class Cancel(Protocol):
+    """What tells a call to end: an event of threading, multiprocessing or asyncio."""
+
+    def is_set(self) -> bool: ...
+
+
+def check_depth(drafts: int | str) -> int | str:
+    """The draft length. Raises UserError for what is none."""
+    if isinstance(drafts, str) and drafts == AUTO:
+        return AUTO
+    return whole("num_draft_tokens", drafts, lambda n: n >= 0, f"'{AUTO}', 0 (plain decoding) or more")
+
+
+def _settings(params: SamplingParams | Iterable[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:
+    """One for each prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        every = [params or SamplingParams()] * prompts
+    elif isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
+        raise UserError(f"params is {shown(params)}, expected SamplingParams, or a list of them, one a prompt")
+    else:
+        every = [SamplingParams() if each is None else each for each in params]
+    for each in every:
+        if not isinstance(each, SamplingParams):
+            raise UserError(f"params has {shown(each)}, expected SamplingParams")
+    if not prompts or len(every) != prompts:
+        raise UserError(
+            f"{prompts} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
+        )
+    return every
+
+
+def told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:
+    """Who is told, or nobody. Raises UserError for what cannot be called."""
+    if listener is None:
+        return lambda *_: None
+    if not callable(listener):
+        raise UserError(f"{name} is {shown(listener)}, expected a function")
+    return listener

@@ -1,0 +1,130 @@
+"""A prompt on its way, and what comes back: chunks, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..errors import in_a_line
+from ..sampling.params import SamplingParams
+from ..speculative.guide import Constraint
+from ..speculative.loop import TokenLogprob
+from .stats import Stats
+
+if TYPE_CHECKING:
+    from ..text.stream import TextStream
+
+
+@dataclass(frozen=True)
+class Result:
+    """One prompt's answer. tokens: generated ids without the token that ended it (a stop string's tokens are kept).
+
+    finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full), 'cancelled' or
+    'error'. stats: complete when the whole batch is. logprobs: one for each token, where the request asked for them.
+    error: with finish_reason 'error' why the text could not go on, in one line; text and tokens are what was good.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    stats: Stats
+    logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of one prompt's answer. index: which prompt; result: set in its last chunk; logprobs: as in Result."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    result: Result | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass
+class Request:
+    """A prompt on its way. id: unique in the engine; index: its number in its call; limit: tokens it may generate
+    (max_tokens, or what the context leaves).
+    """
+
+    id: int
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    stream: TextStream
+    end_tokens: frozenset[int]
+    limit: int
+    stats: Stats
+    constraint: Constraint | None = None
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def remaining(self) -> int:
+        return self.limit - len(self.tokens)
+
+    def take(
+        self,
+        emitted: Sequence[int],
+        drafted: int | None,
+        reason: str = "",
+        logprobs: Sequence[TokenLogprob] | None = None,
+        error: str | None = None,
+    ) -> Chunk:
+        """Adds the tokens of a round, up to the one that ends the request; drafts past it do not count as accepted.
+
+        drafted: how many drafts the round verified; None: the tokens come from the prefill. reason: why so many. error:
+        why the request cannot go on after these tokens.
+        """
+        before, pieces, used = len(self.tokens), [], 0
+        for used, token in enumerate(emitted, 1):  # noqa: B007
+            if token in self.end_tokens:
+                self.finish_reason = "stop"
+            else:
+                self.tokens.append(token)
+                pieces.append(self._safely(self.stream.push, token))
+                if self.finish_reason is None and self.stream.stopped:
+                    self.finish_reason = "stop"
+                elif self.finish_reason is None and not self.remaining:
+                    self.finish_reason = "length"
+            if self.finish_reason:
+                break
+        if error is not None and self.finish_reason is None:
+            self.finish_reason, self.error = "error", error
+        if drafted is not None:
+            self.stats.count_round(drafted, max(used - 1, 0), reason)
+        if self.params.logprobs is not None:
+            kept = logprobs[: len(self.tokens) - before]
+            self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
+        return self._chunk(pieces, before)
+
+    def cancel(self) -> Chunk:
+        """Ends the request with what it has."""
+        self.finish_reason = "cancelled"
+        return self._chunk([], len(self.tokens))
+
+    def _chunk(self, pieces: list[str], start: int) -> Chunk:
+        """What was added since token `start`."""
+        result, logprobs = None, None if self.params.logprobs is None else self.logprobs
+        if self.finish_reason:
+            pieces.append(self._safely(self.stream.finish))
+        self.pieces += pieces
+        if self.finish_reason:
+            text = "".join(self.pieces)
+            result = Result(text, self.tokens, self.finish_reason, self.stats, logprobs, self.error)
+        return Chunk(self.index, "".join(pieces), self.tokens[start:], result, logprobs and logprobs[start:])
+
+    def _safely(self, call: Callable[..., str], *args: int) -> str:
+        """The text that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
+        try:
+            return call(*args)
+        except Exception as error:
+            if self.error is None:
+                self.finish_reason, self.error = "error", in_a_line(error)
+            return ""

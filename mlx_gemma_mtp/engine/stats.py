@@ -1,0 +1,77 @@
+"""What is counted for each request."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..speculative.choice import REASONS
+
+
+@dataclass
+class Stats:
+    """Figures of one request. Times in seconds, rates in tokens a second, of the request's own time in its batch.
+
+    rounds: verify passes (the first token comes from the prefill); drafted and accepted: draft tokens that were
+    verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
+    1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
+    batch; accept: the rule by which sampled drafts were kept; depths[K]: rounds that verified K drafts, by the reason
+    of K (choice.REASONS); offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept so many;
+    target_step_bytes, draft_step_bytes: weights read for one token by the target, and for one draft.
+    """
+
+    prompt_tokens: int = 0
+    prompt_tps: float = 0.0
+    generation_tokens: int = 0
+    generation_tps: float = 0.0
+    batch_generation_tps: float = 0.0
+    ttft_s: float = 0.0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    host_syncs: int = 0
+    peak_memory_gb: float = 0.0
+    mtp: bool = False
+    mtp_reason: str | None = None
+    blas: str = ""
+    seed: int | None = None
+    accept: str = ""
+    target_step_bytes: int = 0
+    draft_step_bytes: int = 0
+    depths: dict[int, dict[str, int]] = field(default_factory=dict)
+    offered: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+
+    def count_round(self, drafted: int, accepted: int, reason: str = "") -> None:
+        """Adds one verify pass of this request. reason: why it had so many drafts."""
+        by_reason = self.depths.setdefault(drafted, {})
+        by_reason[reason] = by_reason.get(reason, 0) + 1
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        while len(self.offered) < drafted:
+            self.offered.append(0)
+            self.kept.append(0)
+        for i in range(drafted):
+            self.offered[i] += 1
+            self.kept[i] += i < accepted
+
+    def say_why_off(self) -> None:
+        """Where no round verified a draft, though there is a drafter: MTP was off, for the commonest reason."""
+        if self.mtp and self.rounds and not self.drafted:
+            reasons = self.depths[0]
+            self.mtp, self.mtp_reason = False, REASONS[max(reasons, key=reasons.__getitem__)]
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Accepted drafts plus the bonus token, a round."""
+        return 1 + self.accepted / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        return [kept / offered for kept, offered in zip(self.kept, self.offered, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        rates = {"tokens_per_round": self.tokens_per_round, "acceptance_by_position": self.acceptance_by_position}
+        return asdict(self) | rates

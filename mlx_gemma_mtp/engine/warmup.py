@@ -1,0 +1,150 @@
+"""The first run of everything on a CPU, while something else is waited for.
+
+A fused kernel costs MLX's CPU backend half a second of g++ the first time on a machine; afterwards it lies below the
+folder for temporary files. Which kernels there are follows from the kinds of layers and the layout of arrays, not from
+their sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..files.files import cache_folder, whole
+from ..machine.device import metal_available
+from ..models.drafter import Drafter
+from ..models.gemma4 import Gemma4
+from ..models.loading import step_bytes
+from .calibration import KINDS, Bench
+
+MOST_BYTES = 1e9  # a step of a larger model takes so long that its kernels may be made as they come
+PROMPT = [2, 3, 4, 5]
+SAFE = re.compile(r"[\w./+ -]+", re.ASCII)  # MLX puts the folder's name into a shell command
+PREAMBLE = "mlx/backend/cpu/compiled_preamble.h"  # in MLX's include folder
+FLAGS = ("-std=c++17", "-O3", "-Wall", "-fPIC")  # MLX's: a compiled header serves no others
+FEW = 10  # kernels: there are many to come
+PATIENCE = 120  # more than a first start takes
+_done: set[tuple] = set()
+
+
+def keep_kernels() -> None:
+    """Has MLX keep what it compiles for a Linux CPU in the user's cache folder, by setting TMPDIR.
+
+    A reboot empties /tmp, and there the folder belongs to whoever came first: others cannot add to it, and would run
+    what lies in it. For a command line alone, since TMPDIR is the process's; one that is a folder stays.
+    """
+    if not sys.platform.startswith("linux") or metal_available() or os.path.isdir(os.environ.get("TMPDIR", "")):
+        return
+    folder = cache_folder() / "kernels" / f"{platform.machine()}-{_libc()}"
+    if SAFE.fullmatch(str(folder)) and _can_hold(folder):
+        os.environ.pop("TMPDIR", None)
+        tempfile.gettempdir()  # Python's own stays where it was
+        os.environ["TMPDIR"] = str(folder)
+
+
+def _libc() -> str:
+    """A home may be shared by machines; a library of a newer one does not load on an older."""
+    with suppress(ValueError, OSError):
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "libc").replace(" ", "-")
+    return "libc"
+
+
+def _can_hold(folder: Path) -> bool:
+    """Whether libraries can be written there, and loaded."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK | os.X_OK) and not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    except OSError:
+        return False
+
+
+def kernel_folder() -> Path:
+    """Where MLX keeps the kernels that it compiled for the CPU."""
+    return Path(os.environ.get("TMPDIR") or tempfile.gettempdir(), "mlx", mx.__version__, "cpu")
+
+
+def wanted(target: Gemma4) -> bool:
+    """Whether kernels are to be made before they are needed."""
+    return not metal_available() and step_bytes(target) <= MOST_BYTES
+
+
+def making_ready(target: Gemma4) -> str:
+    """What `load` does last, for whoever waits."""
+    if wanted(target) and shutil.which("g++") and not any(kernel_folder().glob("*.so")):
+        return "compiling kernels for this CPU (once on this machine) and importing the tokenizer"
+    return "importing the tokenizer"
+
+
+def warm_up(target: Gemma4, drafter: Drafter | None, max_rows: int) -> None:
+    """Runs a short prompt, and rounds with drafts and without, in one row and, where there may be more, in two; once a
+    process for each kind of pair. Does nothing on Metal.
+    """
+    if not wanted(target):
+        return
+    for rows in (1, 2)[:max_rows]:
+        kind = (rows, type(target), target.config.moe is None, drafter and type(drafter.masked_embedding))
+        if kind not in _done:
+            _done.add(kind)
+            with _one_at_a_time(), _preamble_compiled():
+                Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0).rounds(2)
+
+
+@contextmanager
+def _preamble_compiled() -> Iterator[None]:
+    """Where hardly a kernel is compiled yet, compiles the header that all of them include once, before them.
+
+    That is most of a kernel's time: 0.17 seconds instead of 0.57. g++ looks for it beside a kernel's source first, and
+    passes over one that does not fit. It has 50 MB, so it is removed.
+    """
+    header, folder = Path(mx.__file__).parent / "include" / PREAMBLE, kernel_folder()
+    if header.is_file() and shutil.which("g++") and len(list(folder.glob("*.so"))) < FEW:
+        command = ["g++", *FLAGS, f"-I{header.parents[3]}", "-x", "c++-header", str(header), "-o"]
+        with suppress(OSError, subprocess.SubprocessError):  # then each kernel reads it anew
+            (folder / PREAMBLE).parent.mkdir(parents=True, exist_ok=True)
+            with whole(folder / f"{PREAMBLE}.gch") as part:
+                subprocess.run([*command, str(part)], check=True, capture_output=True, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder / PREAMBLE.split("/")[0], ignore_errors=True)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Keeps processes that start together from loading libraries that another one's g++ still writes.
+
+    One that is stopped holds the others up for PATIENCE seconds; where there are no locks, nothing waits.
+    """
+    lock = None
+    with suppress(OSError):
+        kernel_folder().mkdir(parents=True, exist_ok=True)
+        lock = os.open(kernel_folder(), os.O_RDONLY)
+        began = time.monotonic()
+        while not _locked(lock) and time.monotonic() - began < PATIENCE:
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: int) -> bool:
+    import fcntl  # Unix alone, and so is MLX's CPU compiler here
+
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

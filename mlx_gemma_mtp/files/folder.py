@@ -1,0 +1,110 @@
+"""A model folder: which of its files count, and whether they are what they should be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import files
+from .safetensors import PICKLES, read_header, read_object
+
+TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+LARGE = 4_000_000  # bytes of JSON that take a tenth of a second to parse; Gemma's tokenizer has 33 million
+
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model folder's weights: those that its index names, or model.safetensors without an index.
+
+    Whatever else lies there (hidden files, adapters, consolidated.safetensors, folders) is no weight of the model.
+    Raises UserError for a file that is not there, or that an index places elsewhere.
+    """
+    names = sorted(set(read_index(folder).values())) or [SINGLE]
+    for name in names:
+        if not is_plain(name) or not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no weight file {name!r}{_others(folder)}; expected a plain NAME.safetensors beside "
+                "config.json: download the folder again"
+            )
+    return [folder / name for name in names]
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name of a folder with an index, {} without one. Raises UserError for one that is none."""
+    path = folder / INDEX
+    if not os.path.lexists(path):
+        return {}
+    placed = read_object(path).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise UserError(f"{path} has no 'weight_map' of tensor names to file names; download the folder again")
+    return placed
+
+
+def is_plain(name: str) -> bool:
+    """Whether `name` is that of a safetensors file in the same folder: no path, nothing hidden."""
+    return os.path.basename(name) == name and name.endswith(".safetensors") and name[0] != "." and name.isprintable()
+
+
+def _others(folder: Path) -> str:
+    """Names what may have been taken for the weights: pickles (loading one runs the code in it), other tensors."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return ""
+    if found := [name for name in names if name.endswith(PICKLES)]:
+        return f", but {', '.join(found)}: pickles are never loaded"
+    found = [name for name in names if name.endswith(".safetensors")]
+    return f", but {', '.join(found)}, which nothing names" if found else ""
+
+
+def weight_bytes(folder: Path, widened: bool = False) -> int:
+    """Bytes of a folder's tensors; widened: 16-bit floats, also scales and biases of quantised weights, as float32."""
+    tensors = [tensor for file in weight_files(folder) for tensor in read_header(file).values()]
+    return sum(t.nbytes * (2 if widened and t.dtype in ("BF16", "F16") else 1) for t in tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise UserError(
+            f"{folder} is no model folder: it has no config.json; expected a converted Gemma 4 folder "
+            "(python -m convert --hf-path SOURCE --mlx-path OUT)"
+        )
+    return read_object(path)
+
+
+def check_text_files(folder: Path) -> None:
+    """Raises UserError for a tokenizer or a chat template that is missing, broken or not downloaded.
+
+    It takes milliseconds, so it comes before any weight is read.
+    """
+    path = folder / "tokenizer.json"
+    if not os.path.lexists(path):
+        raise UserError(
+            f"{folder} has no tokenizer.json; expected it beside config.json: download or convert the folder again"
+        )
+    if path.is_file() and path.stat().st_size > LARGE:
+        _check_ends(path)
+    else:
+        model = read_object(path).get("model")
+        if not isinstance(model, dict) or not model.get("vocab"):
+            raise UserError(f"{path} has no 'model' with a 'vocab'; expected a tokenizer; download it again")
+    for name in TOKENIZER_EXTRAS:
+        if os.path.lexists(folder / name):
+            read_object(folder / name)
+    template = folder / "chat_template.jinja"
+    if os.path.lexists(template):
+        files.text(template)
+
+
+def _check_ends(path: Path) -> None:
+    """Of a JSON object that takes long to parse: it begins as one, ends as one, and names a vocabulary."""
+    data = files.content(path).strip()
+    if not (data.startswith(b"{") and data.endswith(b"}") and b'"vocab"' in data):
+        raise UserError(f"{path} cannot be read as JSON (it is cut off); expected a tokenizer; download it again")

@@ -1,0 +1,259 @@
+"""Finding model folders: the bundled pair, local folders, the Hugging Face hub; and the drafter of a target."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import UserError
+from .folder import SINGLE, read_index
+
+DEMO = Path(__file__).parents[1] / "demo"
+PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
+IGNORED = ["*/*", ".*", "consolidated*", "adapter*"]  # second layouts and other things that are not read
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SUFFIXES = ("-mlx", "-bf16", "-4bit", "-5bit", "-6bit", "-8bit", "-mxfp4", "-mxfp8", "-nvfp4")  # of conversions
+PUBLISHED = re.compile(r"gemma-4-(?P<size>e2b|e4b|12b|26b-a4b|31b)(?P<it>-it)?(?P<qat>-qat)?(?![a-z0-9])", re.I)
+SIZES = {size.lower(): size for size in ("E2B", "E4B", "12B", "26B-A4B", "31B")}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Local folders of a target and its drafter; `reason` says why there is no drafter."""
+
+    target: Path
+    drafter: Path | None
+    reason: str | None
+
+
+class NotFound(UserError):
+    """The hub has no such model, or none for this login."""
+
+
+class Gated(NotFound):
+    """The hub has the model, but not for this login."""
+
+
+class Unreachable(UserError):
+    """The hub does not answer, or not as a hub does, and its cache does not have what was asked for."""
+
+
+def find_pair(model: str | None, draft_model: str, revision: str | None = None) -> Pair:
+    """model: a folder, a hub id, or None for the bundled pair; draft_model: a folder, a hub id, 'auto' or 'none'.
+
+    'auto' looks beside the target's folder, in the hub's cache, and, for a target that is a hub id, on the hub. Raises
+    UserError where a model that was named cannot be had, or where the names tell that one of the two is a base model
+    and the other is not.
+    """
+    target = DEMO / "target" if model is None else find(model, revision)
+    if draft_model == "none":
+        return Pair(target, None, "no drafter was asked for (draft model 'none')")
+    if draft_model == "auto":
+        return _auto(model, target)
+    drafter = find(draft_model)
+    for name in _names(model or str(target), target):
+        for other in _names(draft_model, drafter):
+            _check_kinds(name, other)
+    return Pair(target, drafter, None)
+
+
+def find(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model; downloads it (with a progress bar) if it is a hub id that is not cached."""
+    folder = _given(model)
+    if os.path.isdir(folder):
+        return folder.resolve()
+    if os.path.exists(folder):
+        raise UserError(f"{model} is a file; expected a model folder (with config.json) or a hub id such as org/name")
+    if os.path.islink(folder):
+        raise UserError(f"{model} is a link to {os.readlink(folder)}, where nothing is; expected a model folder")
+    if not _is_hub_id(model):
+        raise UserError(f"there is no model {model!r}: no such folder, and no hub id of the form org/name")
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED))
+    except Exception as error:  # the client's errors, and those of what it uses, have no common base
+        cached = _cached_folder(model, revision)
+        missing = missing_files(cached) if cached else []
+        if isinstance(error, ValueError) and cached and not missing:
+            return cached  # the client itself goes by its cache where nothing answers, but not where a web page does
+        raise refusal(model, error, revision, missing) from None
+    if missing := missing_files(folder):  # offline, the hub's client may hand out part of a model
+        raise _unreachable(model, revision, missing, "that is all that the hub gave")
+    return folder
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a model folder lacks of config.json and of the weight files that its index names."""
+    try:
+        weights = sorted(set(read_index(folder).values())) or [SINGLE]
+    except UserError:
+        weights = []  # the loader will say what is wrong with the index
+    return [name for name in ("config.json", *weights) if not (folder / name).is_file()]
+
+
+def refusal(model: str, error: BaseException, revision: str | None = None, missing: Sequence[str] = ()) -> UserError:
+    """What an error of the hub's client means for the user, and what helps. missing: what a cached part lacks."""
+    reason = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
+        return Gated(
+            f"the hub does not give {model!r} to this login ({reason}); accept its licence at "
+            f"{constants.ENDPOINT}/{model} and run: hf auth login"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return NotFound(f"{model!r} has no revision {revision!r} on the hub; name a branch, a tag or a commit of it")
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        return NotFound(
+            f"there is no model {model!r}: neither a folder nor a repository on the hub that this login may read; "
+            "check the name, or run: hf auth login"
+        )
+    if isinstance(error, OSError) and error.errno in FULL:
+        return UserError(
+            f"{model!r} cannot be downloaded: the disk of the hub's cache {constants.HF_HUB_CACHE} is full; free some "
+            "space, or name another folder with HF_HUB_CACHE"
+        )
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        return UserError(
+            f"{model!r} cannot be downloaded: the hub's cache {constants.HF_HUB_CACHE} cannot be written ({reason}); "
+            "name another folder with HF_HUB_CACHE"
+        )
+    if status == 429:
+        return _unreachable(model, revision, missing, "the hub asks to wait (429, too many requests)")
+    if status is not None:
+        return _unreachable(model, revision, missing, f"the hub answered {status} ({reason})")
+    if isinstance(error, ValueError) and not isinstance(error, OSError):  # no JSON: a proxy's or a hotel's page
+        return _unreachable(model, revision, missing, f"what {constants.ENDPOINT} answers is not from a hub ({reason})")
+    network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+    why = "the hub cannot be reached" if network else "the hub's client failed"
+    return _unreachable(model, revision, missing, f"{why} ({reason})")
+
+
+def _unreachable(model: str, revision: str | None, missing: Sequence[str], why: str) -> Unreachable:
+    """What exactly cannot be had: the files that a cached part lacks, or all of the model."""
+    has = f"is in the hub's cache without {', '.join(missing)}" if missing else "is no folder, nor in the hub's cache"
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why
+    command = f"hf download {model}" + (f" --revision {revision}" if revision else "")
+    return Unreachable(f"{model!r} {has}, and {why}; check the name, or connect and run: {command}")
+
+
+def _cached_folder(model: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a hub id in the hub's cache, complete or not; no network."""
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _given(model: str) -> Path:
+    """A folder by its name as it is given. Where `~` stands for nobody's home, it is a name like any other."""
+    return Path(os.path.expanduser(model))
+
+
+def spellings(folder: Path) -> list[Path]:
+    """The places where a folder lies: by the name as it is given, by each link that it leads over, and by its own."""
+    found = [Path(os.path.abspath(folder))]
+    while found[-1].is_symlink() and len(found) < 40:  # what the system follows at most
+        found.append(Path(os.path.abspath(found[-1].parent / os.readlink(found[-1]))))
+    return list(dict.fromkeys((*found, folder.resolve())))
+
+
+def assistant(model: str) -> str:
+    """The drafter of a source by its name with -assistant: a folder beside any of its spellings, or a hub id."""
+    names = [model.rstrip("/") or model, *map(str, spellings(_given(model)))]
+    return next((f"{name}-assistant" for name in names if os.path.isdir(f"{name}-assistant")), f"{names[0]}-assistant")
+
+
+def _is_hub_id(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) == 2 and all(parts) and not model.startswith((".", "~"))
+
+
+def _auto(model: str | None, target: Path) -> Pair:
+    local = model is None or os.path.isdir(_given(model))
+    places = spellings(_given(model)) if model is not None and local else [target]
+    siblings = list(dict.fromkeys(sibling for place in places for sibling in _siblings(place)))
+    beside = next((folder for folder in siblings if (folder / "config.json").is_file()), None)
+    if beside is not None:
+        return Pair(target, beside, None)
+    names = [] if model is None else _names(model, target)
+    ids = list(dict.fromkeys(name for each in names for name in _drafter_ids(each)))
+    for name in ids:
+        cached = _cached_folder(name)
+        if cached is not None and not missing_files(cached):
+            return Pair(target, cached, None)
+    looked = f"looked for {', '.join(map(str, siblings))}"
+    if ids:
+        looked += f"; in the hub's cache for {', '.join(ids)}"
+    if local:  # a local folder causes no download
+        return Pair(target, None, f"no drafter was found ({looked})")
+    denied = ""
+    for name in ids:
+        try:
+            return Pair(target, find(name), None)
+        except Gated as error:
+            denied = denied or f": {error}"
+        except NotFound:
+            continue  # the next spelling; if none is there, the reason lists them all
+        except UserError as error:
+            return Pair(target, None, f"no drafter was found ({looked}): {error}")
+    return Pair(target, None, f"no drafter was found ({looked}, and on the hub){denied}")
+
+
+def _name(model: str, folder: Path) -> str:
+    """org/name of a hub id or of its cached snapshot; the name of any other folder."""
+    if folder.parent.name == "snapshots":  # models--org--name/snapshots/commit
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return model if _is_hub_id(model) and not Path(model).is_dir() else folder.name
+
+
+def _names(model: str, folder: Path) -> list[str]:
+    """What a model is called: its name, and those of the links that lead to it."""
+    links = spellings(_given(model)) if os.path.isdir(_given(model)) else []
+    return list(dict.fromkeys((_name(model, folder), *(place.name for place in links))))
+
+
+def _stems(name: str) -> list[str]:
+    """A model's name as it is, and without the suffixes that conversions add."""
+    base = name
+    for suffix in SUFFIXES:
+        base = base.removesuffix(suffix)
+    return list(dict.fromkeys((name, base)))
+
+
+def _siblings(target: Path) -> list[Path]:
+    names = [f"{stem}-assistant{end}" for stem in _stems(target.name) for end in ("", "-bf16", "-mlx")]
+    names += [name.rpartition("/")[2] for name in _drafter_ids(target.name)]  # mlx-community spells the two unlike
+    return [target.parent / name for name in dict.fromkeys((*names, "drafter"))]
+
+
+def _drafter_ids(name: str) -> list[str]:
+    """Hub ids of the drafter of a target named `name`: its owner's, then Google's and mlx-community's."""
+    owner, _, base = name.rpartition("/")
+    ids = [f"{owner}/{stem}-assistant" for stem in _stems(base)] if owner else []
+    if published := PUBLISHED.search(base):
+        size, it = SIZES[published["size"].lower()], "-it" if published["it"] else ""
+        if published["qat"]:
+            ids.append(f"google/gemma-4-{size}{it}-qat-q4_0-unquantized-assistant")
+        ids += [f"google/gemma-4-{size}{it}-assistant", f"mlx-community/gemma-4-{size}{it}-assistant-bf16"]
+    return list(dict.fromkeys(ids))
+
+
+def _check_kinds(target: str, drafter: str) -> None:
+    """Refuses the drafter of an instruction-tuned model for a base model, and the reverse, where both names tell."""
+    theirs, its = PUBLISHED.search(target), PUBLISHED.search(drafter)
+    if theirs and its and bool(theirs["it"]) != bool(its["it"]):
+        kinds = {False: "a base model", True: "an instruction-tuned model"}
+        raise UserError(
+            f"{target} is {kinds[bool(theirs['it'])]}, and {drafter} is the drafter of {kinds[bool(its['it'])]}; "
+            "give the '-assistant' of the same model, or --draft-model none"
+        )

@@ -1,0 +1,76 @@
+"""Which BLAS multiplies float32 matrices on Linux.
+
+MLX's Linux wheel brings the reference BLAS, which is 3 to 9 times slower than OpenBLAS on the products of 4 to 32 rows
+that MTP makes. A command line (never the import of the package) puts an installed OpenBLAS before it, once a child
+process has shown that MLX then still multiplies correctly. MLX_GEMMA_MTP_BLAS: `off`, or the path of a library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+from ..errors import UserError
+
+VARIABLE = "MLX_GEMMA_MTP_BLAS"
+DEFAULT = "libopenblas.so.0"
+_PROBE = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL).cblas_sgemm
+import mlx.core as mx, numpy as np
+r = np.random.default_rng(0)
+for m, k, n in ((1, 64, 48), (5, 200, 130), (33, 64, 257)):
+    a, b = r.standard_normal((m, k), dtype=np.float32), r.standard_normal((n, k), dtype=np.float32)
+    ours = np.array(mx.matmul(mx.array(a), mx.array(b).T, stream=mx.cpu))
+    assert np.abs(ours - a @ b.T).max() < 1e-3
+"""
+
+
+def preload() -> None:
+    """Loads a fast BLAS in front of MLX's own; call it before MLX is imported. Does nothing where there is none.
+
+    Raises UserError when MLX_GEMMA_MTP_BLAS names a library that cannot be loaded or multiplies wrongly.
+    """
+    choice = os.path.expanduser(os.environ.get(VARIABLE, ""))
+    if not sys.platform.startswith("linux") or choice == "off" or "mlx.core" in sys.modules:
+        return
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    library = choice or DEFAULT
+    probe = subprocess.run([sys.executable, "-c", _PROBE, library], capture_output=True, text=True)
+    if probe.returncode == 0:
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    elif choice:
+        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(
+            f"{VARIABLE}={choice} is no usable BLAS ({reason}); expected 'off' or the path of an OpenBLAS library"
+        )
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def is_reference() -> bool:
+    """Whether the reference BLAS multiplies."""
+    return name().startswith("reference")
+
+
+def name() -> str:
+    """The BLAS in use: the library in front (preloaded by us or LD_PRELOAD), or the one that MLX was built with."""
+    if not sys.platform.startswith("linux"):
+        return "Accelerate" if sys.platform == "darwin" else "MLX's own"
+    everything = ctypes.CDLL(None)
+    try:
+        address = ctypes.cast(everything.cblas_sgemm, ctypes.c_void_p)
+    except AttributeError:
+        return "reference (MLX's own)"
+    info = _DlInfo()
+    everything.dladdr(address, ctypes.byref(info))
+    return os.path.basename((info.file or b"unknown").decode())

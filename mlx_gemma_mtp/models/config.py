@@ -1,0 +1,426 @@
+"""What a checkpoint says about itself: frozen, typed, complete.
+
+Every irregularity of `config.json` ends in the `from_dict` functions here; nothing after them looks at a raw
+dictionary. Sources: the published Gemma 4 configs and transformers' `Gemma4TextConfig` / `Gemma4AssistantConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..cache.spec import KVSpec
+from ..errors import UserError
+
+Kind = Literal["sliding", "full"]
+
+TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text")
+MEDIA = ("image", "audio", "video")
+DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+LARGEST = 1 << 24  # of any size in a config: products of two that make a dimension stay within MLX's 32 bits
+# MLX's quantisation modes: group sizes and bits.
+MODES = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+# Settings are computed with in float32. Within these limits no combination of them overflows or divides by zero.
+MOST = 1e15  # of temperature, penalties and biases
+LEAST_TEMPERATURE = 1e-6  # anything lower is greedy
+LEAST_TOP_P = 1e-6  # lower than the likeliest token's share in any vocabulary below a million: keeps that token alone
+# What a generation_config.json means that does not say. (Google's drafters ship 6 drafts; the 12B's names none.)
+GENERATION_DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_assistant_tokens": 6}
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding: pair i of (x[i], x[i + head_dim / 2]) turns by position * theta ** (-2 i / head_dim).
+
+    Only the first `pairs` pairs turn (`rope_type: proportional` leaves the rest alone).
+    """
+
+    theta: float
+    pairs: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer. `kv_layer` indexes the cache; a layer that does not own it has no K/V projections."""
+
+    kind: Kind
+    heads: int
+    kv: KVSpec
+    kv_layer: int
+    owns_kv: bool
+    v_is_k: bool  # attention_k_eq_v: V is the raw K projection
+    rope: RopeSpec
+    mlp_size: int
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    num_experts: int
+    top_k: int
+    size: int
+
+
+@dataclass(frozen=True)
+class QuantizationSpec:
+    """MLX quantisation: defaults, and overrides by module path as written in the file (None: left in float)."""
+
+    default: dict[str, Any]
+    overrides: dict[str, dict[str, Any] | None]
+
+    def of(self, path: str) -> dict[str, Any] | None:
+        """group_size, bits and mode of the module at `path`; None if it is left in float."""
+        return self.overrides.get(path, self.default)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    hidden_size: int
+    vocab_size: int
+    layers: tuple[LayerSpec, ...]
+    kv: tuple[KVSpec, ...]  # one for each KV-owning layer: what the cache is made of
+    eps: float
+    softcap: float | None
+    moe: MoESpec | None
+    per_layer_size: int  # width of the per-layer inputs (E2B, E4B), 0 without
+    per_layer_vocab: int
+    context: int
+    eos_token_ids: tuple[int, ...]
+    media_token_ids: tuple[int, ...]  # image, audio and video placeholders, which a text-only run refuses
+    quantization: QuantizationSpec | None
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> TargetConfig:
+        """Reads a `config.json` (a multimodal wrapper with `text_config`, or the text model alone).
+
+        Raises UserError where a key that we depend on is missing or has a value that we do not know.
+        """
+        kind = raw.get("model_type")
+        if kind in DRAFTER_TYPES:
+            raise UserError(f"model_type {kind!r} is a drafter, expected a target; give it as --draft-model instead")
+        if kind not in TARGET_TYPES:
+            raise UserError(f"model_type {kind!r} is not a Gemma 4 target; expected one of {', '.join(TARGET_TYPES)}")
+        text = _Reader(raw.get("text_config", raw), "config.json")
+        first_shared = text.int("num_hidden_layers") - text.int("num_kv_shared_layers", minimum=0)
+        layers = tuple(_layers(text, first_shared))
+        _check_constants(text)
+        config = cls(
+            hidden_size=text.int("hidden_size"),
+            vocab_size=text.int("vocab_size"),
+            layers=layers,
+            kv=tuple(layer.kv for layer in layers if layer.owns_kv),
+            eps=text.float("rms_norm_eps"),
+            softcap=text.optional_float("final_logit_softcapping", minimum=1e-3),
+            moe=_moe(text) if text.bool("enable_moe_block") else None,
+            per_layer_size=text.int("hidden_size_per_layer_input", minimum=0),
+            per_layer_vocab=_per_layer_vocab(text),
+            context=text.int("max_position_embeddings"),
+            eos_token_ids=_ids(raw if "eos_token_id" in raw else text.raw, "eos_token_id", "config.json"),
+            media_token_ids=tuple(token for name in MEDIA for token in _ids(raw, f"{name}_token_id", "config.json")),
+            quantization=_quantization(raw),
+        )
+        _check_vocabulary(config.eos_token_ids, config.vocab_size, "config.json: eos_token_id")
+        return config
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """A drafter, paired with its target: `layers[i].kv_layer` already names the target's cache layer it reads."""
+
+    hidden_size: int
+    backbone_size: int
+    vocab_size: int
+    layers: tuple[LayerSpec, ...]
+    eps: float
+    centroids: int  # 0: dense head
+    centroid_top_k: int
+    quantization: QuantizationSpec | None
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], target: TargetConfig) -> DrafterConfig:
+        """Reads a drafter's `config.json` and pairs it with `target`.
+
+        Raises UserError for another architecture, or for a drafter of another target (hidden size, vocabulary, layer
+        kinds, heads).
+        """
+        kind = raw.get("model_type")
+        if kind in TARGET_TYPES:
+            raise UserError(f"model_type {kind!r} is a target, expected a drafter; give its '-assistant', or 'none'")
+        if kind not in DRAFTER_TYPES:
+            raise UserError(f"model_type {kind!r} is not a Gemma 4 drafter; expected one of {', '.join(DRAFTER_TYPES)}")
+        text = _Reader(raw.get("text_config", {}), "the drafter's config.json, text_config")
+        outer = _Reader(raw, "the drafter's config.json")
+        _check_constants(text)
+        ordered = outer.bool("use_ordered_embeddings")
+        config = cls(
+            hidden_size=text.int("hidden_size"),
+            backbone_size=outer.int("backbone_hidden_size"),
+            vocab_size=text.int("vocab_size"),
+            layers=tuple(_paired_layers(text, target)),
+            eps=text.float("rms_norm_eps"),
+            centroids=outer.int("num_centroids") if ordered else 0,
+            centroid_top_k=outer.int("centroid_intermediate_top_k") if ordered else 0,
+            quantization=_quantization(raw),
+        )
+        _match("hidden size", config.backbone_size, target.hidden_size)
+        _match("vocabulary", config.vocab_size, target.vocab_size)
+        if ordered and config.vocab_size % config.centroids:
+            raise UserError(
+                f"num_centroids is {config.centroids}, expected a divisor of the vocabulary of {config.vocab_size}"
+            )
+        return config
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """`generation_config.json`: what the folder's makers recommend. Greedy when `do_sample` is false."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    eos_token_ids: tuple[int, ...]
+    suppress_token_ids: tuple[int, ...]
+    num_draft_tokens: int
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> GenerationDefaults:
+        """Takes what is meant: null is unset, top_k may be 0, -1 or 64.0, flags 0 or 1, other keys are not read.
+
+        Raises UserError, naming the key, for what has no meaning.
+        """
+        where = "generation_config.json"
+        given = {k: _settled(v) for k, v in raw.items() if v is not None}
+        reader = _Reader(GENERATION_DEFAULTS | given, where)
+        if reader.raw["do_sample"] in (0, 1):
+            reader.raw["do_sample"] = bool(reader.raw["do_sample"])
+        sampled = reader.bool("do_sample")
+        return cls(
+            temperature=reader.float("temperature", maximum=MOST) if sampled else 0.0,
+            top_p=max(reader.float("top_p", maximum=1.0), LEAST_TOP_P) if sampled else 1.0,
+            top_k=max(reader.int("top_k", minimum=-1), 0) if sampled else 0,
+            eos_token_ids=_ids(raw, "eos_token_id", where),
+            suppress_token_ids=_ids(raw, "suppress_tokens", where),
+            num_draft_tokens=reader.int("num_assistant_tokens", minimum=0),
+        )
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises UserError for token ids that a vocabulary of this size does not have."""
+        for key, ids in (("eos_token_id", self.eos_token_ids), ("suppress_tokens", self.suppress_token_ids)):
+            _check_vocabulary(ids, size, f"generation_config.json: {key}")
+
+
+class _Reader:
+    """Reads required keys of a JSON object, with errors that name the key and the value."""
+
+    def __init__(self, raw: Any, where: str):
+        if not isinstance(raw, dict):
+            raise UserError(f"{where} is {type(raw).__name__}, expected a JSON object")
+        self.raw, self.where = raw, where
+
+    def _get(self, key: str, kinds: tuple[type, ...], expected: str) -> Any:
+        if key not in self.raw:
+            raise UserError(f"{self.where} has no {key!r}; expected {expected}. Is this a complete Gemma 4 folder?")
+        value = self.raw[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise UserError(f"{self.where}: {key} is {value!r}, expected {expected}")
+        return value
+
+    def int(self, key: str, minimum: int = 1) -> int:
+        expected = f"an integer of at least {minimum} and at most {LARGEST}"
+        value = self._get(key, (int,), expected)
+        if not minimum <= value <= LARGEST:
+            raise UserError(f"{self.where}: {key} is {value}, expected {expected}")
+        return value
+
+    def float(self, key: str, minimum: float = 0.0, maximum: float = 1e30) -> float:
+        expected = f"a number of at least {minimum:g} and at most {maximum:g}"
+        value = self._get(key, (int, float), expected)
+        if not minimum <= value <= maximum:
+            raise UserError(f"{self.where}: {key} is {value}, expected {expected}")
+        return float(value)
+
+    def optional_float(self, key: str, minimum: float = 0.0) -> float | None:
+        value = self._get(key, (int, float, type(None)), "a number or null")
+        return None if value is None else self.float(key, minimum)
+
+    def bool(self, key: str) -> bool:
+        return self._get(key, (bool,), "true or false")
+
+    def object(self, key: str) -> dict[str, Any]:
+        return self._get(key, (dict,), "a JSON object")
+
+
+def _check_constants(text: _Reader) -> None:
+    """Values that every Gemma 4 shares and that this code relies on."""
+    for key, expected in (
+        ("hidden_activation", "gelu_pytorch_tanh"),
+        ("tie_word_embeddings", True),
+        ("attention_bias", False),
+    ):
+        if text.raw.get(key, expected) != expected:
+            raise UserError(
+                f"{text.where}: {key} is {text.raw[key]!r}, expected {expected!r} as in every published Gemma 4"
+            )
+
+
+def _kinds(text: _Reader) -> list[Kind]:
+    names: dict[str, Kind] = {"sliding_attention": "sliding", "full_attention": "full"}
+    types = text._get("layer_types", (list,), "a list of sliding_attention / full_attention")
+    unknown = [t for t in types if not isinstance(t, str) or t not in names]
+    if unknown or len(types) != text.int("num_hidden_layers"):
+        raise UserError(
+            f"{text.where}: layer_types has {len(types)} entries (unknown: {unknown[:3]}), "
+            f"expected {text.raw['num_hidden_layers']} of sliding_attention / full_attention"
+        )
+    return [names[t] for t in types]
+
+
+def _head_dim(text: _Reader, kind: Kind) -> int:
+    sliding = text.int("head_dim")
+    return (
+        sliding if kind == "sliding" else (text.raw.get("global_head_dim") and text.int("global_head_dim")) or sliding
+    )
+
+
+def _kv_heads(text: _Reader, kind: Kind) -> int:
+    """Full layers have their own number of K/V heads only under attention_k_eq_v (as in transformers)."""
+    if kind == "full" and text.bool("attention_k_eq_v") and text.raw.get("num_global_key_value_heads"):
+        return text.int("num_global_key_value_heads")
+    return text.int("num_key_value_heads")
+
+
+def _rope(text: _Reader, kind: Kind, head_dim: int) -> RopeSpec:
+    """rope_type `default` turns every pair, `proportional` the first partial_rotary_factor of them."""
+    ropes = _Reader(text.object("rope_parameters"), f"{text.where}, rope_parameters")
+    rope = _Reader(ropes.object(f"{kind}_attention"), f"{ropes.where}.{kind}_attention")
+    rope_type = rope.raw.get("rope_type")
+    if rope_type not in ("default", "proportional"):
+        raise UserError(f"{rope.where}: rope_type is {rope_type!r}, expected 'default' or 'proportional'")
+    factor = rope.float("partial_rotary_factor", maximum=1.0) if rope_type == "proportional" else 1.0
+    return RopeSpec(rope.float("rope_theta", minimum=1.0), int(factor * head_dim // 2), head_dim)
+
+
+def _spec(text: _Reader, kind: Kind, kv_layer: int, owns_kv: bool, mlp_size: int) -> LayerSpec:
+    head_dim, heads, kv_heads = _head_dim(text, kind), text.int("num_attention_heads"), _kv_heads(text, kind)
+    if heads * head_dim > LARGEST:
+        raise UserError(
+            f"{text.where}: num_attention_heads {heads} of {head_dim} are too large; expected a Gemma 4 config"
+        )
+    if heads % kv_heads:
+        raise UserError(f"{text.where}: num_attention_heads {heads} is no multiple of {kv_heads} key/value heads")
+    window = text.int("sliding_window") if kind == "sliding" else None
+    v_is_k = text.bool("attention_k_eq_v") and kind == "full"
+    kv = KVSpec(kv_heads, head_dim, window)
+    return LayerSpec(kind, heads, kv, kv_layer, owns_kv, v_is_k, _rope(text, kind, head_dim), mlp_size)
+
+
+def _layers(text: _Reader, first_shared: int) -> list[LayerSpec]:
+    """The target's layers: those from `first_shared` on read the last own K/V of their kind (E2B, E4B)."""
+    kinds = _kinds(text)
+    source = {kind: i for i, kind in enumerate(kinds[: max(first_shared, 0)])}
+    wide = text.bool("use_double_wide_mlp")
+    layers = []
+    for i, kind in enumerate(kinds):
+        owns = i < first_shared
+        if not owns and kind not in source:
+            raise UserError(
+                f"{text.where}: layer {i} shares {kind} K/V but no layer below num_kv_shared_layers owns any"
+            )
+        size = text.int("intermediate_size") * (2 if wide and not owns else 1)
+        layers.append(_spec(text, kind, i if owns else source[kind], owns, size))
+    return layers
+
+
+def _paired_layers(text: _Reader, target: TargetConfig) -> list[LayerSpec]:
+    """The drafter's layers, each reading the target's last own K/V of the same kind."""
+    source = {layer.kind: layer for layer in target.layers if layer.owns_kv}
+    layers = []
+    for kind in _kinds(text):
+        if kind not in source:
+            raise UserError(
+                f"the drafter has a {kind} attention layer but the target has none; is it the drafter of another model?"
+            )
+        owner = source[kind]
+        spec = _spec(text, kind, owner.kv_layer, owns_kv=False, mlp_size=text.int("intermediate_size"))
+        _match(f"{kind} key/value heads", spec.kv.kv_heads, owner.kv.kv_heads)
+        _match(f"{kind} head size", spec.kv.head_dim, owner.kv.head_dim)
+        _match("sliding window", spec.kv.window, owner.kv.window)
+        layers.append(spec)
+    return layers
+
+
+def _match(what: str, drafter: int | None, target: int | None) -> None:
+    if drafter != target:
+        raise UserError(
+            f"the drafter was made for another target: its {what} is {drafter}, the target's is {target}; "
+            "give the '-assistant' of the same model, or --draft-model none"
+        )
+
+
+def _moe(text: _Reader) -> MoESpec:
+    moe = MoESpec(text.int("num_experts"), text.int("top_k_experts"), text.int("moe_intermediate_size"))
+    if moe.top_k > moe.num_experts:
+        raise UserError(f"{text.where}: top_k_experts is {moe.top_k}, expected at most num_experts, {moe.num_experts}")
+    return moe
+
+
+def _quantization(raw: dict[str, Any]) -> QuantizationSpec | None:
+    spec = raw.get("quantization")
+    if spec is None:
+        return None
+    default = _quantization_form(_Reader(spec, "config.json, quantization"), {"mode": "affine"})
+    forms = {k: _Reader(v, f"config.json, quantization.{k!r}") for k, v in spec.items() if isinstance(v, dict)}
+    # An override that names no mode is affine, whatever the default's mode: as MLX and mlx-lm take it.
+    overrides = {k: _quantization_form(reader, default | {"mode": "affine"}) for k, reader in forms.items()}
+    return QuantizationSpec(default, overrides | {k: None for k, v in spec.items() if v is False})
+
+
+def _quantization_form(reader: _Reader, default: dict[str, Any]) -> dict[str, Any]:
+    """group_size, bits and mode, those that MLX knows."""
+    reader = _Reader(default | reader.raw, reader.where)
+    group, bits, mode = reader.int("group_size"), reader.int("bits"), reader.raw["mode"]
+    known = MODES.get(mode) if isinstance(mode, str) else None
+    if known is None or group not in known[0] or bits not in known[1]:
+        raise UserError(
+            f"{reader.where}: {bits} bits, groups of {group}, mode {mode!r}; expected a format of MLX, convert it again"
+        )
+    return {"group_size": group, "bits": bits, "mode": mode}
+
+
+def _settled(value: Any) -> Any:
+    """64 for 64.0: some writers know no integers."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST else value
+
+
+def _ids(raw: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """A token id, a list of them (with nulls), or nothing; each once, in the order of the file."""
+    value = raw.get(key)
+    values = [_settled(v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+    for each in values:
+        if not isinstance(each, int) or isinstance(each, bool) or not 0 <= each <= LARGEST:
+            raise UserError(
+                f"{where}: {key} has {each!r}, expected a token id or a list of token ids; correct the JSON file"
+            )
+    return tuple(dict.fromkeys(values))
+
+
+def _check_vocabulary(ids: tuple[int, ...], size: int, what: str) -> None:
+    beyond = [each for each in ids if each >= size]
+    if beyond:
+        raise UserError(f"{what} has {beyond[0]}, expected 0 to {size - 1} by the vocabulary; correct the JSON file")
+
+
+def _per_layer_vocab(text: _Reader) -> int:
+    """Every token is looked up in the per-layer table, too."""
+    size = text.int("vocab_size_per_layer_input", minimum=0)
+    if text.int("hidden_size_per_layer_input", minimum=0) and size < text.int("vocab_size"):
+        raise UserError(
+            f"{text.where}: vocab_size_per_layer_input is {size}, expected at least the vocab_size of "
+            f"{text.raw['vocab_size']}: each token is looked up in both tables"
+        )
+    return size

@@ -1,0 +1,115 @@
+"""Google's MTP drafter: a small stack that owns only queries and reads the target's K/V.
+
+A stateless call: embedding of the newest token and the hidden state that predicted it go in, the next token's scores
+and a hidden state to carry on with come out. Reference: transformers, models/gemma4_assistant.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..cache.cache import Span
+from ..ops.kernels import head_argmax
+from ..ops.kernels.products import Weights
+from ..sampling.distribution import Distribution, Rules
+from ..sampling.penalties import Said
+from .config import DrafterConfig
+from .gemma4 import Block, Ropes
+from .layers import RMSNorm
+from .linear import Embedding, Linear
+
+
+class CentroidHead(nn.Module):
+    """The head of the E2B/E4B drafters: score the centroids, then only the tokens of the best ones."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.top_k = config.centroid_top_k
+        self.centroids = Linear(config.hidden_size, config.centroids)
+        self.token_ordering = mx.arange(config.vocab_size, dtype=mx.int32)
+        self.freeze(keys=["token_ordering"])
+
+    def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, mx.array]:
+        """y: [B, hidden] -> (float32 logits [B, C], token ids [B, C])."""
+        scores = self.centroids(y)
+        best = mx.argpartition(scores, kth=-self.top_k, axis=-1)[:, -self.top_k :]
+        tokens = self.token_ordering.reshape(scores.shape[-1], -1)[best]  # [B, top_k, V / centroids]
+        tokens = tokens.reshape(y.shape[0], -1)
+        logits = (embedding(tokens).astype(y.dtype) @ y[..., None])[..., 0]
+        return logits.astype(mx.float32), tokens
+
+
+class DenseHead(nn.Module):
+    """The tied head over the whole vocabulary. Drafters have no soft-cap."""
+
+    def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, None]:
+        """y: [B, hidden] -> (float32 logits [B, V], None)."""
+        return embedding.as_linear(y).astype(mx.float32), None
+
+    def table(self, embedding: nn.Module) -> Weights:
+        """The vocabulary's weights, as kernels take them."""
+        if "scales" not in embedding:
+            return Weights(embedding.weight)
+        form = (embedding.group_size, embedding.bits, embedding.mode)
+        return Weights(embedding.weight, embedding.scales, embedding.get("biases"), *form)
+
+
+class Drafter(nn.Module):
+    """Parameters carry the checkpoint's names; embed_tokens, layers and norm lie below `model.` there."""
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__()
+        self.config = config
+        size, backbone = config.hidden_size, config.backbone_size
+        self.embed_tokens = Embedding(config.vocab_size, size)
+        self.layers = [Block(layer, size, config.eps) for layer in config.layers]
+        self.norm = RMSNorm(size, config.eps)
+        self.pre_projection = Linear(2 * backbone, size)
+        self.post_projection = Linear(size, backbone)
+        self.masked_embedding = CentroidHead(config) if config.centroids else DenseHead()
+        self.ropes = Ropes(config.layers)
+
+    def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, rotations: dict) -> tuple[mx.array, mx.array]:
+        """One draft step: embedded, hidden [B, backbone] -> (y [B, size], the hidden to carry [B, backbone])."""
+        x = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))
+        for layer in self.layers:
+            x = layer(x, span, rotations[layer.kind])
+        y = self.norm(x)
+        return y, self.post_projection(y)
+
+    def scores(self, y: mx.array) -> tuple[mx.array, mx.array | None]:
+        """y: [B, size] -> (float32 logits [B, C], the token ids [B, C] they stand for; None: all, in order)."""
+        return self.masked_embedding(y, self.embed_tokens)
+
+    def pick(
+        self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
+    ) -> tuple[mx.array, mx.array | None, Distribution | None]:
+        """The token drafted for each row, int32 [B], if `confident` how sure that is (see Drafts), and what it was
+        drawn from. A greedy one comes from a dense head without a row of logits, and so without the last.
+
+        y: [B, size]; positions: [B, 1], of the tokens to be drawn.
+        """
+        if rules.all_greedy and rules.reordered is None and isinstance(self.masked_embedding, DenseHead):
+            table = self.masked_embedding.table(self.embed_tokens)
+            if head_argmax.usable(table, y.dtype):
+                return *head_argmax.best_token_metal(y, table, rules.suppressed), None
+        logits, ids = self.scores(y)
+        token, q = drawn(logits, ids, rules, positions, said)
+        return token, head_argmax.certainty(logits) if confident else None, q
+
+    def step_shares(self) -> dict[str, float]:
+        """As Gemma4.step_shares: the centroid head reads the tokens of the best centroids alone."""
+        config = self.config
+        share = config.centroid_top_k / config.centroids if config.centroids else 1.0
+        return {"embed_tokens.": share, "token_ordering": share}
+
+
+def drawn(
+    logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, said: Said | None
+) -> tuple[mx.array, Distribution]:
+    """A token for each row from a drafter's scores [B, C] of the tokens ids (None: all), int32 [B], and what it was
+    drawn from.
+    """
+    q = Distribution.of(logits[:, None], rules, ids=None if ids is None else ids[:, None], said=said)
+    return q.drawn(rules, positions)[:, 0], q

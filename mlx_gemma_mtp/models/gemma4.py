@@ -1,0 +1,241 @@
+"""The Gemma 4 text model: tokens -> hidden states; logits are a second call.
+
+Reference: transformers, models/gemma4/modeling_gemma4.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..cache.cache import Narrow, Span
+from ..ops.fused import geglu, number
+from .config import LayerSpec, MoESpec, TargetConfig
+from .layers import MLP, Attention, RMSNorm, rms_norm, rooted, rotation
+from .linear import Embedding, Linear, Settled
+from .moe import Experts, Router
+
+
+class Block(Settled):
+    """A decoder layer with a dense MLP; also every layer of the drafter.
+
+    What comes before and after the look into the cache are two pure functions, `enter` and `leave`. In rounds, whose
+    few shapes come again and again, they run as compiled graphs, which spares Python most of its work.
+    """
+
+    def __init__(self, spec: LayerSpec, hidden_size: int, eps: float):
+        super().__init__()
+        self.kind, self.kv_layer = spec.kind, spec.kv_layer
+        self.input_layernorm = RMSNorm(hidden_size, eps)
+        self.self_attn = Attention(spec, hidden_size, eps)
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden_size, eps)
+        self.mlp = MLP(hidden_size, spec.mlp_size)
+        self.post_feedforward_layernorm = RMSNorm(hidden_size, eps)
+        self.layer_scalar = mx.ones((1,))
+
+    def derive(self) -> None:
+        """The two functions compiled, with the weights as inputs. They are traced at the first call with a shape.
+
+        The constant takes the weights' type: a float32 one would make float32 of everything after it.
+        """
+        self._one = mx.ones((1,), self.input_layernorm.weight.dtype)
+        self._enter = mx.compile(self.enter, inputs=[self.input_layernorm, self.self_attn])
+        self._leave = mx.compile(self.leave, inputs=self)
+
+    def __call__(
+        self,
+        x: mx.array,
+        span: Span,
+        turn: tuple[mx.array, ...],
+        inputs: tuple[mx.array, ...] = (),
+        narrow: Narrow | None = None,
+    ) -> mx.array:
+        """x: [N, hidden], the tokens of the span -> [N, hidden]. turn: the rotation at their positions; inputs: the
+        per-layer input [N, per_layer_size], where the model has one. narrow: a view of single tokens of the span: then
+        all write K/V, and only these go on, [B, hidden].
+        """
+        if span.once:
+            queries, *new = self.enter(x, turn, span.places)
+        else:
+            queries, *new = self._enter(x, turn)
+        if new:
+            span.write(self.kv_layer, *new)
+        if narrow is not None:
+            x, queries, inputs = x[narrow.source], narrow.picked(queries), narrow.of(inputs)
+            span = narrow
+        attended = span.attend(self.kv_layer, queries)
+        return self.leave(x, attended, *inputs, own=span.own) if span.once else self._leave(x, attended, *inputs)
+
+    def enter(self, x: mx.array, turn: tuple[mx.array, ...], places: mx.array | None = None) -> tuple[mx.array, ...]:
+        """From the residual stream to queries, and keys and values where the layer owns them."""
+        return self.self_attn.project(self.input_layernorm(x), turn, places)
+
+    def leave(self, x: mx.array, attended: mx.array, *inputs: mx.array, own: mx.array | None = None) -> mx.array:
+        """From what attention brought to the residual stream of the next layer."""
+        x = self.post_attention_layernorm.add(x, self.self_attn.join(attended, own), self._one)
+        return self.finish(x, self.feedforward(x), *inputs)
+
+    def feedforward(self, x: mx.array) -> mx.array:
+        return self.mlp(self.pre_feedforward_layernorm(x))
+
+    def finish(self, x: mx.array, fed: mx.array) -> mx.array:
+        return self.post_feedforward_layernorm.add(x, fed, self.layer_scalar)
+
+
+class MoEBlock(Block):
+    """A layer whose feed-forward is the dense MLP plus the chosen experts (26B-A4B)."""
+
+    def __init__(self, spec: LayerSpec, hidden_size: int, eps: float, moe: MoESpec):
+        super().__init__(spec, hidden_size, eps)
+        self.eps = eps
+        self.router = Router(hidden_size, moe)
+        self.experts = Experts(hidden_size, moe)
+        self.pre_feedforward_layernorm_2 = RMSNorm(hidden_size, eps)
+        self.post_feedforward_layernorm_1 = RMSNorm(hidden_size, eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(hidden_size, eps)
+
+    def derive(self) -> None:
+        """Also the weights of the three norms that read the residual: of the MLP, of the experts, of the router."""
+        super().derive()
+        weights = (self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2)
+        stacked = mx.stack([*(norm.weight for norm in weights), self.router.norm_weight])
+        self._norms = rooted(stacked)[:, None]  # [3, 1, hidden]
+        self._size_eps = number(stacked.shape[-1] * self.eps)
+
+    def feedforward(self, x: mx.array) -> mx.array:
+        normed = rms_norm(x, self.eps, self._size_eps, self._norms)  # [3, N, hidden], each with its own weight
+        to_mlp, to_experts, to_router = mx.split(normed.reshape(-1, x.shape[-1]), 3, axis=0)
+        dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
+        chosen = self.experts(to_experts, *self.router(to_router))
+        return self.post_feedforward_layernorm_2.add(dense, chosen, self._one)
+
+
+class PerLayerBlock(Block):
+    """A layer that also mixes in its own slice of the per-layer inputs (E2B, E4B)."""
+
+    def __init__(self, spec: LayerSpec, hidden_size: int, eps: float, per_layer_size: int):
+        super().__init__(spec, hidden_size, eps)
+        self.per_layer_input_gate = Linear(hidden_size, per_layer_size)
+        self.per_layer_projection = Linear(per_layer_size, hidden_size)
+        self.post_per_layer_input_norm = RMSNorm(hidden_size, eps)
+
+    def finish(self, x: mx.array, fed: mx.array, per_layer_input: mx.array) -> mx.array:
+        x = self.post_feedforward_layernorm.add(x, fed, self._one)
+        gated = geglu(self.per_layer_input_gate(x), per_layer_input)
+        return self.post_per_layer_input_norm.add(x, self.per_layer_projection(gated), self.layer_scalar)
+
+
+class Gemma4(nn.Module):
+    """A Gemma 4 target. Make it with `build`; parameters carry the checkpoint's names below `language_model.model.`"""
+
+    def __init__(self, config: TargetConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [self.block(layer) for layer in config.layers]
+        self.norm = RMSNorm(config.hidden_size, config.eps)
+        self.embed_scale = config.hidden_size**0.5
+        self.ropes = Ropes(config.layers)
+        self.writers = 1 + max(i for i, layer in enumerate(config.layers) if layer.owns_kv)  # the others only read
+
+    def block(self, spec: LayerSpec) -> Block:
+        config = self.config
+        if config.moe is not None:
+            return MoEBlock(spec, config.hidden_size, config.eps, config.moe)
+        return Block(spec, config.hidden_size, config.eps)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """tokens: [...] -> [..., hidden], times sqrt(hidden) rounded to the weights' type."""
+        return self.embed_tokens(tokens).astype(self.dtype) * self.embed_scale
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What is computed in. (A table in MLX's FP4 and FP8 modes looks up bf16 whatever that is.)"""
+        return self.norm.weight.dtype
+
+    def __call__(self, tokens: mx.array, span: Span, column: mx.array | None = None) -> mx.array:
+        """tokens: [B, T], T == span.tokens. Writes K/V; returns hidden states after the last norm, [B, T, hidden].
+
+        column: [B], the one token of each row whose state is wanted, [B, 1, hidden]: then no other goes on once the
+        last layer that writes K/V has written (the last of all; in E2B less than half of the way).
+        """
+        flat = tokens.reshape(-1) if span.own is None else tokens.reshape(-1)[span.own]
+        x = self.embed(flat)  # [N, hidden]: products of two axes are fewer primitives
+        steps = list(zip(self.layers, self.per_layer_inputs(flat, x), strict=True))
+        if column is None:
+            assert span.own is None, "of packed rows one column each is asked for"
+            return self.norm(self._through(steps, x, span)).reshape(*tokens.shape, -1)
+        last, narrow = self.writers - 1, Narrow(span, column)
+        x = self._through(steps[:last], x, span)
+        x = self._through(steps[last : last + 1], x, span, narrow)
+        rest = [(layer, narrow.of(inputs)) for layer, inputs in steps[last + 1 :]]
+        return self.norm(self._through(rest, x, narrow))[:, None]
+
+    def _through(
+        self, steps: Sequence[tuple[Block, tuple[mx.array, ...]]], x: mx.array, span: Span, narrow: Narrow | None = None
+    ) -> mx.array:
+        """x: [N, hidden] through layers, each with its per-layer inputs."""
+        turns = self.ropes.at(span.positions)
+        for layer, inputs in steps:
+            x = layer(x, span, turns[layer.kind], inputs, narrow)
+        return x
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden: [..., hidden] -> float32 [..., vocabulary], before the soft-cap (see sampling.soft_cap)."""
+        return self.embed_tokens.as_linear(hidden).astype(mx.float32)
+
+    def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[tuple[mx.array, ...]]:
+        """For each layer what its `leave` needs besides: here nothing. tokens: [N]; embedded: [N, hidden]."""
+        return [()] * len(self.layers)
+
+    def step_shares(self) -> dict[str, float]:
+        """Parts of parameters' paths, and the share of these that a step of one token reads; all others are read whole.
+
+        (The embedding is the head, too.)
+        """
+        moe = self.config.moe
+        return {"switch_glu.": moe.top_k / moe.num_experts} if moe else {}
+
+
+class PerLayerGemma4(Gemma4):
+    """E2B and E4B: each layer gets its own small embedding of the token, mixed with a projection of the embedding."""
+
+    def __init__(self, config: TargetConfig):
+        super().__init__(config)
+        count, size = len(config.layers), config.per_layer_size
+        self.embed_tokens_per_layer = Embedding(config.per_layer_vocab, count * size)
+        self.per_layer_model_projection = Linear(config.hidden_size, count * size)
+        self.per_layer_projection_norm = RMSNorm(size, config.eps)
+
+    def block(self, spec: LayerSpec) -> Block:
+        return PerLayerBlock(spec, self.config.hidden_size, self.config.eps, self.config.per_layer_size)
+
+    def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[tuple[mx.array, ...]]:
+        config = self.config
+        shape = (*tokens.shape, len(self.layers), config.per_layer_size)
+        looked_up = self.embed_tokens_per_layer(tokens).astype(self.dtype) * config.per_layer_size**0.5
+        projected = self.per_layer_model_projection(embedded) * config.hidden_size**-0.5
+        mixed = (self.per_layer_projection_norm(projected.reshape(shape)) + looked_up.reshape(shape)) * 2**-0.5
+        return [(mixed[:, i],) for i in range(len(self.layers))]
+
+    def step_shares(self) -> dict[str, float]:
+        return {"embed_tokens_per_layer.": 1 / self.config.per_layer_vocab}
+
+
+class Ropes:
+    """The rotary embeddings of a model, one a layer kind."""
+
+    def __init__(self, layers: Sequence[LayerSpec]):
+        self.ropes = {layer.kind: rotation(layer.rope) for layer in layers}
+
+    def at(self, positions: mx.array) -> dict[str, tuple[mx.array, ...]]:
+        """What each kind's layers turn by at these positions, [B, T]."""
+        return {kind: rope.at(positions) for kind, rope in self.ropes.items()}
+
+
+def build(config: TargetConfig) -> Gemma4:
+    """The model of a config, with random weights."""
+    return PerLayerGemma4(config) if config.per_layer_size else Gemma4(config)

@@ -1,0 +1,204 @@
+"""Norms, rotary embedding, attention, gated MLP: what target and drafter are both made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..machine.device import metal_available
+from ..ops import fused
+from ..ops.fused import number
+from .config import LayerSpec, RopeSpec
+from .linear import Linear, Settled, Stack
+
+
+def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | None = None) -> mx.array:
+    """RMS norm over the last axis. size_eps: number(size * eps), kept in the caller's module, so that a compiled graph
+    gets it as an input; weights: from `rooted`, any shape that x broadcasts to; None: without. Returns x's type.
+    """
+    if metal_available():
+        y = mx.fast.rms_norm(x, None, eps)
+        return y if weights is None else (y * weights).astype(x.dtype)
+    size = x.shape[-1]
+    return fused.normed(x, _square_sum(x), size_eps, _rooted_ones(size) if weights is None else weights)
+
+
+def rooted(weights: mx.array) -> mx.array:
+    """Norms' weights as `rms_norm` takes them on this device: on a CPU times sqrt(size), see RMSNorm."""
+    return weights if metal_available() else weights * weights.shape[-1] ** 0.5
+
+
+@cache
+def _rooted_ones(size: int) -> mx.array:
+    return mx.array([size**0.5] * size)
+
+
+def _square_sum(x: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32)).sum(axis=-1, keepdims=True)
+
+
+class RMSNorm(Settled):
+    """RMS norm over the last axis; Gemma 4 multiplies by `weight` itself, not by 1 + weight.
+
+    On a CPU mx.fast has no kernels but chains of primitives. So there the elementwise work after the sum is one island:
+    x * rsqrt(mean(x^2) + eps) = x * rsqrt(sum(x^2) + n eps) * sqrt(n), with sqrt(n) kept in the weight.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = mx.ones((size,))
+        self.derive()
+
+    def derive(self) -> None:
+        self._size_eps = number(self.weight.size * self.eps)
+        self._rooted = rooted(self.weight)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Returns x's shape and type, whatever the weight's."""
+        if metal_available():
+            return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
+        return fused.normed(x, _square_sum(x), self._size_eps, self._rooted)
+
+    def add(self, residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
+        """(residual + norm(x)) * scale: how a sub-layer's output joins the stream. Returns x's type."""
+        if metal_available():
+            return ((residual + mx.fast.rms_norm(x, self.weight, self.eps)) * scale).astype(x.dtype)
+        return fused.normed_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
+
+
+class FastRotation:
+    """Rotary embedding of one layer kind, in the half-split layout: one kernel a rotation (Metal)."""
+
+    def __init__(self, spec: RopeSpec):
+        self.dims = spec.head_dim
+        exponents = mx.arange(0, 2 * spec.pairs, 2, dtype=mx.float32) / spec.head_dim
+        # mx.fast.rope takes periods; an infinite one does not turn.
+        still = mx.full((spec.head_dim // 2 - spec.pairs,), mx.inf)
+        self.periods = mx.concatenate([mx.power(spec.theta, exponents), still])
+        mx.eval(self.periods)
+
+    def at(self, positions: mx.array) -> tuple[mx.array, ...]:
+        """What `turn` needs of positions [B, T], consecutive along T. Made once a forward, for all of the kind."""
+        return (positions[:, 0],)
+
+    def turn(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, offset: mx.array) -> mx.array:
+        """Turns x * weight. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim], and with its halves swapped."""
+        x = (x * weight).astype(x.dtype)
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
+
+
+class Rotation:
+    """The same from a table (elsewhere, where mx.fast.rope recomputes sines for every call)."""
+
+    def __init__(self, spec: RopeSpec):
+        exponents = mx.arange(0, 2 * spec.pairs, 2, dtype=mx.float32) / spec.head_dim
+        half = spec.head_dim // 2
+        frequencies = mx.concatenate([mx.power(spec.theta, -exponents), mx.zeros((half - spec.pairs,))])
+        self.frequencies = mx.concatenate([frequencies, frequencies])  # of both halves
+        self.signs = mx.repeat(mx.array([-1.0, 1.0]), half)
+        mx.eval(self.frequencies, self.signs)
+
+    def at(self, positions: mx.array) -> tuple[mx.array, ...]:
+        """As FastRotation: cosines and signed sines, [B, 1, T, head_dim]."""
+        return fused.angles(positions[:, None, :, None], self.frequencies, self.signs)
+
+    def turn(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+        """As FastRotation."""
+        return fused.turned(x, swap_halves(x), weight, swapped_weight, cos, sin)
+
+
+@cache
+def rotation(spec: RopeSpec) -> Rotation | FastRotation:
+    """The rotary embedding of one layer kind as this device computes it; one for all layers of the kind."""
+    return FastRotation(spec) if metal_available() else Rotation(spec)
+
+
+def swap_halves(x: mx.array) -> mx.array:
+    """[..., a | b] -> [..., b | a]."""
+    return mx.roll(x, x.shape[-1] // 2, axis=-1)
+
+
+class Attention(Settled):
+    """Attention that owns K/V, or only queries and reads another layer's (KV sharing in E2B/E4B, every drafter layer).
+
+    Attention scale is 1; Q and K are normed, then rotated; V is normed without a weight. With `v_is_k` V is the raw K
+    projection, before norm and rotation. (transformers, modeling_gemma4.Gemma4TextAttention)
+    """
+
+    def __init__(self, spec: LayerSpec, hidden_size: int, eps: float):
+        super().__init__()
+        kv, dim = spec.kv, spec.kv.head_dim
+        self.spec, self.eps, self.rotation = spec, eps, rotation(spec.rope)
+        linears = {"q_proj": Linear(hidden_size, spec.heads * dim)}
+        self.q_norm = RMSNorm(dim, eps)
+        if spec.owns_kv:
+            self.k_norm = RMSNorm(dim, eps)
+            linears["k_proj"] = Linear(hidden_size, kv.kv_heads * dim)
+            if not spec.v_is_k:
+                linears["v_proj"] = Linear(hidden_size, kv.kv_heads * dim)
+        self.qkv = Stack(**linears)
+        self.o_proj = Linear(spec.heads * dim, hidden_size)
+        self.derive()
+
+    def derive(self) -> None:
+        """One weight for the norms of all query and key heads, [heads, 1, head_dim]."""
+        norms = mx.broadcast_to(self.q_norm.weight, (self.spec.heads, 1, self.spec.kv.head_dim))
+        if self.spec.owns_kv:
+            keys = mx.broadcast_to(self.k_norm.weight, (self.spec.kv.kv_heads, 1, self.spec.kv.head_dim))
+            norms = mx.concatenate([norms, keys], axis=0)
+        self._norms, self._swapped_norms = norms, swap_halves(norms)
+        self._size_eps = number(self.spec.kv.head_dim * self.eps)
+
+    def project(self, x: mx.array, turn: Sequence[mx.array], places: mx.array | None = None) -> tuple[mx.array, ...]:
+        """x: [N, hidden] -> queries, and where the layer owns them keys and values, each [B, heads, T, head_dim].
+
+        turn: the rotation at the tokens' positions, of B rows; places: see Span, where x is packed.
+        """
+        spec, projected = self.spec, self.qkv(x)
+        if places is not None:
+            projected = projected[places]
+        heads = _split_heads(projected, turn[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
+        heads = rms_norm(heads, self.eps, self._size_eps)  # one norm and one rotation for all heads
+        if not spec.owns_kv:
+            return (self.rotation.turn(heads, self._norms, self._swapped_norms, *turn),)
+        if spec.v_is_k:
+            values = heads[:, spec.heads :]  # the raw keys, normed without a weight
+        else:
+            heads, values = mx.split(heads, [self._norms.shape[0]], axis=1)
+        turned = self.rotation.turn(heads, self._norms, self._swapped_norms, *turn)
+        return *mx.split(turned, [spec.heads], axis=1), values
+
+    def join(self, attended: mx.array, own: mx.array | None = None) -> mx.array:
+        """[B, heads, T, head_dim] -> [N, hidden]. own: see Span, where that is to be packed."""
+        joined = _join_heads(attended)
+        return self.o_proj(joined if own is None else joined[own])
+
+
+def _split_heads(x: mx.array, rows: int, head_dim: int) -> mx.array:
+    """[rows * tokens, heads * head_dim] -> [rows, heads, tokens, head_dim]."""
+    tokens = x.shape[0] // rows
+    if tokens == 1:  # the same memory, two primitives fewer
+        return x.reshape(rows, -1, 1, head_dim)
+    return x.reshape(rows, tokens, -1, head_dim).swapaxes(1, 2)
+
+
+def _join_heads(x: mx.array) -> mx.array:
+    """[rows, heads, tokens, head_dim] -> [rows * tokens, heads * head_dim]."""
+    rows, heads, tokens, head_dim = x.shape
+    return (x if tokens == 1 else x.swapaxes(1, 2)).reshape(rows * tokens, heads * head_dim)
+
+
+class MLP(nn.Module):
+    """down(gelu_tanh(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, size: int):
+        super().__init__()
+        self.gate_up = Stack(gate_proj=Linear(hidden_size, size), up_proj=Linear(hidden_size, size))
+        self.down_proj = Linear(size, hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(fused.geglu(*mx.split(self.gate_up(x), 2, axis=-1)))

@@ -1,0 +1,217 @@
+"""The mixture of experts beside the dense MLP of Gemma 4 26B-A4B: routing, and the chosen experts.
+
+Three ways give the same sums: see expert_paths.py. Grouping is kernels/grouping.py, a pure function too.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import count, groupby, takewhile
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..machine import blas
+from ..machine.device import metal_available
+from ..ops import expert_paths
+from ..ops.fused import geglu, numbers
+from ..ops.kernels import down, gate_up, why_off
+from ..ops.kernels.grouping import Tiles, group, tiles
+from ..ops.kernels.products import Weights
+from .config import MoESpec
+from .linear import Linear, Settled, Stack, input_major
+
+
+def route(logits: mx.array, top_k: int, expert_scale: mx.array) -> tuple[mx.array, mx.array]:
+    """logits: [N, E] -> (experts [N, k] uint32, weights [N, k] float32).
+
+    Softmax over all experts, the k best, renormalised, equals softmax over the k best logits. Then the per-expert
+    scale. The slots are in ascending order of logits; of equal logits the higher expert is kept, and comes later
+    (MLX's argsort is stable).
+    """
+    experts = mx.argsort(logits, axis=-1)[:, -top_k:]
+    chosen = mx.take_along_axis(logits, experts, axis=-1).astype(mx.float32)
+    return experts, mx.softmax(chosen, axis=-1, precise=True) * expert_scale[experts].astype(mx.float32)
+
+
+class Router(nn.Module):
+    """Scores the experts from the residual stream, normed with `norm_weight`."""
+
+    def __init__(self, hidden_size: int, moe: MoESpec):
+        super().__init__()
+        self.top_k, self.root = moe.top_k, hidden_size**-0.5
+        self.proj = Linear(hidden_size, moe.num_experts)
+        self.scale = mx.ones((hidden_size,))
+        self.per_expert_scale = mx.ones((moe.num_experts,))
+
+    @property
+    def norm_weight(self) -> mx.array:
+        """The checkpoint's scale, times hidden ** -0.5."""
+        return self.scale * self.root
+
+    def __call__(self, normed: mx.array) -> tuple[mx.array, mx.array]:
+        """normed: [N, hidden] -> (experts [N, k], weights [N, k])."""
+        return route(self.proj(normed), self.top_k, self.per_expert_scale)
+
+
+class ExpertLinear(Settled):
+    """One linear for each expert. weight: [experts, out, in]. form: its name in the table of expert_paths."""
+
+    form = "float"
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        scale = math.sqrt(1 / inputs)
+        self.weight = mx.random.uniform(-scale, scale, (experts, outputs, inputs))
+        self.derive()
+
+    def derive(self) -> None:
+        self.weight, self._transposed = input_major(self.weight)
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.weight)
+
+    def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
+        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
+        return mx.gather_mm(x, self._transposed, lhs_indices=rows, rhs_indices=experts, sorted_indices=ordered)
+
+    def to_quantized(self, group_size: int, bits: int, mode: str = "affine") -> QuantizedExpertLinear:
+        return QuantizedExpertLinear(self.weight, group_size, bits, mode)
+
+
+class QuantizedExpertLinear(nn.Module):
+    """The same from MLX-quantised weights."""
+
+    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
+        super().__init__()
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.form = f"{mode}{bits}"
+        self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
+        if biases:
+            self.biases = biases[0]
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
+
+    def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
+        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out].
+
+        MLX takes tiles, which give other bits, for pairs that it knows to be sorted, from 4 an expert on. So it is told
+        in prefill alone.
+        """
+        return mx.gather_qmm(
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            lhs_indices=rows,
+            rhs_indices=experts,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=ordered and experts.size > expert_paths.VERIFY,
+        )
+
+
+@lru_cache(maxsize=256)
+def _rows(tokens: int, pairs: int) -> mx.array:
+    """The token of each pair, in order: 0 0 .. 1 1 .., uint32 [tokens * pairs]. Kept, since every layer asks for it."""
+    return mx.array(np.repeat(np.arange(tokens, dtype=np.uint32), pairs))
+
+
+class SwitchGLU(nn.Module):
+    """gate, up and down of every expert, under the checkpoint's names."""
+
+    def __init__(self, hidden_size: int, moe: MoESpec):
+        super().__init__()
+        self.gate_up = Stack(
+            gate_proj=ExpertLinear(moe.num_experts, hidden_size, moe.size),
+            up_proj=ExpertLinear(moe.num_experts, hidden_size, moe.size),
+        )
+        self.down_proj = ExpertLinear(moe.num_experts, moe.size, hidden_size)
+
+    def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
+        """x: [N, hidden] -> one row for each pair, [P, 1, hidden]."""
+        both = self.gate_up(x[:, None], rows, experts, ordered)
+        inner = geglu(*mx.split(both, 2, axis=-1))  # [P, 1, size]
+        return self.down_proj(inner, numbers(experts.size, dtype=np.uint32), experts, ordered)  # [P, 1, hidden]
+
+    def tiled(self, x: mx.array, experts: mx.array) -> mx.array:
+        """x: [N, hidden]; experts: [N, k] -> one row for each pair, [N k, hidden]. Pair 0 fills the tiles up; what
+        comes of that is dropped.
+        """
+        tile = tiles(experts.reshape(-1), self.down_proj.weight.shape[0])
+        both = self._tile_products(self.gate_up, x[tile.pair // experts.shape[1]], tile)
+        inner = geglu(*mx.split(both[tile.slot], 2, axis=-1))  # [P, size]
+        return self._tile_products(self.down_proj, inner[tile.pair], tile)[tile.slot]
+
+    @staticmethod
+    def _tile_products(linear: nn.Module, x: mx.array, tile: Tiles) -> mx.array:
+        """x: a row for each row of all tiles, [G rows, in] -> [G rows, out]."""
+        count = tile.expert.size
+        y = linear(x.reshape(count, -1, x.shape[-1]), numbers(count, dtype=np.uint32), tile.expert, True)
+        return y.reshape(x.shape[0], -1)
+
+    def groupable(self, dtype: mx.Dtype, pairs: int) -> bool:
+        """Whether the kernels run for these weights (gate and up of one format) and so many pairs."""
+        if why_off("gate_up") or why_off("down"):
+            return False
+        first, *rest = self.gate_up.values()
+        alone = not rest and gate_up.usable(first.weights, dtype)
+        return alone and down.usable(self.down_proj.weights, dtype, pairs)
+
+    def grouped(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """x: [N, hidden]; experts, weights: [N, k] -> the mixture, [N, hidden], every expert read once for 8 rows."""
+        (both,) = self.gate_up.values()
+        groups = group(experts.reshape(-1), both.weight.shape[0])
+        inner = gate_up.gate_up(x, both.weights, experts, groups)
+        return down.down(inner, self.down_proj.weights, experts, weights, groups)
+
+
+@lru_cache(maxsize=1)
+def chip() -> str:
+    """The device's name in the table of expert_paths."""
+    if metal_available():
+        return mx.device_info()["device_name"]
+    return "cpu" if blas.is_reference() else "cpu, fast BLAS"
+
+
+class Experts(nn.Module):
+    """Applies each token's chosen experts: all (token, expert) pairs of all rows of the batch in one product."""
+
+    def __init__(self, hidden_size: int, moe: MoESpec):
+        super().__init__()
+        self.switch_glu = SwitchGLU(hidden_size, moe)
+
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """x: [N, hidden]; experts, weights: [N, k] -> [N, hidden]."""
+        return self.along(self.path(x.dtype, experts.size), x, experts, weights)
+
+    def along(self, path: expert_paths.Path, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """The same by a way of the caller's choice."""
+        (tokens, top_k), pairs = experts.shape, experts.reshape(-1)
+        if path == expert_paths.Path.GROUPED:
+            return self.switch_glu.grouped(x, experts, weights)
+        if path == expert_paths.Path.TILED:
+            y = self.switch_glu.tiled(x, experts)
+        elif path == expert_paths.Path.SORTED:
+            order = mx.argsort(pairs)
+            y = self.switch_glu(x, order // top_k, pairs[order], True)[mx.argsort(order)]
+        else:
+            y = self.switch_glu(x, _rows(tokens, top_k), pairs, False)
+        return down.combine(y.reshape(tokens, top_k, -1), weights)
+
+    def path(self, dtype: mx.Dtype, pairs: int) -> expert_paths.Path:
+        """The way that so many pairs of inputs of dtype go."""
+        glu = self.switch_glu
+        return expert_paths.choose(chip(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))
+
+    def ways(self, dtype: mx.Dtype, top_k: int) -> list[str]:
+        """The paths that passes of 1 to expert_paths.VERIFY pairs take, narrow ones first."""
+        widths = takewhile(lambda pairs: pairs <= expert_paths.VERIFY, (top_k << i for i in count()))
+        return [str(path) for path, _ in groupby(self.path(dtype, pairs) for pairs in widths)]

@@ -1,0 +1,1 @@
+"""Operations: fused chains, attention, the Metal kernels with their references."""

@@ -1,0 +1,108 @@
+"""What is known of our Metal kernels on this machine: checked once, kept, taken up at every load.
+
+A kernel that failed its self-check stays off on this machine until the chip, macOS, MLX or this package changes. Rules
+for the routed experts that `python -m mlx_gemma_mtp.doctor` measured come before the built-in ones.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .._version import __version__
+from ..files.files import cache_folder, whole
+from . import expert_paths, kernels
+
+FORMAT = 1
+
+
+def machine() -> dict[str, Any]:
+    """What the kernels' fate depends on."""
+    info = mx.device_info() if kernels.metal_available() else {}
+    return {
+        "chip": info.get("device_name", "no Metal device"),
+        "macos": platform.mac_ver()[0] or platform.platform(),
+        "mlx": mx.__version__,
+        "mlx_gemma_mtp": __version__,
+    }
+
+
+class Report:
+    """The file of this machine. checked: each kernel's finding, None where it passed; rules: measured, or none."""
+
+    def __init__(self, folder: Path | None = None):
+        self.key = machine()
+        name = sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = (folder or cache_folder()) / f"kernels-{name}.json"
+
+    def read(self) -> tuple[dict[str, str | None], tuple[expert_paths.Rule, ...]] | None:
+        """None where there is no file, or one that is not ours: then the checks run again."""
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT or data["machine"] != self.key or set(data["checked"]) != set(kernels.KERNELS):
+                return None
+            return data["checked"], tuple(map(_rule, data["rules"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, checked: dict[str, str | None], rules: Sequence[expert_paths.Rule]) -> None:
+        """Raises OSError."""
+        data = {
+            "format": FORMAT,
+            "machine": self.key,
+            "checked": checked,
+            "rules": [_plain(rule) for rule in rules],
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(self.path) as part:
+            part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def check() -> dict[str, str | None]:
+    """Runs the self-check of every kernel that may run; what each found, None where it passed."""
+    kernels.forget_failures()
+    kernels.self_check()
+    return {name: kernels.failure(name) for name in kernels.KERNELS}
+
+
+def ensure(notice: Callable[[str], None], report: Report | None = None) -> None:
+    """Before a model runs on Metal: takes up what is known of this machine, or finds it out (a second, once)."""
+    if all(kernels.why_off(name) for name in kernels.KERNELS):
+        return
+    report = report or Report()
+    known = report.read()
+    if known is None:
+        known = check(), ()
+        try:
+            report.write(*known)
+        except OSError as error:
+            notice(f"the kernels' checks cannot be kept in {report.path} ({error.strerror}); they run at every start")
+    checked, rules = known
+    for name, finding in checked.items():
+        if finding is not None:
+            kernels.switch_off(name, finding)
+            notice(f"the Metal kernel {name} is off, plain MLX runs instead: {finding}")
+    expert_paths.adopt(rules)
+
+
+def _plain(rule: expert_paths.Rule) -> dict[str, Any]:
+    return {
+        "chip": rule.chip,
+        "dtype": rule.dtype,
+        "weights": rule.weights,
+        "steps": [[start, str(path)] for start, path in rule.steps],
+        "equal": sorted(map(str, rule.equal)),
+    }
+
+
+def _rule(data: dict[str, Any]) -> expert_paths.Rule:
+    """Raises KeyError, TypeError or ValueError for what is none."""
+    steps = tuple((int(start), expert_paths.Path(path)) for start, path in data["steps"])
+    equal = frozenset(map(expert_paths.Path, data["equal"]))
+    return expert_paths.Rule(str(data["chip"]), str(data["dtype"]), str(data["weights"]), steps, equal)

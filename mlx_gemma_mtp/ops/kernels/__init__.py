@@ -1,0 +1,115 @@
+"""Metal kernels, one file an operation: the reference, the source, and the function that chooses.
+
+`metal_available` is the one question about the device, asked in one place so that a test can replace it; `why_off` says
+which of our own kernels run. MLX's kernels (mx.fast) are not ours and run wherever Metal does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import mlx.core as mx
+
+from ...machine.device import metal_available
+
+KERNELS = ("grouping", "gate_up", "down", "head_argmax")  # modules of this package; each has self_check()
+SWITCH = "MLX_GEMMA_MTP_METAL"  # 0: the references run instead
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The text of a Metal kernel; called with the arguments of mx.fast.metal_kernel's objects, it launches."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    source: str
+    header: str = ""
+
+    def __call__(self, **launch) -> list[mx.array]:
+        return build(self)(**launch)
+
+
+@cache
+def build(kernel: Kernel) -> Callable[..., list[mx.array]]:
+    """MLX's object for a kernel; it compiles at the first launch with a template."""
+    return mx.fast.metal_kernel(
+        name=kernel.name,
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=kernel.source,
+        header=kernel.header,
+    )
+
+
+_failed: dict[str, str] = {}  # kernel -> what its self-check found in this process
+
+
+def why_off(kernel: str) -> str | None:
+    """None where a kernel runs, otherwise why its reference runs instead."""
+    if not metal_available():
+        return "no Metal device"
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
+    finding = _failed.get(kernel)
+    return finding and f"self-check failed: {finding}"
+
+
+def failure(kernel: str) -> str | None:
+    """What a kernel's self-check found, None where it passed or did not run."""
+    return _failed.get(kernel)
+
+
+def forget_failures() -> None:
+    """Every kernel may run again until it is checked."""
+    _failed.clear()
+
+
+def status() -> dict[str, str]:
+    """Every kernel: "on", or why its reference runs instead."""
+    return {kernel: why_off(kernel) or "on" for kernel in KERNELS}
+
+
+def summary() -> str:
+    """A phrase for a log line."""
+    off = [f"{kernel} off ({reason})" for kernel in KERNELS if (reason := why_off(kernel))]
+    return f"our kernels: {', '.join(off)}" if off else "our kernels on"
+
+
+def self_check() -> dict[str, str]:
+    """Runs every kernel that is on against its reference, small; switches off those that differ or raise.
+
+    Returns `status` afterwards. For the doctor, and for the first load on a machine.
+    """
+    for kernel in KERNELS:
+        if why_off(kernel) is None and (error := import_module(f"{__name__}.{kernel}").self_check()):
+            switch_off(kernel, error)
+    return status()
+
+
+def switch_off(kernel: str, reason: str) -> None:
+    """From now on the reference of a kernel runs: its self-check failed, now or, by a cached report, earlier."""
+    _failed[kernel] = reason
+
+
+def difference(ours: mx.array, reference: mx.array, tolerance: float) -> str | None:
+    """None where the largest error is below tolerance x the largest value (both finite), otherwise a line on it."""
+    ours, reference = ours.astype(mx.float32), reference.astype(mx.float32)
+    error, size = mx.abs(ours - reference).max().item(), mx.abs(reference).max().item()
+    return None if error <= tolerance * size else f"off by {error:.3g} where the largest value is {size:.3g}"
+
+
+def checked(check: Callable[[], str | None]) -> Callable[[], str | None]:
+    """A self-check that reports an exception (the compiler refused, the launch failed) as its finding."""
+
+    def run() -> str | None:
+        try:
+            return check()
+        except (RuntimeError, ValueError) as error:
+            return " ".join(str(error).split())[:300]
+
+    return run

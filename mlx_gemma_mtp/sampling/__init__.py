@@ -1,0 +1,1 @@
+"""Distributions and decisions: pure functions of arrays."""

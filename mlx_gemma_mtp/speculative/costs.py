@@ -1,0 +1,165 @@
+"""What a round costs on this machine: a frozen table of measured seconds, and the file that keeps it.
+
+A round that verifies w drafts and makes k new ones costs verify(w) + k * draft. Only ratios matter to whoever chooses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ..files.files import cache_folder, whole
+
+MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
+ROWS = (1, 2, 4, 8)
+FORMAT = 1
+
+Verified = Mapping[tuple[int, int, int], float]  # (rows, context, drafts verified) -> seconds
+Drafted = Mapping[int, float]  # rows -> seconds a draft
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds on a grid. verify[c][r][w]: a round of ROWS[r] rows after contexts[c] committed tokens that verifies w =
+    0..MAX_DRAFTS drafts and makes none; draft[r]: one draft of ROWS[r] rows.
+    """
+
+    contexts: tuple[int, ...]
+    verify: tuple[tuple[tuple[float, ...], ...], ...]
+    draft: tuple[float, ...]
+
+    @classmethod
+    def of(cls, verified: Verified, drafted: Drafted) -> CostTable:
+        """From what was measured. What is missing is interpolated by the number of tokens, rows * (w + 1), which
+        decides most of a verify's time; beyond the largest, the last slope goes on. Where drafts were timed with one
+        number of rows alone, those of other rows are taken to grow as plain steps do, which flatters nobody.
+        """
+        contexts = tuple(sorted({context for _, context, _ in verified}))
+        planes = []
+        for context in contexts:
+            points: dict[int, list[float]] = {}
+            for (rows, at, width), seconds in verified.items():
+                if at == context:
+                    points.setdefault(rows * (width + 1), []).append(seconds)
+            sizes = sorted(points)
+            means = [sum(points[size]) / len(points[size]) for size in sizes]
+            plane = []
+            for rows in ROWS:
+                line = [
+                    verified.get((rows, context, width), _line(rows * (width + 1), sizes, means))
+                    for width in range(MAX_DRAFTS + 1)
+                ]
+                plane.append(tuple(rising(line)))
+            planes.append(tuple(plane))
+        rows = sorted(drafted)
+        draft = [_line(count, rows, [drafted[each] for each in rows]) for count in ROWS]
+        if len(rows) == 1:
+            plain = [line[0] for line in planes[0]]
+            draft = [each * step / _line(rows[0], ROWS, plain) for each, step in zip(draft, plain, strict=True)]
+        return cls(contexts, tuple(planes), tuple(draft))
+
+    def verify_at(self, rows: int, context: int) -> list[float]:
+        """Seconds for w = 0..MAX_DRAFTS; between grid points linear, beyond the last with the last slope."""
+        return _verify_at(self, rows, context)
+
+    def draft_at(self, rows: int) -> float:
+        """Seconds of one draft."""
+        return _line(rows, ROWS, self.draft)
+
+    def rounds_at(self, rows: int, context: int) -> list[float]:
+        """Seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts."""
+        draft = self.draft_at(rows)
+        return [verify + width * draft for width, verify in enumerate(self.verify_at(rows, context))]
+
+
+@lru_cache(maxsize=1024)
+def _verify_at(table: CostTable, rows: int, context: int) -> list[float]:
+    """Asked in every round."""
+    widths = range(MAX_DRAFTS + 1)
+    planes = [[_line(rows, ROWS, [line[width] for line in plane]) for width in widths] for plane in table.verify]
+    return [_line(context, table.contexts, [plane[width] for plane in planes]) for width in widths]
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The nearest sequence that never falls (pool adjacent violators): noise must not make more work look cheaper."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, m), (b, n) = blocks.pop(-2), blocks.pop()
+            blocks.append(((a * m + b * n) / (m + n), m + n))
+    return [value for value, count in blocks for _ in range(count)]
+
+
+def _line(x: float, xs: Sequence[int], ys: Sequence[float]) -> float:
+    """Linear through the points; left of the first as there, right of the last with the last slope, never falling."""
+    if x <= xs[0] or len(xs) == 1:
+        return ys[0]
+    right = min(bisect_left(xs, x), len(xs) - 1)
+    slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
+    return ys[right] + (slope if x < xs[right] else max(0.0, slope)) * (x - xs[right])
+
+
+# Where nothing is known yet, in plain steps: what fits a dense model on a Mac without being optimistic.
+UNKNOWN = CostTable.of(
+    {(rows, 1, width): 1 + 0.15 * (rows * (width + 1) - 1) for rows in ROWS for width in range(MAX_DRAFTS + 1)},
+    dict.fromkeys(ROWS, 0.12),
+)
+
+
+class CostFile:
+    """The measured seconds of one pair on one machine. key: what they depend on (pair, chip, backend, BLAS, dtype,
+    versions); a file with another key is not ours.
+    """
+
+    def __init__(self, key: Mapping[str, Any], folder: Path | None = None):
+        self.key = dict(key)
+        name = sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = (folder or cache_folder()) / f"costs-{name}.json"
+
+    def read(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]] | None:
+        """What was measured, or None where there is no file. Raises ValueError for a file that is not a table of this
+        key.
+        """
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"it cannot be read ({error})") from None
+        try:
+            if data["format"] != FORMAT or data["key"] != self.key:
+                raise ValueError("it is another pair's or another machine's")
+            verified = {(int(rows), int(context), int(width)): s for rows, context, width, s in data["verify"]}
+            drafted = {int(rows): s for rows, s in data["draft"]}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is no table of costs ({type(error).__name__}: {error})") from None
+        seconds = [*verified.values(), *drafted.values()]
+        sane = all(isinstance(s, float) and 0 < s < math.inf for s in seconds)
+        if not (
+            verified
+            and drafted
+            and sane
+            and all(min(rows, context, width + 1) >= 1 for rows, context, width in verified)
+        ):
+            raise ValueError("it has no or impossible times")
+        return verified, drafted
+
+    def write(self, verified: Verified, drafted: Drafted) -> None:
+        """Raises OSError."""
+        data = {
+            "format": FORMAT,
+            "key": self.key,
+            "verify": [[*cell, seconds] for cell, seconds in sorted(verified.items())],
+            "draft": [[rows, seconds] for rows, seconds in sorted(drafted.items())],
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(self.path) as part:
+            part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

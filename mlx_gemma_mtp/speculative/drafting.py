@@ -1,0 +1,118 @@
+"""Drafts: what a drafter proposes for every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..cache.cache import Cache, Span
+from ..errors import UserError
+from ..models.drafter import Drafter
+from ..sampling.distribution import Distribution, Rules
+from ..sampling.noise import keys_of_round
+from ..sampling.params import ACCEPT, COUPLED, REJECTION, number, shown, whole
+from ..sampling.penalties import Said
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How drafts are made and kept.
+
+    position: the drafter's query position, relative to the newest token's index: 0 as in transformers, -1 as in vLLM.
+    temperature: the drafter's, as a multiple of the target's. accept: which drafts stay, 'coupled' (those that plain
+    decoding says) or 'rejection' (see rejection.py; drafts are never cut then, which would favour those that are not).
+    Raises UserError for whatever is out of range.
+    """
+
+    position: int = 0
+    temperature: float = 1.0
+    accept: str = COUPLED
+
+    def __post_init__(self) -> None:
+        place, factor = (
+            "0 (as in transformers) or -1 (as in vLLM)",
+            "a number from 0.001 to 1000; 1 is the request's own",
+        )
+        numbers = {
+            "position": whole("draft_position", self.position, lambda n: n in (0, -1), place),
+            "temperature": number("draft_temperature", self.temperature, lambda t: 1e-3 <= t <= 1e3, factor),
+        }
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)  # as Python's, frozen from here on
+        if self.accept not in ACCEPT:
+            raise UserError(f"accept is {shown(self.accept)}, expected one of {', '.join(ACCEPT)}")
+
+    @property
+    def rejection(self) -> bool:
+        return self.accept == REJECTION
+
+    @property
+    def lookback(self) -> int:
+        """What the cache has to keep for it, see Cache."""
+        return -self.position
+
+
+DEFAULT_DRAFTING = Drafting()
+
+
+class Drafts(NamedTuple):
+    """K drafts of each row. tokens: int32 [B, K]; sure: how sure the drafter is at each, the probability of its
+    likeliest token, before temperature and filters, float32 [B, K], or [B, 0] where nobody asked; q: what they were
+    drawn from, K positions, None where nobody asked or nothing was drawn.
+    """
+
+    tokens: mx.array
+    sure: mx.array
+    q: Distribution | None = None
+
+    @classmethod
+    def none(cls, rows: int) -> Drafts:
+        return cls(mx.zeros((rows, 0), mx.int32), mx.zeros((rows, 0)))
+
+    def first(self, count: int) -> Drafts:
+        assert self.q is None, "drafts that were drawn are not cut: it would change the distribution of the text"
+        return Drafts(self.tokens[:, :count], self.sure[:, :count])
+
+    def of_rows(self, index: mx.array) -> Drafts:
+        return Drafts(self.tokens[index], self.sure[index], self.q and self.q.of_rows(index))
+
+
+def draft(
+    drafter: Drafter,
+    embed: Callable[[mx.array], mx.array],
+    cache: Cache,
+    rows: slice,
+    token: mx.array,
+    hidden: mx.array,
+    rules: Rules,
+    said: Said | None,
+    steps: int,
+    drafting: Drafting = DEFAULT_DRAFTING,
+    confident: bool = False,
+) -> Drafts:
+    """Drafts `steps` tokens for every row; one batched call a step. Reads the cache, writes nothing.
+
+    embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, backbone]
+    the target's hidden state that predicted it; rules: the target's. The query position is the same for all steps.
+    said: the tokens up to the newest, where the rules have penalties. confident: bring `sure`. For acceptance by
+    rejection the drafts bring `q`, and their noise is nobody else's.
+    """
+    span = Span(cache, rows, 0, drafting.position)
+    rules = rules.drafting(drafting.temperature)
+    if drafting.rejection:
+        rules = replace(rules, keys=keys_of_round(rules.keys, span.lengths))
+    rotations = drafter.ropes.at(span.positions)
+    newest, drafts, confidences, each = span.lengths[:, None], [], [], []
+    for i in range(steps):
+        y, hidden = drafter(embed(token), hidden, span, rotations)
+        token, sure, q = drafter.pick(y, rules, newest + (i + 1), said, confident)
+        said = said and said.followed_by(token)
+        confidences += [sure] if confident else []
+        each += [q] if drafting.rejection and not rules.all_greedy else []
+        mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
+        drafts.append(token)
+    sure = mx.stack(confidences, axis=1) if confident else mx.zeros((token.shape[0], 0))
+    return Drafts(mx.stack(drafts, axis=1), sure, Distribution.joined(each) if each else None)

@@ -1,0 +1,319 @@
+"""The loop: prefill, then rounds of draft, verify, accept, commit. Plain decoding is the same loop with no drafts.
+
+Order of a round: VERIFY runs while ACCEPT, COMMIT and the next DRAFT are queued behind it and the next VERIFY is built;
+one readback fetches what was emitted; then the next VERIFY is dispatched. So every read of the cache has finished when
+a verify writes it, and the write is in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..cache.cache import Cache
+from ..machine.device import metal_available
+from ..models.drafter import Drafter
+from ..models.gemma4 import Gemma4
+from ..sampling import rejection
+from ..sampling.distribution import Distribution, Rules, accept, logprobs
+from ..sampling.penalties import Said
+from .drafting import DEFAULT_DRAFTING, Drafting, Drafts, draft
+from .guide import Guide
+
+NOT_FINITE = "the model's scores are not finite (NaN or infinity): its weights are damaged, or the dtype is too narrow"
+NOTHING_ALLOWED = "no token is allowed here: the constraint, logit_bias and suppressed tokens leave none in common"
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The model's own log-probability of an emitted token, and the likeliest tokens at its place, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round gave: the tokens emitted by each row, and how many drafts a row were verified.
+
+    The prefill's tokens come as a round that verified nothing: drafted is None. errors: for each row why it cannot go
+    on, or None; such a row has only the tokens that are good, and must leave. logprobs: one for each token, where the
+    rules ask for them.
+    """
+
+    tokens: list[list[int]]
+    drafted: int | None
+    errors: list[str | None]
+    logprobs: list[list[TokenLogprob]] | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that one round begins with, for rows 0 to B - 1 of the cache. A round makes the next one's; nothing else of a
+    round stays.
+
+    newest: int32 [B], each row's newest token, which the cache does not hold yet; None after the prefill, where it
+    does. drafts: the K drafts to be verified behind it. said: the tokens up to the newest, where the rules have
+    penalties. guide: the rows' constraints, None where every row is free. mask: float32 [B, K + 1, V], -inf at tokens
+    that the guide forbids; None without a guide.
+    """
+
+    newest: mx.array | None
+    drafts: Drafts
+    rules: Rules
+    said: Said | None
+    guide: Guide | None
+    mask: mx.array | None
+
+    @property
+    def rows(self) -> slice:
+        return slice(0, self.drafts.tokens.shape[0])
+
+    @property
+    def width(self) -> int:
+        """K, how many drafts are to be verified."""
+        return self.drafts.tokens.shape[1]
+
+    def first(self, width: int) -> Inputs:
+        """The same round with the first `width` drafts alone."""
+        mask = None if self.mask is None else self.mask[:, : width + 1]
+        return replace(self, drafts=self.drafts.first(width), mask=mask)
+
+    def of_rows(self, rows: Sequence[int], rules: Rules) -> Inputs:
+        """The same round of these rows alone, row rows[i] in place i; rules: theirs, in this order."""
+        index, guide = mx.array(list(rows)), self.guide and self.guide.of_rows(rows)
+        return Inputs(
+            self.newest[index],
+            self.drafts.of_rows(index),
+            rules,
+            self.said.of_rows(index) if rules.penalties else None,
+            guide,
+            None if guide is None else self.mask[index],
+        )
+
+
+class Verify:
+    """The target's pass over a round's newest tokens and drafts. It is built first, and then dispatched or dropped.
+
+    inputs: the round's. hidden: [B, K + 1, H]. positions: [B, K + 1], of the tokens that the hidden states predict.
+    """
+
+    def __init__(self, target: Gemma4, cache: Cache, inputs: Inputs):
+        tokens = mx.concatenate([inputs.newest[:, None], inputs.drafts.tokens], axis=1)
+        span = cache.span(inputs.rows, tokens.shape[1])
+        self._cache, self._before = cache, cache.buffers  # while these handles are kept, a write is a copy
+        self.inputs, self.positions = inputs, span.positions + 1
+        self.hidden = target(tokens, span)
+        self.dispatched = False
+
+    def dispatch(self) -> None:
+        """Lets it run; its writes are in place, since the last handles of the old buffers go."""
+        self._before.clear()
+        if not metal_available():  # layer by layer: MLX walks a whole graph before its first operation begins
+            for buffers in self._cache.buffers:
+                mx.async_eval(*buffers)
+        mx.async_eval(self.hidden)
+        self.dispatched = True
+
+    def drop(self) -> None:
+        """Gives the cache back as it was before this pass was built."""
+        assert not self.dispatched, "a pass that was dispatched has written"
+        self._cache.buffers = self._before
+
+
+class Prefilled:
+    """The prefill in a verify's place: of no drafts, and its tokens are committed. See Verify."""
+
+    dispatched = True
+
+    def __init__(self, cache: Cache, inputs: Inputs, hidden: mx.array):
+        self.inputs, self.hidden, self.positions = inputs, hidden[:, None], cache.lengths[inputs.rows][:, None]
+
+
+class Accepted(NamedTuple):
+    """What a verify decided. tokens: int32 [B, K + 1], of which kept + 1 count; kept: [B], drafts that stay; newest:
+    [B], the token after them; sums: float32 [B, K + 1], of the logits of each position, finite where these are; peaks:
+    [B, K + 1], see Distribution, None where it has none; report: of each token, where the rules ask for one (see
+    sampling.logprobs), or nothing.
+    """
+
+    tokens: mx.array
+    kept: mx.array
+    newest: mx.array
+    sums: mx.array
+    peaks: mx.array | None
+    report: tuple[mx.array, ...]
+
+
+def compact(live: Sequence[bool]) -> list[int]:
+    """Which row goes into which place when the dead ones leave: the last live rows fill the holes, the others stay."""
+    count = sum(live)
+    movers = [row for row in range(count, len(live)) if live[row]]
+    return [place if live[place] else movers.pop() for place in range(count)]
+
+
+def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
+    """Which drafts of a verify stay, and the token after them. Pure: reads no cache and waits for nothing."""
+    inputs, cap = verify.inputs, target.config.softcap
+    drafts, rules = inputs.drafts, inputs.rules
+    said = inputs.said and inputs.said.at_each(drafts.tokens)
+    logits = target.logits(verify.hidden)
+    p = Distribution.of(logits, rules, cap, said=said, mask=inputs.mask)
+    if drafts.q is None or rules.all_greedy:
+        tokens = p.drawn(rules, verify.positions)
+        kept, newest = accept(drafts.tokens, tokens)
+    else:
+        tokens, kept, newest = rejection.accept(drafts.tokens, drafts.q, p, rules, verify.positions)
+    report = () if rules.logprobs is None else logprobs(logits, tokens, cap, rules.logprobs)
+    return Accepted(tokens, kept, newest, logits.sum(axis=-1), p.peak, report)
+
+
+def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) -> tuple[list[int], str | None]:
+    """A row's tokens up to the first that nothing can be said of, and why: NaN weights or an overflow, or settings that
+    leave no token; None where all are good. sums, peaks: see Accepted.
+    """
+    for i in range(len(tokens)):
+        if not math.isfinite(sums[i]):
+            return list(tokens[:i]), NOT_FINITE
+        if peaks and peaks[i] == -math.inf:
+            return list(tokens[:i]), NOTHING_ALLOWED
+    return list(tokens), None
+
+
+class Speculation:
+    """The loop over rows 0 to B - 1 of a cache: `start`, then `step` after `step`. Rows leave in between (`retain`).
+
+    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: how drafts are
+    made and accepted. said: the prompts, where the rules have penalties. guide: the rows' constraints; then the drafts
+    are read before the verify is built, and those that are refused cut (but see rejection.py). confident: read the
+    drafter's confidences with every round, into `confidences`, [B][K] for the drafts that were made last, also those
+    that the guide cut.
+
+    What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
+    """
+
+    def __init__(
+        self,
+        target: Gemma4,
+        drafter: Drafter | None,
+        cache: Cache,
+        rules: Rules,
+        hidden: mx.array,
+        drafting: Drafting = DEFAULT_DRAFTING,
+        said: Said | None = None,
+        guide: Guide | None = None,
+        confident: bool = False,
+    ):
+        self.target, self.drafter, self.cache = target, drafter, cache
+        self.drafting, self.confident = drafting, confident
+        rows = hidden.shape[0]
+        mask = guide and guide.look([[]] * rows).mask  # of the first token
+        self.inputs = Inputs(None, Drafts.none(rows), rules, said, guide, mask)
+        self.confidences: list[list[float]] = [[]] * rows
+        self.host_syncs = 0
+        self._verify: Verify | Prefilled | None = Prefilled(cache, self.inputs, hidden)
+
+    def start(self, num_draft: int) -> Round:
+        """The first round: draws every row's first token from the prefill, and drafts `num_draft` more."""
+        assert self.inputs.newest is None, "a text starts once"
+        return self.step(num_draft)
+
+    @property
+    def waiting(self) -> int:
+        """How many drafts wait to be verified: those that were made, without what the guide cut."""
+        return self.inputs.width
+
+    def launch(self, width: int | None = None) -> None:
+        """Dispatches the next verify, of the first `width` drafts (None: of all), so that it runs while the caller uses
+        the last round. `step` does it if nobody did.
+        """
+        if self._verify is not None and self._verify.dispatched:
+            return
+        if width is not None and width < self.inputs.width:
+            self._go_on_with(self.inputs.first(width))
+        self._verify = self._verify or Verify(self.target, self.cache, self.inputs)
+        self._verify.dispatch()
+
+    def step(self, num_draft: int) -> Round:
+        """One round, which verifies the drafts there are and makes `num_draft` for the next."""
+        # VERIFY: runs from here on, if not since `launch`; all that follows is queued behind it.
+        self.launch()
+        verify, self._verify = self._verify, None
+        now, rows = verify.inputs, verify.inputs.rows
+        # ACCEPT
+        out = accepted(self.target, verify)
+        said = now.said and now.said.after(out.tokens, out.kept + 1)
+        # COMMIT: each row's tokens that stay
+        drafted = None if now.newest is None else now.width
+        if drafted is not None:
+            self.cache.commit(rows, out.kept + 1, [drafted + 1] * rows.stop)
+        # DRAFT
+        drafts = Drafts.none(rows.stop)
+        if self.drafter is not None and num_draft > 0:
+            hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
+            state = (self.cache, rows, out.newest, hidden, now.rules, said)
+            drafts = draft(self.drafter, self.target.embed, *state, num_draft, self.drafting, self.confident)
+        checks = (out.sums,) if out.peaks is None else (out.sums, out.peaks)
+        told = (out.tokens, out.kept, drafts.tokens, drafts.sure, *out.report, *checks)
+        mx.async_eval(*told, self.cache.lengths, out.newest)
+        # VERIFY of the next round: built while the device works, unless constraints must see the tokens first.
+        self._go_on_with(Inputs(out.newest, drafts, now.rules, said, now.guide, None))
+        if now.guide is None:
+            self._verify = Verify(self.target, self.cache, self.inputs)
+        # One readback
+        tokens, kept, drafted_next, sure, *more = self._readback(*told)
+        report, (sums, *peaks) = more[: len(out.report)], more[len(out.report) :]
+        self.confidences = [[0.0 if math.isnan(each) else each for each in row] for row in sure]
+        self.cache.tighten(rows, [(drafted or 0) - count for count in kept])
+        counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
+        emitted, errors = map(list, zip(*map(sound, counted, sums, *(peaks or [[[]] * rows.stop])), strict=True))
+        if now.guide is not None:
+            self._constrain(emitted, errors, drafted_next)
+            self._verify = Verify(self.target, self.cache, self.inputs)
+        return Round(emitted, drafted, errors, _named(emitted, *report) if report else None)
+
+    def retain(self, rows: Sequence[int], rules: Rules) -> None:
+        """Goes on with these rows alone, row rows[i] in place i (see `compact`); rules: theirs, in this order."""
+        self._go_on_with(self.inputs.of_rows(rows, rules))
+        self.cache.move({place: row for place, row in enumerate(rows) if place != row})
+        self.confidences = [self.confidences[row] for row in rows]
+
+    def _go_on_with(self, inputs: Inputs) -> None:
+        """Makes these the next round's inputs; a verify that was built of others is dropped."""
+        if self._verify is not None:
+            self._verify.drop()
+        self.inputs, self._verify = inputs, None
+
+    def _constrain(self, emitted: list[list[int]], errors: list[str | None], drafts: list[list[int]]) -> None:
+        """Moves the guide by what was emitted, and cuts and masks the next round's drafts by it. A row whose constraint
+        fails gets its error, and keeps of its tokens those before it.
+        """
+        inputs, uncut = self.inputs, self.inputs.drafts.q is not None
+        for row, (good, reason) in inputs.guide.advance(emitted).items():
+            emitted[row], errors[row] = emitted[row][:good], reason
+        width, mask, failures = inputs.guide.look(drafts, cut=not uncut)
+        for row, reason in failures.items():
+            errors[row] = reason
+        self.inputs = replace(inputs if uncut else inputs.first(width), mask=mask)
+
+    def _readback(self, *arrays: mx.array) -> list[list]:
+        """The round's one host sync: the values of these arrays."""
+        self.host_syncs += 1
+        mx.eval(*arrays)
+        return [array.tolist() for array in arrays]
+
+
+def _named(emitted: list[list[int]], own: list, best: list, values: list) -> list[list[TokenLogprob]]:
+    """The report of the tokens that were emitted; those of refused drafts are dropped."""
+    return [
+        [
+            TokenLogprob(token, own[row][i], list(zip(best[row][i], values[row][i], strict=True)))
+            for i, token in enumerate(tokens)
+        ]
+        for row, tokens in enumerate(emitted)
+    ]
