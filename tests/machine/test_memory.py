@@ -23,7 +23,7 @@ from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.loading import step_bytes
 
-CONFIGS = Path(__file__).parent / "data" / "configs"
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 
 
 def test_what_cannot_fit_is_refused_before_it_is_read(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from near_ties import NearTies
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.checks.equality import Divergence
 
-HELD_OUT = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
+HELD_OUT = [p["prompt"] for p in json.loads((Path(__file__).parents[1] / "data" / "prompts.json").read_text())]
 NAMES = ("parse", "open", "read_line", "close", "merge", "Cache.get", "sort_keys", "Node.walk", "encode", "retry")
 ASKED = (
     "Write a Python function `{}` for the module `shelve`.",
@@ -41,7 +41,7 @@ GREEDY = SamplingParams(max_tokens=180, temperature=0.0, ignore_eos=True, seed=0
 SAMPLED = replace(GREEDY, temperature=1.0, top_k=64, top_p=0.95, seed=5)
 
 
-E2B = Path(__file__).parent / "data" / "e2b"
+E2B = Path(__file__).parents[1] / "data" / "e2b"
 PAIRS = {"bundled": (None, "auto"), "e2b": (str(E2B / "target"), str(E2B / "drafter"))}
 SHARE = {"bundled": 4, "e2b": 8}  # every so manyth prompt is in a cell
 

@@ -1,35 +1,14 @@
 """Constraints mask the target at every draft position, cut refused drafts, and advance by emitted tokens alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from constraints import CLOSE, END, OPEN, VOCAB, Stairs, thinking
 
 from mlx_gemma_mtp.speculative.guide import allows, expand, guide, only
-from mlx_gemma_mtp.text.thinking import Thinking
-
-VOCAB = tiny.VOCAB
-OPEN, CLOSE, END = 90, 91, 1
-
-
-@dataclass
-class Stairs:
-    """A constraint: token t is followed by one whose remainder by 7 is one more than its own."""
-
-    step: int = 0
-    advanced: int = 0
-
-    def copy(self):
-        return replace(self)
-
-    def mask(self):
-        return only([t for t in range(VOCAB) if t % 7 == self.step], VOCAB)
-
-    def advance(self, token):
-        assert token % 7 == self.step
-        self.step, self.advanced = (self.step + 1) % 7, self.advanced + 1
 
 
 def test_bits_become_a_mask():
@@ -82,10 +61,6 @@ def test_right_drafts_are_kept_under_a_constraint():
     oracle = tiny.OracleDrafter(known, mx.ones(known.shape, mx.bool_))
     drafted, loop = tiny.decode(model, oracle, [prompt], 3, 37, constraints=[Stairs()])
     assert drafted == [text[:37]] and loop.host_syncs == 1 + 9
-
-
-def thinking(budget, reply=None, **state) -> Thinking:
-    return Thinking(OPEN, CLOSE, VOCAB, budget, reply, (END,), **state)
 
 
 def allowed(constraint) -> set[int]:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from test_guide import Stairs, thinking
+from constraints import Stairs, thinking
 
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.cache.cache import Cache

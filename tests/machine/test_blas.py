@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone")
 NAME = "from mlx_gemma_mtp.machine import blas; {}; import mlx.core; print(blas.name())"
 

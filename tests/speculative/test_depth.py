@@ -1,11 +1,11 @@
 """The draft length: chosen from literal tables and histories, replayed on recorded traces, live in the loop."""
 
 import json
-import random
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from cost_tables import random_table, table
 
 from benchmarks import replay
 from mlx_gemma_mtp import SamplingParams, calibrate, load
@@ -41,12 +41,6 @@ from mlx_gemma_mtp.speculative.depth import LEARN, UNTIMED, Auto
 from mlx_gemma_mtp.speculative.history import History, Trust, expected
 
 FREE = 10**6  # room for drafts
-
-
-def table(verify: float, draft: float) -> CostTable:
-    """A plain step costs 1; each further token of a verify `verify`, each draft `draft`, of one row."""
-    cells = {(rows, 100, w): 1 + verify * (rows * (w + 1) - 1) for rows in ROWS for w in range(MAX_DRAFTS + 1)}
-    return CostTable.of(cells, dict.fromkeys(ROWS, draft))
 
 
 def seen(drafted: int, accepted: int, times: int = 40) -> History:
@@ -453,11 +447,6 @@ def test_wrong_tables_of_every_kind():
 SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, ignore_eos=True, seed=3)
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, seed=0)
 PROMPTS = ["def fibonacci(n):", "What is a list?", "import os", "Write a class.", "x = 1", "Why?", "for i in", "return"]
-
-
-def random_table(seed: int) -> CostTable:
-    r = random.Random(seed)
-    return table(r.choice([0.0, 0.02, 0.1, 0.3]), r.choice([0.01, 0.1, 0.3]))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from test_guide import Stairs
+from constraints import Stairs
 
 from convert.cli import main as convert
 from mlx_gemma_mtp import SamplingParams, load, verify

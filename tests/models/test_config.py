@@ -19,7 +19,7 @@ from mlx_gemma_mtp.models.config import DrafterConfig, GenerationDefaults, Targe
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.sampling.params import SamplingParams
 
-CONFIGS = Path(__file__).parent / "data" / "configs"
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 # Language model, the head tied once, layer scalars not counted; drafters without their four layer scalars.
 PARAMETERS = {
     "E2B": (4_628_569_344, 77_731_328),

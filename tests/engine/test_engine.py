@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from held_out import PROMPTS
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine import scheduler
@@ -14,7 +15,6 @@ from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.speculative.depth import Fixed
 from mlx_gemma_mtp.speculative.drafting import Drafting
 
-PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 
 
@@ -272,7 +272,7 @@ def test_the_cpu_runs_in_float32(engine):
 
 def test_the_readme_example(tmp_path, monkeypatch):
     """The README's Python block runs as it stands."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     code = readme.split("```python\n", 1)[1].split("```", 1)[0]
     exec(compile(code, "README.md", "exec"), {})
 

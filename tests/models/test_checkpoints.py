@@ -18,7 +18,7 @@ from convert.cli import main as convert_main
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.generate import main as generate_main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OTHERS = [name for name in FORMATS if name != "4 bit"]
 PROMPTS = ["def f(x): return x + 1", "What is a list?", "Sort these numbers: 3, 1, 2"]
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

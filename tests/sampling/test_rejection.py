@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from test_depth import random_table
-from test_engine import PROMPTS
-from test_guide import Stairs
+from constraints import Stairs
+from cost_tables import random_table
+from held_out import PROMPTS
 
 from benchmarks.acceptance import by_block, probabilities
 from mlx_gemma_mtp import SamplingParams, load

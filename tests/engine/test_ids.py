@@ -134,7 +134,7 @@ def test_tokens_that_the_tokenizer_lacks_are_no_text():
 @pytest.mark.parametrize("token", [-1, VOCAB, 2**31 - 1])
 def test_the_order_of_a_centroid_head(tmp_path, token):
     """The pair of E2B's kind: an entry that is no token of the vocabulary is found when the drafter is loaded."""
-    source = Path(__file__).parent / "data" / "e2b" / "drafter"
+    source = Path(__file__).parents[1] / "data" / "e2b" / "drafter"
     folder = tmp_path / "drafter"
     shutil.copytree(source, folder)
     (file,) = folder.glob("*.safetensors")

@@ -1,6 +1,6 @@
 """On Metal a model computes in its own type, through our kernels: every block, query, cache, expert path and head.
 
-On Linux the Metal branches run in a child process with the device simulated (tests/metal_child.py): types and paths
+On Linux the Metal branches run in a child process with the device simulated (models/metal_child.py): types and paths
 are what they are on a Mac, and float32 has the CPU's tokens. `-m metal` runs the same child for real.
 """
 
@@ -22,7 +22,7 @@ from convert.cli import main as convert_main
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.machine.device import metal_available
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CACHE = Path(tempfile.gettempdir()) / f"metal_child_{os.getuid()}"
 DEMO = (ROOT / "mlx_gemma_mtp/demo/target", ROOT / "mlx_gemma_mtp/demo/drafter")
 E2B = (ROOT / "tests/data/e2b/target", ROOT / "tests/data/e2b/drafter")
@@ -37,12 +37,12 @@ PREAMBLE = Path("mlx/backend/cpu/compiled_preamble.h")  # of every kernel that m
 
 @pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.metal)])
 def run(request):
-    """(target, drafter) folders, a type behind a colon -> what tests/metal_child.py found, a dict for each pair."""
+    """(target, drafter) folders, a type behind a colon -> what models/metal_child.py found, a dict for each pair."""
     if (request.param == "real") != metal_available():
         pytest.skip("no Metal here" if request.param == "real" else "Metal is here, nothing to simulate")
 
     def child(*pairs: tuple[Path | str, Path | str]) -> list[dict]:
-        command = [sys.executable, str(ROOT / "tests/metal_child.py"), request.param, *map(str, sum(pairs, ()))]
+        command = [sys.executable, str(ROOT / "tests/models/metal_child.py"), request.param, *map(str, sum(pairs, ()))]
         environment = os.environ | _quick_compiler() if request.param == "simulated" else None
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-4000:]

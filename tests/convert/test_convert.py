@@ -24,7 +24,7 @@ from convert import blocks, names, source, writer
 from convert.cli import main
 from convert.config import is_drafter, text_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 S, F = "sliding_attention", "full_attention"
 H, V, D, G = 64, 96, 32, 64  # hidden, vocabulary, sliding and full head widths
 ROPE = {

@@ -9,7 +9,7 @@ import reference
 
 from mlx_gemma_mtp import SamplingParams, load
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CLOSE = 1e-4  # absolute, on logits up to 30
 
 

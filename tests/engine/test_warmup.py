@@ -15,7 +15,7 @@ from mlx_gemma_mtp.engine import warmup
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.models import loading
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX compiles for CPUs on Linux alone")
 
 

@@ -1,6 +1,6 @@
 """Runs models through the Metal branches and prints, as JSON, which types and which paths were met.
 
-    python tests/metal_child.py simulated|real MODEL DRAFTER ...
+    python tests/models/metal_child.py simulated|real MODEL DRAFTER ...
 
 "simulated" is for machines without Metal: the question about the device is answered yes before anything of the package
 but the asker is imported, MLX computes on the CPU by its own fallbacks, and a launch of one of our kernels runs its

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from held_out import PROMPTS
 
 from mlx_gemma_mtp import __version__, generate
 from mlx_gemma_mtp.files import hub
 
-PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
 KEYS = {
     "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "batch_generation_tps", "ttft_s", "rounds",
     "drafted", "accepted", "tokens_per_round", "acceptance_by_position", "host_syncs", "peak_memory_gb", "mtp",
@@ -31,7 +31,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 
 
 def command(*argv: str, env: dict | None = None, **options) -> subprocess.Popen:
-    environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(Path(__file__).parents[1])} | (env or {})
+    environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(Path(__file__).parents[2])} | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | options
     return subprocess.Popen([sys.executable, "-m", "mlx_gemma_mtp.generate", *argv], env=environment, **pipes)
 
@@ -227,7 +227,7 @@ def test_text_is_utf8_in_any_locale():
 def test_a_blas_that_is_none_is_named():
     process = subprocess.run(
         [sys.executable, "-m", "mlx_gemma_mtp.generate", "--prompt", "x"],
-        env=os.environ | {"MLX_GEMMA_MTP_BLAS": "/nothing/libx.so", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"MLX_GEMMA_MTP_BLAS": "/nothing/libx.so", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
     )
@@ -238,4 +238,4 @@ def test_a_blas_that_is_none_is_named():
 def test_importing_the_package_imports_no_mlx():
     """So that a command line can load a BLAS first, and `import mlx_gemma_mtp` is instant."""
     code = "import sys, mlx_gemma_mtp; assert not [m for m in sys.modules if m.startswith(('mlx.', 'torch'))]"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -6,17 +6,14 @@ and with oracle drafters. `python -m pytest -m slow tests/test_equality.py` runs
 few cells of it run always.
 """
 
-import json
-from pathlib import Path
-
 import mlx.core as mx
 import pytest
 import tiny
+from held_out import PROMPTS
 from near_ties import NearTies
 
 from mlx_gemma_mtp import SamplingParams, load
 
-PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
 COUNT = 300
 PARAMS = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
 slow = pytest.mark.slow

@@ -26,7 +26,7 @@ from training.loop import Run
 from training.optimizer import orthogonalise, rate_scale
 
 pytestmark = pytest.mark.parity
-PROMPTS = json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())
+PROMPTS = json.loads((Path(__file__).parents[1] / "data" / "prompts.json").read_text())
 SOURCE = '''"""A module that doubles."""
 
 class Doubler:

@@ -19,7 +19,7 @@ from mlx_gemma_mtp.checks.overlap import Figures
 from mlx_gemma_mtp.checks.routing_trace import Text, Verify, trace, watched
 from mlx_gemma_mtp.models.moe import Router
 
-CONFIGS = Path(__file__).parent / "data" / "configs"
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 PROMPTS = ["What is a list?", "def fibonacci(n):", "Write the Python method `__len__(self)` for the class `Row`."]
 PARAMS = SamplingParams(max_tokens=24, temperature=0.0, seed=0)
 EXPERTS, TOP_K, LAYERS, WIDTH = 7, 2, 3, 4

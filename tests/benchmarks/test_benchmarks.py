@@ -388,7 +388,11 @@ def test_decode_end_to_end_with_a_peer_that_cannot_load(tmp_path, monkeypatch, c
     pytest.importorskip("rich")
     real = decode.setups
     monkeypatch.setattr(decode, "encoded", lambda *a: {"code": [[2, 105, 2364, 107, 10, 20, 30]]})  # seconds of imports
-    monkeypatch.setattr(decode, "setups", lambda *a: [*(ours := real(*a)), replace(ours[0], system="lost")])
+    monkeypatch.setattr(
+        decode,
+        "setups",
+        lambda *a: [*(ours := real(*a)), replace(ours[0], system="lost", pair=Pair(ours[0].pair.target, None, None))],
+    )
     flags = ["--batch", "1", "--num-draft-tokens", "0,2", "--classes", "code", "--prompts", "1", "--repeats", "1"]
     assert decode.main([*flags, "--max-tokens", "6", "--json", str(tmp_path / "out.jsonl")]) == 0
     made = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -1,15 +1,14 @@
 """Several streams of one engine: open at once, read in any order, closed early; threads; forks."""
 
 import gc
-import json
 import multiprocessing
 import os
 import random
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from held_out import PROMPTS
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine.calibration import Costs
@@ -17,7 +16,6 @@ from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.machine import memory
 from mlx_gemma_mtp.speculative.costs import UNKNOWN
 
-PROMPTS = [p["prompt"] for p in json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())]
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=1.0, top_k=64, seed=5)
 CALLS = [(PROMPTS[:3], GREEDY), (PROMPTS[3:5], SAMPLED), (PROMPTS[5:6], GREEDY)]

@@ -25,7 +25,7 @@ from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import files, hub
 from mlx_gemma_mtp.speculative.costs import CostFile
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULES = {
     "generate": generate,
     "verify": verify,

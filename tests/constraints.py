@@ -1,0 +1,33 @@
+"""Constraints for tests."""
+
+from dataclasses import dataclass, replace
+
+import tiny
+
+from mlx_gemma_mtp.speculative.guide import only
+from mlx_gemma_mtp.text.thinking import Thinking
+
+VOCAB = tiny.VOCAB
+OPEN, CLOSE, END = 90, 91, 1
+
+
+@dataclass
+class Stairs:
+    """A constraint: token t is followed by one whose remainder by 7 is one more than its own."""
+
+    step: int = 0
+    advanced: int = 0
+
+    def copy(self):
+        return replace(self)
+
+    def mask(self):
+        return only([t for t in range(VOCAB) if t % 7 == self.step], VOCAB)
+
+    def advance(self, token):
+        assert token % 7 == self.step
+        self.step, self.advanced = (self.step + 1) % 7, self.advanced + 1
+
+
+def thinking(budget, reply=None, **state) -> Thinking:
+    return Thinking(OPEN, CLOSE, VOCAB, budget, reply, (END,), **state)
