@@ -10,13 +10,13 @@ from mlx.utils import tree_map
 from mlx_gemma_mtp.cache.cache import Cache, Span
 from mlx_gemma_mtp.models import gemma4
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
-from mlx_gemma_mtp.models.drafter import Drafter, drawn
+from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.models.linear import settle
 from mlx_gemma_mtp.sampling.distribution import Distribution, Rules
 from mlx_gemma_mtp.sampling.params import REJECTION, SamplingParams
 from mlx_gemma_mtp.sampling.penalties import Said
-from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.speculative.drafting import Drafting, drawn
 from mlx_gemma_mtp.speculative.guide import Constraint, guide
 from mlx_gemma_mtp.speculative.loop import Speculation, compact
 from mlx_gemma_mtp.speculative.prefill import prefill

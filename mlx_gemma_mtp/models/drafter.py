@@ -10,10 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache.cache import Span
-from ..ops.kernels import head_argmax
 from ..ops.kernels.products import Weights
-from ..sampling.distribution import Distribution, Rules
-from ..sampling.penalties import Said
 from .config import DrafterConfig
 from .gemma4 import Block, Ropes
 from .layers import RMSNorm
@@ -82,34 +79,8 @@ class Drafter(nn.Module):
         """y: [B, size] -> (float32 logits [B, C], the token ids [B, C] they stand for; None: all, in order)."""
         return self.masked_embedding(y, self.embed_tokens)
 
-    def pick(
-        self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
-    ) -> tuple[mx.array, mx.array | None, Distribution | None]:
-        """The token drafted for each row, int32 [B], if `confident` how sure that is (see Drafts), and what it was
-        drawn from. A greedy one comes from a dense head without a row of logits, and so without the last.
-
-        y: [B, size]; positions: [B, 1], of the tokens to be drawn.
-        """
-        if rules.all_greedy and rules.reordered is None and isinstance(self.masked_embedding, DenseHead):
-            table = self.masked_embedding.table(self.embed_tokens)
-            if head_argmax.usable(table, y.dtype):
-                return *head_argmax.best_token_metal(y, table, rules.suppressed), None
-        logits, ids = self.scores(y)
-        token, q = drawn(logits, ids, rules, positions, said)
-        return token, head_argmax.certainty(logits) if confident else None, q
-
     def step_shares(self) -> dict[str, float]:
         """As Gemma4.step_shares: the centroid head reads the tokens of the best centroids alone."""
         config = self.config
         share = config.centroid_top_k / config.centroids if config.centroids else 1.0
         return {"embed_tokens.": share, "token_ordering": share}
-
-
-def drawn(
-    logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, said: Said | None
-) -> tuple[mx.array, Distribution]:
-    """A token for each row from a drafter's scores [B, C] of the tokens ids (None: all), int32 [B], and what it was
-    drawn from.
-    """
-    q = Distribution.of(logits[:, None], rules, ids=None if ids is None else ids[:, None], said=said)
-    return q.drawn(rules, positions)[:, 0], q

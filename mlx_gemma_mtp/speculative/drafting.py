@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from ..cache.cache import Cache, Span
 from ..errors import UserError
-from ..models.drafter import Drafter
+from ..models.drafter import DenseHead, Drafter
+from ..ops.kernels import head_argmax
 from ..sampling.distribution import Distribution, Rules
 from ..sampling.noise import keys_of_round
 from ..sampling.params import ACCEPT, COUPLED, REJECTION, number, shown, whole
@@ -108,7 +109,7 @@ def draft(
     newest, drafts, confidences, each = span.lengths[:, None], [], [], []
     for i in range(steps):
         y, hidden = drafter(embed(token), hidden, span, rotations)
-        token, sure, q = drafter.pick(y, rules, newest + (i + 1), said, confident)
+        token, sure, q = pick(drafter, y, rules, newest + (i + 1), said, confident)
         said = said and said.followed_by(token)
         confidences += [sure] if confident else []
         each += [q] if drafting.rejection and not rules.all_greedy else []
@@ -116,3 +117,32 @@ def draft(
         drafts.append(token)
     sure = mx.stack(confidences, axis=1) if confident else mx.zeros((token.shape[0], 0))
     return Drafts(mx.stack(drafts, axis=1), sure, Distribution.joined(each) if each else None)
+
+
+def pick(
+    drafter: Drafter, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
+) -> tuple[mx.array, mx.array | None, Distribution | None]:
+    """Returns the token drafted for each row, int32 [B], if `confident` how sure that is (see Drafts), and what it was
+    drawn from. A greedy token comes from a dense head without a row of logits, and so without a distribution.
+
+    y: [B, size], the drafter's; positions: [B, 1], of the tokens to be drawn.
+    """
+    head = drafter.masked_embedding
+    if rules.all_greedy and rules.reordered is None and isinstance(head, DenseHead):
+        table = head.table(drafter.embed_tokens)
+        if head_argmax.usable(table, y.dtype):
+            return *head_argmax.best_token_metal(y, table, rules.suppressed), None
+    logits, ids = drafter.scores(y)
+    token, q = drawn(logits, ids, rules, positions, said)
+    return token, head_argmax.certainty(logits) if confident else None, q
+
+
+def drawn(
+    logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, said: Said | None
+) -> tuple[mx.array, Distribution]:
+    """Returns a token for each row, int32 [B], and the distribution that it was drawn from.
+
+    logits: [B, C], a drafter's scores of the tokens ids [B, C] (None: of all, in order); positions: [B, 1].
+    """
+    q = Distribution.of(logits[:, None], rules, ids=None if ids is None else ids[:, None], said=said)
+    return q.drawn(rules, positions)[:, 0], q

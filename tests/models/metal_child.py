@@ -42,6 +42,7 @@ from mlx_gemma_mtp.models.linear import Embedding, Linear
 from mlx_gemma_mtp.models.moe import ExpertLinear, Experts, QuantizedExpertLinear
 from mlx_gemma_mtp.ops import expert_paths
 from mlx_gemma_mtp.ops.kernels import down, gate_up, grouping, head_argmax
+from mlx_gemma_mtp.speculative import drafting
 
 PROMPTS = ["def mean(values):\n    total = 0\n    for value in values:", "What is a list?"]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
@@ -92,7 +93,7 @@ def watch_all() -> None:
     watch(Gemma4, "__call__", lambda y, *_: note("hidden", y))
     watch(Gemma4, "logits", lambda y, self, hidden: note("target's head", hidden))
     watch(Drafter, "__call__", lambda pair, *_: (note("drafted", pair[0]), note("carried", pair[1])))
-    watch(Drafter, "pick", lambda _, self, y, *rest: note("drafter's head", y))
+    watch(drafting, "pick", lambda _, drafter, y, *rest: note("drafter's head", y))
     watch(Experts, "along", lambda y, self, path, *_: (met["paths"].add(str(path)), note("mixtures", y)))
     for linear in (Linear, ExpertLinear, QuantizedExpertLinear, nn.QuantizedLinear):
         watch(linear, "__call__", product)

@@ -12,6 +12,7 @@ from mlx_gemma_mtp.ops import kernels
 from mlx_gemma_mtp.ops.kernels import head_argmax
 from mlx_gemma_mtp.ops.kernels.products import Weights, flat
 from mlx_gemma_mtp.sampling.distribution import Rules
+from mlx_gemma_mtp.speculative.drafting import pick
 
 VOCAB, PARTS = 203, 16  # the last parts are short and empty
 FORMATS = (AFFINE, FLOAT, Format(mx.bfloat16, 8, 64), Format(mx.float16, 0, inputs=256))
@@ -99,13 +100,13 @@ def test_a_greedy_drafter_asks_the_kernel_and_drafts_the_same(monkeypatch, emula
     drafter = tiny.drafter(model, "dense")
     y, positions = mx.random.normal((3, drafter.config.hidden_size)), mx.zeros((3, 1), mx.int32)
     rules = Rules.of([tiny.GREEDY] * 3, drafter.config.vocab_size, suppress=[5, 9])
-    by_head, *_ = drafter.pick(y, rules, positions, None, False)
+    by_head, *_ = pick(drafter, y, rules, positions, None, False)
     monkeypatch.setattr(kernels, "metal_available", lambda: True)
     emulator.counting = True
-    by_kernel, *_ = drafter.pick(y, rules, positions, None, True)
+    by_kernel, *_ = pick(drafter, y, rules, positions, None, True)
     assert by_kernel.dtype == by_head.dtype == mx.int32 and by_kernel.tolist() == by_head.tolist()
     assert set(emulator.reads) == {"head_argmax"}
     emulator.reads.clear()
     sampled = Rules.of([replace(tiny.GREEDY, temperature=1.0)] * 3, drafter.config.vocab_size)
-    drafter.pick(y, sampled, positions, None, False)
+    pick(drafter, y, sampled, positions, None, False)
     assert not emulator.reads

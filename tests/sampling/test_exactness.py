@@ -16,7 +16,6 @@ from test_sampling import distribution
 
 from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.models import drafter as drafting
-from mlx_gemma_mtp.models.drafter import drawn
 from mlx_gemma_mtp.sampling import rejection
 from mlx_gemma_mtp.sampling.distribution import Rules, accept
 from mlx_gemma_mtp.sampling.noise import uniform
@@ -24,7 +23,7 @@ from mlx_gemma_mtp.sampling.params import COUPLED, REJECTION, SamplingParams
 from mlx_gemma_mtp.sampling.penalties import Said
 from mlx_gemma_mtp.sampling.rejection import residuals
 from mlx_gemma_mtp.speculative import loop
-from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.speculative.drafting import Drafting, drawn
 from mlx_gemma_mtp.speculative.guide import guide, only
 from mlx_gemma_mtp.speculative.loop import Speculation
 

@@ -2,8 +2,8 @@
 counted as near_ties.py says.
 
 300 tokens each, past the window of 128, alone and in ragged batches of 8, draft lengths 1 to 7, with the real drafter
-and with oracle drafters. `python -m pytest -m slow tests/test_equality.py` runs it all, in half an hour to an hour; a
-few cells of it run always.
+and with oracle drafters. `python -m pytest -m slow tests/speculative/test_equality.py` runs it all, in half an hour to
+an hour; a few cells of it run always.
 """
 
 import mlx.core as mx

@@ -2,8 +2,8 @@
 
 Two pairs, the bundled one and tests/data/e2b, whose layers borrow keys and whose drafter has a centroid head. 200
 prompts, 180 tokens each without a stop, past wrapped windows; 32 cells of 50 prompts (e2b: 25), each prompt in 8 (4) of
-them, at every batch size; near-ties are counted as near_ties.py says. `python -m pytest -m slow tests/test_grid.py`
-runs it all (an hour and more); a few cells of it run always.
+them, at every batch size; near-ties are counted as near_ties.py says. All of it takes an hour and more:
+`python -m pytest -m slow tests/speculative/test_grid.py`; a few cells of it run always.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The likeliest token of a dense head and its probability: the product with the vocabulary, its argmax and the sum of
 its exponentials in one pass, without a row of logits.
 
-For greedy drafts, where nothing else is asked for. Drafter.pick chooses between this and the head.
+For greedy drafts, where nothing else is asked for. speculative/drafting.py chooses between this and the head.
 """
 
 from __future__ import annotations
