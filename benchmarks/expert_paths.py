@@ -20,7 +20,7 @@ from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files.hub import DEMO
 from mlx_gemma_mtp.models.config import MoESpec
-from mlx_gemma_mtp.models.linear import settle
+from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.models.loading import read_tensors
 from mlx_gemma_mtp.models.moe import Experts
 from mlx_gemma_mtp.ops.fused import geglu
@@ -57,7 +57,7 @@ def layers(hidden: int, moe: MoESpec, bits: int) -> dict[str, Path]:
         nn.quantize(module, group_size=64, bits=bits)
         paths = [path for path, _ in tree_flatten(module.parameters())]
         module.load_weights([(path, tensors[path.replace(".gate_up.", ".")]) for path in paths])
-        settle(module)
+        finish_loading(module)
     return found
 
 

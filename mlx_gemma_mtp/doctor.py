@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path as File
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from .models.moe import Experts
-    from .ops.expert_paths import Path, Rule
+    from .ops.expert_paths import ExpertPath, Rule
 
 LAYER = (2816, 704, 128, 8)  # of the 26B-A4B: hidden size, expert size, experts, experts a token
 ROWS = (1, 2, 4, 8, 16, 32)
 WARM = 2  # calls before those that count
 FORMATS = {"4-bit": 4, "8-bit": 8, "bf16": 0}
-Times = Mapping["Path", Mapping[int, float]]  # path -> tokens -> seconds
+Times = Mapping["ExpertPath", Mapping[int, float]]  # path -> tokens -> seconds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="tokens of a pass (default: 1 .. 32)")
     p.add_argument("--repeats", type=int, default=20, help="of every time (default: 20)")
     p.add_argument("--no-times", action="store_true", help="check the kernels, time nothing")
-    p.add_argument("--json", type=File, metavar="FILE", help="write a report there that can be shared")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write a report there that can be shared")
     return p
 
 
@@ -137,7 +137,7 @@ def layer(shape: Sequence[int], bits: int) -> Experts:
     import mlx.nn as nn
 
     from .models.config import MoESpec
-    from .models.linear import settle
+    from .models.linear import finish_loading
     from .models.moe import Experts
 
     hidden, size, count, top_k = shape
@@ -145,40 +145,40 @@ def layer(shape: Sequence[int], bits: int) -> Experts:
     experts.set_dtype(mx.bfloat16)
     if bits:
         nn.quantize(experts, group_size=64, bits=bits)
-    settle(experts)
+    finish_loading(experts)
     return experts
 
 
 def measure(
     experts: Experts, shape: Sequence[int], rows: Sequence[int], repeats: int
-) -> tuple[dict[Path, dict[int, float]], frozenset[Path], frozenset[Path]]:
+) -> tuple[dict[ExpertPath, dict[int, float]], frozenset[ExpertPath], frozenset[ExpertPath]]:
     """(seconds by path and tokens, the steady paths, those of them that are bit-equal to plain pairs).
 
     Steady: a token has the same bits alone and in company. Bits are compared up to the widest verify.
     """
     import mlx.core as mx
 
-    from .ops.expert_paths import ON_METAL, VERIFY, Path
+    from .ops.expert_paths import ON_METAL, VERIFY, ExpertPath
 
     top_k = shape[3]
-    times: dict[Path, dict[int, float]] = {}
+    times: dict[ExpertPath, dict[int, float]] = {}
     steady, equal = set(ON_METAL), set(ON_METAL)
     for m in (*rows, max(1, VERIFY // top_k)):
         # every call has routes of its own, so that weights come from memory, as in a model, and not from a cache
         inputs = [_inputs(m, shape, seed) for seed in range(repeats + WARM)]
         first, alone = inputs[0], [part[:1] for part in inputs[0]]
-        plain = experts.along(Path.PAIRS, *first)
+        plain = experts.run(ExpertPath.PAIRS, *first)
         for path in ON_METAL:
-            if path == Path.GROUPED and not experts.switch_glu.groupable(mx.bfloat16, m * top_k):
+            if path == ExpertPath.GROUPED and not experts.switch_glu.groupable(mx.bfloat16, m * top_k):
                 continue
             if m * top_k <= VERIFY:
-                found = experts.along(path, *first)
-                steady -= set() if mx.array_equal(found[:1], experts.along(path, *alone)) else {path}
+                found = experts.run(path, *first)
+                steady -= set() if mx.array_equal(found[:1], experts.run(path, *alone)) else {path}
                 equal -= set() if mx.array_equal(found, plain) else {path}
             if m in rows:
-                times.setdefault(path, {})[m] = _seconds(lambda each: experts.along(path, *each), inputs)  # noqa: B023
+                times.setdefault(path, {})[m] = _seconds(lambda each: experts.run(path, *each), inputs)  # noqa: B023
     times = {path: each for path, each in times.items() if len(each) == len(rows)}
-    steady = (steady | {Path.PAIRS}) & times.keys()  # of what there is, pairs depend least on company
+    steady = (steady | {ExpertPath.PAIRS}) & times.keys()  # of what there is, pairs depend least on company
     return times, frozenset(steady), frozenset(equal & steady)
 
 
@@ -207,15 +207,15 @@ def _seconds(compute: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
     return median(found[WARM:])
 
 
-def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Path], top_k: int) -> Rule:
+def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[ExpertPath], top_k: int) -> Rule:
     """The fastest way at each width among the paths that agree bit for bit with plain pairs; the one path that is
     fastest on the whole, by the geometric mean, where none but itself may be taken.
     """
-    from .ops.expert_paths import VERIFY, Path, Rule
+    from .ops.expert_paths import VERIFY, ExpertPath, Rule
 
     widths = sorted(next(iter(times.values())))
 
-    def whole(picks: Sequence[Path]) -> float:
+    def whole(picks: Sequence[ExpertPath]) -> float:
         return sum(math.log(times[path][m]) for path, m in zip(picks, widths, strict=True))
 
     alone = min(times, key=lambda path: whole([path] * len(widths)))
@@ -225,8 +225,8 @@ def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Pat
     for m, before, path in zip(widths[1:], picks, picks[1:], strict=False):
         if path != before:
             steps.append((m * top_k, path))
-    if steps[-1][1] != Path.SORTED:
-        steps.append((VERIFY + 1, Path.SORTED))  # prefill reads an expert once a tile
+    if steps[-1][1] != ExpertPath.SORTED:
+        steps.append((VERIFY + 1, ExpertPath.SORTED))  # prefill reads an expert once a tile
     return Rule(chip, dtype, weights, tuple(steps), equal if len(set(picks)) > 1 else frozenset())
 
 

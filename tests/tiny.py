@@ -12,11 +12,11 @@ from mlx_gemma_mtp.models import gemma4
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.gemma4 import Gemma4
-from mlx_gemma_mtp.models.linear import settle
-from mlx_gemma_mtp.sampling.distribution import Distribution, Rules
+from mlx_gemma_mtp.models.linear import finish_loading
+from mlx_gemma_mtp.sampling.distribution import Rules
 from mlx_gemma_mtp.sampling.params import REJECTION, SamplingParams
-from mlx_gemma_mtp.sampling.penalties import Said
-from mlx_gemma_mtp.speculative.drafting import Drafting, drawn
+from mlx_gemma_mtp.sampling.penalties import TokenCounts
+from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.guide import Constraint, guide
 from mlx_gemma_mtp.speculative.loop import Speculation, compact
 from mlx_gemma_mtp.speculative.prefill import prefill
@@ -114,7 +114,7 @@ def _randomise(model, seed: int):
         return mx.random.normal(a.shape) * 1.2 / a.shape[-1] ** 0.5
 
     model.update(tree_map(fill, model.parameters()))
-    settle(model)
+    finish_loading(model)
     return model
 
 
@@ -135,7 +135,7 @@ class OracleDrafter:
 
     def __init__(self, texts: mx.array, hit: mx.array, vocabulary: int = VOCAB):
         self.texts, self.hit, self.vocabulary = texts, hit, vocabulary
-        self.ropes = self
+        self.ropes, self.masked_embedding = self, None
         self._span: Span | None = None
 
     def at(self, positions: mx.array) -> dict:
@@ -149,12 +149,8 @@ class OracleDrafter:
         hit = mx.take_along_axis(self.hit, place, axis=1)
         return mx.where(hit, right, (right + 1) % self.vocabulary), hidden  # [B, 1]
 
-    def pick(
-        self, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
-    ) -> tuple[mx.array, None, Distribution]:
-        scores = (mx.arange(self.vocabulary)[None] == y).astype(mx.float32)
-        token, q = drawn(scores, None, rules, positions, said)
-        return token, None, q
+    def scores(self, y: mx.array) -> tuple[mx.array, None]:
+        return (mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None
 
 
 def decode(
@@ -172,9 +168,11 @@ def decode(
     cache = Cache(model.config.kv, len(prompts), longest, max(block, num_draft + 1), mx.float32)
     rules = Rules.of([params] * len(prompts), model.config.vocab_size)
     hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
-    said = Said.of(prompts, model.config.vocab_size) if rules.penalties else None
+    token_counts = TokenCounts.of(prompts, model.config.vocab_size) if rules.penalties else None
     guided = guide(constraints, model.config.vocab_size)
-    loop = Speculation(model, drafts if num_draft else None, cache, rules, hidden, said=said, guide=guided)
+    loop = Speculation(
+        model, drafts if num_draft else None, cache, rules, hidden, token_counts=token_counts, guide=guided
+    )
     texts = [list(row) for row in loop.start(num_draft).tokens]
     while min(map(len, texts)) < count:
         for text, tokens in zip(texts, loop.step(num_draft).tokens, strict=True):
@@ -194,9 +192,11 @@ def rejected(
     longest = max(map(len, prompts))
     cache = Cache(model.config.kv, len(prompts), longest, 16, mx.float32)
     rules = Rules.of(params, model.config.vocab_size)
-    said = Said.of(prompts, model.config.vocab_size) if rules.penalties else None
+    token_counts = TokenCounts.of(prompts, model.config.vocab_size) if rules.penalties else None
     hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
-    loop = Speculation(model, drafts, cache, rules, hidden, drafting=Drafting(accept=REJECTION), said=said)
+    loop = Speculation(
+        model, drafts, cache, rules, hidden, drafting=Drafting(accept=REJECTION), token_counts=token_counts
+    )
     names, texts = list(range(len(prompts))), [list(row) for row in loop.start(num_draft).tokens]
     while stay := compact([len(texts[name]) < count for name in names]):
         if len(stay) < len(names):

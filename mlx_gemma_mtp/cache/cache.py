@@ -43,7 +43,7 @@ class Cache:
     rows: how many sequences; capacity: tokens that the full layers hold (rounded up to 256; they grow as `span` needs);
     block: the longest write, which with the window sets the size of the rings; lookback: how far before the newest
     token's index a drafter's query may sit, whose window begins so much earlier.
-    lengths: [rows] tokens committed; most: what the host knows of them, a bound for each row.
+    lengths: [rows] tokens committed; length_bound: what the host knows of them, a bound for each row.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Cache:
     ):
         self.block, self.lookback = block, lookback
         self.lengths = mx.zeros((rows,), mx.int32)
-        self.most = [0] * rows
+        self.length_bound = [0] * rows
         self.layers = []
         for spec in specs:
             least = spec.window and spec.window + block - 1 + lookback
@@ -94,19 +94,22 @@ class Cache:
 
     def longest(self, rows: slice) -> int:
         """No row of these has more committed tokens, as far as the host knows."""
-        return max(self.most[rows])
+        return max(self.length_bound[rows])
 
-    def commit(self, rows: slice, n: mx.array, most: Sequence[int]) -> None:
-        """lengths[rows] += n, the only move of the line. n: int32 [B]; most: a bound of n that the host knows."""
+    def commit(self, rows: slice, n: mx.array, bound: Sequence[int]) -> None:
+        """Commits n tokens of each row: lengths[rows] += n. Nothing else moves `lengths`.
+
+        n: int32 [B]; bound: for each row what the host knows that n does not exceed.
+        """
         if rows == slice(0, self.rows):
             self.lengths = self.lengths + n
         else:
             self.lengths = self.lengths.at[rows].add(n)
-        self.most[rows] = [bound + more for bound, more in zip(self.most[rows], most, strict=True)]
+        self.length_bound[rows] = [old + more for old, more in zip(self.length_bound[rows], bound, strict=True)]
 
-    def tighten(self, rows: slice, fewer: Sequence[int]) -> None:
+    def tighten_length_bound(self, rows: slice, fewer: Sequence[int]) -> None:
         """The host has read that so many fewer tokens were committed than it had to expect."""
-        self.most[rows] = [bound - less for bound, less in zip(self.most[rows], fewer, strict=True)]
+        self.length_bound[rows] = [bound - less for bound, less in zip(self.length_bound[rows], fewer, strict=True)]
 
     def move(self, rows: Mapping[int, int]) -> None:
         """Copies rows over others, source by destination: how the last live rows fill the holes that leavers make.
@@ -123,12 +126,12 @@ class Cache:
         self.lengths[places] = lengths
         for layer, (keys, values) in zip(self.layers, moved, strict=True):
             layer.keys[places], layer.values[places] = keys, values
-        for place, bound in [(place, self.most[source]) for place, source in rows.items()]:
-            self.most[place] = bound
+        for place, bound in [(place, self.length_bound[source]) for place, source in rows.items()]:
+            self.length_bound[place] = bound
 
     def clear(self, row: int) -> None:
         """Empties a row for a new sequence. Its old contents are out of sight."""
-        self.lengths[row] = self.most[row] = 0
+        self.lengths[row] = self.length_bound[row] = 0
 
 
 class Span:
@@ -139,8 +142,10 @@ class Span:
     index.
 
     With `counts` (see Cache.span) a forward computes what it does token by token for the rows' own tokens alone, packed
-    one behind the other. own: [N] their numbers from 0 to B * T - 1; places: [B * T] where each token is among them, or
-    for padding any. Both None: nothing is packed. once: this shape is a prompt's, and hardly comes again.
+    one behind the other. packed_index: int32 [N], the places from 0 to B * T - 1 of the tokens that are packed;
+    unpack_index: int32 [B * T], where each place's token lies among the packed ones (for padding: anywhere). Both are
+    None where nothing is packed. is_prefill: the span is part of a prompt, whose shape hardly comes again, so that the
+    layers run eagerly instead of compiling for it.
     """
 
     def __init__(
@@ -149,12 +154,12 @@ class Span:
         assert -cache.lookback <= query_offset <= 0, "the rings hold the window of no query before that"
         self.cache, self.rows, self.tokens = cache, rows, tokens
         self.used = cache.longest(rows) + tokens  # no query sees a slot from here on
-        self.once, self.own, self.places, self._real = counts is not None, None, None, None
+        self.is_prefill, self.packed_index, self.unpack_index, self._real = counts is not None, None, None, None
         if counts is not None and min(counts) < tokens:
-            own = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]
-            self._real = mx.array(own)[:, None, :, None]
-            self.own = mx.array(np.flatnonzero(own).astype(np.int32))
-            self.places = mx.array(np.where(own.ravel(), np.cumsum(own, dtype=np.int32) - 1, 0))
+            real = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]
+            self._real = mx.array(real)[:, None, :, None]
+            self.packed_index = mx.array(np.flatnonzero(real).astype(np.int32))
+            self.unpack_index = mx.array(np.where(real.ravel(), np.cumsum(real, dtype=np.int32) - 1, 0))
         full = rows == slice(0, cache.rows)
         self.lengths = cache.lengths if full else cache.lengths[rows]
         steps = numbers(tokens) if tokens else number(query_offset)
@@ -191,25 +196,25 @@ class Span:
         return self._masks[key]
 
 
-class Narrow(Span):
+class LastTokenSpan(Span):
     """Of a span one token a row, once all are written: a query at this column of the tokens. column: [B].
 
-    source: [B], where these tokens are among the packed ones.
+    gather_index: [B], where these tokens are among the packed ones.
     """
 
     def __init__(self, span: Span, column: mx.array):
         super().__init__(span.cache, span.rows, span.tokens)
-        self.once = span.once
+        self.is_prefill = span.is_prefill
         self.positions = mx.take_along_axis(span.positions, column[:, None], axis=1)
         index = mx.arange(column.size) * span.tokens + column
-        self.source = index if span.places is None else span.places[index]
+        self.gather_index = index if span.unpack_index is None else span.unpack_index[index]
         self._column = column[:, None, None, None]
 
     def of(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
         """[N, ...] each -> these tokens of them, [B, ...]."""
-        return tuple(each[self.source] for each in inputs)
+        return tuple(each[self.gather_index] for each in inputs)
 
-    def picked(self, queries: mx.array) -> mx.array:
+    def gather_queries(self, queries: mx.array) -> mx.array:
         """[B, heads, T, head_dim] of all tokens -> [B, heads, 1, head_dim]."""
         return mx.take_along_axis(queries, self._column, axis=2)
 

@@ -42,15 +42,15 @@ class Watched(nn.Module):
 def watched(model: Gemma4) -> Iterator[list[mx.array]]:
     """Within, each pass of `model` appends what every layer chose, [N, k] a layer, in the order of the layers."""
     log: list[mx.array] = []
-    before = [(layer.router, layer._leave) for layer in model.layers]
+    before = [(layer.router, layer._post_attention) for layer in model.layers]
     try:
         for layer, (router, _) in zip(model.layers, before, strict=True):
             layer.router = Watched(router, log)
-            layer._leave = layer.leave  # what is compiled computes without looking at the router again
+            layer._post_attention = layer.post_attention  # the compiled half does not look at the router again
         yield log
     finally:
         for layer, (router, leave) in zip(model.layers, before, strict=True):
-            layer.router, layer._leave = router, leave
+            layer.router, layer._post_attention = router, leave
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Bench:
         round of the same kind, since in use the weights are in the caches.
         """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
-        self.cache.most = [self.context] * self.rows
+        self.cache.length_bound = [self.context] * self.rows
         loop = Speculation(self.target, self.drafter, self.cache, self.rules, self.hidden, confident=True)
         loop.start(width)
         loop.step(width)

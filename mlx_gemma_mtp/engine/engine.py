@@ -148,7 +148,7 @@ class Engine:
         formats = [f"{name} {loading.format_of(model)}" for name, model in models.items()]
         device = f"Metal, {kernels.summary()}" if metal_available() else f"CPU ({blas.name()})"
         if moe := self.target.config.moe:
-            ways = self.target.layers[0].experts.ways(self.target.dtype, moe.top_k)
+            ways = self.target.layers[0].experts.paths(self.target.dtype, moe.top_k)
             device += f", experts {' then '.join(ways)}"
         return f"{', '.join(formats)}, computed in {dtype} on {device}, MLX {mx.__version__}"
 

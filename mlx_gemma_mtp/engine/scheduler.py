@@ -16,7 +16,7 @@ from ..machine.device import metal_available
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..sampling.distribution import Rules
-from ..sampling.penalties import Said
+from ..sampling.penalties import TokenCounts
 from ..speculative.depth import Auto, Fixed
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
 from ..speculative.guide import guide
@@ -106,7 +106,7 @@ class Batch:
         for request in self.requests:
             request.stats.prompt_tps = len(request.prompt) / (self.prefilled - self.began)
         rules = self._rules()
-        said = Said.of(prompts, target.config.vocab_size) if rules.penalties else None
+        token_counts = TokenCounts.of(prompts, target.config.vocab_size) if rules.penalties else None
         return Speculation(
             target,
             self.drafter,
@@ -114,7 +114,7 @@ class Batch:
             rules,
             hidden,
             self.drafting,
-            said,
+            token_counts,
             guide([request.constraint for request in self.requests], target.config.vocab_size),
             self.depth.confident,
         )
@@ -144,13 +144,13 @@ class Batch:
                 loop.retain(rows, self._rules())
         return chunks
 
-    def _rows(self, surely: int) -> tuple[list[int], int, list[int]]:
+    def _rows(self, due: int) -> tuple[list[int], int, list[int]]:
         """What the draft length may depend on: the live requests' ids, the longest row's tokens, and for how many
-        drafts each row has room. surely: tokens that come anyway, with the drafts' round and before it.
+        drafts each row has room. due: tokens that come anyway, with the drafts' round and before it.
         """
         ids = [request.id for request in self.live]
         context = max(len(request.prompt) + len(request.tokens) for request in self.live)
-        return ids, context, [max(0, request.remaining - surely) for request in self.live]
+        return ids, context, [max(0, request.remaining - due) for request in self.live]
 
     def _rules(self) -> Rules:
         return Rules.of([request.params for request in self.live], self.target.config.vocab_size, self.suppress)

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache.cache import Narrow, Span
+from ..cache.cache import LastTokenSpan, Span
 from ..ops.fused import geglu, number
 from .config import LayerSpec, MoESpec, TargetConfig
 from .layers import MLP, Attention, RMSNorm, rms_norm, rooted, rotation
-from .linear import Embedding, Linear, Settled
+from .linear import DerivedWeights, Embedding, Linear
 from .moe import Experts, Router
 
 
-class Block(Settled):
+class Block(DerivedWeights):
     """A decoder layer with a dense MLP; also every layer of the drafter.
 
-    What comes before and after the look into the cache are two pure functions, `enter` and `leave`. In rounds, whose
-    few shapes come again and again, they run as compiled graphs, which spares Python most of its work.
+    What comes before and after the look into the cache are two pure functions, `pre_attention` and `post_attention`. In
+    rounds, whose few shapes come again and again, they run as compiled graphs, which spares Python most of its work.
     """
 
     def __init__(self, spec: LayerSpec, hidden_size: int, eps: float):
@@ -42,8 +42,8 @@ class Block(Settled):
         The constant takes the weights' type: a float32 one would make float32 of everything after it.
         """
         self._one = mx.ones((1,), self.input_layernorm.weight.dtype)
-        self._enter = mx.compile(self.enter, inputs=[self.input_layernorm, self.self_attn])
-        self._leave = mx.compile(self.leave, inputs=self)
+        self._pre_attention = mx.compile(self.pre_attention, inputs=[self.input_layernorm, self.self_attn])
+        self._post_attention = mx.compile(self.post_attention, inputs=self)
 
     def __call__(
         self,
@@ -51,31 +51,39 @@ class Block(Settled):
         span: Span,
         turn: tuple[mx.array, ...],
         inputs: tuple[mx.array, ...] = (),
-        narrow: Narrow | None = None,
+        narrow: LastTokenSpan | None = None,
     ) -> mx.array:
         """x: [N, hidden], the tokens of the span -> [N, hidden]. turn: the rotation at their positions; inputs: the
         per-layer input [N, per_layer_size], where the model has one. narrow: a view of single tokens of the span: then
         all write K/V, and only these go on, [B, hidden].
         """
-        if span.once:
-            queries, *new = self.enter(x, turn, span.places)
+        if span.is_prefill:
+            queries, *new = self.pre_attention(x, turn, span.unpack_index)
         else:
-            queries, *new = self._enter(x, turn)
+            queries, *new = self._pre_attention(x, turn)
         if new:
             span.write(self.kv_layer, *new)
         if narrow is not None:
-            x, queries, inputs = x[narrow.source], narrow.picked(queries), narrow.of(inputs)
+            x, queries, inputs = x[narrow.gather_index], narrow.gather_queries(queries), narrow.of(inputs)
             span = narrow
         attended = span.attend(self.kv_layer, queries)
-        return self.leave(x, attended, *inputs, own=span.own) if span.once else self._leave(x, attended, *inputs)
+        return (
+            self.post_attention(x, attended, *inputs, packed_index=span.packed_index)
+            if span.is_prefill
+            else self._post_attention(x, attended, *inputs)
+        )
 
-    def enter(self, x: mx.array, turn: tuple[mx.array, ...], places: mx.array | None = None) -> tuple[mx.array, ...]:
+    def pre_attention(
+        self, x: mx.array, turn: tuple[mx.array, ...], unpack_index: mx.array | None = None
+    ) -> tuple[mx.array, ...]:
         """From the residual stream to queries, and keys and values where the layer owns them."""
-        return self.self_attn.project(self.input_layernorm(x), turn, places)
+        return self.self_attn.project(self.input_layernorm(x), turn, unpack_index)
 
-    def leave(self, x: mx.array, attended: mx.array, *inputs: mx.array, own: mx.array | None = None) -> mx.array:
+    def post_attention(
+        self, x: mx.array, attended: mx.array, *inputs: mx.array, packed_index: mx.array | None = None
+    ) -> mx.array:
         """From what attention brought to the residual stream of the next layer."""
-        x = self.post_attention_layernorm.add(x, self.self_attn.join(attended, own), self._one)
+        x = self.post_attention_layernorm.add(x, self.self_attn.join(attended, packed_index), self._one)
         return self.finish(x, self.feedforward(x), *inputs)
 
     def feedforward(self, x: mx.array) -> mx.array:
@@ -162,20 +170,24 @@ class Gemma4(nn.Module):
         column: [B], the one token of each row whose state is wanted, [B, 1, hidden]: then no other goes on once the
         last layer that writes K/V has written (the last of all; in E2B less than half of the way).
         """
-        flat = tokens.reshape(-1) if span.own is None else tokens.reshape(-1)[span.own]
+        flat = tokens.reshape(-1) if span.packed_index is None else tokens.reshape(-1)[span.packed_index]
         x = self.embed(flat)  # [N, hidden]: products of two axes are fewer primitives
         steps = list(zip(self.layers, self.per_layer_inputs(flat, x), strict=True))
         if column is None:
-            assert span.own is None, "of packed rows one column each is asked for"
+            assert span.packed_index is None, "of packed rows one column each is asked for"
             return self.norm(self._through(steps, x, span)).reshape(*tokens.shape, -1)
-        last, narrow = self.writers - 1, Narrow(span, column)
+        last, narrow = self.writers - 1, LastTokenSpan(span, column)
         x = self._through(steps[:last], x, span)
         x = self._through(steps[last : last + 1], x, span, narrow)
         rest = [(layer, narrow.of(inputs)) for layer, inputs in steps[last + 1 :]]
         return self.norm(self._through(rest, x, narrow))[:, None]
 
     def _through(
-        self, steps: Sequence[tuple[Block, tuple[mx.array, ...]]], x: mx.array, span: Span, narrow: Narrow | None = None
+        self,
+        steps: Sequence[tuple[Block, tuple[mx.array, ...]]],
+        x: mx.array,
+        span: Span,
+        narrow: LastTokenSpan | None = None,
     ) -> mx.array:
         """x: [N, hidden] through layers, each with its per-layer inputs."""
         turns = self.ropes.at(span.positions)
@@ -188,7 +200,7 @@ class Gemma4(nn.Module):
         return self.embed_tokens.as_linear(hidden).astype(mx.float32)
 
     def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[tuple[mx.array, ...]]:
-        """For each layer what its `leave` needs besides: here nothing. tokens: [N]; embedded: [N, hidden]."""
+        """For each layer what its `post_attention` needs besides: here nothing. tokens: [N]; embedded: [N, hidden]."""
         return [()] * len(self.layers)
 
     def step_shares(self) -> dict[str, float]:

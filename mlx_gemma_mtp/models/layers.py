@@ -12,7 +12,7 @@ from ..machine.device import metal_available
 from ..ops import fused
 from ..ops.fused import number
 from .config import LayerSpec, RopeSpec
-from .linear import Linear, Settled, Stack
+from .linear import DerivedWeights, Linear, Stack
 
 
 def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | None = None) -> mx.array:
@@ -40,7 +40,7 @@ def _square_sum(x: mx.array) -> mx.array:
     return mx.square(x.astype(mx.float32)).sum(axis=-1, keepdims=True)
 
 
-class RMSNorm(Settled):
+class RMSNorm(DerivedWeights):
     """RMS norm over the last axis; Gemma 4 multiplies by `weight` itself, not by 1 + weight.
 
     On a CPU mx.fast has no kernels but chains of primitives. So there the elementwise work after the sum is one island:
@@ -82,10 +82,10 @@ class FastRotation:
         mx.eval(self.periods)
 
     def at(self, positions: mx.array) -> tuple[mx.array, ...]:
-        """What `turn` needs of positions [B, T], consecutive along T. Made once a forward, for all of the kind."""
+        """What `rotate` needs of positions [B, T], consecutive along T. Made once a forward, for all of the kind."""
         return (positions[:, 0],)
 
-    def turn(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, offset: mx.array) -> mx.array:
+    def rotate(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, offset: mx.array) -> mx.array:
         """Turns x * weight. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim], and with its halves swapped."""
         x = (x * weight).astype(x.dtype)
         return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
@@ -106,7 +106,7 @@ class Rotation:
         """As FastRotation: cosines and signed sines, [B, 1, T, head_dim]."""
         return fused.angles(positions[:, None, :, None], self.frequencies, self.signs)
 
-    def turn(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    def rotate(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         """As FastRotation."""
         return fused.turned(x, swap_halves(x), weight, swapped_weight, cos, sin)
 
@@ -122,7 +122,7 @@ def swap_halves(x: mx.array) -> mx.array:
     return mx.roll(x, x.shape[-1] // 2, axis=-1)
 
 
-class Attention(Settled):
+class Attention(DerivedWeights):
     """Attention that owns K/V, or only queries and reads another layer's (KV sharing in E2B/E4B, every drafter layer).
 
     Attention scale is 1; Q and K are normed, then rotated; V is normed without a weight. With `v_is_k` V is the raw K
@@ -153,29 +153,31 @@ class Attention(Settled):
         self._norms, self._swapped_norms = norms, swap_halves(norms)
         self._size_eps = number(self.spec.kv.head_dim * self.eps)
 
-    def project(self, x: mx.array, turn: Sequence[mx.array], places: mx.array | None = None) -> tuple[mx.array, ...]:
+    def project(
+        self, x: mx.array, turn: Sequence[mx.array], unpack_index: mx.array | None = None
+    ) -> tuple[mx.array, ...]:
         """x: [N, hidden] -> queries, and where the layer owns them keys and values, each [B, heads, T, head_dim].
 
-        turn: the rotation at the tokens' positions, of B rows; places: see Span, where x is packed.
+        turn: the rotation at the tokens' positions, of B rows; unpack_index: see Span, where x is packed.
         """
         spec, projected = self.spec, self.qkv(x)
-        if places is not None:
-            projected = projected[places]
+        if unpack_index is not None:
+            projected = projected[unpack_index]
         heads = _split_heads(projected, turn[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
         heads = rms_norm(heads, self.eps, self._size_eps)  # one norm and one rotation for all heads
         if not spec.owns_kv:
-            return (self.rotation.turn(heads, self._norms, self._swapped_norms, *turn),)
+            return (self.rotation.rotate(heads, self._norms, self._swapped_norms, *turn),)
         if spec.v_is_k:
             values = heads[:, spec.heads :]  # the raw keys, normed without a weight
         else:
             heads, values = mx.split(heads, [self._norms.shape[0]], axis=1)
-        turned = self.rotation.turn(heads, self._norms, self._swapped_norms, *turn)
+        turned = self.rotation.rotate(heads, self._norms, self._swapped_norms, *turn)
         return *mx.split(turned, [spec.heads], axis=1), values
 
-    def join(self, attended: mx.array, own: mx.array | None = None) -> mx.array:
-        """[B, heads, T, head_dim] -> [N, hidden]. own: see Span, where that is to be packed."""
+    def join(self, attended: mx.array, packed_index: mx.array | None = None) -> mx.array:
+        """[B, heads, T, head_dim] -> [N, hidden]. packed_index: see Span, where that is to be packed."""
         joined = _join_heads(attended)
-        return self.o_proj(joined if own is None else joined[own])
+        return self.o_proj(joined if packed_index is None else joined[packed_index])
 
 
 def _split_heads(x: mx.array, rows: int, head_dim: int) -> mx.array:

@@ -1,6 +1,6 @@
 """Products with weights: linears, the embedding that is also the head, and stacks of linears that are one product.
 
-`settle` is called once weights are loaded: it merges, derives and evaluates.
+`finish_loading` is called once weights are loaded: it merges, derives and evaluates.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import mlx.nn as nn
 from ..machine.device import metal_available
 
 
-class Settled(nn.Module):
-    """A module that computes with something derived from its weights; `settle(model)` has it derived after loading."""
+class DerivedWeights(nn.Module):
+    """A module that computes with something derived from its weights; `finish_loading` has it derived after a load."""
 
     def derive(self) -> None:
         raise NotImplementedError
 
 
-class Linear(nn.Linear, Settled):
+class Linear(nn.Linear, DerivedWeights):
     """x @ weight.T for x [N, in], without a transposition at every call."""
 
     def __init__(self, inputs: int, outputs: int):
@@ -32,7 +32,7 @@ class Linear(nn.Linear, Settled):
         return x @ self._transposed
 
 
-class Embedding(nn.Embedding, Settled):
+class Embedding(nn.Embedding, DerivedWeights):
     """Rows of a table; `as_linear` multiplies with the table, as the tied head does."""
 
     def __init__(self, count: int, size: int):
@@ -96,12 +96,12 @@ def _format(linear: nn.Module) -> tuple:
     return (type(linear), *numbers, *(value.dtype for value in linear.parameters().values()))
 
 
-def settle(part: nn.Module) -> None:
+def finish_loading(part: nn.Module) -> None:
     """After weights were loaded: merges what can be one product, derives what follows from weights, evaluates."""
     for module in part.modules():
         if isinstance(module, Stack):
             module.merge()
     for module in part.modules():
-        if isinstance(module, Settled):
+        if isinstance(module, DerivedWeights):
             module.derive()
     mx.eval([[value for value in module.values() if isinstance(value, mx.array)] for module in part.modules()])

@@ -24,7 +24,7 @@ from . import gemma4
 from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetConfig
 from .drafter import Drafter
 from .gemma4 import Gemma4
-from .linear import Embedding, Linear, settle
+from .linear import Embedding, Linear, finish_loading
 from .moe import ExpertLinear
 
 MEDIA_PREFIXES = (
@@ -275,7 +275,7 @@ def prepare(model: nn.Module, progress: Progress) -> None:
     """Reads, merges and lays out part by part, so that the peak stays one part above the whole."""
     parts = [*model.layers, *(child for name, child in model.children().items() if name != "layers")]
     for done, part in enumerate(parts, 1):
-        settle(part)
+        finish_loading(part)
         progress(done, len(parts))
 
 

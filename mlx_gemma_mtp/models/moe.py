@@ -21,7 +21,7 @@ from ..ops.kernels import down, gate_up, why_off
 from ..ops.kernels.grouping import Tiles, group, tiles
 from ..ops.kernels.products import Weights
 from .config import MoESpec
-from .linear import Linear, Settled, Stack, input_major
+from .linear import DerivedWeights, Linear, Stack, input_major
 
 
 def route(logits: mx.array, top_k: int, expert_scale: mx.array) -> tuple[mx.array, mx.array]:
@@ -56,7 +56,7 @@ class Router(nn.Module):
         return route(self.proj(normed), self.top_k, self.per_expert_scale)
 
 
-class ExpertLinear(Settled):
+class ExpertLinear(DerivedWeights):
     """One linear for each expert. weight: [experts, out, in]. form: its name in the table of expert_paths."""
 
     form = "float"
@@ -190,28 +190,28 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """x: [N, hidden]; experts, weights: [N, k] -> [N, hidden]."""
-        return self.along(self.path(x.dtype, experts.size), x, experts, weights)
+        return self.run(self.path(x.dtype, experts.size), x, experts, weights)
 
-    def along(self, path: expert_paths.Path, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+    def run(self, path: expert_paths.ExpertPath, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """The same by a way of the caller's choice."""
         (tokens, top_k), pairs = experts.shape, experts.reshape(-1)
-        if path == expert_paths.Path.GROUPED:
+        if path == expert_paths.ExpertPath.GROUPED:
             return self.switch_glu.grouped(x, experts, weights)
-        if path == expert_paths.Path.TILED:
+        if path == expert_paths.ExpertPath.TILED:
             y = self.switch_glu.tiled(x, experts)
-        elif path == expert_paths.Path.SORTED:
+        elif path == expert_paths.ExpertPath.SORTED:
             order = mx.argsort(pairs)
             y = self.switch_glu(x, order // top_k, pairs[order], True)[mx.argsort(order)]
         else:
             y = self.switch_glu(x, _rows(tokens, top_k), pairs, False)
         return down.combine(y.reshape(tokens, top_k, -1), weights)
 
-    def path(self, dtype: mx.Dtype, pairs: int) -> expert_paths.Path:
+    def path(self, dtype: mx.Dtype, pairs: int) -> expert_paths.ExpertPath:
         """The way that so many pairs of inputs of dtype go."""
         glu = self.switch_glu
         return expert_paths.choose(chip(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))
 
-    def ways(self, dtype: mx.Dtype, top_k: int) -> list[str]:
+    def paths(self, dtype: mx.Dtype, top_k: int) -> list[str]:
         """The paths that passes of 1 to expert_paths.VERIFY pairs take, narrow ones first."""
         widths = takewhile(lambda pairs: pairs <= expert_paths.VERIFY, (top_k << i for i in count()))
         return [str(path) for path, _ in groupby(self.path(dtype, pairs) for pairs in widths)]

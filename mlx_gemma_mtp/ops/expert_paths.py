@@ -21,7 +21,7 @@ import mlx.core as mx
 VERIFY = 1024  # pairs: 128 tokens of 8 experts
 
 
-class Path(StrEnum):
+class ExpertPath(StrEnum):
     PAIRS = "pairs"
     SORTED = "sorted"
     GROUPED = "grouped"
@@ -40,8 +40,8 @@ class Rule:
     chip: str
     dtype: str
     weights: str
-    steps: tuple[tuple[int, Path], ...]
-    equal: frozenset[Path] = frozenset()
+    steps: tuple[tuple[int, ExpertPath], ...]
+    equal: frozenset[ExpertPath] = frozenset()
 
     def __post_init__(self):
         starts = [start for start, _ in self.steps]
@@ -56,24 +56,24 @@ class Rule:
 
     @property
     def needs_kernels(self) -> bool:
-        return any(path == Path.GROUPED for _, path in self.steps)
+        return any(path == ExpertPath.GROUPED for _, path in self.steps)
 
-    def path(self, pairs: int) -> Path:
+    def path(self, pairs: int) -> ExpertPath:
         return next(path for start, path in reversed(self.steps) if start <= pairs)
 
 
-ON_METAL = (Path.PAIRS, Path.SORTED, Path.GROUPED)  # among which the doctor chooses
-STOCK = ((1, Path.PAIRS), (64, Path.SORTED))  # mlx-lm's
-EQUAL = frozenset((Path.PAIRS, Path.SORTED))
+ON_METAL = (ExpertPath.PAIRS, ExpertPath.SORTED, ExpertPath.GROUPED)  # among which the doctor chooses
+STOCK = ((1, ExpertPath.PAIRS), (64, ExpertPath.SORTED))  # mlx-lm's
+EQUAL = frozenset((ExpertPath.PAIRS, ExpertPath.SORTED))
 # With a fast BLAS on a CPU a row has other bits in another width in every product, dense ones first, so that there the
 # law has nothing to keep; with MLX's own BLAS tiles are bit-equal, too, but cost what they have rows.
 # The first rule that covers a case decides; one with GROUPED counts only where the kernels run. The rules for chips
 # other than the CPU are by MLX's source, not measured: pairs of quantised weights go through one kernel, in any order.
 RULES = (
-    Rule("cpu, fast BLAS", "", "float", ((1, Path.PAIRS), (96, Path.TILED)), EQUAL | {Path.TILED}),
+    Rule("cpu, fast BLAS", "", "float", ((1, ExpertPath.PAIRS), (96, ExpertPath.TILED)), EQUAL | {ExpertPath.TILED}),
     Rule("cpu", "", "", STOCK, EQUAL),
-    Rule("", "", "", ((1, Path.GROUPED), (VERIFY + 1, Path.SORTED))),
-    Rule("", "", "float", ((1, Path.SORTED),)),
+    Rule("", "", "", ((1, ExpertPath.GROUPED), (VERIFY + 1, ExpertPath.SORTED))),
+    Rule("", "", "float", ((1, ExpertPath.SORTED),)),
     Rule("", "", "", STOCK, EQUAL),
 )
 
@@ -89,7 +89,7 @@ def adopt(rules: tuple[Rule, ...]) -> None:
 
 
 @lru_cache(maxsize=4096)
-def choose(chip: str, dtype: mx.Dtype, weights: str, pairs: int, grouped: bool) -> Path:
+def choose(chip: str, dtype: mx.Dtype, weights: str, pairs: int, grouped: bool) -> ExpertPath:
     """The path of `pairs` pairs. grouped: whether the kernels run for this format."""
     name = str(dtype).removeprefix("mlx.core.")
     fit = (rule for rule in (*_measured, *RULES) if rule.covers(chip, name, weights))

@@ -103,6 +103,6 @@ def _plain(rule: expert_paths.Rule) -> dict[str, Any]:
 
 def _rule(data: dict[str, Any]) -> expert_paths.Rule:
     """Raises KeyError, TypeError or ValueError for what is none."""
-    steps = tuple((int(start), expert_paths.Path(path)) for start, path in data["steps"])
-    equal = frozenset(map(expert_paths.Path, data["equal"]))
+    steps = tuple((int(start), expert_paths.ExpertPath(path)) for start, path in data["steps"])
+    equal = frozenset(map(expert_paths.ExpertPath, data["equal"]))
     return expert_paths.Rule(str(data["chip"]), str(data["dtype"]), str(data["weights"]), steps, equal)

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .noise import gumbel
 from .params import SamplingParams
-from .penalties import Penalties, Said
+from .penalties import Penalties, TokenCounts
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Distribution:
         rules: Rules,
         cap: float | None = None,
         ids: mx.array | None = None,
-        said: Said | None = None,
+        token_counts: TokenCounts | None = None,
         mask: mx.array | None = None,
     ) -> Distribution:
         """See `sample`."""
@@ -125,7 +125,7 @@ class Distribution:
             return cls(_named(best, ids), peak=None if mask is None else _at(allowed, best))
         logits = soft_cap(logits, cap)
         if rules.penalties is not None:
-            logits = rules.penalties.apply(logits, said.among(ids))
+            logits = rules.penalties.apply(logits, token_counts.among(ids))
         if rules.bias is not None:
             logits = logits + _columns(rules.bias, ids)
         logits = sum(forbidden, logits)
@@ -180,17 +180,17 @@ def sample(
     positions: mx.array,
     cap: float | None = None,
     ids: mx.array | None = None,
-    said: Said | None = None,
+    token_counts: TokenCounts | None = None,
     mask: mx.array | None = None,
 ) -> mx.array:
     """Greedy or coupled sampling.
 
     logits: float32 [B, T, C], not capped (greedy alone needs no cap: it keeps the order); positions: [B, T], absolute,
-    of the tokens to be drawn; ids: [B, T, C] token ids of the columns, None where column i is token i; said: the tokens
-    before each position, where the rules have penalties; mask: [B, T, V], -inf at tokens that a grammar forbids.
-    Returns int32 [B, T].
+    of the tokens to be drawn; ids: [B, T, C] token ids of the columns, None where column i is token i; token_counts:
+    the tokens before each position, where the rules have penalties; mask: [B, T, V], -inf at tokens that a grammar
+    forbids. Returns int32 [B, T].
     """
-    return Distribution.of(logits, rules, cap, ids, said, mask).drawn(rules, positions)
+    return Distribution.of(logits, rules, cap, ids, token_counts, mask).drawn(rules, positions)
 
 
 def logprobs(logits: mx.array, tokens: mx.array, cap: float | None, top: int) -> tuple[mx.array, mx.array, mx.array]:

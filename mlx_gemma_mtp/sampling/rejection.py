@@ -30,8 +30,8 @@ def accept(
     places = mx.arange(positions.shape[1])
     reach, rest = residuals(drafts, q, p, rules.vocab)
     nobody = NO_TOKEN - positions[:, :1, None].astype(mx.uint32)
-    luck = uniform(rules.keys, positions, nobody)[..., 0]
-    n = mx.where(luck <= chances(reach, rest), places, 0).max(axis=1)
+    draw = uniform(rules.keys, positions, nobody)[..., 0]
+    n = mx.where(draw <= chances(reach, rest), places, 0).max(axis=1)
     n = mx.where(rules.greedy[:, 0], agreeing(drafts, p.best)[0], n)[:, None]
     here = lambda array: mx.take_along_axis(array, n.reshape(-1, *[1] * (array.ndim - 1)), axis=1)  # noqa: E731
     left = here(rest)

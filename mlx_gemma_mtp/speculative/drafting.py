@@ -15,7 +15,7 @@ from ..ops.kernels import head_argmax
 from ..sampling.distribution import Distribution, Rules
 from ..sampling.noise import keys_of_round
 from ..sampling.params import ACCEPT, COUPLED, REJECTION, number, shown, whole
-from ..sampling.penalties import Said
+from ..sampling.penalties import TokenCounts
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ DEFAULT_DRAFTING = Drafting()
 
 
 class Drafts(NamedTuple):
-    """K drafts of each row. tokens: int32 [B, K]; sure: how sure the drafter is at each, the probability of its
+    """K drafts of each row. tokens: int32 [B, K]; confidence: how sure the drafter is at each, the probability of its
     likeliest token, before temperature and filters, float32 [B, K], or [B, 0] where nobody asked; q: what they were
     drawn from, K positions, None where nobody asked or nothing was drawn.
     """
 
     tokens: mx.array
-    sure: mx.array
+    confidence: mx.array
     q: Distribution | None = None
 
     @classmethod
@@ -75,10 +75,10 @@ class Drafts(NamedTuple):
 
     def first(self, count: int) -> Drafts:
         assert self.q is None, "drafts that were drawn are not cut: it would change the distribution of the text"
-        return Drafts(self.tokens[:, :count], self.sure[:, :count])
+        return Drafts(self.tokens[:, :count], self.confidence[:, :count])
 
     def of_rows(self, index: mx.array) -> Drafts:
-        return Drafts(self.tokens[index], self.sure[index], self.q and self.q.of_rows(index))
+        return Drafts(self.tokens[index], self.confidence[index], self.q and self.q.of_rows(index))
 
 
 def draft(
@@ -89,7 +89,7 @@ def draft(
     token: mx.array,
     hidden: mx.array,
     rules: Rules,
-    said: Said | None,
+    token_counts: TokenCounts | None,
     steps: int,
     drafting: Drafting = DEFAULT_DRAFTING,
     confident: bool = False,
@@ -98,8 +98,8 @@ def draft(
 
     embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, backbone]
     the target's hidden state that predicted it; rules: the target's. The query position is the same for all steps.
-    said: the tokens up to the newest, where the rules have penalties. confident: bring `sure`. For acceptance by
-    rejection the drafts bring `q`, and their noise is nobody else's.
+    token_counts: the tokens up to the newest, where the rules have penalties. confident: bring `confidence`. For
+    acceptance by rejection the drafts bring `q`, and their noise is nobody else's.
     """
     span = Span(cache, rows, 0, drafting.position)
     rules = rules.drafting(drafting.temperature)
@@ -109,8 +109,8 @@ def draft(
     newest, drafts, confidences, each = span.lengths[:, None], [], [], []
     for i in range(steps):
         y, hidden = drafter(embed(token), hidden, span, rotations)
-        token, sure, q = pick(drafter, y, rules, newest + (i + 1), said, confident)
-        said = said and said.followed_by(token)
+        token, sure, q = pick(drafter, y, rules, newest + (i + 1), token_counts, confident)
+        token_counts = token_counts and token_counts.followed_by(token)
         confidences += [sure] if confident else []
         each += [q] if drafting.rejection and not rules.all_greedy else []
         mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
@@ -120,7 +120,7 @@ def draft(
 
 
 def pick(
-    drafter: Drafter, y: mx.array, rules: Rules, positions: mx.array, said: Said | None, confident: bool
+    drafter: Drafter, y: mx.array, rules: Rules, positions: mx.array, token_counts: TokenCounts | None, confident: bool
 ) -> tuple[mx.array, mx.array | None, Distribution | None]:
     """Returns the token drafted for each row, int32 [B], if `confident` how sure that is (see Drafts), and what it was
     drawn from. A greedy token comes from a dense head without a row of logits, and so without a distribution.
@@ -133,16 +133,16 @@ def pick(
         if head_argmax.usable(table, y.dtype):
             return *head_argmax.best_token_metal(y, table, rules.suppressed), None
     logits, ids = drafter.scores(y)
-    token, q = drawn(logits, ids, rules, positions, said)
+    token, q = drawn(logits, ids, rules, positions, token_counts)
     return token, head_argmax.certainty(logits) if confident else None, q
 
 
 def drawn(
-    logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, said: Said | None
+    logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, token_counts: TokenCounts | None
 ) -> tuple[mx.array, Distribution]:
     """Returns a token for each row, int32 [B], and the distribution that it was drawn from.
 
     logits: [B, C], a drafter's scores of the tokens ids [B, C] (None: of all, in order); positions: [B, 1].
     """
-    q = Distribution.of(logits[:, None], rules, ids=None if ids is None else ids[:, None], said=said)
+    q = Distribution.of(logits[:, None], rules, ids=None if ids is None else ids[:, None], token_counts=token_counts)
     return q.drawn(rules, positions)[:, 0], q

@@ -20,7 +20,7 @@ from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..sampling import rejection
 from ..sampling.distribution import Distribution, Rules, accept, logprobs
-from ..sampling.penalties import Said
+from ..sampling.penalties import TokenCounts
 from .drafting import DEFAULT_DRAFTING, Drafting, Drafts, draft
 from .guide import Guide
 
@@ -58,7 +58,7 @@ class Inputs:
     round stays.
 
     newest: int32 [B], each row's newest token, which the cache does not hold yet; None after the prefill, where it
-    does. drafts: the K drafts to be verified behind it. said: the tokens up to the newest, where the rules have
+    does. drafts: the K drafts to be verified behind it. token_counts: the tokens up to the newest, where the rules have
     penalties. guide: the rows' constraints, None where every row is free. mask: float32 [B, K + 1, V], -inf at tokens
     that the guide forbids; None without a guide.
     """
@@ -66,7 +66,7 @@ class Inputs:
     newest: mx.array | None
     drafts: Drafts
     rules: Rules
-    said: Said | None
+    token_counts: TokenCounts | None
     guide: Guide | None
     mask: mx.array | None
 
@@ -91,7 +91,7 @@ class Inputs:
             self.newest[index],
             self.drafts.of_rows(index),
             rules,
-            self.said.of_rows(index) if rules.penalties else None,
+            self.token_counts.of_rows(index) if rules.penalties else None,
             guide,
             None if guide is None else self.mask[index],
         )
@@ -161,9 +161,9 @@ def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
     """Which drafts of a verify stay, and the token after them. Pure: reads no cache and waits for nothing."""
     inputs, cap = verify.inputs, target.config.softcap
     drafts, rules = inputs.drafts, inputs.rules
-    said = inputs.said and inputs.said.at_each(drafts.tokens)
+    token_counts = inputs.token_counts and inputs.token_counts.at_each(drafts.tokens)
     logits = target.logits(verify.hidden)
-    p = Distribution.of(logits, rules, cap, said=said, mask=inputs.mask)
+    p = Distribution.of(logits, rules, cap, token_counts=token_counts, mask=inputs.mask)
     if drafts.q is None or rules.all_greedy:
         tokens = p.drawn(rules, verify.positions)
         kept, newest = accept(drafts.tokens, tokens)
@@ -189,10 +189,10 @@ class Speculation:
     """The loop over rows 0 to B - 1 of a cache: `start`, then `step` after `step`. Rows leave in between (`retain`).
 
     hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: how drafts are
-    made and accepted. said: the prompts, where the rules have penalties. guide: the rows' constraints; then the drafts
-    are read before the verify is built, and those that are refused cut (but see rejection.py). confident: read the
-    drafter's confidences with every round, into `confidences`, [B][K] for the drafts that were made last, also those
-    that the guide cut.
+    made and accepted. token_counts: the prompts, where the rules have penalties. guide: the rows' constraints; then the
+    drafts are read before the verify is built, and those that are refused cut (but see rejection.py). confident: read
+    the drafter's confidences with every round, into `confidences`, [B][K] for the drafts that were made last, also for
+    those that the guide cut.
 
     What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
     """
@@ -205,7 +205,7 @@ class Speculation:
         rules: Rules,
         hidden: mx.array,
         drafting: Drafting = DEFAULT_DRAFTING,
-        said: Said | None = None,
+        token_counts: TokenCounts | None = None,
         guide: Guide | None = None,
         confident: bool = False,
     ):
@@ -213,7 +213,7 @@ class Speculation:
         self.drafting, self.confident = drafting, confident
         rows = hidden.shape[0]
         mask = guide and guide.look([[]] * rows).mask  # of the first token
-        self.inputs = Inputs(None, Drafts.none(rows), rules, said, guide, mask)
+        self.inputs = Inputs(None, Drafts.none(rows), rules, token_counts, guide, mask)
         self.confidences: list[list[float]] = [[]] * rows
         self.host_syncs = 0
         self._verify: Verify | Prefilled | None = Prefilled(cache, self.inputs, hidden)
@@ -247,7 +247,7 @@ class Speculation:
         now, rows = verify.inputs, verify.inputs.rows
         # ACCEPT
         out = accepted(self.target, verify)
-        said = now.said and now.said.after(out.tokens, out.kept + 1)
+        token_counts = now.token_counts and now.token_counts.after(out.tokens, out.kept + 1)
         # COMMIT: each row's tokens that stay
         drafted = None if now.newest is None else now.width
         if drafted is not None:
@@ -256,20 +256,20 @@ class Speculation:
         drafts = Drafts.none(rows.stop)
         if self.drafter is not None and num_draft > 0:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
-            state = (self.cache, rows, out.newest, hidden, now.rules, said)
+            state = (self.cache, rows, out.newest, hidden, now.rules, token_counts)
             drafts = draft(self.drafter, self.target.embed, *state, num_draft, self.drafting, self.confident)
         checks = (out.sums,) if out.peaks is None else (out.sums, out.peaks)
-        told = (out.tokens, out.kept, drafts.tokens, drafts.sure, *out.report, *checks)
+        told = (out.tokens, out.kept, drafts.tokens, drafts.confidence, *out.report, *checks)
         mx.async_eval(*told, self.cache.lengths, out.newest)
         # VERIFY of the next round: built while the device works, unless constraints must see the tokens first.
-        self._go_on_with(Inputs(out.newest, drafts, now.rules, said, now.guide, None))
+        self._go_on_with(Inputs(out.newest, drafts, now.rules, token_counts, now.guide, None))
         if now.guide is None:
             self._verify = Verify(self.target, self.cache, self.inputs)
         # One readback
         tokens, kept, drafted_next, sure, *more = self._readback(*told)
         report, (sums, *peaks) = more[: len(out.report)], more[len(out.report) :]
         self.confidences = [[0.0 if math.isnan(each) else each for each in row] for row in sure]
-        self.cache.tighten(rows, [(drafted or 0) - count for count in kept])
+        self.cache.tighten_length_bound(rows, [(drafted or 0) - count for count in kept])
         counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
         emitted, errors = map(list, zip(*map(sound, counted, sums, *(peaks or [[[]] * rows.stop])), strict=True))
         if now.guide is not None:

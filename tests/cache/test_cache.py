@@ -43,9 +43,9 @@ class History:
         for row, n in enumerate(commits):
             self.committed[rows.start + row] += stamps[row, :n].tolist()
         assert cache.lengths.tolist() == [len(c) for c in self.committed]
-        assert all(most >= len(c) for most, c in zip(cache.most, self.committed, strict=True))
+        assert all(most >= len(c) for most, c in zip(cache.length_bound, self.committed, strict=True))
         if self.stamp % 2:  # the host may read what was committed, or not
-            cache.tighten(rows, [tokens - n for n in commits])
+            cache.tighten_length_bound(rows, [tokens - n for n in commits])
         reader = Span(cache, rows, 0)
         self.compare(cache, reader, np.zeros((count, 1), int), reads=True)
 
@@ -179,7 +179,7 @@ def test_a_row_that_moves_copies_no_buffer():
     for layer in cache.layers:
         assert np.array(layer.keys[:, 0, -1, 0]).tolist() == [7, 6, 5, 3, 4, 5, 6, 7]
         assert np.array(layer.values[:, 1, 0, 0]).tolist() == [-7, -6, -5, -3, -4, -5, -6, -7]
-    assert cache.lengths.tolist() == cache.most == [7, 6, 5, 3, 4, 5, 6, 7]
+    assert cache.lengths.tolist() == cache.length_bound == [7, 6, 5, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8])

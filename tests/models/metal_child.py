@@ -94,7 +94,7 @@ def watch_all() -> None:
     watch(Gemma4, "logits", lambda y, self, hidden: note("target's head", hidden))
     watch(Drafter, "__call__", lambda pair, *_: (note("drafted", pair[0]), note("carried", pair[1])))
     watch(drafting, "pick", lambda _, drafter, y, *rest: note("drafter's head", y))
-    watch(Experts, "along", lambda y, self, path, *_: (met["paths"].add(str(path)), note("mixtures", y)))
+    watch(Experts, "run", lambda y, self, path, *_: (met["paths"].add(str(path)), note("mixtures", y)))
     for linear in (Linear, ExpertLinear, QuantizedExpertLinear, nn.QuantizedLinear):
         watch(linear, "__call__", product)
     for table in (Embedding, nn.QuantizedEmbedding):

@@ -8,10 +8,10 @@ import pytest
 from mlx_gemma_mtp.machine.device import metal_available
 from mlx_gemma_mtp.models import layers, moe
 from mlx_gemma_mtp.models.config import MoESpec, RopeSpec
-from mlx_gemma_mtp.models.linear import settle
+from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.ops import fused
 from mlx_gemma_mtp.ops.attention import additive_mask, attention, attention_mask, attention_reference
-from mlx_gemma_mtp.ops.expert_paths import Path
+from mlx_gemma_mtp.ops.expert_paths import ExpertPath
 
 CLOSE = 1e-3 if metal_available() else 2e-6
 
@@ -39,7 +39,7 @@ def rms(x: np.ndarray) -> np.ndarray:
 def test_norms(shape):
     norm = layers.RMSNorm(24, 1e-6)
     norm.weight = normal(24)
-    settle(norm)
+    finish_loading(norm)
     x, residual, scale = normal(*shape), normal(*shape) + 1, mx.array([0.3])
     close(layers.rms_norm(x, 1e-6, fused.number(x.shape[-1] * 1e-6)), rms(np.array(x)))
     close(norm(x), rms(np.array(x)) * np.array(norm.weight))
@@ -107,7 +107,7 @@ def test_experts_are_a_loop_over_pairs(tokens, bits):
     """Also above the 64 pairs from which on they are sorted; float and quantised."""
     experts = moe.Experts(64, MoESpec(8, 3, 32))
     nn.quantize(experts, 32, bits) if bits else None
-    settle(experts)
+    finish_loading(experts)
     glu = experts.switch_glu
 
     def matrices(linear: nn.Module) -> np.ndarray:
@@ -126,4 +126,4 @@ def test_experts_are_a_loop_over_pairs(tokens, bits):
     atol = 1e-3 if metal_available() else 1e-5
     np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=atol)
     if bits is None:
-        np.testing.assert_allclose(np.array(experts.along(Path.TILED, x, chosen, weights)), want, atol=atol)
+        np.testing.assert_allclose(np.array(experts.run(ExpertPath.TILED, x, chosen, weights)), want, atol=atol)

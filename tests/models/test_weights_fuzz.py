@@ -152,7 +152,7 @@ def target_model(made: list = []) -> gemma4.Gemma4:  # noqa: B006
     if not made:
         mx.random.seed(5)
         made.append(gemma4.build(TARGET_CONFIG))
-        tiny.settle(made[0])
+        tiny.finish_loading(made[0])
     return made[0]
 
 

@@ -8,10 +8,10 @@ import pytest
 from mlx_gemma_mtp import doctor
 from mlx_gemma_mtp.models import moe
 from mlx_gemma_mtp.ops import expert_paths, kernel_report, kernels
-from mlx_gemma_mtp.ops.expert_paths import VERIFY, Path
+from mlx_gemma_mtp.ops.expert_paths import VERIFY, ExpertPath
 from mlx_gemma_mtp.ops.kernels import gate_up
 
-P, S, G = Path.PAIRS, Path.SORTED, Path.GROUPED
+P, S, G = ExpertPath.PAIRS, ExpertPath.SORTED, ExpertPath.GROUPED
 EQUAL = frozenset((P, S))
 
 
@@ -40,7 +40,7 @@ def times(pairs, ordered, grouped) -> dict:
             EQUAL,
             ((1, P), (VERIFY + 1, S)),
         ),  # prefill is not plain pairs' ground
-        (times([1, 4, 9], [2, 3, 5], [1.5, 2, 3]), frozenset(Path), ((1, P), (32, G), (VERIFY + 1, S))),
+        (times([1, 4, 9], [2, 3, 5], [1.5, 2, 3]), frozenset(ExpertPath), ((1, P), (32, G), (VERIFY + 1, S))),
     ],
     ids=["two ways", "one way", "grouped", "pairs", "all equal"],
 )
@@ -63,12 +63,12 @@ def test_the_rule_that_follows(seconds, equal, steps):
 )
 def test_which_paths_a_rule_may_take(monkeypatch, rows, off, steady, equal):
     """Where sorted pairs are off for some numbers of pairs."""
-    along = moe.Experts.along
+    along = moe.Experts.run
 
     def changed(self, path, x, experts, weights):
         return along(self, path, x, experts, weights) + (path == S and off(experts.size))
 
-    monkeypatch.setattr(moe.Experts, "along", changed)
+    monkeypatch.setattr(moe.Experts, "run", changed)
     layer = doctor.layer((64, 64, 4, 2), 4)
     times, *found = doctor.measure(layer, (64, 64, 4, 2), rows, 1)
     assert {path: list(each) for path, each in times.items()} == {P: rows, S: rows}

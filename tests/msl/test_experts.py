@@ -9,7 +9,7 @@ from signature import printed_parameters, signature
 
 from mlx_gemma_mtp.models import moe
 from mlx_gemma_mtp.models.config import MoESpec
-from mlx_gemma_mtp.models.linear import settle
+from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.ops import expert_paths, kernels
 from mlx_gemma_mtp.ops.kernels import Kernel, down, gate_up, grouping, head_argmax
 from mlx_gemma_mtp.ops.kernels.products import flat
@@ -159,18 +159,18 @@ def test_experts_are_the_same_by_every_path(monkeypatch, grouped, bits):
     experts = moe.Experts(64, MoESpec(8, 3, 32))
     if bits:
         moe.nn.quantize(experts, 32, bits)
-    settle(experts)
+    finish_loading(experts)
     x = mx.random.normal((9, 64), key=mx.random.key(0))
     routed = moe.route(mx.random.normal((9, 8), key=mx.random.key(1)), 3, mx.ones(8))
     outputs = {experts.path(x.dtype, 27): experts(x, *routed)}
     monkeypatch.setenv(kernels.SWITCH, "0")
-    for path in (expert_paths.Path.PAIRS, expert_paths.Path.SORTED, expert_paths.Path.TILED):
+    for path in (expert_paths.ExpertPath.PAIRS, expert_paths.ExpertPath.SORTED, expert_paths.ExpertPath.TILED):
         monkeypatch.setattr(expert_paths, "choose", lambda *_, path=path: path)
         outputs[path] = experts(x, *routed)
-    assert set(outputs) == set(expert_paths.Path)
-    same((outputs[expert_paths.Path.PAIRS],), (outputs[expert_paths.Path.SORTED],))
-    for path in (expert_paths.Path.GROUPED, expert_paths.Path.TILED):
-        close(outputs[path], outputs[expert_paths.Path.PAIRS], 1e-5)
+    assert set(outputs) == set(expert_paths.ExpertPath)
+    same((outputs[expert_paths.ExpertPath.PAIRS],), (outputs[expert_paths.ExpertPath.SORTED],))
+    for path in (expert_paths.ExpertPath.GROUPED, expert_paths.ExpertPath.TILED):
+        close(outputs[path], outputs[expert_paths.ExpertPath.PAIRS], 1e-5)
 
 
 def test_other_formats_fall_to_the_reference(grouped):

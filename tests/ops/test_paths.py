@@ -9,9 +9,9 @@ from mlx_gemma_mtp.machine import blas
 from mlx_gemma_mtp.machine.device import metal_available
 from mlx_gemma_mtp.models import moe
 from mlx_gemma_mtp.models.config import MoESpec
-from mlx_gemma_mtp.models.linear import settle
+from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.ops import expert_paths
-from mlx_gemma_mtp.ops.expert_paths import EQUAL, Path, Rule, choose
+from mlx_gemma_mtp.ops.expert_paths import EQUAL, ExpertPath, Rule, choose
 from mlx_gemma_mtp.ops.kernels import SWITCH
 from mlx_gemma_mtp.ops.kernels.down import combine
 from mlx_gemma_mtp.ops.kernels.grouping import tiles
@@ -58,10 +58,10 @@ def test_the_ways_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
     """Tiles of floats, too, with MLX's own BLAS: another gives a row other bits in another width, wherever it comes."""
     experts = moe.Experts(64, MoESpec(8, 3, 32))
     nn.quantize(experts, 32, bits) if bits else None
-    settle(experts)
+    finish_loading(experts)
     x, routed = mx.random.normal((tokens, 64)), moe.route(mx.random.normal((tokens, 8)), 3, mx.ones(8))
     outputs = []
-    for path in (*EQUAL, Path.TILED) if bits is None and blas.is_reference() else EQUAL:
+    for path in (*EQUAL, ExpertPath.TILED) if bits is None and blas.is_reference() else EQUAL:
         monkeypatch.setattr(expert_paths, "choose", lambda *_, path=path: path)
         outputs.append(experts(x, *routed))
     assert len(outputs) >= 2 and all(mx.array_equal(outputs[0], other) for other in outputs[1:])
@@ -85,28 +85,28 @@ def test_tiles_of_sorted_pairs_are_for_prefill_alone(monkeypatch, tokens, told):
     """Of quantised weights: on Metal another kernel with other bits, which a verify must not meet at some widths."""
     experts = moe.Experts(64, MoESpec(8, 4, 32))
     nn.quantize(experts, 32, 4)
-    settle(experts)
+    finish_loading(experts)
     product, seen = mx.gather_qmm, []
     spy = lambda *args, **kwargs: seen.append(kwargs["sorted_indices"]) or product(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(mx, "gather_qmm", spy)
-    experts.along(Path.SORTED, mx.zeros((tokens, 64)), *moe.route(mx.zeros((tokens, 8)), 4, mx.ones(8)))
+    experts.run(ExpertPath.SORTED, mx.zeros((tokens, 64)), *moe.route(mx.zeros((tokens, 8)), 4, mx.ones(8)))
     assert seen == [told, told]
 
 
 @pytest.mark.parametrize(
     ("chip", "weights", "grouped", "pairs", "path"),
     [
-        ("cpu", "float", False, 63, Path.PAIRS),
-        ("cpu", "affine4", False, 64, Path.SORTED),
-        ("cpu, fast BLAS", "float", False, 95, Path.PAIRS),
-        ("cpu, fast BLAS", "float", False, 96, Path.TILED),
-        ("cpu, fast BLAS", "affine4", False, 64, Path.SORTED),
-        ("Apple M4 Max", "affine4", True, 8, Path.GROUPED),
-        ("Apple M4 Max", "float", True, 1024, Path.GROUPED),
-        ("Apple M4 Max", "affine4", True, 1025, Path.SORTED),
-        ("Apple M4 Max", "affine4", False, 8, Path.PAIRS),
-        ("Apple M4 Max", "mxfp4", False, 64, Path.SORTED),
-        ("Apple M4 Max", "float", False, 8, Path.SORTED),
+        ("cpu", "float", False, 63, ExpertPath.PAIRS),
+        ("cpu", "affine4", False, 64, ExpertPath.SORTED),
+        ("cpu, fast BLAS", "float", False, 95, ExpertPath.PAIRS),
+        ("cpu, fast BLAS", "float", False, 96, ExpertPath.TILED),
+        ("cpu, fast BLAS", "affine4", False, 64, ExpertPath.SORTED),
+        ("Apple M4 Max", "affine4", True, 8, ExpertPath.GROUPED),
+        ("Apple M4 Max", "float", True, 1024, ExpertPath.GROUPED),
+        ("Apple M4 Max", "affine4", True, 1025, ExpertPath.SORTED),
+        ("Apple M4 Max", "affine4", False, 8, ExpertPath.PAIRS),
+        ("Apple M4 Max", "mxfp4", False, 64, ExpertPath.SORTED),
+        ("Apple M4 Max", "float", False, 8, ExpertPath.SORTED),
     ],
 )
 def test_the_table(chip, weights, grouped, pairs, path):
@@ -114,37 +114,41 @@ def test_the_table(chip, weights, grouped, pairs, path):
 
 
 def test_a_rule_measured_on_a_chip_goes_first():
-    rule = Rule("Apple M4", "bfloat16", "affine4", ((1, Path.PAIRS), (16, Path.GROUPED)), frozenset(Path))
+    rule = Rule(
+        "Apple M4", "bfloat16", "affine4", ((1, ExpertPath.PAIRS), (16, ExpertPath.GROUPED)), frozenset(ExpertPath)
+    )
     case = (mx.bfloat16, "affine4")
-    assert choose("Apple M4 Max", *case, 15, True) == Path.GROUPED
+    assert choose("Apple M4 Max", *case, 15, True) == ExpertPath.GROUPED
     expert_paths.adopt((rule,))
     try:
-        assert choose("Apple M4 Max", *case, 15, True) == Path.PAIRS
-        assert choose("Apple M4 Max", *case, 16, True) == Path.GROUPED
-        assert choose("Apple M4 Max", *case, 64, False) == Path.SORTED  # its kernels do not run
-        assert choose("Apple M1", *case, 15, True) == Path.GROUPED
+        assert choose("Apple M4 Max", *case, 15, True) == ExpertPath.PAIRS
+        assert choose("Apple M4 Max", *case, 16, True) == ExpertPath.GROUPED
+        assert choose("Apple M4 Max", *case, 64, False) == ExpertPath.SORTED  # its kernels do not run
+        assert choose("Apple M1", *case, 15, True) == ExpertPath.GROUPED
     finally:
         expert_paths.adopt(())
-    assert choose("Apple M4 Max", *case, 15, True) == Path.GROUPED
+    assert choose("Apple M4 Max", *case, 15, True) == ExpertPath.GROUPED
 
 
 @pytest.mark.parametrize(
     ("steps", "complaint"),
     [
-        (((1, Path.PAIRS), (64, Path.GROUPED)), "not known to be bit-equal"),
-        (((8, Path.PAIRS),), "ascending"),
-        (((1, Path.PAIRS), (1, Path.SORTED)), "ascending"),
+        (((1, ExpertPath.PAIRS), (64, ExpertPath.GROUPED)), "not known to be bit-equal"),
+        (((8, ExpertPath.PAIRS),), "ascending"),
+        (((1, ExpertPath.PAIRS), (1, ExpertPath.SORTED)), "ascending"),
         ((), "ascending"),
     ],
 )
 def test_a_rule_that_could_change_bits_within_a_verify_is_refused(steps, complaint):
     with pytest.raises(ValueError, match=complaint):
         Rule("", "", "", steps, EQUAL)
-    Rule("", "", "", ((1, Path.GROUPED), (1025, Path.SORTED)))  # prefill chunks are the same whatever is drafted
+    Rule(
+        "", "", "", ((1, ExpertPath.GROUPED), (1025, ExpertPath.SORTED))
+    )  # prefill chunks are the same whatever is drafted
 
 
 def test_without_metal_or_with_the_switch_the_stock_paths_run(monkeypatch):
     monkeypatch.setenv(SWITCH, "0")
     experts = moe.Experts(64, MoESpec(8, 3, 32))
-    settle(experts)
+    finish_loading(experts)
     assert experts.path(mx.float32, 8) in EQUAL and not experts.switch_glu.groupable(mx.float32, 8)

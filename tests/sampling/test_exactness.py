@@ -15,15 +15,15 @@ import pytest
 from test_sampling import distribution
 
 from mlx_gemma_mtp.cache.cache import Cache
-from mlx_gemma_mtp.models import drafter as drafting
+from mlx_gemma_mtp.speculative import drafting
 from mlx_gemma_mtp.sampling import rejection
 from mlx_gemma_mtp.sampling.distribution import Rules, accept
 from mlx_gemma_mtp.sampling.noise import uniform
 from mlx_gemma_mtp.sampling.params import COUPLED, REJECTION, SamplingParams
-from mlx_gemma_mtp.sampling.penalties import Said
+from mlx_gemma_mtp.sampling.penalties import TokenCounts
 from mlx_gemma_mtp.sampling.rejection import residuals
 from mlx_gemma_mtp.speculative import loop
-from mlx_gemma_mtp.speculative.drafting import Drafting, drawn
+from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.guide import guide, only
 from mlx_gemma_mtp.speculative.loop import Speculation
 
@@ -59,7 +59,7 @@ class ToyTarget:
 
 class ToyDrafter:
     def __init__(self, table: np.ndarray):
-        self.table, self.ropes = mx.array(table), self
+        self.table, self.ropes, self.masked_embedding = mx.array(table), self, None
 
     def at(self, positions):
         return {}
@@ -67,9 +67,8 @@ class ToyDrafter:
     def __call__(self, embedded, hidden, span, rotations):
         return embedded, hidden
 
-    def pick(self, tokens, rules, positions, said, confident):
-        token, q = drawn(self.table[tokens], None, rules, positions, said)
-        return token, None, q
+    def scores(self, tokens):
+        return self.table[tokens], None
 
 
 def draw(
@@ -213,8 +212,8 @@ def test_a_broken_rejection_is_rejected(owner, name, broken, monkeypatch):
 def test_penalties_by_rejection():
     """They follow the drafts of each position, and what was emitted."""
     params = replace(SETTINGS[4], frequency_penalty=1.5, presence_penalty=-0.5)
-    said = Said.of([[FIRST]] * SOME, VOCAB)
-    drawn, _ = draw(DRAFTERS["bad"], params, SOME, REJECTION, said=said)
+    token_counts = TokenCounts.of([[FIRST]] * SOME, VOCAB)
+    drawn, _ = draw(DRAFTERS["bad"], params, SOME, REJECTION, token_counts=token_counts)
     chances = []
     for text in itertools.product(range(VOCAB), repeat=3):
         chance, last = 1.0, FIRST

@@ -11,7 +11,7 @@ from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.models.config import GenerationDefaults
 from mlx_gemma_mtp.sampling.distribution import Distribution, Rules, sample
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from mlx_gemma_mtp.sampling.penalties import Said
+from mlx_gemma_mtp.sampling.penalties import TokenCounts
 
 
 def test_settings_come_from_the_folder_where_none_are_given():
@@ -176,12 +176,14 @@ def test_extremes_work_or_are_refused(name, temperature, top_k):
             if name == "temperature" and value < 1e-6:
                 assert params.temperature == 0
             rules = Rules.of([params], 32)
-            said = rules.penalties and Said(mx.zeros((1, 1, 32), mx.bool_), mx.full((1, 1, 32), 100_000, mx.int32))
-            drawn = Distribution.of(logits, rules, 30.0, said=said)
+            token_counts = rules.penalties and TokenCounts(
+                mx.zeros((1, 1, 32), mx.bool_), mx.full((1, 1, 32), 100_000, mx.int32)
+            )
+            drawn = Distribution.of(logits, rules, 30.0, token_counts=token_counts)
             if drawn.scores is not None:
                 scores = np.array(drawn.scores)
                 assert not np.isnan(scores).any() and np.isfinite(scores.max(axis=-1)).all(), (base, value)
-            picked = np.array(sample(logits, rules, mx.arange(64)[None], 30.0, said=said))
+            picked = np.array(sample(logits, rules, mx.arange(64)[None], 30.0, token_counts=token_counts))
             assert ((picked >= 0) & (picked < 32)).all()
             if value == {3: -math.inf}:
                 assert (picked != 3).all()

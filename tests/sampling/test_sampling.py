@@ -7,7 +7,7 @@ import pytest
 from mlx_gemma_mtp.sampling.distribution import Distribution, Rules, accept, logprobs, sample
 from mlx_gemma_mtp.sampling.noise import gumbel
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from mlx_gemma_mtp.sampling.penalties import Said
+from mlx_gemma_mtp.sampling.penalties import TokenCounts
 
 VOCAB = 12
 
@@ -116,11 +116,11 @@ def test_rows_do_not_depend_on_their_batch():
     count = len(every)
     logits = mx.array(rng.normal(size=(count, 3, 200)).astype(np.float32)) * 40  # far into the cap, where it makes ties
     positions = mx.array([[4, 5, 6]] * count)
-    said = Said.of(rng.integers(0, 200, (count, 60)).tolist(), 200)
-    together = sample(logits, Rules.of(every, 200), positions, 30.0, said=said)
+    token_counts = TokenCounts.of(rng.integers(0, 200, (count, 60)).tolist(), 200)
+    together = sample(logits, Rules.of(every, 200), positions, 30.0, token_counts=token_counts)
     for i, p in enumerate(every):
-        of_row = said.of_rows(mx.array([i]))
-        alone = sample(logits[i : i + 1], Rules.of([p], 200), positions[i : i + 1], 30.0, said=of_row)
+        of_row = token_counts.of_rows(mx.array([i]))
+        alone = sample(logits[i : i + 1], Rules.of([p], 200), positions[i : i + 1], 30.0, token_counts=of_row)
         assert mx.array_equal(alone, together[i : i + 1]), i
 
 
@@ -191,9 +191,11 @@ def outcome(names: list[str], logits: mx.array) -> tuple[mx.array, list[dict[int
     """The tokens of rows with these settings, all from the same logits [1, T, V], and what each may say at all."""
     params, vocab = [ROWS[name] for name in names], logits.shape[-1]
     rules = Rules.of(params, vocab)
-    said = Said.of([[1, 2, 3]] * len(names), vocab) if rules.penalties else None
+    token_counts = TokenCounts.of([[1, 2, 3]] * len(names), vocab) if rules.penalties else None
     positions = mx.broadcast_to(mx.arange(logits.shape[1]), (len(names), logits.shape[1]))
-    found = Distribution.of(mx.broadcast_to(logits, (len(names), *logits.shape[1:])), rules, 30.0, said=said)
+    found = Distribution.of(
+        mx.broadcast_to(logits, (len(names), *logits.shape[1:])), rules, 30.0, token_counts=token_counts
+    )
     allowed = []
     for row in range(len(names)):
         if found.scores is None or ROWS[names[row]].temperature == 0:

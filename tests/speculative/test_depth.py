@@ -609,7 +609,7 @@ def test_a_table_is_of_the_kernels_that_run(engine, monkeypatch):
             keys.append(key())
             patch.setenv(kernels.SWITCH, "0")
             keys.append(key())
-        steps = ((1, expert_paths.Path.PAIRS), (48, expert_paths.Path.SORTED))
+        steps = ((1, expert_paths.ExpertPath.PAIRS), (48, expert_paths.ExpertPath.SORTED))
         expert_paths.adopt((expert_paths.Rule("", "", "", steps, expert_paths.EQUAL),))
         keys.append(key())
     finally:

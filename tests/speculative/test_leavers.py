@@ -13,7 +13,7 @@ from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.engine.calibration import Costs
 from mlx_gemma_mtp.sampling.distribution import Rules
-from mlx_gemma_mtp.sampling.penalties import Said
+from mlx_gemma_mtp.sampling.penalties import TokenCounts
 from mlx_gemma_mtp.speculative.costs import UNKNOWN
 from mlx_gemma_mtp.speculative.guide import Constraint, guide
 from mlx_gemma_mtp.speculative.loop import Speculation, compact
@@ -49,10 +49,13 @@ def run(model, drafter, rows: Sequence[Row], rng: np.random.Generator | None) ->
     vocab, everybody = model.config.vocab_size, slice(0, len(rows))
     cache = Cache(model.config.kv, len(rows), 48, 16, mx.float32)
     rules = Rules.of([row.params for row in rows], vocab)
-    said = Said.of([row.prompt for row in rows], vocab) if rules.penalties else None
+    token_counts = TokenCounts.of([row.prompt for row in rows], vocab) if rules.penalties else None
     hidden = prefill(model, cache, everybody, [row.prompt for row in rows])
     constraints = guide([row.constraint for row in rows], vocab)
-    loop, live = Speculation(model, drafter, cache, rules, hidden, said=said, guide=constraints), list(rows)
+    loop, live = (
+        Speculation(model, drafter, cache, rules, hidden, token_counts=token_counts, guide=constraints),
+        list(rows),
+    )
     drafts = lambda: 0 if rng is None else int(rng.integers(0, 6))  # noqa: E731
     take(live, loop.start(drafts()))
     while stay := compact([len(row.text) < row.count for row in live]):

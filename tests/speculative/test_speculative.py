@@ -94,7 +94,7 @@ def test_padding_of_ragged_prompts_goes_through_no_layer(kind, monkeypatch):
     owners = sum(layer.owns_kv for layer in model.config.layers)
     readers = len(model.config.layers) - owners
     assert seen == [count for tokens in (3 + 16 + 16, 0 + 1 + 16, 9) for count in [tokens] * owners + [3] * readers]
-    assert cache.lengths.tolist() == cache.most == [3, 17, 41]
+    assert cache.lengths.tolist() == cache.length_bound == [3, 17, 41]
     for row, prompt in enumerate(batch):
         alone = prefill(model, Cache(model.config.kv, 1, 41, 64, mx.float32), slice(0, 1), [prompt])
         np.testing.assert_allclose(np.array(hidden[row]), np.array(alone[0]), atol=1e-5)
@@ -224,7 +224,7 @@ def test_one_readback_a_round(moe):
     assert waits.pop("speculative/prefill") == {"prefill": ["eval"]}
     assert waits.pop("cache/cache") == {"move": ["eval"]}
     assert waits.pop("models/layers") == {"__init__": ["eval", "eval"]}
-    assert waits.pop("models/linear") == {"settle": ["eval"]}
+    assert waits.pop("models/linear") == {"finish_loading": ["eval"]}
     assert not any(waits.values()), waits
 
 
@@ -294,13 +294,13 @@ def test_the_bound_of_the_lengths_follows_the_tokens(moe):
     )
     loop.start(7)
     for done in range(30):
-        assert cache.most == cache.lengths.tolist() == [len(prompt) + done for prompt in batch]
+        assert cache.length_bound == cache.lengths.tolist() == [len(prompt) + done for prompt in batch]
         loop.step(7)
     slots = [layer.slots for layer in cache.layers if layer.spec.window is None]
     assert slots == [256] * len(slots)  # the longest row has 47 tokens, and would have 257 if every draft counted
     loop.retain([2, 1], Rules.of([tiny.GREEDY] * 2, tiny.VOCAB))
     loop.step(0)  # the oracle knows three rows
-    assert cache.most[:2] == cache.lengths.tolist()[:2] == [len(batch[2]) + 31, len(batch[1]) + 31]
+    assert cache.length_bound[:2] == cache.lengths.tolist()[:2] == [len(batch[2]) + 31, len(batch[1]) + 31]
 
 
 def test_a_verify_that_was_only_built_leaves_no_trace(moe):
