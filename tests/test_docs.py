@@ -69,6 +69,17 @@ def test_files_that_the_pages_name_exist():
             assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
+def test_the_architecture_names_every_module():
+    """Each file of the package stands in the tree of docs/architecture.md, under its folder or as a command."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = page[page.index("    mlx_gemma_mtp/\n") : page.index("    convert/ ")]
+    for path in sorted((ROOT / "mlx_gemma_mtp").rglob("*.py")):
+        folder, name = path.parent.name, path.stem
+        part = tree if folder == "mlx_gemma_mtp" else re.split(r"\n {6}\w", tree.partition(f"      {folder}/ ")[2])[0]
+        if name != "__init__" and folder != "kernels":
+            assert re.search(rf"\b{name}\b", part), f"{folder}/{name}.py"
+
+
 def test_every_page_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     missing = [page.name for page in PAGES[1:] if f"({page.relative_to(ROOT)})" not in readme]
