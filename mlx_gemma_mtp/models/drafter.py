@@ -67,11 +67,11 @@ class Drafter(nn.Module):
         self.masked_embedding = CentroidHead(config) if config.centroids else DenseHead()
         self.ropes = Ropes(config.layers)
 
-    def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, rotations: dict) -> tuple[mx.array, mx.array]:
+    def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, tables: dict) -> tuple[mx.array, mx.array]:
         """One draft step: embedded, hidden [B, backbone] -> (y [B, size], the hidden to carry [B, backbone])."""
         x = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))
         for layer in self.layers:
-            x = layer(x, span, rotations[layer.kind])
+            x = layer(x, span, tables[layer.kind])
         y = self.norm(x)
         return y, self.post_projection(y)
 

@@ -49,18 +49,20 @@ class Block(DerivedWeights):
         self,
         x: mx.array,
         span: Span,
-        turn: tuple[mx.array, ...],
+        tables: tuple[mx.array, ...],
         inputs: tuple[mx.array, ...] = (),
         narrow: LastTokenSpan | None = None,
     ) -> mx.array:
-        """x: [N, hidden], the tokens of the span -> [N, hidden]. turn: the rotation at their positions; inputs: the
-        per-layer input [N, per_layer_size], where the model has one. narrow: a view of single tokens of the span: then
-        all write K/V, and only these go on, [B, hidden].
+        """Returns the residual stream after this layer. x: [N, hidden], the tokens of the span -> [N, hidden].
+
+        tables: from `Ropes.tables`, of the layer's kind. inputs: the per-layer input [N, per_layer_size], where the
+        model has one. narrow: a view of one token of each row of the span; then all tokens write K/V, and only these go
+        on, [B, hidden].
         """
         if span.is_prefill:
-            queries, *new = self.pre_attention(x, turn, span.unpack_index)
+            queries, *new = self.pre_attention(x, tables, span.unpack_index)
         else:
-            queries, *new = self._pre_attention(x, turn)
+            queries, *new = self._pre_attention(x, tables)
         if new:
             span.write(self.kv_layer, *new)
         if narrow is not None:
@@ -74,10 +76,10 @@ class Block(DerivedWeights):
         )
 
     def pre_attention(
-        self, x: mx.array, turn: tuple[mx.array, ...], unpack_index: mx.array | None = None
+        self, x: mx.array, tables: tuple[mx.array, ...], unpack_index: mx.array | None = None
     ) -> tuple[mx.array, ...]:
         """From the residual stream to queries, and keys and values where the layer owns them."""
-        return self.self_attn.project(self.input_layernorm(x), turn, unpack_index)
+        return self.self_attn.project(self.input_layernorm(x), tables, unpack_index)
 
     def post_attention(
         self, x: mx.array, attended: mx.array, *inputs: mx.array, packed_index: mx.array | None = None
@@ -190,9 +192,9 @@ class Gemma4(nn.Module):
         narrow: LastTokenSpan | None = None,
     ) -> mx.array:
         """x: [N, hidden] through layers, each with its per-layer inputs."""
-        turns = self.ropes.at(span.positions)
+        tables = self.ropes.tables(span.positions)
         for layer, inputs in steps:
-            x = layer(x, span, turns[layer.kind], inputs, narrow)
+            x = layer(x, span, tables[layer.kind], inputs, narrow)
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -243,9 +245,9 @@ class Ropes:
     def __init__(self, layers: Sequence[LayerSpec]):
         self.ropes = {layer.kind: rotation(layer.rope) for layer in layers}
 
-    def at(self, positions: mx.array) -> dict[str, tuple[mx.array, ...]]:
-        """What each kind's layers turn by at these positions, [B, T]."""
-        return {kind: rope.at(positions) for kind, rope in self.ropes.items()}
+    def tables(self, positions: mx.array) -> dict[str, tuple[mx.array, ...]]:
+        """Returns for each kind of layer what its rotation needs of the positions, [B, T]."""
+        return {kind: rope.tables(positions) for kind, rope in self.ropes.items()}
 
 
 def build(config: TargetConfig) -> Gemma4:

@@ -81,7 +81,7 @@ class FastRotation:
         self.periods = mx.concatenate([mx.power(spec.theta, exponents), still])
         mx.eval(self.periods)
 
-    def at(self, positions: mx.array) -> tuple[mx.array, ...]:
+    def tables(self, positions: mx.array) -> tuple[mx.array, ...]:
         """What `rotate` needs of positions [B, T], consecutive along T. Made once a forward, for all of the kind."""
         return (positions[:, 0],)
 
@@ -102,7 +102,7 @@ class Rotation:
         self.signs = mx.repeat(mx.array([-1.0, 1.0]), half)
         mx.eval(self.frequencies, self.signs)
 
-    def at(self, positions: mx.array) -> tuple[mx.array, ...]:
+    def tables(self, positions: mx.array) -> tuple[mx.array, ...]:
         """As FastRotation: cosines and signed sines, [B, 1, T, head_dim]."""
         return fused.angles(positions[:, None, :, None], self.frequencies, self.signs)
 
@@ -154,24 +154,24 @@ class Attention(DerivedWeights):
         self._size_eps = number(self.spec.kv.head_dim * self.eps)
 
     def project(
-        self, x: mx.array, turn: Sequence[mx.array], unpack_index: mx.array | None = None
+        self, x: mx.array, tables: Sequence[mx.array], unpack_index: mx.array | None = None
     ) -> tuple[mx.array, ...]:
         """x: [N, hidden] -> queries, and where the layer owns them keys and values, each [B, heads, T, head_dim].
 
-        turn: the rotation at the tokens' positions, of B rows; unpack_index: see Span, where x is packed.
+        tables: what the rotation needs of the tokens' positions, of B rows; unpack_index: see Span, where x is packed.
         """
         spec, projected = self.spec, self.qkv(x)
         if unpack_index is not None:
             projected = projected[unpack_index]
-        heads = _split_heads(projected, turn[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
+        heads = _split_heads(projected, tables[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
         heads = rms_norm(heads, self.eps, self._size_eps)  # one norm and one rotation for all heads
         if not spec.owns_kv:
-            return (self.rotation.rotate(heads, self._norms, self._swapped_norms, *turn),)
+            return (self.rotation.rotate(heads, self._norms, self._swapped_norms, *tables),)
         if spec.v_is_k:
             values = heads[:, spec.heads :]  # the raw keys, normed without a weight
         else:
             heads, values = mx.split(heads, [self._norms.shape[0]], axis=1)
-        turned = self.rotation.rotate(heads, self._norms, self._swapped_norms, *turn)
+        turned = self.rotation.rotate(heads, self._norms, self._swapped_norms, *tables)
         return *mx.split(turned, [spec.heads], axis=1), values
 
     def join(self, attended: mx.array, packed_index: mx.array | None = None) -> mx.array:

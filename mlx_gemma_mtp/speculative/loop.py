@@ -21,7 +21,7 @@ from ..models.gemma4 import Gemma4
 from ..sampling import rejection
 from ..sampling.distribution import Distribution, Rules, accept, logprobs
 from ..sampling.penalties import TokenCounts
-from .drafting import DEFAULT_DRAFTING, Drafting, Drafts, draft
+from .drafting import DEFAULT_DRAFTING, SOURCES, Drafting, Drafts, DraftState
 from .guide import Guide
 
 NOT_FINITE = "the model's scores are not finite (NaN or infinity): its weights are damaged, or the dtype is too narrow"
@@ -188,11 +188,11 @@ def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) 
 class Speculation:
     """The loop over rows 0 to B - 1 of a cache: `start`, then `step` after `step`. Rows leave in between (`retain`).
 
-    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: how drafts are
-    made and accepted. token_counts: the prompts, where the rules have penalties. guide: the rows' constraints; then the
-    drafts are read before the verify is built, and those that are refused cut (but see rejection.py). confident: read
-    the drafter's confidences with every round, into `confidences`, [B][K] for the drafts that were made last, also for
-    those that the guide cut.
+    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: where drafts come
+    from, and how they are accepted. token_counts: the prompts, where the rules have penalties. guide: the rows'
+    constraints; then the drafts are read before the verify is built, and those that are refused cut (but see
+    rejection.py). confident: read the drafts' confidences with every round, into `confidences`, [B][K] for the drafts
+    that were made last, also for those that the guide cut.
 
     What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
     """
@@ -209,8 +209,8 @@ class Speculation:
         guide: Guide | None = None,
         confident: bool = False,
     ):
-        self.target, self.drafter, self.cache = target, drafter, cache
-        self.drafting, self.confident = drafting, confident
+        self.target, self.cache, self.confident = target, cache, confident
+        self.proposer = drafter and SOURCES[drafting.source](drafter, target.embed, drafting, confident)
         rows = hidden.shape[0]
         mask = guide and guide.look([[]] * rows).mask  # of the first token
         self.inputs = Inputs(None, Drafts.none(rows), rules, token_counts, guide, mask)
@@ -254,10 +254,10 @@ class Speculation:
             self.cache.commit(rows, out.kept + 1, [drafted + 1] * rows.stop)
         # DRAFT
         drafts = Drafts.none(rows.stop)
-        if self.drafter is not None and num_draft > 0:
+        if self.proposer is not None and num_draft > 0:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
-            state = (self.cache, rows, out.newest, hidden, now.rules, token_counts)
-            drafts = draft(self.drafter, self.target.embed, *state, num_draft, self.drafting, self.confident)
+            state = DraftState(self.cache, rows, out.newest, hidden, now.rules, token_counts)
+            drafts = self.proposer.propose(state, num_draft)
         checks = (out.sums,) if out.peaks is None else (out.sums, out.peaks)
         told = (out.tokens, out.kept, drafts.tokens, drafts.confidence, *out.report, *checks)
         mx.async_eval(*told, self.cache.lengths, out.newest)
@@ -268,7 +268,7 @@ class Speculation:
         # One readback
         tokens, kept, drafted_next, sure, *more = self._readback(*told)
         report, (sums, *peaks) = more[: len(out.report)], more[len(out.report) :]
-        self.confidences = [[0.0 if math.isnan(each) else each for each in row] for row in sure]
+        self.confidences = _certain(sure, len(drafted_next[0])) if self.confident else sure
         self.cache.tighten_length_bound(rows, [(drafted or 0) - count for count in kept])
         counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
         emitted, errors = map(list, zip(*map(sound, counted, sums, *(peaks or [[[]] * rows.stop])), strict=True))
@@ -306,6 +306,13 @@ class Speculation:
         self.host_syncs += 1
         mx.eval(*arrays)
         return [array.tolist() for array in arrays]
+
+
+def _certain(confidences: list[list[float]], made: int) -> list[list[float]]:
+    """Returns a number from 0 to 1 for each of the drafts that were made: 0 for NaN, and 1 from a source that gives
+    none, which is then judged by the drafts that were kept.
+    """
+    return [[0.0 if math.isnan(each) else each for each in row] or [1.0] * made for row in confidences]
 
 
 def _named(emitted: list[list[int]], own: list, best: list, values: list) -> list[list[TokenLogprob]]:
