@@ -13,8 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..machine import blas
-from ..machine.device import metal_available
+from ..machine import device
 from ..ops import expert_paths
 from ..ops.fused import geglu, numbers
 from ..ops.kernels import down, gate_up, why_off
@@ -173,14 +172,6 @@ class SwitchGLU(nn.Module):
         return down.down(inner, self.down_proj.weights, experts, weights, groups)
 
 
-@lru_cache(maxsize=1)
-def chip() -> str:
-    """The device's name in the table of expert_paths."""
-    if metal_available():
-        return mx.device_info()["device_name"]
-    return "cpu" if blas.is_reference() else "cpu, fast BLAS"
-
-
 class Experts(nn.Module):
     """Applies each token's chosen experts: all (token, expert) pairs of all rows of the batch in one product."""
 
@@ -209,7 +200,7 @@ class Experts(nn.Module):
     def path(self, dtype: mx.Dtype, pairs: int) -> expert_paths.ExpertPath:
         """The way that so many pairs of inputs of dtype go."""
         glu = self.switch_glu
-        return expert_paths.choose(chip(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))
+        return expert_paths.choose(device.name(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))
 
     def paths(self, dtype: mx.Dtype, top_k: int) -> list[str]:
         """The paths that passes of 1 to expert_paths.VERIFY pairs take, narrow ones first."""

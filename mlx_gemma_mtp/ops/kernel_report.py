@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from .._version import __version__
 from ..files.files import cache_folder, whole
+from ..machine import device
 from . import expert_paths, kernels
 
 FORMAT = 1
@@ -24,9 +25,8 @@ FORMAT = 1
 
 def machine() -> dict[str, Any]:
     """What the kernels' fate depends on."""
-    info = mx.device_info() if kernels.metal_available() else {}
     return {
-        "chip": info.get("device_name", "no Metal device"),
+        "chip": device.name() if kernels.metal_available() else "no Metal device",
         "macos": platform.mac_ver()[0] or platform.platform(),
         "mlx": mx.__version__,
         "mlx_gemma_mtp": __version__,
