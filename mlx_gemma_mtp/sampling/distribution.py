@@ -237,11 +237,15 @@ def _filtered(scaled: mx.array, rules: Rules) -> tuple[mx.array, mx.array]:
 
 
 def _best(values: mx.array, count: int) -> mx.array:
-    """The columns of the `count` largest (-1: all), best first, equals by column: [..., count]."""
+    """Returns the columns of the `count` largest (-1: all), best first: [..., count].
+
+    Of equals the lower column comes first, whatever the count is, so that a partner's top-k changes no row's.
+    """
+    negated = -values  # MLX orders equals by column, so that the lower one comes before
     if not 0 < count < values.shape[-1]:
-        return mx.argsort(-values, axis=-1)
-    columns = mx.sort(mx.argpartition(values, kth=-count, axis=-1)[..., -count:], axis=-1)
-    order = mx.argsort(-mx.take_along_axis(values, columns, axis=-1), axis=-1)
+        return mx.argsort(negated, axis=-1)
+    columns = mx.sort(mx.argpartition(negated, kth=count - 1, axis=-1)[..., :count], axis=-1)
+    order = mx.argsort(mx.take_along_axis(negated, columns, axis=-1), axis=-1)
     return mx.take_along_axis(columns, order, axis=-1)
 
 
