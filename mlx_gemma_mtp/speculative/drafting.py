@@ -62,7 +62,7 @@ class Drafting:
 
     @property
     def lookback(self) -> int:
-        """What the cache has to keep for it, see Cache."""
+        """How far before the newest token's index the drafter's query sits, for which the cache keeps more."""
         return -self.position
 
 
@@ -82,13 +82,16 @@ class Drafts(NamedTuple):
 
     @classmethod
     def none(cls, rows: int) -> Drafts:
+        """Returns no drafts, K = 0, of so many rows."""
         return cls(mx.zeros((rows, 0), mx.int32), mx.zeros((rows, 0)))
 
     def first(self, count: int) -> Drafts:
+        """Returns the first `count` drafts of each row."""
         assert self.q is None, "drafts that were drawn are not cut: it would change the distribution of the text"
         return Drafts(self.tokens[:, :count], self.confidence[:, :count])
 
     def of_rows(self, index: mx.array) -> Drafts:
+        """Returns the drafts of the rows index [n]."""
         return Drafts(self.tokens[index], self.confidence[index], self.q and self.q.of_rows(index))
 
 
@@ -157,10 +160,10 @@ DEFAULT_DRAFTING = Drafting()
 def pick(
     drafter: Drafter, y: mx.array, rules: Rules, positions: mx.array, token_counts: TokenCounts | None, confident: bool
 ) -> tuple[mx.array, mx.array | None, Distribution | None]:
-    """Returns the token drafted for each row, int32 [B], if `confident` how sure that is (see Drafts), and what it was
-    drawn from. A greedy token comes from a dense head without a row of logits, and so without a distribution.
+    """Returns the token drafted for each row, int32 [B], its confidence [B] if `confident`, and what it was drawn from.
+    A greedy token comes from a dense head without a row of logits, and so without a distribution.
 
-    y: [B, size], the drafter's; positions: [B, 1], of the tokens to be drawn.
+    y: [B, size], from the drafter's step; positions: [B, 1], of the tokens to be drawn.
     """
     head = drafter.masked_embedding
     if rules.all_greedy and rules.reordered is None and isinstance(head, DenseHead):
