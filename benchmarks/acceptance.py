@@ -97,7 +97,7 @@ class Walk:
     def drafts(self, factor: float, greedy: bool) -> tuple[list[int], list[np.ndarray]]:
         """The drafts after the newest token, and q at each: sampled with the text's noise, or the likeliest."""
         span = self.cache.span(ROWS, 0)
-        rotations = self.drafter.ropes.at(span.positions)
+        rotations = self.drafter.ropes.tables(span.positions)
         token, hidden, tokens, qs = self.token, self.hidden, [], []
         for i in range(self.steps):
             y, hidden = self.drafter(self.target.embed(mx.array([token])), hidden, span, rotations)

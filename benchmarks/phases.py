@@ -1,6 +1,6 @@
 """Where a round's time goes: clocks and counters around the functions that a round is made of.
 
-A round: DRAFT (loop.draft), VERIFY (Gemma4.__call__ and its logits), ACCEPT (loop.accepted),
+A round: DRAFT (`propose` of the source of drafts), VERIFY (Gemma4.__call__ and its logits), ACCEPT (loop.accepted),
 then dispatches and one readback. A clock stops while another runs inside it, so the parts add up.
 """
 
@@ -25,9 +25,10 @@ from mlx_gemma_mtp import SamplingParams
 from mlx_gemma_mtp.engine.engine import Engine, Result
 from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.speculative import loop
+from mlx_gemma_mtp.speculative.drafting import SOURCES
 
 STAGES = (
-    ("draft", loop, "draft"),
+    *(("draft", source, "propose") for source in SOURCES.values()),
     ("verify", Gemma4, "__call__"),
     ("logits", Gemma4, "logits"),
     ("accept", loop, "accepted"),

@@ -22,7 +22,7 @@ from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.sampling.distribution import Rules
 from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS
-from mlx_gemma_mtp.speculative.drafting import draft
+from mlx_gemma_mtp.speculative.drafting import DraftState, Mtp
 
 ROW = slice(0, 1)
 
@@ -38,13 +38,12 @@ def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tu
     )
     hidden = target(mx.array([text]), cache.span(ROW, len(text)))
     rules = Rules.of([params.resolved(engine.defaults)], target.config.vocab_size, engine.defaults.suppress_token_ids)
+    source = Mtp(drafter, target.embed, engine.drafting, confident=True)
     accepted, confidences = [], []
     for at in range(len(head), len(text) - MAX_DRAFTS):
         cache.lengths = mx.array([at], mx.int32)
         token, state = mx.array([text[at]]), hidden[:, at - 1]
-        drafts, sure, _ = draft(
-            drafter, target.embed, cache, ROW, token, state, rules, None, MAX_DRAFTS, engine.drafting, confident=True
-        )
+        drafts, sure, _ = source.propose(DraftState(cache, ROW, token, state, rules, None), MAX_DRAFTS)
         agree = np.array(drafts)[0] == np.array(text[at + 1 : at + 1 + MAX_DRAFTS])
         accepted.append(int(np.cumprod(agree).sum()))
         confidences.append(np.array(sure)[0])

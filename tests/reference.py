@@ -32,7 +32,7 @@ def draft_steps(target: Gemma4, drafter: Drafter, tokens: Sequence[int], steps: 
     """Greedy draft steps after `tokens`, whose last one has no K/V yet: tokens, (logits, ids), carried hidden."""
     _, cache, hidden = forward(target, tokens[:-1])
     span = Span(cache, ROW, 0)
-    rotations = drafter.ropes.at(span.positions)
+    rotations = drafter.ropes.tables(span.positions)
     newest, drafted, scores, carried = mx.array([tokens[-1]]), [], [], []
     for _ in range(steps):
         y, hidden = drafter(target.embed(newest), hidden, span, rotations)

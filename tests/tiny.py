@@ -138,7 +138,7 @@ class OracleDrafter:
         self.ropes, self.masked_embedding = self, None
         self._span: Span | None = None
 
-    def at(self, positions: mx.array) -> dict:
+    def tables(self, positions: mx.array) -> dict:
         return {}
 
     def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, rotations: dict) -> tuple[mx.array, mx.array]:
@@ -162,8 +162,9 @@ def decode(
     params: SamplingParams = GREEDY,
     block: int = 16,
     constraints: Sequence[Constraint | None] = (),
+    **settings,
 ) -> tuple[list[list[int]], Speculation]:
-    """`count` tokens for every prompt through the bare loop, and the loop."""
+    """`count` tokens for every prompt through the bare loop, and the loop. settings: of Speculation."""
     longest = max(map(len, prompts))
     cache = Cache(model.config.kv, len(prompts), longest, max(block, num_draft + 1), mx.float32)
     rules = Rules.of([params] * len(prompts), model.config.vocab_size)
@@ -171,7 +172,14 @@ def decode(
     token_counts = TokenCounts.of(prompts, model.config.vocab_size) if rules.penalties else None
     guided = guide(constraints, model.config.vocab_size)
     loop = Speculation(
-        model, drafts if num_draft else None, cache, rules, hidden, token_counts=token_counts, guide=guided
+        model,
+        drafts if num_draft else None,
+        cache,
+        rules,
+        hidden,
+        token_counts=token_counts,
+        guide=guided,
+        **settings,
     )
     texts = [list(row) for row in loop.start(num_draft).tokens]
     while min(map(len, texts)) < count:

@@ -1,7 +1,8 @@
-"""The KV cache: rows, rings, and one move of the line.
+"""The KV cache: rows of keys and values, and how many tokens of each row count.
 
-Token j of row b goes to slot (lengths[b] + j) % slots of each layer. Writing does not move `lengths`; `commit` does,
-and nothing else. There is no rollback: a rejected token is a slot that nobody may see and that the next write covers.
+Token j past the committed ones of row b is written to slot (lengths[b] + j) % slots of each layer. Writing does not
+change `lengths`; `commit` does, and nothing else. There is no rollback: a rejected token is a slot that no query may
+see and that the next write covers.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from .spec import CAPACITY_STEP, KVSpec
 def visible(
     lengths: mx.array, written: int, queries: mx.array, slots: int, window: int | None, read: int | None = None
 ) -> mx.array:
-    """Which slots each query may see.
+    """Returns which slots each query may see, bool [B, 1, T, read].
 
-    lengths: [B] tokens committed; written: tokens written past them by this forward (0: none);
-    queries: [B, T] absolute positions; read: of how many of the slots it is asked (None: of all), the first ones.
-    Returns bool [B, 1, T, read].
+    lengths: [B] tokens committed. written: how many tokens this forward writes past them, 0 for none. queries: [B, T]
+    absolute positions. slots: of the layer. window: how many keys a query sees, itself included; None for all. read:
+    how many slots are asked about, from the first on; None for all.
 
     After the write, slot s holds the newest position p <= last with p % slots == s. A stale token in that slot
     (written, never committed) lies exactly `slots` later than p, so the ring law slots >= window + block - 1 puts p
@@ -38,12 +39,13 @@ def visible(
 
 
 class Cache:
-    """K/V of all rows. `specs` has one entry for each KV-owning layer.
+    """Keys and values of all rows.
 
-    rows: how many sequences; capacity: tokens that the full layers hold (rounded up to 256; they grow as `span` needs);
-    block: the longest write, which with the window sets the size of the rings; lookback: how far before the newest
-    token's index a drafter's query may sit, whose window begins so much earlier.
-    lengths: [rows] tokens committed; length_bound: what the host knows of them, a bound for each row.
+    specs: one entry for each layer that owns K/V. rows: how many sequences. capacity: tokens that full layers hold at
+    first, rounded up to 256; they grow as `span` needs. block: the longest write, which with the window sets the size
+    of the rings. lookback: how far before the newest token's index a drafter's query may sit; its window begins so much
+    earlier. lengths: int32 [rows], tokens committed. length_bound: for each row a number that the host knows its length
+    not to exceed.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Cache:
 
     @property
     def buffers(self) -> list[tuple[mx.array, mx.array]]:
-        """Handles of all buffers: while they are kept, a write copies; assign them to drop one that was only built."""
+        """The keys and values of all layers. A write copies a buffer while its handle is kept; assigning the handles
+        that were there before drops a write that was only built.
+        """
         return [(layer.keys, layer.values) for layer in self.layers]
 
     @buffers.setter
@@ -81,9 +85,10 @@ class Cache:
             layer.keys, layer.values = keys, values
 
     def span(self, rows: slice, tokens: int, counts: Sequence[int] | None = None) -> Span:
-        """The view of one forward that writes `tokens` tokens past the committed ones of the rows; makes room for them.
+        """Returns the view of one forward that writes `tokens` tokens past the committed ones of the rows. Full layers
+        grow where they have no room for these.
 
-        counts: how many of them are each row's own, the rest is padding; None: all.
+        counts: how many of the tokens are each row's own, the rest is padding; None for all.
         """
         assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
         needed = self.longest(rows) + tokens
@@ -93,13 +98,13 @@ class Cache:
         return Span(self, rows, tokens, counts=counts)
 
     def longest(self, rows: slice) -> int:
-        """No row of these has more committed tokens, as far as the host knows."""
+        """Returns the length bound of the longest of these rows."""
         return max(self.length_bound[rows])
 
     def commit(self, rows: slice, n: mx.array, bound: Sequence[int]) -> None:
-        """Commits n tokens of each row: lengths[rows] += n. Nothing else moves `lengths`.
+        """Commits n tokens of each row: lengths[rows] += n. Nothing else adds to `lengths`.
 
-        n: int32 [B]; bound: for each row what the host knows that n does not exceed.
+        n: int32 [B]. bound: for each row a number that the host knows n not to exceed.
         """
         if rows == slice(0, self.rows):
             self.lengths = self.lengths + n
@@ -108,14 +113,17 @@ class Cache:
         self.length_bound[rows] = [old + more for old, more in zip(self.length_bound[rows], bound, strict=True)]
 
     def tighten_length_bound(self, rows: slice, fewer: Sequence[int]) -> None:
-        """The host has read that so many fewer tokens were committed than it had to expect."""
+        """Lowers the length bounds: the host has read that so many fewer tokens of each row were committed than the
+        bound given to `commit`.
+        """
         self.length_bound[rows] = [bound - less for bound, less in zip(self.length_bound[rows], fewer, strict=True)]
 
     def move(self, rows: Mapping[int, int]) -> None:
-        """Copies rows over others, source by destination: how the last live rows fill the holes that leavers make.
+        """Copies rows over others; rows: source by destination. So the last live rows fill the holes of those that
+        left.
 
-        They are copied out first and evaluated, since a write to a buffer that is still read is a copy of the buffer;
-        and all of them are written at once, since so is a second write before a host sync.
+        The rows are copied out first and evaluated, since a write to a buffer that is still read copies the buffer. All
+        of them are written at once, since a second write before a host sync copies it, too.
         """
         if not rows:
             return
@@ -130,22 +138,22 @@ class Cache:
             self.length_bound[place] = bound
 
     def clear(self, row: int) -> None:
-        """Empties a row for a new sequence. Its old contents are out of sight."""
+        """Empties a row for a new sequence. No query sees its old contents."""
         self.lengths[row] = self.length_bound[row] = 0
 
 
 class Span:
-    """One forward's view of the cache: `tokens` new positions on a contiguous range of rows.
+    """One forward's view of the cache: `tokens` new positions T of a contiguous range of B rows.
 
     Masks and slot numbers depend on the window and the number of slots alone, so that layers of one kind share them.
-    With tokens == 0 (the drafter) nothing is written, and the one query sits `query_offset` from the newest token's
-    index.
+    With tokens == 0 (a drafter) nothing is written, and the one query sits `query_offset` from the newest token's
+    index. positions: int32 [B, T], absolute.
 
-    With `counts` (see Cache.span) a forward computes what it does token by token for the rows' own tokens alone, packed
-    one behind the other. packed_index: int32 [N], the places from 0 to B * T - 1 of the tokens that are packed;
-    unpack_index: int32 [B * T], where each place's token lies among the packed ones (for padding: anywhere). Both are
-    None where nothing is packed. is_prefill: the span is part of a prompt, whose shape hardly comes again, so that the
-    layers run eagerly instead of compiling for it.
+    With `counts` the forward belongs to a prefill of ragged prompts: whatever it computes token by token, it computes
+    for the N = sum(counts) tokens that are no padding, packed one behind the other. packed_index: int32 [N], the places
+    from 0 to B * T - 1 of the packed tokens. unpack_index: int32 [B * T], where each place's token lies among the
+    packed ones; for padding it is any. Both are None where there is no padding. is_prefill: layers run eagerly, since
+    the shape of a prompt hardly comes again and compiling for it would not pay.
     """
 
     def __init__(
@@ -168,14 +176,18 @@ class Span:
         self._slots: dict[tuple[KVSpec, int], mx.array] = {}
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        """keys, values: [B, kv_heads, T, head_dim] of the new positions."""
+        """Writes a layer's K/V of the new positions. layer: the index among those that own K/V; keys, values: [B,
+        kv_heads, T, head_dim].
+        """
         kv = self.cache.layers[layer]
         if self._real is not None:  # padding repeats another row's token; nobody sees it, but 0 times NaN is NaN
             keys, values = (mx.where(self._real, new, 0) for new in (keys, values))
         kv.write(self.rows, self._slot(kv.spec, kv.slots), keys, values)
 
     def attend(self, layer: int, queries: mx.array) -> mx.array:
-        """queries: [B, heads, T, head_dim] at `positions`. Returns the same shape."""
+        """Returns the attention of queries at `positions` over a layer's K/V: [B, heads, T, head_dim], as `queries`
+        are.
+        """
         kv = self.cache.layers[layer]
         read = slots_read(kv.slots, self.used)
         return kv.attend(self.rows, read, queries, self._mask(kv.spec, kv.slots, read, queries.shape[1]))
@@ -197,9 +209,10 @@ class Span:
 
 
 class LastTokenSpan(Span):
-    """Of a span one token a row, once all are written: a query at this column of the tokens. column: [B].
+    """The view of one token of each row of a span, for the layers that follow once all tokens' K/V are written.
 
-    gather_index: [B], where these tokens are among the packed ones.
+    column: int32 [B], which of the span's T tokens goes on; only its query is asked. gather_index: int32 [B], where
+    that token lies among the span's packed ones.
     """
 
     def __init__(self, span: Span, column: mx.array):
@@ -211,11 +224,11 @@ class LastTokenSpan(Span):
         self._column = column[:, None, None, None]
 
     def of(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-        """[N, ...] each -> these tokens of them, [B, ...]."""
+        """Returns the tokens that go on of arrays of all packed tokens: [N, ...] each -> [B, ...]."""
         return tuple(each[self.gather_index] for each in inputs)
 
     def gather_queries(self, queries: mx.array) -> mx.array:
-        """[B, heads, T, head_dim] of all tokens -> [B, heads, 1, head_dim]."""
+        """Returns the queries of the tokens that go on: [B, heads, T, head_dim] -> [B, heads, 1, head_dim]."""
         return mx.take_along_axis(queries, self._column, axis=2)
 
 

@@ -24,10 +24,11 @@ class LayerKV:
         return self.keys.shape[2]
 
     def write(self, rows: slice, slot: mx.array, keys: mx.array, values: mx.array) -> None:
-        """keys, values: [B, kv_heads, T, head_dim] of the rows; slot: of each, the same shape.
+        """Writes K/V of the rows. keys, values: [B, kv_heads, T, head_dim]; slot: int32, where each value goes, of the
+        same shape.
 
-        In place when no other handle or queued read of the buffers is left. The old handles stay as they are, so that
-        a write that was never dispatched can be dropped.
+        The write is in place where no other handle and no queued read of a buffer is left. Handles that are kept stay
+        as they are, so that a write that was never dispatched can be dropped.
         """
         self.keys = self._written(self.keys, rows, slot, keys)
         self.values = self._written(self.values, rows, slot, values)
@@ -41,8 +42,9 @@ class LayerKV:
         return written
 
     def attend(self, rows: slice, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
-        """queries: [B, heads, T, head_dim] over the first `slots` slots; mask: see kernels.attention. Returns the
-        queries' shape; scale is 1.
+        """Returns the attention of queries over the first `slots` slots, with scale 1: [B, heads, T, head_dim].
+
+        queries: of that shape; mask: from `attention_mask`.
         """
         keys, values = self.keys, self.values
         if rows != slice(0, keys.shape[0]) or slots < self.slots:
@@ -50,7 +52,7 @@ class LayerKV:
         return attention(queries, keys, values, mask)
 
     def grow(self, slots: int) -> None:
-        """Full attention only: more slots at the end, contents kept."""
+        """Adds slots at the end up to `slots` of them, contents kept. Rings have no end: this is for full layers."""
         rows, heads, old, dim = self.keys.shape
         extra = mx.zeros((rows, heads, slots - old, dim), self.keys.dtype)
         self.keys = mx.concatenate([self.keys, extra], axis=2)

@@ -10,7 +10,7 @@ CAPACITY_STEP = 256
 
 @dataclass(frozen=True)
 class KVSpec:
-    """The shape of one layer's K/V. `window` is None for full attention, else how many keys are seen, self included."""
+    """The shape of one layer's K/V. window: how many keys a query sees, itself included; None for full attention."""
 
     kv_heads: int
     head_dim: int
@@ -18,9 +18,10 @@ class KVSpec:
 
 
 def kv_bytes(specs: Sequence[KVSpec], tokens: int, rows: int, block: int, item_size: int) -> int:
-    """Bytes that a cache takes for `tokens` positions of `rows` sequences.
+    """Returns the bytes that a cache takes for `tokens` positions of `rows` sequences.
 
-    Rings have window + block - 1 positions however short the text is, full layers grow in steps of 256.
+    Rings have window + block - 1 positions, however short the text is. Full layers grow in steps of 256. item_size:
+    bytes of a number.
     """
     whole = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
     slots = [spec.window + block - 1 if spec.window else whole for spec in specs]

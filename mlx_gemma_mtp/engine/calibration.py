@@ -20,7 +20,7 @@ from .._version import __version__
 from ..cache.cache import Cache
 from ..files.folder import weight_files
 from ..files.hub import Pair
-from ..machine import blas
+from ..machine import blas, device
 from ..machine.device import metal_available
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
@@ -249,7 +249,7 @@ def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
         "dtype": [str(target.dtype), str(drafter.layers[0].input_layernorm.weight.dtype)],
         "kernels": _kernels(target),
         "backend": "Metal" if metal else f"CPU, {os.cpu_count()} cores, {blas.name()}, {_threads()}",
-        "chip": mx.device_info()["device_name"] if metal else _processor(),
+        "chip": device.name() if metal else _processor(),
         "versions": {"mlx": mx.__version__, "mlx_gemma_mtp": __version__},
     }
 

@@ -25,7 +25,7 @@ from ..models.gemma4 import Gemma4
 from ..ops import kernel_report
 from ..sampling.params import COUPLED, MAX_ROWS, count, shown, whole
 from ..speculative.depth import AUTO
-from ..speculative.drafting import Drafting
+from ..speculative.drafting import MTP, Drafting
 from .calibration import Costs
 from .engine import PREFILL_CHUNK, Engine, check_depth, told
 from .warmup import making_ready, warm_up
@@ -56,6 +56,7 @@ def load(
     draft_position: int = 0,
     draft_temperature: float = 1.0,
     accept: str = COUPLED,
+    draft_source: str = MTP,
     frozen_costs: bool = False,
     notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
@@ -72,7 +73,8 @@ def load(
     draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
     dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. max_rows: prompts in
     one batch, the others wait for the next; each costs the memory of its K/V. draft_position, draft_temperature: see
-    Drafting. accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
+    Drafting. draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter.
+    accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
     (block verification: more stay and the distribution is the same, but the text depends on drafts, and so on draft
     length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and in all,
     of each model; stage: what is being done that may take seconds, '' for nothing. Raises UserError for
@@ -82,7 +84,7 @@ def load(
     notice, progress, stage = told("notice", notice), told("progress", progress), told("stage", stage)
     num_draft_tokens, max_rows = check_depth(num_draft_tokens), count("max_rows", max_rows)
     prefill_chunk = count("prefill_chunk", prefill_chunk)
-    drafting = Drafting(draft_position, draft_temperature, accept)
+    drafting = Drafting(draft_position, draft_temperature, accept, draft_source)
     if revision is not None and not isinstance(revision, str):
         raise UserError(f"revision is {shown(revision)}, expected the name of a revision on the hub")
     draft_model = _location("draft_model", draft_model)

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from ..errors import UserError
+from . import device
 from .device import metal_available
 
 
 def total_bytes() -> int:
     """Memory that a model can use: the recommended working set on a Mac, physical memory elsewhere."""
     if metal_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
+        return int(device.info()["max_recommended_working_set_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -28,7 +28,10 @@ class CentroidHead(nn.Module):
         self.freeze(keys=["token_ordering"])
 
     def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, mx.array]:
-        """y: [B, hidden] -> (float32 logits [B, C], token ids [B, C])."""
+        """Returns the logits of the best centroids' tokens, float32 [B, C], and their ids, int32 [B, C].
+
+        y: [B, hidden]; embedding: the vocabulary's.
+        """
         scores = self.centroids(y)
         best = mx.argpartition(scores, kth=-self.top_k, axis=-1)[:, -self.top_k :]
         tokens = self.token_ordering.reshape(scores.shape[-1], -1)[best]  # [B, top_k, V / centroids]
@@ -41,11 +44,11 @@ class DenseHead(nn.Module):
     """The tied head over the whole vocabulary. Drafters have no soft-cap."""
 
     def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, None]:
-        """y: [B, hidden] -> (float32 logits [B, V], None)."""
+        """Returns the logits of all tokens, float32 [B, V], and None for their ids. y: [B, hidden]."""
         return embedding.as_linear(y).astype(mx.float32), None
 
     def table(self, embedding: nn.Module) -> Weights:
-        """The vocabulary's weights, as kernels take them."""
+        """Returns the vocabulary's weights as kernels take them."""
         if "scales" not in embedding:
             return Weights(embedding.weight)
         form = (embedding.group_size, embedding.bits, embedding.mode)
@@ -53,7 +56,9 @@ class DenseHead(nn.Module):
 
 
 class Drafter(nn.Module):
-    """Parameters carry the checkpoint's names; embed_tokens, layers and norm lie below `model.` there."""
+    """Google's MTP drafter of a target. Parameters carry the checkpoint's names; embed_tokens, layers and norm lie
+    below `model.` there.
+    """
 
     def __init__(self, config: DrafterConfig):
         super().__init__()
@@ -67,20 +72,29 @@ class Drafter(nn.Module):
         self.masked_embedding = CentroidHead(config) if config.centroids else DenseHead()
         self.ropes = Ropes(config.layers)
 
-    def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, rotations: dict) -> tuple[mx.array, mx.array]:
-        """One draft step: embedded, hidden [B, backbone] -> (y [B, size], the hidden to carry [B, backbone])."""
+    def __call__(self, embedded: mx.array, hidden: mx.array, span: Span, tables: dict) -> tuple[mx.array, mx.array]:
+        """Takes one draft step. Returns y, [B, size], of which the head makes scores, and the hidden state to carry to
+        the next step, [B, backbone].
+
+        embedded, hidden: [B, backbone], of the newest token; span: of no tokens; tables: of its positions (`ropes`).
+        """
         x = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))
         for layer in self.layers:
-            x = layer(x, span, rotations[layer.kind])
+            x = layer(x, span, tables[layer.kind])
         y = self.norm(x)
         return y, self.post_projection(y)
 
     def scores(self, y: mx.array) -> tuple[mx.array, mx.array | None]:
-        """y: [B, size] -> (float32 logits [B, C], the token ids [B, C] they stand for; None: all, in order)."""
+        """Returns the logits, float32 [B, C], and the token ids that they stand for, [B, C]; None for all, in order.
+
+        y: [B, size], from a draft step.
+        """
         return self.masked_embedding(y, self.embed_tokens)
 
     def step_shares(self) -> dict[str, float]:
-        """As Gemma4.step_shares: the centroid head reads the tokens of the best centroids alone."""
+        """Returns parts of parameters' paths and the share of these that a step reads; all others are read whole. The
+        centroid head reads the tokens of the best centroids alone.
+        """
         config = self.config
         share = config.centroid_top_k / config.centroids if config.centroids else 1.0
         return {"embed_tokens.": share, "token_ordering": share}

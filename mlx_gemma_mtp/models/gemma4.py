@@ -37,7 +37,7 @@ class Block(DerivedWeights):
         self.layer_scalar = mx.ones((1,))
 
     def derive(self) -> None:
-        """The two functions compiled, with the weights as inputs. They are traced at the first call with a shape.
+        """Compiles the two functions, with the weights as inputs. They are traced at the first call with a shape.
 
         The constant takes the weights' type: a float32 one would make float32 of everything after it.
         """
@@ -49,18 +49,20 @@ class Block(DerivedWeights):
         self,
         x: mx.array,
         span: Span,
-        turn: tuple[mx.array, ...],
+        tables: tuple[mx.array, ...],
         inputs: tuple[mx.array, ...] = (),
         narrow: LastTokenSpan | None = None,
     ) -> mx.array:
-        """x: [N, hidden], the tokens of the span -> [N, hidden]. turn: the rotation at their positions; inputs: the
-        per-layer input [N, per_layer_size], where the model has one. narrow: a view of single tokens of the span: then
-        all write K/V, and only these go on, [B, hidden].
+        """Returns the residual stream after this layer. x: [N, hidden], the tokens of the span -> [N, hidden].
+
+        tables: from `Ropes.tables`, of the layer's kind. inputs: the per-layer input [N, per_layer_size], where the
+        model has one. narrow: a view of one token of each row of the span; then all tokens write K/V, and only these go
+        on, [B, hidden].
         """
         if span.is_prefill:
-            queries, *new = self.pre_attention(x, turn, span.unpack_index)
+            queries, *new = self.pre_attention(x, tables, span.unpack_index)
         else:
-            queries, *new = self._pre_attention(x, turn)
+            queries, *new = self._pre_attention(x, tables)
         if new:
             span.write(self.kv_layer, *new)
         if narrow is not None:
@@ -74,22 +76,30 @@ class Block(DerivedWeights):
         )
 
     def pre_attention(
-        self, x: mx.array, turn: tuple[mx.array, ...], unpack_index: mx.array | None = None
+        self, x: mx.array, tables: tuple[mx.array, ...], unpack_index: mx.array | None = None
     ) -> tuple[mx.array, ...]:
-        """From the residual stream to queries, and keys and values where the layer owns them."""
-        return self.self_attn.project(self.input_layernorm(x), turn, unpack_index)
+        """Returns the queries, and where the layer owns them keys and values, each [B, heads, T, head_dim]. x: [N,
+        hidden].
+        """
+        return self.self_attn.project(self.input_layernorm(x), tables, unpack_index)
 
     def post_attention(
         self, x: mx.array, attended: mx.array, *inputs: mx.array, packed_index: mx.array | None = None
     ) -> mx.array:
-        """From what attention brought to the residual stream of the next layer."""
+        """Returns the residual stream of the next layer, [N, hidden].
+
+        x: [N, hidden]; attended: [B, heads, T, head_dim], what attention brought; inputs: the per-layer input, where
+        the model has one; packed_index: the span's, where x is packed.
+        """
         x = self.post_attention_layernorm.add(x, self.self_attn.join(attended, packed_index), self._one)
         return self.finish(x, self.feedforward(x), *inputs)
 
     def feedforward(self, x: mx.array) -> mx.array:
+        """Returns what the MLP adds to the residual stream, before its norm. x: [N, hidden]."""
         return self.mlp(self.pre_feedforward_layernorm(x))
 
     def finish(self, x: mx.array, fed: mx.array) -> mx.array:
+        """Returns the residual stream with the feed-forward's output, scaled as the layer is. x, fed: [N, hidden]."""
         return self.post_feedforward_layernorm.add(x, fed, self.layer_scalar)
 
 
@@ -106,7 +116,9 @@ class MoEBlock(Block):
         self.post_feedforward_layernorm_2 = RMSNorm(hidden_size, eps)
 
     def derive(self) -> None:
-        """Also the weights of the three norms that read the residual: of the MLP, of the experts, of the router."""
+        """Derives what every layer does, and one array of the weights of the three norms that read the residual stream:
+        of the MLP, of the experts, of the router.
+        """
         super().derive()
         weights = (self.pre_feedforward_layernorm, self.pre_feedforward_layernorm_2)
         stacked = mx.stack([*(norm.weight for norm in weights), self.router.norm_weight])
@@ -150,25 +162,27 @@ class Gemma4(nn.Module):
         self.writers = 1 + max(i for i, layer in enumerate(config.layers) if layer.owns_kv)  # the others only read
 
     def block(self, spec: LayerSpec) -> Block:
+        """Returns a layer of the kind that the config asks for, with random weights."""
         config = self.config
         if config.moe is not None:
             return MoEBlock(spec, config.hidden_size, config.eps, config.moe)
         return Block(spec, config.hidden_size, config.eps)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """tokens: [...] -> [..., hidden], times sqrt(hidden) rounded to the weights' type."""
+        """Returns the tokens' embeddings times sqrt(hidden), rounded to the weights' type: [...] -> [..., hidden]."""
         return self.embed_tokens(tokens).astype(self.dtype) * self.embed_scale
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What is computed in. (A table in MLX's FP4 and FP8 modes looks up bf16 whatever that is.)"""
+        """The type that is computed in. (A table in MLX's FP4 and FP8 modes gives bf16, whatever this is.)"""
         return self.norm.weight.dtype
 
     def __call__(self, tokens: mx.array, span: Span, column: mx.array | None = None) -> mx.array:
-        """tokens: [B, T], T == span.tokens. Writes K/V; returns hidden states after the last norm, [B, T, hidden].
+        """Writes K/V and returns the hidden states after the last norm, [B, T, hidden]. tokens: [B, T], T ==
+        span.tokens.
 
-        column: [B], the one token of each row whose state is wanted, [B, 1, hidden]: then no other goes on once the
-        last layer that writes K/V has written (the last of all; in E2B less than half of the way).
+        column: [B], the one token of each row whose state is wanted, [B, 1, hidden]. Then no other token goes on once
+        the last layer that owns K/V has written them: that is the last layer, but in E2B it comes before the middle.
         """
         flat = tokens.reshape(-1) if span.packed_index is None else tokens.reshape(-1)[span.packed_index]
         x = self.embed(flat)  # [N, hidden]: products of two axes are fewer primitives
@@ -189,24 +203,25 @@ class Gemma4(nn.Module):
         span: Span,
         narrow: LastTokenSpan | None = None,
     ) -> mx.array:
-        """x: [N, hidden] through layers, each with its per-layer inputs."""
-        turns = self.ropes.at(span.positions)
+        """Returns x [N, hidden] after these layers, each with its per-layer inputs."""
+        tables = self.ropes.tables(span.positions)
         for layer, inputs in steps:
-            x = layer(x, span, turns[layer.kind], inputs, narrow)
+            x = layer(x, span, tables[layer.kind], inputs, narrow)
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """hidden: [..., hidden] -> float32 [..., vocabulary], before the soft-cap (see sampling.soft_cap)."""
+        """Returns float32 logits before the soft-cap: [..., hidden] -> [..., vocabulary]."""
         return self.embed_tokens.as_linear(hidden).astype(mx.float32)
 
     def per_layer_inputs(self, tokens: mx.array, embedded: mx.array) -> Sequence[tuple[mx.array, ...]]:
-        """For each layer what its `post_attention` needs besides: here nothing. tokens: [N]; embedded: [N, hidden]."""
+        """Returns for each layer what its `post_attention` takes besides x: here nothing. tokens: [N]; embedded: [N,
+        hidden].
+        """
         return [()] * len(self.layers)
 
     def step_shares(self) -> dict[str, float]:
-        """Parts of parameters' paths, and the share of these that a step of one token reads; all others are read whole.
-
-        (The embedding is the head, too.)
+        """Returns parts of parameters' paths, and the share of these that a step of one token reads; all others are
+        read whole. (The embedding is the head, too.)
         """
         moe = self.config.moe
         return {"switch_glu.": moe.top_k / moe.num_experts} if moe else {}
@@ -238,16 +253,16 @@ class PerLayerGemma4(Gemma4):
 
 
 class Ropes:
-    """The rotary embeddings of a model, one a layer kind."""
+    """The rotary embeddings of a model, one for each kind of layer."""
 
     def __init__(self, layers: Sequence[LayerSpec]):
         self.ropes = {layer.kind: rotation(layer.rope) for layer in layers}
 
-    def at(self, positions: mx.array) -> dict[str, tuple[mx.array, ...]]:
-        """What each kind's layers turn by at these positions, [B, T]."""
-        return {kind: rope.at(positions) for kind, rope in self.ropes.items()}
+    def tables(self, positions: mx.array) -> dict[str, tuple[mx.array, ...]]:
+        """Returns for each kind of layer what its rotation needs of the positions, [B, T]."""
+        return {kind: rope.tables(positions) for kind, rope in self.ropes.items()}
 
 
 def build(config: TargetConfig) -> Gemma4:
-    """The model of a config, with random weights."""
+    """Returns the model of a config, with random weights."""
     return PerLayerGemma4(config) if config.per_layer_size else Gemma4(config)

@@ -16,8 +16,10 @@ from .linear import DerivedWeights, Linear, Stack
 
 
 def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | None = None) -> mx.array:
-    """RMS norm over the last axis. size_eps: number(size * eps), kept in the caller's module, so that a compiled graph
-    gets it as an input; weights: from `rooted`, any shape that x broadcasts to; None: without. Returns x's type.
+    """Returns the RMS norm over the last axis, in x's type.
+
+    size_eps: number(size * eps), kept in the caller's module, so that a compiled graph gets it as an input. weights:
+    from `rooted`, of any shape that x broadcasts to; None for no weight.
     """
     if metal_available():
         y = mx.fast.rms_norm(x, None, eps)
@@ -27,7 +29,7 @@ def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | No
 
 
 def rooted(weights: mx.array) -> mx.array:
-    """Norms' weights as `rms_norm` takes them on this device: on a CPU times sqrt(size), see RMSNorm."""
+    """Returns norms' weights as `rms_norm` takes them on this device: on a CPU they are multiplied by sqrt(size)."""
     return weights if metal_available() else weights * weights.shape[-1] ** 0.5
 
 
@@ -43,8 +45,8 @@ def _square_sum(x: mx.array) -> mx.array:
 class RMSNorm(DerivedWeights):
     """RMS norm over the last axis; Gemma 4 multiplies by `weight` itself, not by 1 + weight.
 
-    On a CPU mx.fast has no kernels but chains of primitives. So there the elementwise work after the sum is one island:
-    x * rsqrt(mean(x^2) + eps) = x * rsqrt(sum(x^2) + n eps) * sqrt(n), with sqrt(n) kept in the weight.
+    On a CPU mx.fast has no kernels but chains of primitives. So there the elementwise work after the sum is one
+    compiled chain: x * rsqrt(mean(x^2) + eps) = x * rsqrt(sum(x^2) + n eps) * sqrt(n), with sqrt(n) kept in the weight.
     """
 
     def __init__(self, size: int, eps: float):
@@ -58,20 +60,20 @@ class RMSNorm(DerivedWeights):
         self._rooted = rooted(self.weight)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Returns x's shape and type, whatever the weight's."""
+        """Returns the norm of x, of its shape and type, whatever type the weight has."""
         if metal_available():
             return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
         return fused.normed(x, _square_sum(x), self._size_eps, self._rooted)
 
     def add(self, residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
-        """(residual + norm(x)) * scale: how a sub-layer's output joins the stream. Returns x's type."""
+        """Returns (residual + norm(x)) * scale in x's type: how a sub-layer's output joins the residual stream."""
         if metal_available():
             return ((residual + mx.fast.rms_norm(x, self.weight, self.eps)) * scale).astype(x.dtype)
         return fused.normed_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
 
 
 class FastRotation:
-    """Rotary embedding of one layer kind, in the half-split layout: one kernel a rotation (Metal)."""
+    """Rotary embedding of one layer kind, in the half-split layout, by MLX's kernel (Metal)."""
 
     def __init__(self, spec: RopeSpec):
         self.dims = spec.head_dim
@@ -81,18 +83,24 @@ class FastRotation:
         self.periods = mx.concatenate([mx.power(spec.theta, exponents), still])
         mx.eval(self.periods)
 
-    def at(self, positions: mx.array) -> tuple[mx.array, ...]:
-        """What `rotate` needs of positions [B, T], consecutive along T. Made once a forward, for all of the kind."""
+    def tables(self, positions: mx.array) -> tuple[mx.array, ...]:
+        """Returns what `rotate` needs of the positions, [B, T], consecutive along T: the first of each row. It is made
+        once a forward, for all layers of the kind.
+        """
         return (positions[:, 0],)
 
     def rotate(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, offset: mx.array) -> mx.array:
-        """Turns x * weight. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim], and with its halves swapped."""
+        """Returns x * weight rotated, of x's shape. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim];
+        swapped_weight: with its halves swapped; offset: from `tables`.
+        """
         x = (x * weight).astype(x.dtype)
         return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
 
 
 class Rotation:
-    """The same from a table (elsewhere, where mx.fast.rope recomputes sines for every call)."""
+    """Rotary embedding of one layer kind, in the half-split layout, from tables of cosines and sines (elsewhere, where
+    mx.fast.rope computes them anew at every call).
+    """
 
     def __init__(self, spec: RopeSpec):
         exponents = mx.arange(0, 2 * spec.pairs, 2, dtype=mx.float32) / spec.head_dim
@@ -102,18 +110,22 @@ class Rotation:
         self.signs = mx.repeat(mx.array([-1.0, 1.0]), half)
         mx.eval(self.frequencies, self.signs)
 
-    def at(self, positions: mx.array) -> tuple[mx.array, ...]:
-        """As FastRotation: cosines and signed sines, [B, 1, T, head_dim]."""
+    def tables(self, positions: mx.array) -> tuple[mx.array, ...]:
+        """Returns what `rotate` needs of the positions, [B, T]: cosines and signed sines, [B, 1, T, head_dim] each. It
+        is made once a forward, for all layers of the kind.
+        """
         return fused.angles(positions[:, None, :, None], self.frequencies, self.signs)
 
     def rotate(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-        """As FastRotation."""
+        """Returns x * weight rotated, of x's shape. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim];
+        swapped_weight: with its halves swapped; cos, sin: from `tables`.
+        """
         return fused.turned(x, swap_halves(x), weight, swapped_weight, cos, sin)
 
 
 @cache
 def rotation(spec: RopeSpec) -> Rotation | FastRotation:
-    """The rotary embedding of one layer kind as this device computes it; one for all layers of the kind."""
+    """Returns the rotary embedding of one layer kind as this device computes it, one for all layers of the kind."""
     return FastRotation(spec) if metal_available() else Rotation(spec)
 
 
@@ -145,7 +157,7 @@ class Attention(DerivedWeights):
         self.derive()
 
     def derive(self) -> None:
-        """One weight for the norms of all query and key heads, [heads, 1, head_dim]."""
+        """Derives one weight for the norms of all query and key heads, [heads, 1, head_dim]."""
         norms = mx.broadcast_to(self.q_norm.weight, (self.spec.heads, 1, self.spec.kv.head_dim))
         if self.spec.owns_kv:
             keys = mx.broadcast_to(self.k_norm.weight, (self.spec.kv.kv_heads, 1, self.spec.kv.head_dim))
@@ -154,28 +166,31 @@ class Attention(DerivedWeights):
         self._size_eps = number(self.spec.kv.head_dim * self.eps)
 
     def project(
-        self, x: mx.array, turn: Sequence[mx.array], unpack_index: mx.array | None = None
+        self, x: mx.array, tables: Sequence[mx.array], unpack_index: mx.array | None = None
     ) -> tuple[mx.array, ...]:
-        """x: [N, hidden] -> queries, and where the layer owns them keys and values, each [B, heads, T, head_dim].
+        """Returns queries, and where the layer owns them keys and values, each [B, heads, T, head_dim].
 
-        turn: the rotation at the tokens' positions, of B rows; unpack_index: see Span, where x is packed.
+        x: [N, hidden]. tables: from the rotation's `tables`, of the tokens' positions in B rows. unpack_index: the
+        span's, where x is packed.
         """
         spec, projected = self.spec, self.qkv(x)
         if unpack_index is not None:
             projected = projected[unpack_index]
-        heads = _split_heads(projected, turn[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
+        heads = _split_heads(projected, tables[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
         heads = rms_norm(heads, self.eps, self._size_eps)  # one norm and one rotation for all heads
         if not spec.owns_kv:
-            return (self.rotation.rotate(heads, self._norms, self._swapped_norms, *turn),)
+            return (self.rotation.rotate(heads, self._norms, self._swapped_norms, *tables),)
         if spec.v_is_k:
             values = heads[:, spec.heads :]  # the raw keys, normed without a weight
         else:
             heads, values = mx.split(heads, [self._norms.shape[0]], axis=1)
-        turned = self.rotation.rotate(heads, self._norms, self._swapped_norms, *turn)
+        turned = self.rotation.rotate(heads, self._norms, self._swapped_norms, *tables)
         return *mx.split(turned, [spec.heads], axis=1), values
 
     def join(self, attended: mx.array, packed_index: mx.array | None = None) -> mx.array:
-        """[B, heads, T, head_dim] -> [N, hidden]. packed_index: see Span, where that is to be packed."""
+        """Returns the output projection of what the heads attended to: [B, heads, T, head_dim] -> [N, hidden].
+        packed_index: the span's, where the result is to be packed.
+        """
         joined = _join_heads(attended)
         return self.o_proj(joined if packed_index is None else joined[packed_index])
 

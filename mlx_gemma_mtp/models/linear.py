@@ -15,6 +15,7 @@ class DerivedWeights(nn.Module):
     """A module that computes with something derived from its weights; `finish_loading` has it derived after a load."""
 
     def derive(self) -> None:
+        """Makes what is derived anew from the weights."""
         raise NotImplementedError
 
 
@@ -47,7 +48,7 @@ class Embedding(nn.Embedding, DerivedWeights):
 
 
 def input_major(weight: mx.array) -> tuple[mx.array, mx.array]:
-    """A weight [..., out, in] in the layout that is fast on this device, and its transposed view; one buffer for both.
+    """Returns a weight [..., out, in] in the layout that is fast on this device, and its transposed view of one buffer.
 
     MLX's CPU products run up to twice as fast when the input axis is the outer one. On Metal the file's layout stays.
     """
@@ -75,6 +76,7 @@ class Stack(nn.Module):
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
 
     def merge(self) -> None:
+        """Makes one linear of neighbours of one format, named after both."""
         groups: list[tuple[str, nn.Module]] = []
         for name, linear in self.items():
             if groups and _format(groups[-1][1]) == _format(linear):
@@ -90,14 +92,16 @@ class Stack(nn.Module):
 
 
 def _format(linear: nn.Module) -> tuple:
-    """Two linears with equal formats can be one: the class, its quantisation, its dtypes."""
+    """Returns the class, its quantisation and its dtypes: two linears that are equal in these can be one."""
     quantised = "scales" in linear
     numbers = (linear.group_size, linear.bits, linear.mode) if quantised else ()
     return (type(linear), *numbers, *(value.dtype for value in linear.parameters().values()))
 
 
 def finish_loading(part: nn.Module) -> None:
-    """After weights were loaded: merges what can be one product, derives what follows from weights, evaluates."""
+    """Merges what can be one product, derives what follows from weights, and evaluates. Call it once weights are
+    loaded.
+    """
     for module in part.modules():
         if isinstance(module, Stack):
             module.merge()

@@ -1,6 +1,6 @@
 """The mixture of experts beside the dense MLP of Gemma 4 26B-A4B: routing, and the chosen experts.
 
-Three ways give the same sums: see expert_paths.py. Grouping is kernels/grouping.py, a pure function too.
+The sums are computed by one of several paths, which the table in ops/expert_paths.py chooses.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..machine import blas
-from ..machine.device import metal_available
+from ..machine import device
 from ..ops import expert_paths
 from ..ops.fused import geglu, numbers
 from ..ops.kernels import down, gate_up, why_off
@@ -25,11 +24,11 @@ from .linear import DerivedWeights, Linear, Stack, input_major
 
 
 def route(logits: mx.array, top_k: int, expert_scale: mx.array) -> tuple[mx.array, mx.array]:
-    """logits: [N, E] -> (experts [N, k] uint32, weights [N, k] float32).
+    """Returns each token's k experts, uint32 [N, k], and their weights, float32 [N, k]. logits: [N, E].
 
-    Softmax over all experts, the k best, renormalised, equals softmax over the k best logits. Then the per-expert
-    scale. The slots are in ascending order of logits; of equal logits the higher expert is kept, and comes later
-    (MLX's argsort is stable).
+    Softmax over all experts, the k best, renormalised, equals softmax over the k best logits. Then comes the per-expert
+    scale. The slots are in ascending order of logits; of equal logits the higher expert is kept, and comes later (MLX's
+    argsort is stable).
     """
     experts = mx.argsort(logits, axis=-1)[:, -top_k:]
     chosen = mx.take_along_axis(logits, experts, axis=-1).astype(mx.float32)
@@ -48,16 +47,16 @@ class Router(nn.Module):
 
     @property
     def norm_weight(self) -> mx.array:
-        """The checkpoint's scale, times hidden ** -0.5."""
+        """The checkpoint's scale, times hidden ** -0.5: the weight of the norm before the router."""
         return self.scale * self.root
 
     def __call__(self, normed: mx.array) -> tuple[mx.array, mx.array]:
-        """normed: [N, hidden] -> (experts [N, k], weights [N, k])."""
+        """Returns each token's experts and their weights, [N, k] each. normed: [N, hidden]."""
         return route(self.proj(normed), self.top_k, self.per_expert_scale)
 
 
 class ExpertLinear(DerivedWeights):
-    """One linear for each expert. weight: [experts, out, in]. form: its name in the table of expert_paths."""
+    """One linear for each expert. weight: [experts, out, in]. form: its format of weights, as in expert_paths.RULES."""
 
     form = "float"
 
@@ -75,7 +74,10 @@ class ExpertLinear(DerivedWeights):
         return Weights(self.weight)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
-        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out]."""
+        """Returns x[rows[p]] times the weights of expert experts[p] for each of P pairs, [P, 1, out].
+
+        x: [N, 1, in]; ordered: whether the pairs are sorted by expert.
+        """
         return mx.gather_mm(x, self._transposed, lhs_indices=rows, rhs_indices=experts, sorted_indices=ordered)
 
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine") -> QuantizedExpertLinear:
@@ -83,7 +85,7 @@ class ExpertLinear(DerivedWeights):
 
 
 class QuantizedExpertLinear(nn.Module):
-    """The same from MLX-quantised weights."""
+    """One MLX-quantised linear for each expert. form: its format of weights, as in expert_paths.RULES."""
 
     def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
         super().__init__()
@@ -98,10 +100,10 @@ class QuantizedExpertLinear(nn.Module):
         return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
-        """x: [N, 1, in]; pair p multiplies x[rows[p]] with expert experts[p]: [P, 1, out].
+        """Returns x[rows[p]] times the weights of expert experts[p] for each of P pairs, [P, 1, out].
 
-        MLX takes tiles, which give other bits, for pairs that it knows to be sorted, from 4 an expert on. So it is told
-        in prefill alone.
+        x: [N, 1, in]; ordered: whether the pairs are sorted by expert. MLX takes tiles, which give other bits, for
+        pairs that it knows to be sorted, from 4 an expert on. So it is told in prefill alone.
         """
         return mx.gather_qmm(
             x,
@@ -120,7 +122,7 @@ class QuantizedExpertLinear(nn.Module):
 
 @lru_cache(maxsize=256)
 def _rows(tokens: int, pairs: int) -> mx.array:
-    """The token of each pair, in order: 0 0 .. 1 1 .., uint32 [tokens * pairs]. Kept, since every layer asks for it."""
+    """Returns the token of each pair, 0 0 .. 1 1 .., uint32 [tokens * pairs]. It is kept: every layer asks for it."""
     return mx.array(np.repeat(np.arange(tokens, dtype=np.uint32), pairs))
 
 
@@ -136,14 +138,18 @@ class SwitchGLU(nn.Module):
         self.down_proj = ExpertLinear(moe.num_experts, moe.size, hidden_size)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
-        """x: [N, hidden] -> one row for each pair, [P, 1, hidden]."""
+        """Returns down(geglu(gate(x), up(x))) for each pair, [P, 1, hidden].
+
+        x: [N, hidden]; rows, experts: of each pair, uint32 [P]; ordered: whether the pairs are sorted by expert.
+        """
         both = self.gate_up(x[:, None], rows, experts, ordered)
         inner = geglu(*mx.split(both, 2, axis=-1))  # [P, 1, size]
         return self.down_proj(inner, numbers(experts.size, dtype=np.uint32), experts, ordered)  # [P, 1, hidden]
 
     def tiled(self, x: mx.array, experts: mx.array) -> mx.array:
-        """x: [N, hidden]; experts: [N, k] -> one row for each pair, [N k, hidden]. Pair 0 fills the tiles up; what
-        comes of that is dropped.
+        """Returns down(geglu(gate(x), up(x))) for each pair, [N k, hidden], by matrices of 8 rows of one expert.
+
+        x: [N, hidden]; experts: [N, k]. Pair 0 fills the tiles up, and what comes of that is dropped.
         """
         tile = tiles(experts.reshape(-1), self.down_proj.weight.shape[0])
         both = self._tile_products(self.gate_up, x[tile.pair // experts.shape[1]], tile)
@@ -152,13 +158,13 @@ class SwitchGLU(nn.Module):
 
     @staticmethod
     def _tile_products(linear: nn.Module, x: mx.array, tile: Tiles) -> mx.array:
-        """x: a row for each row of all tiles, [G rows, in] -> [G rows, out]."""
+        """Returns a linear's outputs for the rows of all tiles: [G rows, in] -> [G rows, out]."""
         count = tile.expert.size
         y = linear(x.reshape(count, -1, x.shape[-1]), numbers(count, dtype=np.uint32), tile.expert, True)
         return y.reshape(x.shape[0], -1)
 
     def groupable(self, dtype: mx.Dtype, pairs: int) -> bool:
-        """Whether the kernels run for these weights (gate and up of one format) and so many pairs."""
+        """Returns whether the kernels run for these weights (gate and up of one format) and so many pairs."""
         if why_off("gate_up") or why_off("down"):
             return False
         first, *rest = self.gate_up.values()
@@ -166,19 +172,14 @@ class SwitchGLU(nn.Module):
         return alone and down.usable(self.down_proj.weights, dtype, pairs)
 
     def grouped(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        """x: [N, hidden]; experts, weights: [N, k] -> the mixture, [N, hidden], every expert read once for 8 rows."""
+        """Returns each token's mixture, [N, hidden], by our kernels: every expert is read once for 8 rows.
+
+        x: [N, hidden]; experts, weights: [N, k].
+        """
         (both,) = self.gate_up.values()
         groups = group(experts.reshape(-1), both.weight.shape[0])
         inner = gate_up.gate_up(x, both.weights, experts, groups)
         return down.down(inner, self.down_proj.weights, experts, weights, groups)
-
-
-@lru_cache(maxsize=1)
-def chip() -> str:
-    """The device's name in the table of expert_paths."""
-    if metal_available():
-        return mx.device_info()["device_name"]
-    return "cpu" if blas.is_reference() else "cpu, fast BLAS"
 
 
 class Experts(nn.Module):
@@ -189,11 +190,17 @@ class Experts(nn.Module):
         self.switch_glu = SwitchGLU(hidden_size, moe)
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        """x: [N, hidden]; experts, weights: [N, k] -> [N, hidden]."""
+        """Returns each token's mixture of its experts, [N, hidden], by the path that the table chooses.
+
+        x: [N, hidden]; experts, weights: [N, k].
+        """
         return self.run(self.path(x.dtype, experts.size), x, experts, weights)
 
     def run(self, path: expert_paths.ExpertPath, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        """The same by a way of the caller's choice."""
+        """Returns each token's mixture of its experts, [N, hidden], by the given path.
+
+        x: [N, hidden]; experts, weights: [N, k].
+        """
         (tokens, top_k), pairs = experts.shape, experts.reshape(-1)
         if path == expert_paths.ExpertPath.GROUPED:
             return self.switch_glu.grouped(x, experts, weights)
@@ -207,11 +214,11 @@ class Experts(nn.Module):
         return down.combine(y.reshape(tokens, top_k, -1), weights)
 
     def path(self, dtype: mx.Dtype, pairs: int) -> expert_paths.ExpertPath:
-        """The way that so many pairs of inputs of dtype go."""
+        """Returns the path that the table chooses for so many pairs of inputs of dtype."""
         glu = self.switch_glu
-        return expert_paths.choose(chip(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))
+        return expert_paths.choose(device.name(), dtype, glu.down_proj.form, pairs, glu.groupable(dtype, pairs))
 
     def paths(self, dtype: mx.Dtype, top_k: int) -> list[str]:
-        """The paths that passes of 1 to expert_paths.VERIFY pairs take, narrow ones first."""
+        """Returns the paths of forwards of one token up to expert_paths.VERIFY pairs, those of few tokens first."""
         widths = takewhile(lambda pairs: pairs <= expert_paths.VERIFY, (top_k << i for i in count()))
         return [str(path) for path, _ in groupby(self.path(dtype, pairs) for pairs in widths)]

@@ -11,30 +11,35 @@ READ_STEP = 16  # slots; a multiple of every SIMD width, so that a longer read a
 
 
 def slots_read(slots: int, used: int) -> int:
-    """How many of a cache's slots `attention` is given, when no query sees a slot from `used` on.
+    """Returns how many of a cache's slots `attention` is given, where no query sees a slot from `used` on.
 
-    On Metal all of them: MLX's fused kernels split their sums by the number of slots, so another number gives other
-    bits. Elsewhere the used ones, rounded up.
+    On Metal it is all of them: MLX's fused kernels split their sums by the number of slots, so another number gives
+    other bits. Elsewhere it is the used ones, rounded up.
     """
     return slots if metal_available() else min(slots, -(-used // READ_STEP) * READ_STEP)
 
 
 def attention_mask(seen: mx.array, heads: int, kv_heads: int) -> mx.array:
-    """seen: bool [B, 1, T, S] -> the mask that `attention` takes on this device; made once, used by many layers."""
+    """Returns the mask that `attention` takes on this device; it is made once and used by many layers. seen: bool [B,
+    1, T, S].
+    """
     return seen if metal_available() else additive_mask(seen, heads, kv_heads)
 
 
 def additive_mask(seen: mx.array, heads: int, kv_heads: int) -> mx.array:
-    """What is added to the scores of `attention_reference`: 0 or -inf, [B, kv_heads, heads / kv_heads * T, S]."""
+    """Returns what `attention_reference` adds to its scores, 0 or -inf: [B, kv_heads, heads / kv_heads * T, S]. seen:
+    bool [B, 1, T, S].
+    """
     rows, _, tokens, slots = seen.shape
     each = mx.broadcast_to(fused.added_mask(seen)[:, :, None], (rows, kv_heads, heads // kv_heads, tokens, slots))
     return each.reshape(rows, kv_heads, -1, slots)
 
 
 def attention_reference(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
-    """queries: [B, heads, T, D]; keys, values: [B, kv_heads, S, D]; mask: from `additive_mask`.
+    """Returns grouped attention with scale 1, [B, heads, T, D], in plain MLX.
 
-    The queries that share a key head go through one product. Softmax in float32. Returns [B, heads, T, D].
+    queries: [B, heads, T, D]; keys, values: [B, kv_heads, S, D]; mask: from `additive_mask`. The queries that share a
+    key head go through one product. The softmax is in float32, as the mask is.
     """
     grouped = queries.reshape(*mask.shape[:3], -1)  # [B, kv_heads, heads / kv_heads * T, D]
     scores = mx.addmm(mask, grouped, keys.swapaxes(-1, -2))
@@ -43,7 +48,11 @@ def attention_reference(queries: mx.array, keys: mx.array, values: mx.array, mas
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
-    """The same; on Metal by MLX's fused kernels."""
+    """Returns grouped attention with scale 1, [B, heads, T, D]: on Metal by MLX's fused kernels, elsewhere by
+    `attention_reference`.
+
+    queries: [B, heads, T, D]; keys, values: [B, kv_heads, S, D]; mask: from `attention_mask`.
+    """
     if metal_available():
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
     return attention_reference(queries, keys, values, mask)

@@ -1,13 +1,13 @@
-"""Which way the routed experts are computed: one table, by chip, dtype, quantisation and number of pairs.
+"""Which path computes the routed experts: one table, by chip, dtype, quantisation and number of pairs.
 
 PAIRS reads an expert's weights once for each (token, expert) pair. SORTED orders the pairs by expert first: MLX then
 reads each expert of floats once a tile of rows; of quantised weights it leaves repeats to the cache, and reads tiles in
-prefill alone. GROUPED is our kernels: each expert once for 8 rows. TILED is the same in plain MLX, for floats: pairs of
-an expert fill matrices of 8 rows, so that a BLAS packs the expert once for them.
+prefill alone. GROUPED is our kernels: each expert is read once for 8 rows. TILED does that in plain MLX, for floats:
+pairs of an expert fill matrices of 8 rows, so that a BLAS packs the expert once for them.
 
-A pass of a verify must give a row the bits that a pass of one token gives it. So a rule may change path with the number
-of pairs only among paths found bit-equal on its chip, up to VERIFY pairs; above that only prefill chunks come, which
-are the same whatever is drafted.
+A verify must give a row the bits that a pass of one token gives it. So up to VERIFY pairs a rule may change path with
+the number of pairs only among paths found bit-equal on its chip. More pairs come in prefill chunks alone, which do not
+depend on drafts.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class ExpertPath(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """steps: (pairs from which on, path), ascending from 1. "" stands for every chip, dtype or format of weights.
+    """Which path computes how many pairs, for some chips, dtypes and formats of weights; "" stands for every one.
 
-    chip: what the device's name begins with, "cpu" without Metal; weights: the `form` of the experts' linears, such as
-    float or affine4; equal: the paths that agree bit for bit there, or, where no product keeps a row's bits, any that
-    may alternate. Raises ValueError where steps break the law above.
+    chip: what the device's name begins with (see device.name). weights: the `form` of the experts' linears, such as
+    float or affine4. steps: (number of pairs from which on, path), ascending from 1. equal: the paths among which a
+    verify may change with its number of pairs. They must give a row the same bits; only where no product of the device
+    does so at two widths, the dense ones included, may others be named. Raises ValueError where steps change among
+    other paths.
     """
 
     chip: str
@@ -82,7 +84,7 @@ _measured: tuple[Rule, ...] = ()
 
 
 def adopt(rules: tuple[Rule, ...]) -> None:
-    """From now on these rules, measured on this machine, come before RULES; () forgets them."""
+    """Puts these rules, which were measured on this machine, before RULES from now on; () forgets them."""
     global _measured
     _measured = rules
     choose.cache_clear()
@@ -90,7 +92,7 @@ def adopt(rules: tuple[Rule, ...]) -> None:
 
 @lru_cache(maxsize=4096)
 def choose(chip: str, dtype: mx.Dtype, weights: str, pairs: int, grouped: bool) -> ExpertPath:
-    """The path of `pairs` pairs. grouped: whether the kernels run for this format."""
+    """Returns the path of `pairs` pairs. grouped: whether our kernels run for this format of weights."""
     name = str(dtype).removeprefix("mlx.core.")
     fit = (rule for rule in (*_measured, *RULES) if rule.covers(chip, name, weights))
     return next(rule for rule in fit if grouped or not rule.needs_kernels).path(pairs)

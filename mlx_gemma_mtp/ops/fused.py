@@ -20,19 +20,21 @@ island = partial(mx.compile, shapeless=True)
 
 @cache
 def number(value: float) -> mx.array:
-    """A kept scalar: no part of any graph."""
+    """Returns a scalar that is made once and kept, so that it is no part of any graph."""
     return mx.array(value)
 
 
 @lru_cache(maxsize=1024)
 def numbers(end: int, start: int = 0, dtype: type = np.int32) -> mx.array:
-    """start .. end - 1, kept likewise. dtype: numpy's, since it is made on the host."""
+    """Returns the integers from start to end - 1, made once on the host and kept, so that they are no part of any
+    graph. dtype: numpy's.
+    """
     return mx.array(np.arange(start, end, dtype=dtype))
 
 
 @island
 def normed(x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array) -> mx.array:
-    """RMS norm from the sum of squares: weight carries sqrt(size)."""
+    """Returns the RMS norm of x from its sum of squares. The weight carries sqrt(size), size_eps is size * eps."""
     return (x * mx.rsqrt(total + size_eps) * weight).astype(x.dtype)
 
 
@@ -40,17 +42,18 @@ def normed(x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array) -
 def normed_sum(
     residual: mx.array, x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array, scale: mx.array
 ) -> mx.array:
+    """Returns (residual + norm(x)) * scale, the norm from the sum of squares as in `normed`."""
     return ((residual + x * mx.rsqrt(total + size_eps) * weight) * scale).astype(x.dtype)
 
 
 def _exp(x: mx.array) -> mx.array:
-    """On a CPU as a power of two, one call of the C library, and twice as fast as MLX's own, a chain of calls."""
+    """Returns e^x: on a CPU as a power of two, which is one call of the C library and twice as fast as MLX's own."""
     return mx.exp(x) if metal_available() else mx.power(2.0, x * (1 / math.log(2)))
 
 
 @island
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu_tanh(gate) * up, in float32 inside."""
+    """Returns gelu_tanh(gate) * up, computed in float32."""
     # gelu_tanh(x) = x / 2 (1 + tanh(z)) = x / (1 + e^-2z), z = sqrt(2 / pi) (x + 0.044715 x^3)
     slope = -2 * math.sqrt(2 / math.pi)
     x = gate.astype(mx.float32)
@@ -59,13 +62,13 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 
 @island
 def exponentials(scores: mx.array, largest: mx.array) -> mx.array:
-    """What a softmax normalises."""
+    """Returns e^(scores - largest), which a softmax normalises."""
     return _exp(scores - largest)
 
 
 @island
 def angles(positions: mx.array, frequencies: mx.array, signs: mx.array) -> tuple[mx.array, mx.array]:
-    """cos and signed sin of position * frequency."""
+    """Returns the cosine and the signed sine of position * frequency."""
     turned = positions.astype(mx.float32) * frequencies
     return mx.cos(turned), mx.sin(turned) * signs
 
@@ -74,12 +77,13 @@ def angles(positions: mx.array, frequencies: mx.array, signs: mx.array) -> tuple
 def turned(
     x: mx.array, swapped: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array
 ) -> mx.array:
+    """Returns x * weight rotated by the angles. swapped, swapped_weight: x and weight with their halves swapped."""
     return (x * weight * cos + swapped * swapped_weight * sin).astype(x.dtype)
 
 
 @island
 def in_line(lengths: mx.array, queries: mx.array, slot: mx.array, written_before: mx.array) -> mx.array:
-    """Slot s holds position s: which of them a query may see, see cache.visible."""
+    """Returns which slots a query may see where slot s holds position s: those up to itself that are written."""
     return slot <= mx.minimum(queries, lengths + written_before)
 
 
@@ -87,7 +91,9 @@ def in_line(lengths: mx.array, queries: mx.array, slot: mx.array, written_before
 def in_ring(
     lengths: mx.array, queries: mx.array, slot: mx.array, written_before: mx.array, slots: mx.array, reach: mx.array
 ) -> mx.array:
-    """Slot s holds the newest position p with p % slots == s: which of them a query may see, see cache.visible."""
+    """Returns which slots a query may see where slot s holds the newest position p with p % slots == s: those up to
+    itself and at most `reach` before it.
+    """
     last = lengths + written_before
     position = last - (last - slot) % slots  # negative: never written
     return (position >= mx.maximum(queries - reach, 0)) & (position <= queries)
@@ -95,5 +101,5 @@ def in_ring(
 
 @island
 def added_mask(seen: mx.array) -> mx.array:
-    """What is added to the scores: 0 or -inf."""
+    """Returns what is added to attention's scores: 0 where a key is seen, -inf elsewhere."""
     return mx.where(seen, 0.0, -mx.inf)

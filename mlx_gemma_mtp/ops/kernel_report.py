@@ -17,16 +17,16 @@ import mlx.core as mx
 
 from .._version import __version__
 from ..files.files import cache_folder, whole
+from ..machine import device
 from . import expert_paths, kernels
 
 FORMAT = 1
 
 
 def machine() -> dict[str, Any]:
-    """What the kernels' fate depends on."""
-    info = mx.device_info() if kernels.metal_available() else {}
+    """Returns what decides whether a kernel works: chip, system, MLX's version and ours."""
     return {
-        "chip": info.get("device_name", "no Metal device"),
+        "chip": device.name() if kernels.metal_available() else "no Metal device",
         "macos": platform.mac_ver()[0] or platform.platform(),
         "mlx": mx.__version__,
         "mlx_gemma_mtp": __version__,
@@ -34,7 +34,9 @@ def machine() -> dict[str, Any]:
 
 
 class Report:
-    """The file of this machine. checked: each kernel's finding, None where it passed; rules: measured, or none."""
+    """The file of this machine. It holds each kernel's finding, None where it passed, and the rules for experts that
+    were measured, if any.
+    """
 
     def __init__(self, folder: Path | None = None):
         self.key = machine()
@@ -42,7 +44,9 @@ class Report:
         self.path = (folder or cache_folder()) / f"kernels-{name}.json"
 
     def read(self) -> tuple[dict[str, str | None], tuple[expert_paths.Rule, ...]] | None:
-        """None where there is no file, or one that is not ours: then the checks run again."""
+        """Returns the findings and the rules; None where there is no file, or one that is not ours, so that the checks
+        run again.
+        """
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT or data["machine"] != self.key or set(data["checked"]) != set(kernels.KERNELS):
@@ -52,7 +56,7 @@ class Report:
             return None
 
     def write(self, checked: dict[str, str | None], rules: Sequence[expert_paths.Rule]) -> None:
-        """Raises OSError."""
+        """Writes the file, whole or not at all. Raises OSError."""
         data = {
             "format": FORMAT,
             "machine": self.key,
@@ -65,14 +69,16 @@ class Report:
 
 
 def check() -> dict[str, str | None]:
-    """Runs the self-check of every kernel that may run; what each found, None where it passed."""
+    """Runs the self-check of every kernel that may run. Returns what each found, None where it passed."""
     kernels.forget_failures()
     kernels.self_check()
     return {name: kernels.failure(name) for name in kernels.KERNELS}
 
 
 def ensure(notice: Callable[[str], None], report: Report | None = None) -> None:
-    """Before a model runs on Metal: takes up what is known of this machine, or finds it out (a second, once)."""
+    """Takes up what is known of this machine's kernels, or checks them, which takes a second, once. Call it before a
+    model runs on Metal. notice: told of every kernel that is off.
+    """
     if all(kernels.why_off(name) for name in kernels.KERNELS):
         return
     report = report or Report()
@@ -102,7 +108,7 @@ def _plain(rule: expert_paths.Rule) -> dict[str, Any]:
 
 
 def _rule(data: dict[str, Any]) -> expert_paths.Rule:
-    """Raises KeyError, TypeError or ValueError for what is none."""
+    """Returns the rule that `_plain` wrote. Raises KeyError, TypeError or ValueError for what is none."""
     steps = tuple((int(start), expert_paths.ExpertPath(path)) for start, path in data["steps"])
     equal = frozenset(map(expert_paths.ExpertPath, data["equal"]))
     return expert_paths.Rule(str(data["chip"]), str(data["dtype"]), str(data["weights"]), steps, equal)

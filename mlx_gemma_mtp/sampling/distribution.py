@@ -19,14 +19,14 @@ from .penalties import Penalties, TokenCounts
 
 @dataclass(frozen=True)
 class Rules:
-    """The resolved settings of all rows of a batch, as arrays.
+    """The resolved settings of all B rows of a batch, as arrays.
 
-    temperature, top_k, rest, min_p: [B, 1, 1], rest what top-p leaves out of the probability, -1 where it is off;
-    keys: uint32 [B, 2]; greedy: bool [B, 1]; suppressed: [V] with -inf at tokens that no row may say; bias: [B, 1,
-    V]; penalties, bias, suppressed: None where there are none; reordered: bool [B, 1], rows whose order of logits
-    they change, None where there is no such row. candidates: how many of the best tokens any row may need (0: none
-    is filtered, -1: all, sorted). logprobs: how many likeliest tokens to report, None where no row wants a report;
-    vocab: V.
+    temperature, top_k, rest, min_p: [B, 1, 1]; rest is what top-p leaves out of the probability, -1 where top-p is off.
+    keys: uint32 [B, 2], of the noise. greedy: bool [B, 1]. suppressed: [V], -inf at tokens that no row may say. bias:
+    [B, 1, V]. These two and penalties are None where no row has any. reordered: bool [B, 1], rows in which bias or
+    penalties change the order of logits; None where there is no such row. candidates: how many of the best tokens any
+    row may need; 0 where no row is filtered, -1 for all, sorted. logprobs: how many likeliest tokens to report; None
+    where no row wants a report. vocab: V.
     """
 
     temperature: mx.array
@@ -46,7 +46,7 @@ class Rules:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab: int, suppress: Sequence[int] = ()) -> Rules:
-        """params: resolved, one a row; suppress: tokens that no row may say."""
+        """Returns the rules of these settings. params: resolved, one a row; suppress: tokens that no row may say."""
         sampled = [p for p in params if p.temperature]
         filtered = [p for p in sampled if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
         unbounded = any(not 0 < p.top_k < vocab for p in sampled)
@@ -71,7 +71,7 @@ class Rules:
         )
 
     def drafting(self, temperature: float) -> Rules:
-        """The same for the drafter, whose temperature is `temperature` times the target's."""
+        """Returns the drafter's rules: these with each temperature times `temperature`."""
         return self if temperature == 1 else replace(self, temperature=self.temperature * temperature)
 
 
@@ -87,7 +87,7 @@ def _stacked(biases: Sequence[Mapping[int, float]], vocab: int) -> mx.array | No
 
 
 def soft_cap(logits: mx.array, cap: float | None) -> mx.array:
-    """cap * tanh(logits / cap), or the logits as they are."""
+    """Returns cap * tanh(logits / cap), or the logits as they are where there is no cap."""
     return logits if cap is None else mx.tanh(logits / cap) * cap
 
 
@@ -96,10 +96,10 @@ class Distribution:
     """What rows may say at T positions, after soft-cap, penalties, bias, temperature, top-k, top-p and min-p
     (transformers' order).
 
-    best: int32 [B, T], the likeliest. scores: float32 [B, T, C], log-probabilities but for a constant, -inf where a
-    filter leaves a token out; None where all rows are greedy. tokens: [B, T, C], the ids of its columns; None: column i
-    is token i. peak: float32 [B, T], the best token's score before the temperature, -inf where no token is allowed;
-    None where no row has a bias or a mask.
+    best: int32 [B, T], the likeliest token. scores: float32 [B, T, C], log-probabilities but for a constant, -inf where
+    a filter leaves a token out; None where all rows are greedy. tokens: [B, T, C], the token ids of the columns; None
+    where column i is token i. peak: float32 [B, T], the best token's score before the temperature, -inf where no token
+    is allowed; None where no row has a bias or a mask.
     """
 
     best: mx.array
@@ -117,7 +117,12 @@ class Distribution:
         token_counts: TokenCounts | None = None,
         mask: mx.array | None = None,
     ) -> Distribution:
-        """See `sample`."""
+        """Returns what these rows may say after these logits.
+
+        logits: float32 [B, T, C], not capped. cap: the soft-cap, None for none. ids: [B, T, C], token ids of the
+        columns; None where column i is token i. token_counts: the tokens before each position, where the rules have
+        penalties. mask: [B, T, V], -inf at tokens that a grammar forbids.
+        """
         forbidden = [_columns(bias, ids) for bias in (rules.suppressed, mask) if bias is not None]
         allowed = sum(forbidden, logits)
         best = mx.argmax(allowed, axis=-1)
@@ -142,16 +147,19 @@ class Distribution:
 
     @classmethod
     def joined(cls, each: Sequence[Distribution]) -> Distribution:
-        """One after the other: positions become T. Without their peaks."""
+        """Returns distributions of one position each as one of T positions, without their peaks."""
         parts = zip(*((one.best, one.scores, one.tokens) for one in each), strict=True)
         return cls(*(None if part[0] is None else mx.concatenate(part, axis=1) for part in parts))
 
     def names(self) -> mx.array:
-        """The token of each column, [B, T, C] or [1, 1, C]."""
+        """Returns the token of each column, [B, T, C] or [1, 1, C]."""
         return mx.arange(self.scores.shape[-1])[None, None] if self.tokens is None else self.tokens
 
     def drawn(self, rules: Rules, positions: mx.array) -> mx.array:
-        """The likeliest token in greedy rows, a coupled sample in others: int32 [B, T]. positions: [B, T]."""
+        """Returns the likeliest token in greedy rows, a coupled sample in others: int32 [B, T].
+
+        positions: [B, T], absolute, of the tokens to be drawn.
+        """
         if self.scores is None:
             return self.best
         names = self.names()
@@ -160,7 +168,9 @@ class Distribution:
         return mx.where(rules.greedy, self.best, token.astype(mx.int32))
 
     def at(self, ids: mx.array | None, vocab: int) -> mx.array:
-        """The probabilities of the tokens ids, [B, T, n]; None: of the whole vocabulary."""
+        """Returns the probabilities of the tokens ids, [B, T, n]; for None those of the whole vocabulary, [B, T,
+        vocab].
+        """
         p = mx.softmax(self.scores, axis=-1, precise=True)
         if self.tokens is None:
             return p if ids is None else mx.take_along_axis(p, ids, axis=-1)
@@ -171,6 +181,7 @@ class Distribution:
         return whole if ids is None else mx.take_along_axis(whole, ids, axis=-1)
 
     def of_rows(self, index: mx.array) -> Distribution:
+        """Returns the distributions of the rows index [n], without their peaks."""
         return Distribution(*(None if a is None else a[index] for a in (self.best, self.scores, self.tokens)))
 
 
@@ -183,21 +194,20 @@ def sample(
     token_counts: TokenCounts | None = None,
     mask: mx.array | None = None,
 ) -> mx.array:
-    """Greedy or coupled sampling.
+    """Returns a token for each position, int32 [B, T]: the likeliest in greedy rows, a coupled sample in others.
 
-    logits: float32 [B, T, C], not capped (greedy alone needs no cap: it keeps the order); positions: [B, T], absolute,
-    of the tokens to be drawn; ids: [B, T, C] token ids of the columns, None where column i is token i; token_counts:
-    the tokens before each position, where the rules have penalties; mask: [B, T, V], -inf at tokens that a grammar
-    forbids. Returns int32 [B, T].
+    positions: [B, T], absolute, of the tokens to be drawn. logits: float32 [B, T, C], not capped. cap: the soft-cap,
+    None for none. ids: [B, T, C], token ids of the columns; None where column i is token i. token_counts: the tokens
+    before each position, where the rules have penalties. mask: [B, T, V], -inf at tokens that a grammar forbids.
     """
     return Distribution.of(logits, rules, cap, ids, token_counts, mask).drawn(rules, positions)
 
 
 def logprobs(logits: mx.array, tokens: mx.array, cap: float | None, top: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The model's own log-probabilities, before temperature, filters and penalties.
+    """Returns the model's own log-probabilities, before temperature, filters and penalties: of each token, [B, T]; then
+    the `top` likeliest token ids, best first and equals by id, and their log-probabilities, [B, T, top] each.
 
-    logits: float32 [B, T, V], not capped; tokens: [B, T]. Returns that of each token, [B, T], and the `top` likeliest
-    token ids and their log-probabilities, best first, [B, T, top] each; equals are ordered by id.
+    logits: float32 [B, T, V], not capped; tokens: [B, T]; cap: the soft-cap, None for none.
     """
     values = soft_cap(logits, cap)
     values = values - mx.logsumexp(values, axis=-1, keepdims=True)
@@ -207,14 +217,14 @@ def logprobs(logits: mx.array, tokens: mx.array, cap: float | None, top: int) ->
 
 
 def _columns(bias: mx.array, ids: mx.array | None) -> mx.array:
-    """bias: [V] or [B, T, V], at the columns' tokens."""
+    """Returns a bias, [V] or [B, T, V], at the columns' tokens."""
     if ids is None:
         return bias
     return bias[ids] if bias.ndim == 1 else mx.take_along_axis(bias, ids, axis=-1)
 
 
 def _at(values: mx.array, columns: mx.array) -> mx.array:
-    """[B, T, C] at one column each, [B, T]."""
+    """Returns values [B, T, C] at one column each, [B, T]."""
     return mx.take_along_axis(values, columns[..., None], axis=-1)[..., 0]
 
 
@@ -225,7 +235,9 @@ def _named(columns: mx.array, ids: mx.array | None) -> mx.array:
 
 
 def _filtered(scaled: mx.array, rules: Rules) -> tuple[mx.array, mx.array]:
-    """The best candidates, best first, -inf where a filter leaves them out, and their columns: [B, T, k] each."""
+    """Returns the scores of the best candidates, best first, -inf where a filter leaves them out, and their columns:
+    [B, T, k] each. scaled: [B, T, C], divided by the temperature.
+    """
     columns = _best(scaled, rules.candidates)
     scaled = mx.take_along_axis(scaled, columns, axis=-1)
     scaled = mx.where(mx.arange(scaled.shape[-1]) < rules.top_k, scaled, -mx.inf)
@@ -237,11 +249,15 @@ def _filtered(scaled: mx.array, rules: Rules) -> tuple[mx.array, mx.array]:
 
 
 def _best(values: mx.array, count: int) -> mx.array:
-    """The columns of the `count` largest (-1: all), best first, equals by column: [..., count]."""
+    """Returns the columns of the `count` largest (-1: all), best first: [..., count].
+
+    Of equals the lower column comes first, whatever the count is, so that a partner's top-k changes no row's.
+    """
+    negated = -values  # MLX orders equals by column, so that the lower one comes before
     if not 0 < count < values.shape[-1]:
-        return mx.argsort(-values, axis=-1)
-    columns = mx.sort(mx.argpartition(values, kth=-count, axis=-1)[..., -count:], axis=-1)
-    order = mx.argsort(-mx.take_along_axis(values, columns, axis=-1), axis=-1)
+        return mx.argsort(negated, axis=-1)
+    columns = mx.sort(mx.argpartition(negated, kth=count - 1, axis=-1)[..., :count], axis=-1)
+    order = mx.argsort(mx.take_along_axis(negated, columns, axis=-1), axis=-1)
     return mx.take_along_axis(columns, order, axis=-1)
 
 
@@ -250,10 +266,10 @@ def _key(seed: int) -> tuple[int, int]:
 
 
 def accept(drafts: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """How far the drafts agree: a draft is kept while it and all before it equal the target's token.
+    """Returns n [B], how many drafts are kept, and the token after them, [B].
 
-    drafts: [B, K]; targets: [B, K + 1], the target's own tokens, which is why the text never depends on the drafts.
-    Returns n [B], the drafts kept, and next [B], the token after them.
+    A draft is kept while it and all before it equal the target's tokens. drafts: [B, K]; targets: [B, K + 1], drawn
+    without a look at the drafts, which is why the text does not depend on them.
     """
     same = (drafts == targets[:, :-1]).astype(mx.int32)
     n = mx.cumprod(same, axis=1).sum(axis=1).astype(mx.int32)

@@ -6,17 +6,19 @@ import mlx.core as mx
 
 
 def gumbel(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
-    """Standard Gumbel noise, a pure function of (key, position, token). keys: uint32 [B, 2]; positions: [B, T];
-    tokens: [B, T, C] (or broadcastable). Returns float32 [B, T, C].
+    """Returns standard Gumbel noise, float32 [B, T, C], a pure function of (key, position, token).
 
-    A counter-based hash, so that it is computed only where it is needed. -log(E) with E = -log1p(-u): the many small u
-    keep their precision, which the large values of the noise need.
+    keys: uint32 [B, 2]; positions: [B, T]; tokens: [B, T, C], or broadcastable to it. It is -log(E) with E = -log1p(-u)
+    for a uniform u: small u keep their precision, which the large values of the noise need.
     """
     return -mx.log(-mx.log1p(-uniform(keys, positions, tokens)))
 
 
 def uniform(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
-    """The same, uniform in (0, 1]."""
+    """Returns noise that is uniform in (0, 1], float32 [B, T, C], a pure function of (key, position, token).
+
+    keys: uint32 [B, 2]; positions: [B, T]; tokens: [B, T, C], or broadcastable to it.
+    """
     position = positions.astype(mx.uint32)
     first = _mix(_mix(position * 0x9E3779B9 + keys[:, :1]) ^ keys[:, 1:])[..., None]
     second = _mix(first + 0x85EBCA6B)
@@ -25,15 +27,18 @@ def uniform(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
 
 
 def keys_of_round(keys: mx.array, first: mx.array) -> mx.array:
-    """Keys for noise that no other round may meet, though it draws for the same positions: uint32 [B, 2]. first: [B],
-    the tokens committed before the round, which no other round of the text begins with.
+    """Returns keys, uint32 [B, 2], for noise that no other round of the text meets, though it draws for the same
+    positions.
+
+    keys: uint32 [B, 2], of the rows; first: [B], the tokens committed before the round, with which no other round
+    begins.
     """
     number = first.astype(mx.uint32)[:, None] * 0x27D4EB2F + mx.array([0x165667B1, 0xD3A2646C], mx.uint32)
     return _mix(_mix(number ^ keys) + keys[:, ::-1])
 
 
 def _mix(x: mx.array) -> mx.array:
-    """A bijection of 32-bit integers whose every output bit depends on every input bit (Wellons' lowbias32)."""
+    """Returns a bijection of 32-bit integers whose every output bit depends on every input bit (Wellons' lowbias32)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

@@ -20,12 +20,11 @@ TINY = 1.2e-38  # in a quotient 0 / 0, which is to be 0
 def accept(
     drafts: mx.array, q: Distribution, p: Distribution, rules: Rules, positions: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """drafts: [B, K], drawn from q under `noise.keys_of_round`; p: the target's, K + 1 positions; rules: the target's;
-    positions: [B, K + 1], of the tokens to be drawn. Greedy rows keep drafts that agree.
+    """Returns tokens [B, K + 1], of which n + 1 count, n [B], how many drafts are kept, and the token after them, [B].
 
-    The token after the drafts is drawn with the noise of plain decoding, which nothing else uses here: each position
-    gets one such token at most. Returns tokens [B, K + 1], of which n + 1 count, n [B], the drafts kept, and the token
-    after them [B].
+    drafts: [B, K], drawn from q under `noise.keys_of_round`; p: the target's, K + 1 positions; rules: the target's;
+    positions: [B, K + 1], of the tokens to be drawn. Greedy rows keep drafts that agree. The token after the drafts is
+    drawn with the noise of plain decoding, which nothing else uses here: each position gets one such token at most.
     """
     places = mx.arange(positions.shape[1])
     reach, rest = residuals(drafts, q, p, rules.vocab)
@@ -44,9 +43,9 @@ def accept(
 
 
 def residuals(drafts: mx.array, q: Distribution, p: Distribution, vocab: int) -> tuple[mx.array, mx.array]:
-    """For each number of drafts kept, 0 to K: reach [B, K + 1] (the paper's p_i, 1 at first, then min(1, p_{i-1} p /
-    q)), and what the token after them is drawn from but for a constant: max(0, reach p - q), [B, K + 1, C] in the
-    columns of p. After the last draft nothing is drafted, q is 0.
+    """Returns for each number of drafts kept, 0 to K, reach [B, K + 1] (the paper's p_i: 1 at first, then min(1,
+    p_{i-1} p / q)), and what the token after them is drawn from but for a constant: max(0, reach p - q), [B, K + 1, C]
+    in the columns of p. After the last draft nothing is drafted, so that q is 0.
     """
     count = drafts.shape[1]
     target = mx.softmax(p.scores, axis=-1, precise=True)
@@ -62,8 +61,8 @@ def residuals(drafts: mx.array, q: Distribution, p: Distribution, vocab: int) ->
 
 
 def chances(reach: mx.array, rest: mx.array) -> mx.array:
-    """The paper's h_i, the chance that the first i drafts stay where no more do, [B, K + 1]; that of the last is its
-    reach.
+    """Returns the paper's h_i, [B, K + 1]: the chance that the first i drafts stay where no more do. That of the last
+    is its reach.
     """
     mass = rest.sum(axis=-1)
     return mass / mx.maximum(mass + (1 - reach), TINY)

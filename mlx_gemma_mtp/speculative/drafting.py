@@ -1,10 +1,14 @@
-"""Drafts: what a drafter proposes for every row."""
+"""Sources of drafts: what is proposed for every row, and by whom.
+
+A source is a class in this file and a name for it in SOURCES. No source changes what the text may be: drafts that the
+target would not have said are refused.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -17,6 +21,9 @@ from ..sampling.noise import keys_of_round
 from ..sampling.params import ACCEPT, COUPLED, REJECTION, number, shown, whole
 from ..sampling.penalties import TokenCounts
 
+MTP = "mtp"  # the name of Google's drafters in SOURCES
+Embed = Callable[[mx.array], mx.array]
+
 
 @dataclass(frozen=True)
 class Drafting:
@@ -25,12 +32,13 @@ class Drafting:
     position: the drafter's query position, relative to the newest token's index: 0 as in transformers, -1 as in vLLM.
     temperature: the drafter's, as a multiple of the target's. accept: which drafts stay, 'coupled' (those that plain
     decoding says) or 'rejection' (see rejection.py; drafts are never cut then, which would favour those that are not).
-    Raises UserError for whatever is out of range.
+    source: who makes the drafts, a name in SOURCES. Raises UserError for whatever is out of range.
     """
 
     position: int = 0
     temperature: float = 1.0
     accept: str = COUPLED
+    source: str = MTP
 
     def __post_init__(self) -> None:
         place, factor = (
@@ -45,6 +53,8 @@ class Drafting:
             object.__setattr__(self, name, value)  # as Python's, frozen from here on
         if self.accept not in ACCEPT:
             raise UserError(f"accept is {shown(self.accept)}, expected one of {', '.join(ACCEPT)}")
+        if not isinstance(self.source, str) or self.source not in SOURCES:
+            raise UserError(f"draft_source is {shown(self.source)}, expected one of {', '.join(SOURCES)}")
 
     @property
     def rejection(self) -> bool:
@@ -52,17 +62,18 @@ class Drafting:
 
     @property
     def lookback(self) -> int:
-        """What the cache has to keep for it, see Cache."""
+        """How far before the newest token's index the drafter's query sits, for which the cache keeps more."""
         return -self.position
 
 
-DEFAULT_DRAFTING = Drafting()
-
-
 class Drafts(NamedTuple):
-    """K drafts of each row. tokens: int32 [B, K]; confidence: how sure the drafter is at each, the probability of its
-    likeliest token, before temperature and filters, float32 [B, K], or [B, 0] where nobody asked; q: what they were
-    drawn from, K positions, None where nobody asked or nothing was drawn.
+    """K drafts of each row.
+
+    tokens: int32 [B, K], ids of the vocabulary. confidence: float32 [B, K], how sure the source is of each, from 0 to 1
+    (the drafter: the probability of its likeliest token, before temperature and filters). [B, 0] where nobody asked, or
+    from a source that cannot say: then each counts as 1 until the drafts that were kept show what they are worth. q:
+    the distribution that the tokens were drawn from, K positions, for acceptance by rejection; None where they were not
+    drawn.
     """
 
     tokens: mx.array
@@ -71,61 +82,88 @@ class Drafts(NamedTuple):
 
     @classmethod
     def none(cls, rows: int) -> Drafts:
+        """Returns no drafts, K = 0, of so many rows."""
         return cls(mx.zeros((rows, 0), mx.int32), mx.zeros((rows, 0)))
 
     def first(self, count: int) -> Drafts:
+        """Returns the first `count` drafts of each row."""
         assert self.q is None, "drafts that were drawn are not cut: it would change the distribution of the text"
         return Drafts(self.tokens[:, :count], self.confidence[:, :count])
 
     def of_rows(self, index: mx.array) -> Drafts:
+        """Returns the drafts of the rows index [n]."""
         return Drafts(self.tokens[index], self.confidence[index], self.q and self.q.of_rows(index))
 
 
-def draft(
-    drafter: Drafter,
-    embed: Callable[[mx.array], mx.array],
-    cache: Cache,
-    rows: slice,
-    token: mx.array,
-    hidden: mx.array,
-    rules: Rules,
-    token_counts: TokenCounts | None,
-    steps: int,
-    drafting: Drafting = DEFAULT_DRAFTING,
-    confident: bool = False,
-) -> Drafts:
-    """Drafts `steps` tokens for every row; one batched call a step. Reads the cache, writes nothing.
+class DraftState(NamedTuple):
+    """What a source may look at: a round's rows, after its tokens were committed.
 
-    embed: the target's scaled embedding; token: [B] the newest token, not yet in the cache; hidden: [B, backbone]
-    the target's hidden state that predicted it; rules: the target's. The query position is the same for all steps.
-    token_counts: the tokens up to the newest, where the rules have penalties. confident: bring `confidence`. For
-    acceptance by rejection the drafts bring `q`, and their noise is nobody else's.
+    cache: the K/V of all rows; a source reads it and writes nothing. rows: the B rows of the round. newest: int32 [B],
+    each row's newest token, which the cache does not hold yet. hidden: [B, H], the target's hidden state that predicted
+    it. rules: the target's. token_counts: the tokens up to the newest, where the rules have penalties.
     """
-    span = Span(cache, rows, 0, drafting.position)
-    rules = rules.drafting(drafting.temperature)
-    if drafting.rejection:
-        rules = replace(rules, keys=keys_of_round(rules.keys, span.lengths))
-    rotations = drafter.ropes.at(span.positions)
-    newest, drafts, confidences, each = span.lengths[:, None], [], [], []
-    for i in range(steps):
-        y, hidden = drafter(embed(token), hidden, span, rotations)
-        token, sure, q = pick(drafter, y, rules, newest + (i + 1), token_counts, confident)
-        token_counts = token_counts and token_counts.followed_by(token)
-        confidences += [sure] if confident else []
-        each += [q] if drafting.rejection and not rules.all_greedy else []
-        mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
-        drafts.append(token)
-    sure = mx.stack(confidences, axis=1) if confident else mx.zeros((token.shape[0], 0))
-    return Drafts(mx.stack(drafts, axis=1), sure, Distribution.joined(each) if each else None)
+
+    cache: Cache
+    rows: slice
+    newest: mx.array
+    hidden: mx.array
+    rules: Rules
+    token_counts: TokenCounts | None
+
+
+class Proposer(Protocol):
+    """A source of drafts, made once for a batch."""
+
+    def propose(self, state: DraftState, count: int) -> Drafts:
+        """Returns `count` drafts for every row, count at least 1. The host must not wait for the device in here.
+
+        Drafts that bring no `q` are kept where they equal what plain decoding says. Rejection could keep no more of
+        them: a draft that was not drawn stays with the target's probability of it.
+        """
+
+
+class Mtp:
+    """Google's drafter: one batched call for each draft of all rows, all at one query position."""
+
+    def __init__(self, drafter: Drafter, embed: Embed, drafting: Drafting, confident: bool):
+        self.drafter, self.embed, self.drafting, self.confident = drafter, embed, drafting, confident
+
+    def propose(self, state: DraftState, count: int) -> Drafts:
+        """Returns `count` drafts for every row, see Proposer. For acceptance by rejection they bring `q`, and their
+        noise is nobody else's.
+        """
+        token, hidden, token_counts = state.newest, state.hidden, state.token_counts
+        span = Span(state.cache, state.rows, 0, self.drafting.position)
+        rules = state.rules.drafting(self.drafting.temperature)
+        if self.drafting.rejection:
+            rules = replace(rules, keys=keys_of_round(rules.keys, span.lengths))
+        tables = self.drafter.ropes.tables(span.positions)
+        newest, drafts, confidences, each = span.lengths[:, None], [], [], []
+        for i in range(count):
+            y, hidden = self.drafter(self.embed(token), hidden, span, tables)
+            token, sure, q = pick(self.drafter, y, rules, newest + (i + 1), token_counts, self.confident)
+            token_counts = token_counts and token_counts.followed_by(token)
+            confidences += [sure] if self.confident else []
+            each += [q] if self.drafting.rejection and not rules.all_greedy else []
+            mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
+            drafts.append(token)
+        sure = mx.stack(confidences, axis=1) if self.confident else mx.zeros((token.shape[0], 0))
+        return Drafts(mx.stack(drafts, axis=1), sure, Distribution.joined(each) if each else None)
+
+
+# The one list of sources. Each is called with the drafter, the target's scaled embedding, the settings, and whether
+# confidences are wanted.
+SOURCES: dict[str, Callable[[Drafter, Embed, Drafting, bool], Proposer]] = {MTP: Mtp}
+DEFAULT_DRAFTING = Drafting()
 
 
 def pick(
     drafter: Drafter, y: mx.array, rules: Rules, positions: mx.array, token_counts: TokenCounts | None, confident: bool
 ) -> tuple[mx.array, mx.array | None, Distribution | None]:
-    """Returns the token drafted for each row, int32 [B], if `confident` how sure that is (see Drafts), and what it was
-    drawn from. A greedy token comes from a dense head without a row of logits, and so without a distribution.
+    """Returns the token drafted for each row, int32 [B], its confidence [B] if `confident`, and what it was drawn from.
+    A greedy token comes from a dense head without a row of logits, and so without a distribution.
 
-    y: [B, size], the drafter's; positions: [B, 1], of the tokens to be drawn.
+    y: [B, size], from the drafter's step; positions: [B, 1], of the tokens to be drawn.
     """
     head = drafter.masked_embedding
     if rules.all_greedy and rules.reordered is None and isinstance(head, DenseHead):

@@ -21,25 +21,28 @@ ALL = np.uint32(0xFFFFFFFF)
 class Constraint(Protocol):
     """What one row may say next. Masks are uint32 [words], bit t % 32 of word t // 32 set where token t is allowed."""
 
-    def copy(self) -> Constraint: ...
+    def copy(self) -> Constraint:
+        """Returns one of the same state, which advances by itself."""
 
     def mask(self) -> np.ndarray | None:
-        """None allows everything."""
+        """Returns the mask of the next token, None where every token is allowed."""
 
     def advance(self, token: int) -> None:
-        """After a token that the mask allowed."""
+        """Moves on by a token that the mask allowed."""
 
 
 class Failure(NamedTuple):
-    """Why a row cannot go on. tokens: how many of those that it was told of count."""
+    """Why a row cannot go on. tokens: how many of the emitted tokens count, those before the one that failed."""
 
     tokens: int
     reason: str
 
 
 class Look(NamedTuple):
-    """width: how many drafts to verify; mask: float32 [B, width + 1, V], 0 or -inf; failures: by row, of those whose
-    constraint raised.
+    """What the constraints say of a round's drafts.
+
+    width: how many drafts of each row to verify. mask: float32 [B, width + 1, V], 0 at tokens that are allowed and -inf
+    elsewhere. failures: the reason of each row whose constraint raised; such a row may say nothing.
     """
 
     width: int
@@ -54,8 +57,10 @@ class Guide:
         self.constraints, self.vocab = list(constraints), vocab
 
     def look(self, drafts: Sequence[Sequence[int]], cut: bool = True) -> Look:
-        """Masks for the next token and after each draft. drafts: K for every row. cut: verify only drafts that some row
-        allows; without it all are verified, and what comes after a refused one is free.
+        """Returns how many drafts to verify, and the masks of the next token and of the one after each draft.
+
+        drafts: K for every row. cut: verify as many drafts as the constraint of some row allows. Without it all K are
+        verified. Whatever comes after a row's first refused draft is not masked: it cannot be emitted.
         """
         walked, failures = [], {}
         for row, (constraint, tokens) in enumerate(zip(self.constraints, drafts, strict=True)):
@@ -73,7 +78,9 @@ class Guide:
         return Look(width, expand(mx.array(bits), self.vocab), failures)
 
     def advance(self, emitted: Sequence[Sequence[int]]) -> dict[int, Failure]:
-        """Each row's emitted tokens; nothing else moves a constraint. Returns the rows whose constraint raised."""
+        """Moves each row's constraint on by its emitted tokens; nothing else moves one. Returns the failures of the
+        rows whose constraint raised.
+        """
         failures = {}
         for row, (constraint, tokens) in enumerate(zip(self.constraints, emitted, strict=True)):
             for i, token in enumerate(tokens if constraint is not None else ()):
@@ -85,27 +92,28 @@ class Guide:
         return failures
 
     def of_rows(self, rows: Sequence[int]) -> Guide | None:
-        """The same for these rows alone; None where all of them are free."""
+        """Returns the guide of these rows alone, None where all of them are free."""
         return guide([self.constraints[row] for row in rows], self.vocab)
 
 
 def guide(constraints: Sequence[Constraint | None], vocab: int) -> Guide | None:
-    """None where every row is free."""
+    """Returns the guide of these rows' constraints, None where every row is free."""
     return Guide(constraints, vocab) if any(each is not None for each in constraints) else None
 
 
 def expand(bits: mx.array, vocab: int) -> mx.array:
-    """uint32 [..., words] -> float32 [..., vocab], 0 where the bit is set and -inf elsewhere."""
+    """Returns 0 where a token's bit is set and -inf elsewhere: uint32 [..., words] -> float32 [..., vocab]."""
     each = (bits[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
     return mx.where(each.reshape(*bits.shape[:-1], -1)[..., :vocab] == 1, 0.0, -mx.inf)
 
 
 def allows(mask: np.ndarray | None, token: int) -> bool:
+    """Returns whether a mask allows a token."""
     return mask is None or bool(mask[token // 32] >> np.uint32(token % 32) & np.uint32(1))
 
 
 def only(tokens: Sequence[int], vocab: int) -> np.ndarray:
-    """The mask that allows these tokens alone."""
+    """Returns the mask that allows these tokens alone."""
     mask = np.zeros(-(-vocab // 32), np.uint32)
     for token in tokens:
         mask[token // 32] |= np.uint32(1 << token % 32)
@@ -113,10 +121,10 @@ def only(tokens: Sequence[int], vocab: int) -> np.ndarray:
 
 
 def _walk(constraint: Constraint | None, drafts: Sequence[int], vocab: int) -> list[np.ndarray | None]:
-    """The masks at the first position and after each draft that is allowed. Raises what the constraint itself raises.
+    """Returns the masks of the next token and of the one after each draft, up to the first draft that is refused.
 
-    What its copy raises along the drafts fails nobody: these may never be emitted. If they are, nothing is allowed
-    after them.
+    Raises what the constraint itself raises. What its copy raises along the drafts fails nobody, since these may never
+    be emitted; if they are, nothing is allowed after them.
     """
     if constraint is None:
         return [None] * (len(drafts) + 1)

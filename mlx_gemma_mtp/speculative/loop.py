@@ -21,7 +21,7 @@ from ..models.gemma4 import Gemma4
 from ..sampling import rejection
 from ..sampling.distribution import Distribution, Rules, accept, logprobs
 from ..sampling.penalties import TokenCounts
-from .drafting import DEFAULT_DRAFTING, Drafting, Drafts, draft
+from .drafting import DEFAULT_DRAFTING, SOURCES, Drafting, Drafts, DraftState
 from .guide import Guide
 
 NOT_FINITE = "the model's scores are not finite (NaN or infinity): its weights are damaged, or the dtype is too narrow"
@@ -30,7 +30,9 @@ NOTHING_ALLOWED = "no token is allowed here: the constraint, logit_bias and supp
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The model's own log-probability of an emitted token, and the likeliest tokens at its place, best first."""
+    """The model's own log-probability of an emitted token, and (token, log-probability) of the likeliest ones at its
+    place, best first.
+    """
 
     token: int
     logprob: float
@@ -39,11 +41,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round gave: the tokens emitted by each row, and how many drafts a row were verified.
+    """What one round gave: the tokens that each row emitted.
 
-    The prefill's tokens come as a round that verified nothing: drafted is None. errors: for each row why it cannot go
-    on, or None; such a row has only the tokens that are good, and must leave. logprobs: one for each token, where the
-    rules ask for them.
+    drafted: how many drafts of each row were verified; None for the first round, which follows the prefill. errors: for
+    each row why it cannot go on, or None. A row with an error has only the tokens that are good, and must leave.
+    logprobs: one for each token, where the rules ask for them.
     """
 
     tokens: list[list[int]]
@@ -54,8 +56,8 @@ class Round:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that one round begins with, for rows 0 to B - 1 of the cache. A round makes the next one's; nothing else of a
-    round stays.
+    """All that one round begins with, for rows 0 to B - 1 of the cache. A round makes the inputs of the next; nothing
+    else of it stays.
 
     newest: int32 [B], each row's newest token, which the cache does not hold yet; None after the prefill, where it
     does. drafts: the K drafts to be verified behind it. token_counts: the tokens up to the newest, where the rules have
@@ -80,12 +82,12 @@ class Inputs:
         return self.drafts.tokens.shape[1]
 
     def first(self, width: int) -> Inputs:
-        """The same round with the first `width` drafts alone."""
+        """Returns the inputs with the first `width` drafts alone."""
         mask = None if self.mask is None else self.mask[:, : width + 1]
         return replace(self, drafts=self.drafts.first(width), mask=mask)
 
     def of_rows(self, rows: Sequence[int], rules: Rules) -> Inputs:
-        """The same round of these rows alone, row rows[i] in place i; rules: theirs, in this order."""
+        """Returns the inputs of these rows alone, row rows[i] in place i. rules: of these rows, in this order."""
         index, guide = mx.array(list(rows)), self.guide and self.guide.of_rows(rows)
         return Inputs(
             self.newest[index],
@@ -98,7 +100,7 @@ class Inputs:
 
 
 class Verify:
-    """The target's pass over a round's newest tokens and drafts. It is built first, and then dispatched or dropped.
+    """The target's forward over a round's newest tokens and drafts. It is built first, and then dispatched or dropped.
 
     inputs: the round's. hidden: [B, K + 1, H]. positions: [B, K + 1], of the tokens that the hidden states predict.
     """
@@ -112,7 +114,7 @@ class Verify:
         self.dispatched = False
 
     def dispatch(self) -> None:
-        """Lets it run; its writes are in place, since the last handles of the old buffers go."""
+        """Lets the forward run. Its writes are in place, since the last handles of the old buffers go."""
         self._before.clear()
         if not metal_available():  # layer by layer: MLX walks a whole graph before its first operation begins
             for buffers in self._cache.buffers:
@@ -121,13 +123,16 @@ class Verify:
         self.dispatched = True
 
     def drop(self) -> None:
-        """Gives the cache back as it was before this pass was built."""
-        assert not self.dispatched, "a pass that was dispatched has written"
+        """Gives the cache back as it was before this forward was built."""
+        assert not self.dispatched, "a forward that was dispatched has written"
         self._cache.buffers = self._before
 
 
 class Prefilled:
-    """The prefill in a verify's place: of no drafts, and its tokens are committed. See Verify."""
+    """The prefill, in the place of the first round's verify. It has no drafts, and its tokens are committed.
+
+    hidden: [B, 1, H], of each row's last token. positions: [B, 1], of the tokens that the hidden states predict.
+    """
 
     dispatched = True
 
@@ -136,10 +141,12 @@ class Prefilled:
 
 
 class Accepted(NamedTuple):
-    """What a verify decided. tokens: int32 [B, K + 1], of which kept + 1 count; kept: [B], drafts that stay; newest:
-    [B], the token after them; sums: float32 [B, K + 1], of the logits of each position, finite where these are; peaks:
-    [B, K + 1], see Distribution, None where it has none; report: of each token, where the rules ask for one (see
-    sampling.logprobs), or nothing.
+    """What a verify decided, as arrays on the device.
+
+    tokens: int32 [B, K + 1], of which kept + 1 count. kept: int32 [B], how many drafts stay. newest: [B], the token
+    after them. sums: float32 [B, K + 1], of the logits of each position, finite where all of these are. peaks: [B, K +
+    1], the target's Distribution.peak, or None. report: what sampling.logprobs says of the tokens, where the rules ask
+    for it, or nothing.
     """
 
     tokens: mx.array
@@ -151,14 +158,14 @@ class Accepted(NamedTuple):
 
 
 def compact(live: Sequence[bool]) -> list[int]:
-    """Which row goes into which place when the dead ones leave: the last live rows fill the holes, the others stay."""
+    """Returns which row goes into which place when rows leave: the last live rows fill the holes, the others stay."""
     count = sum(live)
     movers = [row for row in range(count, len(live)) if live[row]]
     return [place if live[place] else movers.pop() for place in range(count)]
 
 
 def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
-    """Which drafts of a verify stay, and the token after them. Pure: reads no cache and waits for nothing."""
+    """Returns which drafts of a verify stay, and the token after them. It reads no cache and waits for nothing."""
     inputs, cap = verify.inputs, target.config.softcap
     drafts, rules = inputs.drafts, inputs.rules
     token_counts = inputs.token_counts and inputs.token_counts.at_each(drafts.tokens)
@@ -174,8 +181,12 @@ def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
 
 
 def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) -> tuple[list[int], str | None]:
-    """A row's tokens up to the first that nothing can be said of, and why: NaN weights or an overflow, or settings that
-    leave no token; None where all are good. sums, peaks: see Accepted.
+    """Returns a row's tokens up to the first that is not good, and why it is not, or None where all are good.
+
+    A token is not good where the logits that it was drawn from are not finite, or where the row's settings left none to
+    draw. sums, peaks: the row's part of those in Accepted. A refused draft can make the logits of good tokens NaN: its
+    K/V stay in the row's slots, and attention multiplies what it does not see by 0, which leaves NaN as it is. Then the
+    row ends, though plain decoding would have gone on.
     """
     for i in range(len(tokens)):
         if not math.isfinite(sums[i]):
@@ -188,11 +199,11 @@ def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) 
 class Speculation:
     """The loop over rows 0 to B - 1 of a cache: `start`, then `step` after `step`. Rows leave in between (`retain`).
 
-    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: how drafts are
-    made and accepted. token_counts: the prompts, where the rules have penalties. guide: the rows' constraints; then the
-    drafts are read before the verify is built, and those that are refused cut (but see rejection.py). confident: read
-    the drafter's confidences with every round, into `confidences`, [B][K] for the drafts that were made last, also for
-    those that the guide cut.
+    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: where drafts come
+    from, and how they are accepted. token_counts: the prompts, where the rules have penalties. guide: the rows'
+    constraints; then the drafts are read before the verify is built, and those that are refused cut (but see
+    rejection.py). confident: read the drafts' confidences with every round, into `confidences`, [B][K] for the drafts
+    that were made last, also for those that the guide cut.
 
     What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
     """
@@ -209,8 +220,9 @@ class Speculation:
         guide: Guide | None = None,
         confident: bool = False,
     ):
-        self.target, self.drafter, self.cache = target, drafter, cache
-        self.drafting, self.confident = drafting, confident
+        self.target, self.cache, self.confident = target, cache, confident
+        make = SOURCES[drafting.source]
+        self.proposer = None if drafter is None else make(drafter, target.embed, drafting, confident)
         rows = hidden.shape[0]
         mask = guide and guide.look([[]] * rows).mask  # of the first token
         self.inputs = Inputs(None, Drafts.none(rows), rules, token_counts, guide, mask)
@@ -219,18 +231,20 @@ class Speculation:
         self._verify: Verify | Prefilled | None = Prefilled(cache, self.inputs, hidden)
 
     def start(self, num_draft: int) -> Round:
-        """The first round: draws every row's first token from the prefill, and drafts `num_draft` more."""
+        """Runs the first round: it draws every row's first token from the prefill, and makes `num_draft` drafts."""
         assert self.inputs.newest is None, "a text starts once"
         return self.step(num_draft)
 
     @property
     def waiting(self) -> int:
-        """How many drafts wait to be verified: those that were made, without what the guide cut."""
+        """How many drafts of a row wait to be verified: those that were made, without what the guide cut."""
         return self.inputs.width
 
     def launch(self, width: int | None = None) -> None:
-        """Dispatches the next verify, of the first `width` drafts (None: of all), so that it runs while the caller uses
-        the last round. `step` does it if nobody did.
+        """Dispatches the next verify, so that it runs while the caller uses the last round. `step` does it if nobody
+        did.
+
+        width: how many of the drafts to verify, the first ones; None for all.
         """
         if self._verify is not None and self._verify.dispatched:
             return
@@ -240,7 +254,7 @@ class Speculation:
         self._verify.dispatch()
 
     def step(self, num_draft: int) -> Round:
-        """One round, which verifies the drafts there are and makes `num_draft` for the next."""
+        """Runs one round: it verifies the drafts that wait, and makes `num_draft` for the next round."""
         # VERIFY: runs from here on, if not since `launch`; all that follows is queued behind it.
         self.launch()
         verify, self._verify = self._verify, None
@@ -254,10 +268,10 @@ class Speculation:
             self.cache.commit(rows, out.kept + 1, [drafted + 1] * rows.stop)
         # DRAFT
         drafts = Drafts.none(rows.stop)
-        if self.drafter is not None and num_draft > 0:
+        if self.proposer is not None and num_draft > 0:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
-            state = (self.cache, rows, out.newest, hidden, now.rules, token_counts)
-            drafts = draft(self.drafter, self.target.embed, *state, num_draft, self.drafting, self.confident)
+            state = DraftState(self.cache, rows, out.newest, hidden, now.rules, token_counts)
+            drafts = self.proposer.propose(state, num_draft)
         checks = (out.sums,) if out.peaks is None else (out.sums, out.peaks)
         told = (out.tokens, out.kept, drafts.tokens, drafts.confidence, *out.report, *checks)
         mx.async_eval(*told, self.cache.lengths, out.newest)
@@ -268,7 +282,7 @@ class Speculation:
         # One readback
         tokens, kept, drafted_next, sure, *more = self._readback(*told)
         report, (sums, *peaks) = more[: len(out.report)], more[len(out.report) :]
-        self.confidences = [[0.0 if math.isnan(each) else each for each in row] for row in sure]
+        self.confidences = _certain(sure, len(drafted_next[0])) if self.confident else sure
         self.cache.tighten_length_bound(rows, [(drafted or 0) - count for count in kept])
         counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
         emitted, errors = map(list, zip(*map(sound, counted, sums, *(peaks or [[[]] * rows.stop])), strict=True))
@@ -278,13 +292,15 @@ class Speculation:
         return Round(emitted, drafted, errors, _named(emitted, *report) if report else None)
 
     def retain(self, rows: Sequence[int], rules: Rules) -> None:
-        """Goes on with these rows alone, row rows[i] in place i (see `compact`); rules: theirs, in this order."""
+        """Goes on with these rows alone, row rows[i] in place i. rows: from `compact`; rules: of these rows, in this
+        order.
+        """
         self._go_on_with(self.inputs.of_rows(rows, rules))
         self.cache.move({place: row for place, row in enumerate(rows) if place != row})
         self.confidences = [self.confidences[row] for row in rows]
 
     def _go_on_with(self, inputs: Inputs) -> None:
-        """Makes these the next round's inputs; a verify that was built of others is dropped."""
+        """Makes these the next round's inputs. A verify that was built of others is dropped."""
         if self._verify is not None:
             self._verify.drop()
         self.inputs, self._verify = inputs, None
@@ -302,14 +318,21 @@ class Speculation:
         self.inputs = replace(inputs if uncut else inputs.first(width), mask=mask)
 
     def _readback(self, *arrays: mx.array) -> list[list]:
-        """The round's one host sync: the values of these arrays."""
+        """Returns the values of these arrays: the round's one host sync."""
         self.host_syncs += 1
         mx.eval(*arrays)
         return [array.tolist() for array in arrays]
 
 
+def _certain(confidences: list[list[float]], made: int) -> list[list[float]]:
+    """Returns a number from 0 to 1 for each of the drafts that were made: 0 for NaN, and 1 from a source that gives
+    none, which is then judged by the drafts that were kept.
+    """
+    return [[0.0 if math.isnan(each) else each for each in row] or [1.0] * made for row in confidences]
+
+
 def _named(emitted: list[list[int]], own: list, best: list, values: list) -> list[list[TokenLogprob]]:
-    """The report of the tokens that were emitted; those of refused drafts are dropped."""
+    """Returns the report of the tokens that were emitted, by row; what it says of refused drafts is dropped."""
     return [
         [
             TokenLogprob(token, own[row][i], list(zip(best[row][i], values[row][i], strict=True)))

@@ -17,10 +17,10 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> mx.array:
-    """Feeds ragged prompts in chunks of the cache's block; each row commits its own tokens alone.
+    """Feeds ragged prompts in chunks of the cache's block. Each row commits its own tokens alone.
 
-    progress is told after each chunk how many columns are done. Returns each row's hidden state at its last token, [B,
-    1, H].
+    progress: told after each chunk how many tokens of the longest prompt are done. Returns each row's hidden state at
+    its last token, [B, H].
     """
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)

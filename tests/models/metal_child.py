@@ -105,7 +105,7 @@ def watch_all() -> None:
         watch(module, name, lambda *_, name=name: met["launched"].add(name))
 
 
-def ways(engine: Any) -> dict[str, Any]:
+def choices(engine: Any) -> dict[str, Any]:
     """What would be chosen for the model's type, asked without a run."""
     target, drafter = engine.target, engine.drafter
     chosen: dict[str, Any] = {"dtype": named(target.dtype), "drafter": type(drafter.masked_embedding).__name__}
@@ -142,7 +142,7 @@ def main(pairs: list[tuple[str, str]]) -> None:
         ]
         found = {where: sorted(things) for where, things in met.items()}
         asked = {"prompts": PROMPTS, "greedy": GREEDY, "sampled": SAMPLED}
-        result = {"chosen": ways(engine), "met": found, "tokens": tokens, "says": engine.description}
+        result = {"chosen": choices(engine), "met": found, "tokens": tokens, "says": engine.description}
         result["compiles"] = compiles()
         results.append(result | asked)
     print(json.dumps(results))

@@ -69,7 +69,7 @@ def test_rotation(spec):
     a, b = np.split(np.array(x) * np.array(weight), 2, axis=-1)
     want = np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
     for rotation in (layers.Rotation(spec), layers.FastRotation(spec)):
-        turned = rotation.turn(x, weight, layers.swap_halves(weight), *rotation.at(mx.array(positions)))
+        turned = rotation.rotate(x, weight, layers.swap_halves(weight), *rotation.tables(mx.array(positions)))
         np.testing.assert_allclose(np.array(turned), want, atol=1e-3 if metal_available() else 1e-4)
 
 

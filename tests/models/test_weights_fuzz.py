@@ -141,7 +141,7 @@ def drafts(drafter: Drafter) -> list[mx.array]:
     span = reference.Span(cache, reference.ROW, 0)
     out, token = [], mx.array([TEXT[-1]])
     for _ in range(2):
-        y, hidden = drafter(target.embed(token), hidden, span, drafter.ropes.at(span.positions))
+        y, hidden = drafter(target.embed(token), hidden, span, drafter.ropes.tables(span.positions))
         logits, ids = drafter.scores(y)
         order = mx.argsort(ids, axis=-1)
         out += [hidden, mx.take_along_axis(logits, order, axis=-1), mx.take_along_axis(ids, order, axis=-1)]

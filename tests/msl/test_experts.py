@@ -7,6 +7,7 @@ from cases import AFFINE, EXPERTS, FLOAT, FORMATS, TOP_K, Layer, normal, routes,
 from emulator import CLANG, ORDERS, SANITIZED, Emulator, typecheck
 from signature import printed_parameters, signature
 
+from mlx_gemma_mtp.machine import device
 from mlx_gemma_mtp.models import moe
 from mlx_gemma_mtp.models.config import MoESpec
 from mlx_gemma_mtp.models.linear import finish_loading
@@ -149,7 +150,7 @@ def test_the_signature_is_the_one_that_mlx_writes(monkeypatch, tmp_path, capfd, 
 def grouped(monkeypatch, emulator) -> Emulator:
     """Experts choose as on a Mac whose kernels run."""
     monkeypatch.setattr(kernels, "metal_available", lambda: True)
-    monkeypatch.setattr(moe, "chip", lambda: "Apple M4")
+    monkeypatch.setattr(device, "name", lambda: "Apple M4")
     return emulator
 
 

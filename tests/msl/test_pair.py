@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.models import moe
+from mlx_gemma_mtp.machine import device
 from mlx_gemma_mtp.ops import kernels
 
 PROMPT = "def fibonacci(n):"
@@ -14,7 +14,7 @@ def test_the_log_says_which_way_the_experts_go(monkeypatch):
     engine = load(draft_model="none")
     assert "experts pairs then sorted" in engine.description
     monkeypatch.setattr(kernels, "metal_available", lambda: True)
-    monkeypatch.setattr(moe, "chip", lambda: "Apple M4")
+    monkeypatch.setattr(device, "name", lambda: "Apple M4")
     assert "experts grouped" in engine.description
     monkeypatch.setattr(kernels, "_failed", {"down": "off by 2"})
     assert "experts sorted" in engine.description
@@ -29,7 +29,7 @@ def test_mtp_through_the_kernels_is_plain_decoding(monkeypatch, emulator, temper
     params = SamplingParams(temperature=temperature, max_tokens=14, seed=3)
     by_references = load().generate(PROMPT, params).text
     monkeypatch.setattr(kernels, "metal_available", lambda: True)
-    monkeypatch.setattr(moe, "chip", lambda: "Apple M4")
+    monkeypatch.setattr(device, "name", lambda: "Apple M4")
     emulator.counting = True
     texts = {drafts: load(num_draft_tokens=drafts).generate(PROMPT, params).text for drafts in (0, 3)}
     assert {"expert_groups", "expert_gate_up", "expert_down"} <= set(emulator.reads)

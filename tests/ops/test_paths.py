@@ -1,4 +1,4 @@
-"""Which way the experts go, how ties are routed, and that the ways which may alternate agree bit for bit."""
+"""Which path the experts take, how ties are routed, and that paths which may alternate agree bit for bit."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,7 +54,7 @@ def test_slots_are_added_in_their_order(tokens):
 @pytest.mark.skipif(metal_available(), reason="the CPU's rule")
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("tokens", [1, 9, 40])
-def test_the_ways_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
+def test_the_paths_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
     """Tiles of floats, too, with MLX's own BLAS: another gives a row other bits in another width, wherever it comes."""
     experts = moe.Experts(64, MoESpec(8, 3, 32))
     nn.quantize(experts, 32, bits) if bits else None

@@ -15,14 +15,13 @@ import pytest
 from test_sampling import distribution
 
 from mlx_gemma_mtp.cache.cache import Cache
-from mlx_gemma_mtp.speculative import drafting
 from mlx_gemma_mtp.sampling import rejection
 from mlx_gemma_mtp.sampling.distribution import Rules, accept
 from mlx_gemma_mtp.sampling.noise import uniform
 from mlx_gemma_mtp.sampling.params import COUPLED, REJECTION, SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
 from mlx_gemma_mtp.sampling.rejection import residuals
-from mlx_gemma_mtp.speculative import loop
+from mlx_gemma_mtp.speculative import drafting, loop
 from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.guide import guide, only
 from mlx_gemma_mtp.speculative.loop import Speculation
@@ -61,7 +60,7 @@ class ToyDrafter:
     def __init__(self, table: np.ndarray):
         self.table, self.ropes, self.masked_embedding = mx.array(table), self, None
 
-    def at(self, positions):
+    def tables(self, positions):
         return {}
 
     def __call__(self, embedded, hidden, span, rotations):

@@ -87,6 +87,30 @@ def test_the_noise_of_rounds_is_independent():
     assert len({tuple(key) for key in many.tolist()}) == 9999
 
 
+def test_where_the_drafter_is_the_target_every_draft_stays():
+    """Nothing is left to draw from after fewer drafts, and 0 / 0 is 0."""
+    rules, logits = Rules.of([FILTERS["nothing"]] * 3, 50), mx.random.normal((3, 5, 50), key=mx.random.key(2))
+    p, q = Distribution.of(logits, rules), Distribution.of(logits[:, :4], rules)
+    drafts = mx.random.randint(0, 50, (3, 4), key=mx.random.key(3))
+    reach, rest = residuals(drafts, q, p, 50)
+    assert mx.array_equal(reach, mx.ones((3, 5))) and not rest[:, :4].any()
+    assert np.allclose(chances(reach, rest), [[0, 0, 0, 0, 1]] * 3)
+    positions = mx.broadcast_to(mx.arange(7, 12), (3, 5))
+    assert rejection.accept(drafts, q, p, rules, positions)[1].tolist() == [4] * 3
+
+
+def test_a_refusal_by_rounding_draws_from_the_target(monkeypatch):
+    """A draft refused though p is q leaves an empty residual: the token comes from p, not from what p forbids."""
+    rules = Rules.of([FILTERS["nothing"]], 6)
+    logits = mx.array([[[-mx.inf, -mx.inf, 1.0, 2.0, -mx.inf, 0.0]] * 2])
+    p, q = Distribution.of(logits, rules), Distribution.of(logits[:, :1], rules)
+    monkeypatch.setattr(rejection, "uniform", lambda keys, positions, tokens: mx.ones((1, 1, 1)))
+    rounded = lambda drafts, q, p, vocab: (mx.array([[1.0, 1 - 6e-8]]), mx.zeros((1, 2, 6)))  # noqa: E731
+    monkeypatch.setattr(rejection, "residuals", rounded)
+    drawn = {int(rejection.accept(mx.array([[3]]), q, p, rules, mx.array([[i, i + 1]]))[2]) for i in range(40)}
+    assert drawn == {2, 3, 5}
+
+
 def test_rows_are_their_own_and_greedy_rows_are_plain():
     """At one draft length a row says what it says alone; without drafts it says what plain decoding says."""
     model = tiny.target("moe")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_gemma_mtp.sampling.distribution import Distribution, Rules, accept, logprobs, sample
-from mlx_gemma_mtp.sampling.noise import gumbel
+from mlx_gemma_mtp.sampling.noise import gumbel, uniform
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
 
@@ -232,3 +232,71 @@ def test_top_p_is_exact_near_one(top_p):
     p /= p.sum(axis=-1, keepdims=True)
     want = (np.cumsum(p, axis=-1) - p < top_p).sum(axis=-1)
     assert np.abs(kept - want).max() <= 0.002 * want.max(), (kept, want)
+
+
+TIES = {
+    "all equal": np.zeros((1, 3, 300), np.float32),
+    "a few values": np.random.default_rng(4).integers(-3, 3, (1, 3, 300)).astype(np.float32),
+    "as bf16 rounds": np.array(
+        (8 * mx.random.normal((1, 3, 300), key=mx.random.key(5))).astype(mx.bfloat16).astype(mx.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 10, 64])
+@pytest.mark.parametrize("name", TIES)
+def test_of_equal_logits_the_lower_tokens_are_kept(name, top_k):
+    """At the border of top-k, whatever top-k a partner in the batch has."""
+    logits, row = TIES[name], params(1.0, top_k=top_k, seed=3)
+    want = np.argsort(-logits[0], axis=-1, kind="stable")[:, :top_k]
+    for partner in (None, params(0.0), params(top_k=2), params(top_k=65), params(top_p=0.9), params(min_p=0.01)):
+        both = [row] if partner is None else [row, partner]
+        found = Distribution.of(mx.array(np.repeat(logits, len(both), axis=0)), Rules.of(both, 300))
+        tokens, scores = np.array(found.tokens[0]), np.array(found.scores[0])
+        for position in range(3):
+            kept = tokens[position][np.isfinite(scores[position])]
+            assert kept.tolist() == want[position].tolist(), (partner, position)
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_reported_equals_come_by_id(name):
+    logits = mx.array(TIES[name])
+    best = logprobs(logits, mx.zeros((1, 3), mx.int32), None, 20)[1]
+    assert np.array_equal(best[0], np.argsort(-TIES[name][0], axis=-1, kind="stable")[:, :20])
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.25, 1), (0.5, 2), (0.75, 3)])
+def test_top_p_keeps_no_token_that_it_does_not_need(top_p, kept):
+    """Four tokens of 1/4 each: their sums are exact, and the first ones reach top-p itself."""
+    found = Distribution.of(mx.zeros((1, 1, 4)), Rules.of([params(top_p=top_p)], 4))
+    assert np.isfinite(found.scores).sum() == kept
+
+
+def test_large_noise_is_exact():
+    """Of a million draws the largest come from the smallest u, where 1 - u would have rounded most of it away."""
+    keys, positions, tokens = mx.array([[5, 6]], mx.uint32), mx.arange(1000)[None], mx.arange(1000)[None, None]
+    u = np.array(uniform(keys, positions, tokens), np.float64).ravel()
+    noise = np.array(gumbel(keys, positions, tokens)).ravel()
+    largest = np.argsort(u)[:20]
+    assert u[largest].max() < 1e-4
+    np.testing.assert_allclose(noise[largest], -np.log(-np.log1p(-u[largest])), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"logit_bias": {0: 3.0}}, {"repetition_penalty": 4.0}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_greedy_rows_follow_what_reorders_their_own_logits_alone(changed):
+    """A bias or a penalty changes its row's likeliest token; a partner's row keeps its own, though the cap ties it."""
+    logits = mx.array([[[70.0, 500.0, 600.0, 0.0]]])  # capped at 30: 29.4, and 1 and 2 are equal
+    counts = TokenCounts.of([[1, 2]], 4).followed_by(mx.array([1])).followed_by(mx.array([2]))
+
+    def likeliest(*rows: SamplingParams) -> list[int]:
+        same = mx.array([0] * len(rows))
+        rules = Rules.of(rows, 4)
+        return Distribution.of(logits[same], rules, 30.0, token_counts=counts.of_rows(same)).best[:, 0].tolist()
+
+    mine, plain = params(0.0, **changed), params(0.0)
+    assert likeliest(mine) == [0] and likeliest(plain) == [2]
+    assert likeliest(mine, plain) == [0, 2] and likeliest(plain, mine, params(1.0))[:2] == [2, 0]

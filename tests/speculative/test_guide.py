@@ -36,6 +36,40 @@ def test_drafts_are_walked_on_a_copy_up_to_the_first_that_is_refused():
     assert guide([None, None], VOCAB) is None
 
 
+class Fragile(Stairs):
+    """Stairs whose mask raises, or whose copies raise when they advance."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.where = where
+
+    def copy(self):
+        return Fragile("copy")
+
+    def mask(self):
+        if self.where == "mask":
+            raise KeyError("a step is missing")
+        return super().mask()
+
+    def advance(self, token):
+        raise KeyError("a step is missing")
+
+
+def test_after_drafts_that_cannot_be_walked_nothing_is_allowed():
+    """Not everything: a partner has drafts left, so that the row's later positions are verified, too."""
+    width, mask, failures = guide([Fragile("nowhere"), None], VOCAB).look([[7, 15, 3], [1, 2, 3]])
+    assert width == 3 and failures == {}
+    mask = np.array(mask)
+    assert set((np.flatnonzero(mask[0, 0] == 0) % 7).tolist()) == {0} and (mask[0, 1] == -np.inf).all()
+    assert (mask[1] == 0).all()
+
+
+def test_a_row_whose_mask_raises_may_say_nothing():
+    width, mask, failures = guide([Fragile("mask"), Stairs()], VOCAB).look([[], []])
+    assert width == 0 and failures == {0: "KeyError: 'a step is missing'"}
+    assert (np.array(mask[0]) == -np.inf).all() and (np.array(mask[1]) == 0).any()
+
+
 @pytest.mark.parametrize("params", [tiny.GREEDY, tiny.SAMPLED, tiny.PENALISED], ids=["greedy", "sampled", "penalised"])
 def test_constrained_text_is_the_same_with_and_without_drafts(params):
     """Free and constrained rows in one batch; every token is allowed; the drafter knows nothing of it."""

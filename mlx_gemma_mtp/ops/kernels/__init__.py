@@ -1,7 +1,7 @@
 """Metal kernels, one file an operation: the reference, the source, and the function that chooses.
 
-`metal_available` is the one question about the device, asked in one place so that a test can replace it; `why_off` says
-which of our own kernels run. MLX's kernels (mx.fast) are not ours and run wherever Metal does.
+`why_off` says which of our own kernels run. MLX's kernels (mx.fast) are not ours and run wherever Metal does. To add
+one: a module here with its reference, its source and `self_check`, and its name in KERNELS.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Kernel:
 
 @cache
 def build(kernel: Kernel) -> Callable[..., list[mx.array]]:
-    """MLX's object for a kernel; it compiles at the first launch with a template."""
+    """Returns MLX's object for a kernel. It is compiled at the first launch with a template."""
     return mx.fast.metal_kernel(
         name=kernel.name,
         input_names=list(kernel.inputs),
@@ -50,7 +50,7 @@ _failed: dict[str, str] = {}  # kernel -> what its self-check found in this proc
 
 
 def why_off(kernel: str) -> str | None:
-    """None where a kernel runs, otherwise why its reference runs instead."""
+    """Returns None where a kernel runs, otherwise why its reference runs instead."""
     if not metal_available():
         return "no Metal device"
     if os.environ.get(SWITCH) == "0":
@@ -60,22 +60,22 @@ def why_off(kernel: str) -> str | None:
 
 
 def failure(kernel: str) -> str | None:
-    """What a kernel's self-check found, None where it passed or did not run."""
+    """Returns what a kernel's self-check found, None where it passed or did not run."""
     return _failed.get(kernel)
 
 
 def forget_failures() -> None:
-    """Every kernel may run again until it is checked."""
+    """Lets every kernel run again until it is checked."""
     _failed.clear()
 
 
 def status() -> dict[str, str]:
-    """Every kernel: "on", or why its reference runs instead."""
+    """Returns for every kernel "on", or why its reference runs instead."""
     return {kernel: why_off(kernel) or "on" for kernel in KERNELS}
 
 
 def summary() -> str:
-    """A phrase for a log line."""
+    """Returns a phrase for a log line: which kernels are off, and why."""
     off = [f"{kernel} off ({reason})" for kernel in KERNELS if (reason := why_off(kernel))]
     return f"our kernels: {', '.join(off)}" if off else "our kernels on"
 
@@ -92,19 +92,21 @@ def self_check() -> dict[str, str]:
 
 
 def switch_off(kernel: str, reason: str) -> None:
-    """From now on the reference of a kernel runs: its self-check failed, now or, by a cached report, earlier."""
+    """Lets the reference of a kernel run from now on: its self-check failed, now or, by a kept report, earlier."""
     _failed[kernel] = reason
 
 
 def difference(ours: mx.array, reference: mx.array, tolerance: float) -> str | None:
-    """None where the largest error is below tolerance x the largest value (both finite), otherwise a line on it."""
+    """Returns None where the largest error is at most tolerance times the largest value, both finite; otherwise a line
+    that says how large it is.
+    """
     ours, reference = ours.astype(mx.float32), reference.astype(mx.float32)
     error, size = mx.abs(ours - reference).max().item(), mx.abs(reference).max().item()
     return None if error <= tolerance * size else f"off by {error:.3g} where the largest value is {size:.3g}"
 
 
 def checked(check: Callable[[], str | None]) -> Callable[[], str | None]:
-    """A self-check that reports an exception (the compiler refused, the launch failed) as its finding."""
+    """Returns a self-check that reports an exception (the compiler refused, the launch failed) as its finding."""
 
     def run() -> str | None:
         try:

@@ -16,17 +16,19 @@ CAPACITIES = (64, 256, 1024)  # pairs that a threadgroup keeps, COLUMNS values e
 
 
 def combine(products: mx.array, weights: mx.array) -> mx.array:
-    """products: [N, k, out] of the chosen experts; weights: float32 [N, k] -> [N, out], slots added in their order.
+    """Returns each token's mixture of its experts' outputs, [N, out], added up in the order of the slots.
 
-    (MLX's sum over a middle axis goes through it in order; a test holds it to that.)
+    products: [N, k, out] of the chosen experts; weights: float32 [N, k]. (MLX's sum over a middle axis goes through it
+    in order; a test holds it to that.)
     """
     return (products * weights[..., None]).sum(axis=1).astype(products.dtype)
 
 
 def down_reference(inner: mx.array, weights: Weights, experts: mx.array, scale: mx.array) -> mx.array:
-    """The combined outputs of every token's experts, in float32, rounded where separate products round.
+    """Returns each token's mixture of its experts' down products, [N, out], computed in float32 and rounded where
+    separate products round.
 
-    inner: [N k, K], a row for each pair; weights: [E, out, K]; experts: [N, k]; scale: float32 [N, k] -> [N, out].
+    inner: [N k, K], a row for each pair; weights: [E, out, K]; experts: [N, k]; scale: float32 [N, k].
     """
     rows = mx.arange(experts.size, dtype=mx.uint32)
     products = gather_reference(inner, weights, rows, experts.reshape(-1)).astype(inner.dtype)
@@ -95,7 +97,9 @@ def kernel(quantised: bool) -> Kernel:
 
 
 def down_metal(inner: mx.array, weights: Weights, experts: mx.array, scale: mx.array, groups: Groups) -> mx.array:
-    """The same in one launch. groups: of `experts`. At most CAPACITIES[-1] pairs."""
+    """Returns what `down_reference` does, [N, out], by one launch of the kernel. groups: of `experts`, which are at
+    most CAPACITIES[-1] pairs.
+    """
     size, (tokens, top_k) = weights.outputs, experts.shape
     capacity = next(pairs for pairs in CAPACITIES if pairs >= experts.size)
     shape = [("SIZE", size), ("TOP_K", top_k), ("PAIRS", capacity)]
@@ -113,20 +117,23 @@ def down_metal(inner: mx.array, weights: Weights, experts: mx.array, scale: mx.a
 
 
 def down(inner: mx.array, weights: Weights, experts: mx.array, scale: mx.array, groups: Groups) -> mx.array:
-    """inner [N k, K], weights [E, out, K], experts [N, k], scale float32 [N, k] -> each token's mixture, [N, out]."""
+    """Returns each token's mixture of its experts' down products, [N, out].
+
+    inner: [N k, K], a row for each pair; weights: [E, out, K]; experts: [N, k]; scale: float32 [N, k].
+    """
     if usable(weights, inner.dtype, experts.size):
         return down_metal(inner, weights, experts, scale, groups)
     return down_reference(inner, weights, experts, scale)
 
 
 def usable(weights: Weights, dtype: mx.Dtype, pairs: int) -> bool:
-    """Whether the kernel runs for this format and so many pairs; otherwise the reference does."""
+    """Returns whether the kernel runs for this format and so many pairs; otherwise the reference does."""
     return why_off("down") is None and pairs <= CAPACITIES[-1] and supported(weights, dtype)
 
 
 @checked
 def self_check() -> str | None:
-    """None, or where the kernel differs from the reference, at 4 bits, 8 bits and bfloat16."""
+    """Returns None, or where the kernel differs from the reference, at 4 bits, 8 bits and bfloat16."""
     for bits in (4, 8, 0):
         x, weights, experts = example(bits, outputs=43, inputs=320)
         inner = mx.repeat(x, experts.shape[1], axis=0)

@@ -16,9 +16,10 @@ SIMDGROUPS = 2
 
 
 def gate_up_reference(x: mx.array, weights: Weights, experts: mx.array) -> mx.array:
-    """geglu(gate(x), up(x)) for every pair, in float32, rounded where separate products round.
+    """Returns geglu(gate(x), up(x)) for every pair, [N k, size] in the order of the pairs, computed in float32 and
+    rounded where separate products round.
 
-    x: [N, K]; weights: [E, 2 size, K], gate above up; experts: [N, k] -> [N k, size], in the order of the pairs.
+    x: [N, K]; weights: [E, 2 size, K], gate above up; experts: [N, k].
     """
     rows = mx.arange(experts.size, dtype=mx.uint32) // experts.shape[1]
     both = gather_reference(x, weights, rows, experts.reshape(-1)).astype(x.dtype)
@@ -77,7 +78,7 @@ def kernel(quantised: bool) -> Kernel:
 
 
 def gate_up_metal(x: mx.array, weights: Weights, experts: mx.array, groups: Groups) -> mx.array:
-    """The same in one launch. groups: of `experts`."""
+    """Returns what `gate_up_reference` does, [N k, size], by one launch of the kernel. groups: of `experts`."""
     size = weights.outputs // 2
     shape = [("SIZE", size), ("TOP_K", experts.shape[1])]
     launch = [("ROWS", groups.rows), ("COLUMNS", COLUMNS), ("SIMDGROUPS", SIMDGROUPS)]
@@ -94,20 +95,23 @@ def gate_up_metal(x: mx.array, weights: Weights, experts: mx.array, groups: Grou
 
 
 def gate_up(x: mx.array, weights: Weights, experts: mx.array, groups: Groups) -> mx.array:
-    """geglu(gate(x), up(x)) for every pair: x [N, K], weights [E, 2 size, K], experts [N, k] -> [N k, size]."""
+    """Returns geglu(gate(x), up(x)) for every pair, [N k, size] in the order of the pairs.
+
+    x: [N, K]; weights: [E, 2 size, K], gate above up; experts: [N, k]; groups: of `experts`.
+    """
     if usable(weights, x.dtype):
         return gate_up_metal(x, weights, experts, groups)
     return gate_up_reference(x, weights, experts)
 
 
 def usable(weights: Weights, dtype: mx.Dtype) -> bool:
-    """Whether the kernel runs for this format; otherwise the reference does."""
+    """Returns whether the kernel runs for this format; otherwise the reference does."""
     return why_off("gate_up") is None and supported(weights, dtype)
 
 
 @checked
 def self_check() -> str | None:
-    """None, or where the kernel differs from the reference, at 4 bits, 8 bits and bfloat16."""
+    """Returns None, or where the kernel differs from the reference, at 4 bits, 8 bits and bfloat16."""
     for bits in (4, 8, 0):
         x, weights, experts = example(bits, outputs=2 * 21, inputs=320)
         ours = gate_up_metal(x, weights, experts, group(experts.reshape(-1), weights.weight.shape[0]))

@@ -16,9 +16,11 @@ THREADS = 128
 
 
 class Groups(NamedTuple):
-    """order: pairs by expert, then by number, uint32 [P]; table: int32 [G, 3], a group's expert, its first place in
-    `order` and its number of pairs, 1..rows. Groups are by expert; after the last come rows of zeros, since the host
-    knows only a bound on how many there are.
+    """Pairs in groups of one expert and at most `rows` pairs.
+
+    order: the pairs by expert, then by number, uint32 [P]. table: int32 [G, 3], for each group its expert, its first
+    place in `order` and its number of pairs. Groups are in the order of experts; after the last come rows of zeros,
+    since the host knows only a bound on how many there are.
     """
 
     order: mx.array
@@ -27,13 +29,13 @@ class Groups(NamedTuple):
 
 
 def most_groups(pairs: int, experts: int, rows: int) -> int:
-    """The largest number of groups that `pairs` pairs can fall into."""
+    """Returns the largest number of groups that `pairs` pairs can fall into."""
     spread = min(pairs, experts)
     return spread + (pairs - spread) // rows
 
 
 def group_reference(experts: mx.array, count: int, rows: int = ROWS) -> Groups:
-    """experts: of each pair, [P] below `count`. Nothing is read back."""
+    """Returns the groups of pairs, in plain MLX. experts: of each pair, [P] below `count`. Nothing is read back."""
     pairs = experts.size
     ids = experts.astype(mx.int32)
     order = mx.argsort(ids * pairs + mx.arange(pairs, dtype=mx.int32)).astype(mx.uint32)
@@ -60,7 +62,9 @@ class Tiles(NamedTuple):
 
 
 def tiles(experts: mx.array, count: int, rows: int = ROWS) -> Tiles:
-    """experts: of each pair, [P] below `count`. Pairs of one expert keep their order. Nothing is read back."""
+    """Returns the tiles of pairs. experts: of each pair, [P] below `count`. Pairs of one expert keep their order.
+    Nothing is read back.
+    """
     pairs = experts.size
     own = experts[None] == numbers(count, dtype=np.uint32)[:, None]
     ranks = mx.cumsum(own.astype(mx.int32), axis=1)  # [E, P], from 1
@@ -123,7 +127,7 @@ KERNEL = Kernel("expert_groups", ("experts",), ("order", "table"), SOURCE)
 
 
 def group_metal(experts: mx.array, count: int, rows: int = ROWS) -> Groups:
-    """The same in one launch."""
+    """Returns the groups of pairs as `group_reference` does, by one launch of the kernel."""
     pairs = experts.size
     groups = most_groups(pairs, count, rows)
     order, table = KERNEL(
@@ -138,7 +142,7 @@ def group_metal(experts: mx.array, count: int, rows: int = ROWS) -> Groups:
 
 
 def group(experts: mx.array, count: int, rows: int = ROWS) -> Groups:
-    """experts: uint32 [P] below `count` -> Groups, on the device."""
+    """Returns the groups of pairs, on the device. experts: of each pair, uint32 [P] below `count`."""
     if why_off("grouping") is None:
         return group_metal(experts, count, rows)
     return group_reference(experts, count, rows)
@@ -146,7 +150,7 @@ def group(experts: mx.array, count: int, rows: int = ROWS) -> Groups:
 
 @checked
 def self_check() -> str | None:
-    """None, or where the kernel differs from the reference."""
+    """Returns None, or where the kernel differs from the reference."""
     experts = (mx.arange(75) ** 2 % 37 % 19).astype(mx.uint32)
     ours, reference = group_metal(experts, 19), group_reference(experts, 19)
     same = mx.array_equal(ours.order, reference.order) and mx.array_equal(ours.table, reference.table)

@@ -20,7 +20,7 @@ PARTS = 1024  # SIMD-groups that share the vocabulary: enough for the widest GPU
 
 
 def logits_reference(y: mx.array, weights: Weights, bias: mx.array | None) -> mx.array:
-    """y weights^T, rounded to y's dtype as the head rounds it, + bias: float32 [B, V]."""
+    """Returns y weights^T, rounded to y's dtype as the head rounds it, plus the bias: float32 [B, V]."""
     if weights.scales is None:
         logits = y @ weights.weight.swapaxes(-1, -2)
     else:  # in float32: MLX's CPU adds up affine products in y's dtype
@@ -34,16 +34,17 @@ def logits_reference(y: mx.array, weights: Weights, bias: mx.array | None) -> mx
 
 
 def best_token_reference(y: mx.array, weights: Weights, bias: mx.array | None) -> tuple[mx.array, mx.array]:
-    """argmax(y weights^T + bias), the lower token of equals, and its probability in their softmax.
+    """Returns argmax(y weights^T + bias), int32 [B], of equals the lower token, and its probability in their softmax,
+    float32 [B].
 
-    y: [B, K]; weights: [V, K]; bias: float32 [V], -inf at tokens that nobody may say. Returns int32 and float32 [B].
+    y: [B, K]; weights: [V, K]; bias: float32 [V], -inf at tokens that nobody may say.
     """
     logits = logits_reference(y, weights, bias)
     return mx.argmax(logits, axis=-1).astype(mx.int32), certainty(logits)
 
 
 def certainty(logits: mx.array) -> mx.array:
-    """The probability of the likeliest: float32 [B, C] -> [B]."""
+    """Returns the probability of the likeliest column: float32 [B, C] -> [B]."""
     return mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1))
 
 
@@ -110,7 +111,9 @@ def kernel(quantised: bool) -> Kernel:
 def best_token_metal(
     y: mx.array, weights: Weights, bias: mx.array | None, parts: int = PARTS
 ) -> tuple[mx.array, mx.array]:
-    """The same, one pass over the weights for every ROWS rows."""
+    """Returns the token and the probability of `best_token_reference`, by one pass over the weights for every ROWS
+    rows. parts: how many SIMD-groups share the vocabulary.
+    """
     vocab, biased = weights.outputs, bias is not None
     length = -(-vocab // parts)
     length += -length % COLUMNS
@@ -137,13 +140,13 @@ def best_token_metal(
 
 
 def usable(weights: Weights, dtype: mx.Dtype) -> bool:
-    """Whether the kernel runs for this format. Otherwise the head itself does, with whatever else wants its logits."""
+    """Returns whether the kernel runs for this format. Otherwise the head makes a row of logits."""
     return why_off("head_argmax") is None and supported(weights, dtype)
 
 
 @checked
 def self_check() -> str | None:
-    """None, or what is wrong, at 4 bits, 8 bits and bfloat16. Of nearly equal logits either token is right."""
+    """Returns None, or what is wrong, at 4 bits, 8 bits and bfloat16. Of nearly equal logits either token is right."""
     for bits in (4, 8, 0):
         y, weights, _ = example(bits, outputs=203, inputs=320)
         head = flat(weights)

@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
 
 def supported(weights: Weights, dtype: mx.Dtype) -> bool:
-    """Whether the kernels read this format for inputs of dtype; all others are the references' business."""
+    """Returns whether the kernels read this format for inputs of dtype; all others go through the references."""
     if weights.scales is None:
         return weights.weight.dtype == dtype in FLOATS
     affine = weights.mode == "affine" and weights.bits in (4, 8) and weights.group_size in (32, 64)
@@ -54,12 +54,12 @@ def supported(weights: Weights, dtype: mx.Dtype) -> bool:
 
 
 def arrays(weights: Weights) -> list[mx.array]:
-    """The arrays that a kernel takes, in the order of its inputs."""
+    """Returns the weights' arrays, in the order of a kernel's inputs."""
     return [weights.weight] if weights.scales is None else [weights.weight, weights.scales, weights.biases]
 
 
 def template(weights: Weights, dtype: mx.Dtype) -> list[tuple[str, mx.Dtype | int]]:
-    """T, K and the format, as template arguments."""
+    """Returns the template arguments T, K and VALUES, and for quantised weights BITS and GS."""
     K, N, bits = weights.inputs, weights.outputs, weights.bits
     if weights.scales is None:
         return [("T", dtype), ("K", K), ("VALUES", 4)]
@@ -68,7 +68,10 @@ def template(weights: Weights, dtype: mx.Dtype) -> list[tuple[str, mx.Dtype | in
 
 
 def gather_reference(x: mx.array, weights: Weights, rows: mx.array, experts: mx.array) -> mx.array:
-    """Pair p multiplies x[rows[p]] with expert experts[p], in float32. x: [N, K]. Returns float32 [P, N]."""
+    """Returns x[rows[p]] times the weights of expert experts[p] for each of P pairs, in float32: [P, N].
+
+    x: [tokens, K]; weights: [experts, N, K]; rows, experts: uint32 [P].
+    """
     x = x.astype(mx.float32)[:, None]
     if weights.scales is None:
         transposed = weights.weight.astype(mx.float32).swapaxes(-1, -2)
@@ -82,8 +85,10 @@ def gather_reference(x: mx.array, weights: Weights, rows: mx.array, experts: mx.
 
 # products adds to sums[c][r] this lane's part of weight row rows[c] times row inputs[r] of x, for c < columns and
 # r < count; total is the sum over the lanes, valid in lane 0.
-# A run's products are one expression, as in gather_qmv: a compiler that fuses products into sums within an expression
-# fuses the same ones. (Across statements it may choose: gcc's -ffp-contract=fast does, by the target's instructions.)
+# The four products of a run of 4 bits are added up in one expression, as in MLX's gather_qmv. A compiler may fuse a
+# product and a sum into one operation, which rounds once. Within one expression it fuses the same products in both
+# kernels, so that both round alike. Across statements it need not: gcc's -ffp-contract=fast decides by the target's
+# instructions.
 AFFINE = """
 template <int BITS>
 inline float digit(uint32_t word, int i) {
@@ -221,7 +226,9 @@ inline float total(float part) {
 
 
 def specialised(source: str, quantised: bool) -> tuple[str, tuple[str, ...], str]:
-    """(source, names of the weights' inputs, header): FORM and WEIGHTS in a source become the format's."""
+    """Returns the source with FORM and WEIGHTS replaced for the format, the names of the weights' inputs, and the
+    header.
+    """
     if quantised:
         form, names, header = "T, K, VALUES, BITS, GS", ("weight", "scales", "biases"), AFFINE
     else:
@@ -230,14 +237,14 @@ def specialised(source: str, quantised: bool) -> tuple[str, tuple[str, ...], str
 
 
 def flat(weights: Weights) -> Weights:
-    """[E, N, K] as [E N, K]."""
+    """Returns weights [E, N, K] as [E N, K]."""
     parts = [None if part is None else part.flatten(0, 1) for part in weights[:3]]
     return Weights(*parts, *weights[3:])
 
 
 def example(bits: int, outputs: int, inputs: int) -> tuple[mx.array, Weights, mx.array]:
-    """x of 8 tokens, weights of five experts and 8 routes each for a self-check in bfloat16: one expert is chosen 24
-    times, one never. bits: 0 for floats.
+    """Returns a self-check's inputs in bfloat16: x of 8 tokens, weights of five experts, and 8 routes of each token.
+    One expert is chosen 24 times, one never. bits: of the weights, 0 for floats.
     """
     keys = mx.random.split(mx.random.key(bits), 2)
     weight = (mx.random.normal((5, outputs, inputs), key=keys[0]) * inputs**-0.5).astype(mx.bfloat16)

@@ -1,0 +1,118 @@
+"""Sources of drafts: another one than the drafter goes through the loop and the engine, and changes no text."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+import tiny
+from constraints import Stairs
+from cost_tables import random_table
+
+from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.sampling.params import ACCEPT
+from mlx_gemma_mtp.speculative import drafting
+from mlx_gemma_mtp.speculative.depth import Auto
+from mlx_gemma_mtp.speculative.drafting import SOURCES, Drafting, Drafts, DraftState, Embed
+
+PROMPTS = ["def mean(values):\n    total = 0\n    for value in values:", "What is a list?"]
+PARAMS = {
+    "greedy": SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True),
+    "sampled": SamplingParams(max_tokens=24, temperature=1.0, top_k=64, top_p=0.95, seed=5, ignore_eos=True),
+    "penalised": SamplingParams(
+        max_tokens=24, temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.2, seed=2, ignore_eos=True
+    ),
+    "constrained": SamplingParams(max_tokens=24, temperature=0.7, regex="[a-z ]{40}", seed=1),
+}
+
+
+class Repeat:
+    """Drafts the newest token again and again; how sure it is of that it cannot say."""
+
+    def __init__(self, drafter, embed: Embed, drafting: Drafting, confident: bool):
+        self.proposed = 0
+
+    def propose(self, state: DraftState, count: int) -> Drafts:
+        self.proposed += 1
+        tokens = mx.repeat(state.newest[:, None], count, axis=1)
+        return Drafts(tokens, mx.zeros((tokens.shape[0], 0)))
+
+
+@pytest.fixture
+def repeat(monkeypatch):
+    monkeypatch.setitem(SOURCES, "repeat", Repeat)
+    return Drafting(source="repeat")
+
+
+def with_source(engine: Engine, source: Drafting) -> Engine:
+    """The engine's models with another source of drafts."""
+    return Engine(engine.target, engine.drafter, engine.text, engine.defaults, num_draft_tokens=3, drafting=source)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load(num_draft_tokens=3, dtype="float32")
+
+
+@pytest.mark.parametrize("params", [tiny.GREEDY, tiny.SAMPLED, tiny.PENALISED], ids=["greedy", "sampled", "penalised"])
+@pytest.mark.parametrize("accept", ACCEPT)
+def test_the_loop_says_what_plain_decoding_says(repeat, params, accept):
+    """Free and constrained rows, one readback a round; and the source was asked, not the drafter."""
+    model, batch = tiny.target("moe"), tiny.prompts(3)
+    rows = lambda: [Stairs(), None, None]  # noqa: E731
+    plain, _ = tiny.decode(model, None, batch, 0, 24, params, constraints=rows())
+    source = replace(repeat, accept=accept)
+    texts, loop = tiny.decode(model, object(), batch, 3, 24, params, constraints=rows(), drafting=source)
+    assert texts == plain
+    assert loop.proposer.proposed == loop.host_syncs
+
+
+@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("accept", ACCEPT)
+def test_the_engine_says_what_plain_decoding_says(engine, repeat, name, accept):
+    source = with_source(engine, replace(repeat, accept=accept))
+    plain = [result.tokens for result in engine.generate(PROMPTS, PARAMS[name], num_draft_tokens=0)]
+    results = source.generate(PROMPTS, PARAMS[name])
+    assert [result.tokens for result in results] == plain
+    assert sum(result.stats.drafted for result in results) > 20
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_auto_judges_a_source_without_confidences_by_what_was_kept(engine, repeat, seed):
+    """Drafts that are never kept are soon made no more, and the text is the same."""
+    source = with_source(engine, repeat)
+    auto = source._autos["greedy"] = Auto(random_table(seed), frozen=True)
+    params = replace(PARAMS["greedy"], max_tokens=64)
+    results = source.generate(PROMPTS, params, num_draft_tokens="auto")
+    assert [r.tokens for r in results] == [r.tokens for r in engine.generate(PROMPTS, params, num_draft_tokens=0)]
+    assert auto.confident and auto.trust.rate(1.0) < 0.6 and sum(auto.trust.tried) > 2
+
+
+def test_confidences_that_are_missing_are_ones(repeat):
+    model, batch = tiny.target("moe"), tiny.prompts(2)
+    _, loop = tiny.decode(model, object(), batch, 3, 8, drafting=repeat, confident=True)
+    assert loop.confidences == [[1.0] * 3] * 2
+    _, loop = tiny.decode(model, object(), batch, 3, 8, drafting=repeat)
+    assert loop.confidences == [[], []]  # nobody asked
+
+
+def test_a_confidence_that_is_nan_is_none(monkeypatch):
+    """A damaged drafter's NaN reaches no choice of a width."""
+    model, batch = tiny.target("moe"), tiny.prompts(2)
+    pick = drafting.pick
+
+    def damaged(*args):
+        token, sure, q = pick(*args)
+        return token, mx.where(mx.arange(sure.shape[0]) == 1, mx.nan, sure), q
+
+    monkeypatch.setattr(drafting, "pick", damaged)
+    _, loop = tiny.decode(model, tiny.drafter(model), batch, 3, 8, confident=True)
+    assert loop.confidences[1] == [0.0] * 3 and all(0 < each <= 1 for each in loop.confidences[0])
+
+
+@pytest.mark.parametrize("source", ["repeat last", "", None, ["mtp"], 1])
+def test_an_unknown_source_is_refused_before_anything_is_read(source):
+    with pytest.raises(UserError, match=r"^draft_source is .*, expected one of mtp$"):
+        Drafting(source=source)
+    with pytest.raises(UserError, match=r"^draft_source is .*, expected one of mtp$"):
+        load("no such folder", draft_source=source)
