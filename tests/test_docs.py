@@ -66,7 +66,7 @@ def test_files_that_the_pages_name_exist():
         for name in re.findall(
             r"`((?:mlx_gemma_mtp|convert|tests|training|benchmarks|docs)/[\w./]*)`", page.read_text()
         ):
-            assert (ROOT / name).exists(), f"{page.name} names {name}"
+            assert "NAME" in name or (ROOT / name).exists(), f"{page.name} names {name}"
 
 
 def test_the_architecture_names_every_module():
