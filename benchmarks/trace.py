@@ -3,8 +3,8 @@ host.
 
 It stands in front of mx.eval, mx.async_eval, mx.synchronize and the methods of an array that read its values. A
 graph's primitives are the nodes of `mx.export_to_dot` at the moment it is handed over, so each is counted once; a
-compiled island is one. They are primitives on this backend: not launches, whose number the backend chooses. A wait is
-a call that must let the device catch up; reading what is there already is none. Reads through the buffer protocol
+compiled chain is one. They are primitives on this backend: not launches, whose number the backend chooses. A wait is a
+call that must let the device catch up; reading what is there already is none. Reads through the buffer protocol
 (numpy.array of an array) are not seen. Tracing takes time: never measure seconds under it, but those of `waiting`,
 relative to each other.
 """

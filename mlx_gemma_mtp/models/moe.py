@@ -209,8 +209,10 @@ class Experts(nn.Module):
         elif path == expert_paths.ExpertPath.SORTED:
             order = mx.argsort(pairs)
             y = self.switch_glu(x, order // top_k, pairs[order], True)[mx.argsort(order)]
-        else:
+        elif path == expert_paths.ExpertPath.PAIRS:
             y = self.switch_glu(x, _rows(tokens, top_k), pairs, False)
+        else:
+            raise NotImplementedError(f"no code computes the path {path}")
         return down.combine(y.reshape(tokens, top_k, -1), weights)
 
     def path(self, dtype: mx.Dtype, pairs: int) -> expert_paths.ExpertPath:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..machine.device import metal_available
 
-island = partial(mx.compile, shapeless=True)
+compiled = partial(mx.compile, shapeless=True)
 
 
 @cache
@@ -32,13 +32,13 @@ def numbers(end: int, start: int = 0, dtype: type = np.int32) -> mx.array:
     return mx.array(np.arange(start, end, dtype=dtype))
 
 
-@island
+@compiled
 def normed(x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array) -> mx.array:
     """Returns the RMS norm of x from its sum of squares. The weight carries sqrt(size), size_eps is size * eps."""
     return (x * mx.rsqrt(total + size_eps) * weight).astype(x.dtype)
 
 
-@island
+@compiled
 def normed_sum(
     residual: mx.array, x: mx.array, total: mx.array, size_eps: mx.array, weight: mx.array, scale: mx.array
 ) -> mx.array:
@@ -51,7 +51,7 @@ def _exp(x: mx.array) -> mx.array:
     return mx.exp(x) if metal_available() else mx.power(2.0, x * (1 / math.log(2)))
 
 
-@island
+@compiled
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """Returns gelu_tanh(gate) * up, computed in float32."""
     # gelu_tanh(x) = x / 2 (1 + tanh(z)) = x / (1 + e^-2z), z = sqrt(2 / pi) (x + 0.044715 x^3)
@@ -60,20 +60,20 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return ((x * up) / (1 + _exp((mx.square(x) * (0.044715 * slope) + slope) * x))).astype(gate.dtype)
 
 
-@island
+@compiled
 def exponentials(scores: mx.array, largest: mx.array) -> mx.array:
     """Returns e^(scores - largest), which a softmax normalises."""
     return _exp(scores - largest)
 
 
-@island
+@compiled
 def angles(positions: mx.array, frequencies: mx.array, signs: mx.array) -> tuple[mx.array, mx.array]:
     """Returns the cosine and the signed sine of position * frequency."""
     turned = positions.astype(mx.float32) * frequencies
     return mx.cos(turned), mx.sin(turned) * signs
 
 
-@island
+@compiled
 def turned(
     x: mx.array, swapped: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array
 ) -> mx.array:
@@ -81,13 +81,13 @@ def turned(
     return (x * weight * cos + swapped * swapped_weight * sin).astype(x.dtype)
 
 
-@island
+@compiled
 def in_line(lengths: mx.array, queries: mx.array, slot: mx.array, written_before: mx.array) -> mx.array:
     """Returns which slots a query may see where slot s holds position s: those up to itself that are written."""
     return slot <= mx.minimum(queries, lengths + written_before)
 
 
-@island
+@compiled
 def in_ring(
     lengths: mx.array, queries: mx.array, slot: mx.array, written_before: mx.array, slots: mx.array, reach: mx.array
 ) -> mx.array:
@@ -99,7 +99,7 @@ def in_ring(
     return (position >= mx.maximum(queries - reach, 0)) & (position <= queries)
 
 
-@island
+@compiled
 def added_mask(seen: mx.array) -> mx.array:
     """Returns what is added to attention's scores: 0 where a key is seen, -inf elsewhere."""
     return mx.where(seen, 0.0, -mx.inf)

@@ -72,8 +72,8 @@ class Drafts(NamedTuple):
     tokens: int32 [B, K], ids of the vocabulary. confidence: float32 [B, K], how sure the source is of each, from 0 to 1
     (the drafter: the probability of its likeliest token, before temperature and filters). [B, 0] where nobody asked, or
     from a source that cannot say: then each counts as 1 until the drafts that were kept show what they are worth. q:
-    the distribution that the tokens were drawn from, K positions, for acceptance by rejection; None where they were not
-    drawn.
+    the distribution that the tokens were drawn from, K positions, with noise under `noise.keys_of_round`, for
+    acceptance by rejection alone; None where they were not drawn.
     """
 
     tokens: mx.array
@@ -141,14 +141,14 @@ class Mtp:
         newest, drafts, confidences, each = span.lengths[:, None], [], [], []
         for i in range(count):
             y, hidden = self.drafter(self.embed(token), hidden, span, tables)
-            token, sure, q = pick(self.drafter, y, rules, newest + (i + 1), token_counts, self.confident)
+            token, confidence, q = pick(self.drafter, y, rules, newest + (i + 1), token_counts, self.confident)
             token_counts = token_counts and token_counts.followed_by(token)
-            confidences += [sure] if self.confident else []
+            confidences += [confidence] if self.confident else []
             each += [q] if self.drafting.rejection and not rules.all_greedy else []
             mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
             drafts.append(token)
-        sure = mx.stack(confidences, axis=1) if self.confident else mx.zeros((token.shape[0], 0))
-        return Drafts(mx.stack(drafts, axis=1), sure, Distribution.joined(each) if each else None)
+        confidence = mx.stack(confidences, axis=1) if self.confident else mx.zeros((token.shape[0], 0))
+        return Drafts(mx.stack(drafts, axis=1), confidence, Distribution.joined(each) if each else None)
 
 
 # The one list of sources. Each is called with the drafter, the target's scaled embedding, the settings, and whether

@@ -221,7 +221,7 @@ class Speculation:
         confident: bool = False,
     ):
         self.target, self.cache, self.confident = target, cache, confident
-        make = SOURCES[drafting.source]
+        self.drafting, make = drafting, SOURCES[drafting.source]
         self.proposer = None if drafter is None else make(drafter, target.embed, drafting, confident)
         rows = hidden.shape[0]
         mask = guide and guide.look([[]] * rows).mask  # of the first token
@@ -272,6 +272,7 @@ class Speculation:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
             state = DraftState(self.cache, rows, out.newest, hidden, now.rules, token_counts)
             drafts = self.proposer.propose(state, num_draft)
+            assert drafts.q is None or self.drafting.rejection, "a source brings q for acceptance by rejection alone"
         checks = (out.sums,) if out.peaks is None else (out.sums, out.peaks)
         told = (out.tokens, out.kept, drafts.tokens, drafts.confidence, *out.report, *checks)
         mx.async_eval(*told, self.cache.lengths, out.newest)
@@ -280,9 +281,9 @@ class Speculation:
         if now.guide is None:
             self._verify = Verify(self.target, self.cache, self.inputs)
         # One readback
-        tokens, kept, drafted_next, sure, *more = self._readback(*told)
+        tokens, kept, drafted_next, confidences, *more = self._readback(*told)
         report, (sums, *peaks) = more[: len(out.report)], more[len(out.report) :]
-        self.confidences = _certain(sure, len(drafted_next[0])) if self.confident else sure
+        self.confidences = _confidences(confidences, len(drafted_next[0])) if self.confident else confidences
         self.cache.tighten_length_bound(rows, [(drafted or 0) - count for count in kept])
         counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
         emitted, errors = map(list, zip(*map(sound, counted, sums, *(peaks or [[[]] * rows.stop])), strict=True))
@@ -324,7 +325,7 @@ class Speculation:
         return [array.tolist() for array in arrays]
 
 
-def _certain(confidences: list[list[float]], made: int) -> list[list[float]]:
+def _confidences(confidences: list[list[float]], made: int) -> list[list[float]]:
     """Returns a number from 0 to 1 for each of the drafts that were made: 0 for NaN, and 1 from a source that gives
     none, which is then judged by the drafts that were kept.
     """

@@ -67,6 +67,18 @@ def test_the_paths_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
     assert len(outputs) >= 2 and all(mx.array_equal(outputs[0], other) for other in outputs[1:])
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("path", ExpertPath)
+def test_every_path_computes_the_mixture(path, bits):
+    """Whatever the table says; where kernels do not run, GROUPED is their references."""
+    experts = moe.Experts(64, MoESpec(8, 3, 32))
+    nn.quantize(experts, 32, bits) if bits else None
+    finish_loading(experts)
+    x, routed = mx.random.normal((9, 64)), moe.route(mx.random.normal((9, 8)), 3, mx.ones(8))
+    want = np.array(experts.run(ExpertPath.PAIRS, x, *routed))
+    np.testing.assert_allclose(np.array(experts.run(path, x, *routed)), want, atol=1e-5 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("pairs, count", [(1, 1), (5, 3), (64, 4), (100, 24)])
 def test_tiles_hold_every_pair_once_beside_its_own_kind(pairs, count):
     experts = np.random.default_rng(pairs).integers(0, count, pairs)

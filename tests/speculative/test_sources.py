@@ -1,4 +1,6 @@
-"""Sources of drafts: another one than the drafter goes through the loop and the engine, and changes no text."""
+"""Sources of drafts: each but the drafter, which has tests of its own, goes through the loop and the engine here, and
+changes no text. A toy source shows what the loop asks of one.
+"""
 
 from dataclasses import replace
 
@@ -13,7 +15,7 @@ from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.sampling.params import ACCEPT
 from mlx_gemma_mtp.speculative import drafting
 from mlx_gemma_mtp.speculative.depth import Auto
-from mlx_gemma_mtp.speculative.drafting import SOURCES, Drafting, Drafts, DraftState, Embed
+from mlx_gemma_mtp.speculative.drafting import MTP, SOURCES, Drafting, Drafts, DraftState, Embed
 
 PROMPTS = ["def mean(values):\n    total = 0\n    for value in values:", "What is a list?"]
 PARAMS = {
@@ -38,10 +40,18 @@ class Repeat:
         return Drafts(tokens, mx.zeros((tokens.shape[0], 0)))
 
 
+TOY = "the newest token again"
+
+
 @pytest.fixture
-def repeat(monkeypatch):
-    monkeypatch.setitem(SOURCES, "repeat", Repeat)
-    return Drafting(source="repeat")
+def repeat(monkeypatch) -> Drafting:
+    monkeypatch.setitem(SOURCES, TOY, Repeat)
+    return Drafting(source=TOY)
+
+
+@pytest.fixture(params=[*(name for name in SOURCES if name != MTP), TOY])
+def source(request, repeat) -> Drafting:
+    return replace(repeat, source=request.param)
 
 
 def with_source(engine: Engine, source: Drafting) -> Engine:
@@ -56,21 +66,29 @@ def engine():
 
 @pytest.mark.parametrize("params", [tiny.GREEDY, tiny.SAMPLED, tiny.PENALISED], ids=["greedy", "sampled", "penalised"])
 @pytest.mark.parametrize("accept", ACCEPT)
-def test_the_loop_says_what_plain_decoding_says(repeat, params, accept):
-    """Free and constrained rows, one readback a round; and the source was asked, not the drafter."""
+def test_the_loop_says_what_plain_decoding_says(source, params, accept):
+    """Free and constrained rows, and one readback a round."""
     model, batch = tiny.target("moe"), tiny.prompts(3)
     rows = lambda: [Stairs(), None, None]  # noqa: E731
     plain, _ = tiny.decode(model, None, batch, 0, 24, params, constraints=rows())
-    source = replace(repeat, accept=accept)
-    texts, loop = tiny.decode(model, object(), batch, 3, 24, params, constraints=rows(), drafting=source)
-    assert texts == plain
+    drafts, source = tiny.drafter(model), replace(source, accept=accept)
+    texts, loop = tiny.decode(model, drafts, batch, 3, 24, params, constraints=rows(), drafting=source)
+    assert texts == plain and type(loop.proposer) is SOURCES[source.source]
+    syncs = loop.host_syncs
+    loop.step(3)
+    assert loop.host_syncs == syncs + 1
+
+
+def test_a_source_is_asked_once_a_round(repeat):
+    model, batch = tiny.target("moe"), tiny.prompts(2)
+    _, loop = tiny.decode(model, object(), batch, 3, 8, drafting=repeat)  # without a look at the drafter
     assert loop.proposer.proposed == loop.host_syncs
 
 
 @pytest.mark.parametrize("name", PARAMS)
 @pytest.mark.parametrize("accept", ACCEPT)
-def test_the_engine_says_what_plain_decoding_says(engine, repeat, name, accept):
-    source = with_source(engine, replace(repeat, accept=accept))
+def test_the_engine_says_what_plain_decoding_says(engine, source, name, accept):
+    source = with_source(engine, replace(source, accept=accept))
     plain = [result.tokens for result in engine.generate(PROMPTS, PARAMS[name], num_draft_tokens=0)]
     results = source.generate(PROMPTS, PARAMS[name])
     assert [result.tokens for result in results] == plain
@@ -112,7 +130,8 @@ def test_a_confidence_that_is_nan_is_none(monkeypatch):
 
 @pytest.mark.parametrize("source", ["repeat last", "", None, ["mtp"], 1])
 def test_an_unknown_source_is_refused_before_anything_is_read(source):
-    with pytest.raises(UserError, match=r"^draft_source is .*, expected one of mtp$"):
+    message = f"^draft_source is .*, expected one of {', '.join(SOURCES)}$"
+    with pytest.raises(UserError, match=message):
         Drafting(source=source)
-    with pytest.raises(UserError, match=r"^draft_source is .*, expected one of mtp$"):
+    with pytest.raises(UserError, match=message):
         load("no such folder", draft_source=source)

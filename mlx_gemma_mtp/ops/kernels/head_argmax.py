@@ -134,8 +134,8 @@ def best_token_metal(
         )
         best = mx.argmax(values, axis=-1, keepdims=True)  # the first of equals, whose tokens are lower
         largest = mx.take_along_axis(values, best, axis=-1)
-        sure = 1 / (masses * mx.exp(values - largest)).sum(axis=-1)
-        found.append((mx.take_along_axis(tokens, best, axis=-1)[:, 0], sure))
+        probability = 1 / (masses * mx.exp(values - largest)).sum(axis=-1)
+        found.append((mx.take_along_axis(tokens, best, axis=-1)[:, 0], probability))
     return found[0] if len(found) == 1 else tuple(map(mx.concatenate, zip(*found, strict=True)))
 
 
@@ -152,9 +152,9 @@ def self_check() -> str | None:
         head = flat(weights)
         bias = mx.where(mx.arange(head.outputs) % 5 == 1, -mx.inf, 0.0)
         logits = logits_reference(y, head, bias)
-        token, sure = best_token_metal(y, head, bias)
+        token, probability = best_token_metal(y, head, bias)
         ours = mx.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        for found, expected in ((ours, logits.max(axis=-1)), (sure, certainty(logits))):
+        for found, expected in ((ours, logits.max(axis=-1)), (probability, certainty(logits))):
             if error := difference(found, expected, 4 * BF16_CLOSE):
                 return f"{bits or 16}-bit weights: {error}"
     return None
