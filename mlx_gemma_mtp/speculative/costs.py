@@ -6,7 +6,7 @@ A round that verifies w drafts and makes k new ones costs verify(w) + k * draft.
 from __future__ import annotations
 
 import json
-import math
+import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from ..files.files import cache_folder, whole
 MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
 ROWS = (1, 2, 4, 8)
 FORMAT = 1
+LARGEST = 1 << 31  # of rows and tokens in a file
 
 Verified = Mapping[tuple[int, int, int], float]  # (rows, context, drafts verified) -> seconds
 Drafted = Mapping[int, float]  # rows -> seconds a draft
@@ -114,6 +115,15 @@ UNKNOWN = CostTable.of(
 )
 
 
+def _whole(*values: Any) -> bool:
+    return all(type(value) is int for value in values)
+
+
+def _possible(seconds: Any) -> bool:
+    """Whether a step can take so long. Within these limits no ratio of two of them overflows."""
+    return isinstance(seconds, float) and 1e-12 <= seconds <= 1e6
+
+
 class CostFile:
     """The measured seconds of one pair on one machine. key: what they depend on (pair, chip, backend, BLAS, dtype,
     versions); a file with another key is not ours.
@@ -128,29 +138,36 @@ class CostFile:
         """What was measured, or None where there is no file. Raises ValueError for a file that is not a table of this
         key.
         """
-        try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        if (data := self._data()) is None:
             return None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"it cannot be read ({error})") from None
         try:
             if data["format"] != FORMAT or data["key"] != self.key:
                 raise ValueError("it is another pair's or another machine's")
-            verified = {(int(rows), int(context), int(width)): s for rows, context, width, s in data["verify"]}
-            drafted = {int(rows): s for rows, s in data["draft"]}
+            verified = {(rows, context, width): s for rows, context, width, s in data["verify"]}
+            drafted = {rows: s for rows, s in data["draft"]}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is no table of costs ({type(error).__name__}: {error})") from None
-        seconds = [*verified.values(), *drafted.values()]
-        sane = all(isinstance(s, float) and 0 < s < math.inf for s in seconds)
-        if not (
-            verified
-            and drafted
-            and sane
-            and all(min(rows, context, width + 1) >= 1 for rows, context, width in verified)
-        ):
+        cells = [(rows, context, width + 1) for rows, context, width in verified if _whole(rows, context, width)]
+        sane = len(cells) == len(verified) and all(1 <= each <= LARGEST for cell in cells for each in cell)
+        sane = sane and all(_whole(rows) and 1 <= rows <= LARGEST for rows in drafted)
+        if not (verified and drafted and sane and all(map(_possible, (*verified.values(), *drafted.values())))):
             raise ValueError("it has no or impossible times")
         return verified, drafted
+
+    def _data(self) -> Any:
+        """The file's JSON, None where there is no file. Raises ValueError for anything else of its name."""
+        try:
+            if not self.path.is_file():
+                if not os.path.lexists(self.path):
+                    return None
+                raise ValueError("it is no regular file")  # a pipe would never end
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except RecursionError:
+            raise ValueError("it cannot be read (nested too deeply)") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"it cannot be read ({error})") from None
 
     def write(self, verified: Verified, drafted: Drafted) -> None:
         """Raises OSError."""
