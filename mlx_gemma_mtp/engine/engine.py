@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 import mlx.core as mx
 
 from ..cache.spec import kv_bytes
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..files.progress import Progress
 from ..machine import blas, memory
 from ..machine.device import metal_available
@@ -22,7 +22,7 @@ from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.loading import model_bytes, step_bytes
 from ..ops import kernels
-from ..sampling.params import MAX_ROWS, SamplingParams, count, flag, shown, whole
+from ..sampling.params import LARGEST_COUNT, MAX_ROWS, SamplingParams, count, flag, listed, whole
 from ..speculative.costs import CostTable
 from ..speculative.depth import AUTO, Auto, Fixed
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ..text.encode import Prompt, Text
 
 PREFILL_CHUNK = 256
+MOST_REPEATS = 1000  # of a calibration
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
 
 CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
@@ -127,9 +128,7 @@ class Engine:
         every = _settings(params, len(prompts))
         drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
         flag("chat_template", chat_template)
-        if cancel is not None and not isinstance(cancel, Cancel):
-            raise UserError(f"cancel is {shown(cancel)}, expected a threading.Event")
-        progress = told("progress", progress)
+        cancel, progress = _event(cancel), told("progress", progress)
         with self._in_use():
             encoded = [
                 self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
@@ -138,7 +137,7 @@ class Engine:
             requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
             for request in requests:
                 self._check_fits(request, drafts)
-        return self._guarded(self._run(requests, drafts, cancel or threading.Event(), progress))
+        return self._guarded(self._run(requests, drafts, cancel, progress))
 
     @property
     def description(self) -> str:
@@ -226,7 +225,7 @@ class Engine:
         """
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
-        repeats, progress = count("repeats", repeats), told("progress", progress)
+        repeats, progress = count("repeats", repeats, MOST_REPEATS), told("progress", progress)
         with self._in_use(), memory.wired_limit():
             prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
             for kind, costs in self.costs.items():
@@ -349,17 +348,26 @@ def check_depth(drafts: int | str) -> int | str:
     """The draft length. Raises UserError for what is none."""
     if isinstance(drafts, str) and drafts == AUTO:
         return AUTO
-    return whole("num_draft_tokens", drafts, lambda n: n >= 0, f"'{AUTO}', 0 (plain decoding) or more")
+    expected = f"'{AUTO}', or a whole number from 0 (plain decoding) to {LARGEST_COUNT}"
+    return whole("num_draft_tokens", drafts, lambda n: 0 <= n <= LARGEST_COUNT, expected)
 
 
-def _settings(params: SamplingParams | Iterable[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:
+def _event(cancel: Any) -> Cancel:
+    """The event that ends a call, or one that nobody sets. Raises UserError for what is no event."""
+    if cancel is None:
+        return threading.Event()
+    if isinstance(cancel, type) or not isinstance(cancel, Cancel) or not callable(cancel.is_set):
+        raise UserError(f"cancel is {shown(cancel)}, expected an event, such as threading.Event()")
+    return cancel
+
+
+def _settings(params: SamplingParams | Sequence[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:
     """One for each prompt."""
     if params is None or isinstance(params, SamplingParams):
         every = [params or SamplingParams()] * prompts
-    elif isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
-        raise UserError(f"params is {shown(params)}, expected SamplingParams, or a list of them, one a prompt")
     else:
-        every = [SamplingParams() if each is None else each for each in params]
+        every = listed("params", params, "SamplingParams, or a list of them, one a prompt")
+        every = [SamplingParams() if each is None else each for each in every]
     for each in every:
         if not isinstance(each, SamplingParams):
             raise UserError(f"params has {shown(each)}, expected SamplingParams")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..cache.spec import kv_bytes
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..files import hub
-from ..files.folder import check_text_files, read_config, weight_bytes
+from ..files.folder import read_config, weight_bytes
 from ..files.progress import Progress
 from ..machine import memory
 from ..machine.device import metal_available
@@ -23,9 +23,10 @@ from ..models.config import MODES, TargetConfig
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..ops import kernel_report
-from ..sampling.params import COUPLED, MAX_ROWS, count, shown, whole
+from ..sampling.params import COUPLED, MAX_ROWS, count, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import Drafting
+from ..text.tokenizer_files import check_tokenizer
 from .calibration import Costs
 from .engine import PREFILL_CHUNK, Engine, check_depth, told
 from .warmup import making_ready, warm_up
@@ -94,7 +95,7 @@ def load(
     config = TargetConfig.from_dict(read_config(pair.target))
     defaults = loading.read_generation_defaults(pair.target)
     defaults.check_vocabulary(config.vocab_size)
-    check_text_files(pair.target)
+    check_tokenizer(pair.target)
     stage("checking the Metal kernels (the first start on this machine)")
     kernel_report.ensure(notice)
     if cast is None and not metal_available():

@@ -6,6 +6,7 @@ quantisation described in config.json. Whatever is missing or left over is an er
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -17,9 +18,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import UserError
+from ..files.files import content
 from ..files.folder import INDEX, read_config, read_index, weight_files
 from ..files.progress import Progress, no_progress
-from ..files.safetensors import read_header, read_object
+from ..files.safetensors import read_header
 from . import gemma4
 from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetConfig
 from .drafter import Drafter
@@ -46,7 +48,18 @@ HEAD_BITS = 4  # at most, of a drafter's vocabulary head: the largest part of a 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
     """generation_config.json, or greedy where there is none."""
     path = folder / "generation_config.json"
-    return GenerationDefaults.from_dict(read_object(path) if os.path.lexists(path) else {})
+    return GenerationDefaults.from_dict(_read_settings(path) if os.path.lexists(path) else {})
+
+
+def _read_settings(path: Path) -> Any:
+    """JSON that people write by hand, too: with a byte order mark or NaN, of which only what is used matters."""
+    try:
+        return json.loads(content(path).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(
+            f"{path} cannot be read as JSON ({reason}); expected a JSON object; download it again"
+        ) from None
 
 
 def check_pair(target: Path, drafter: Path | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
@@ -17,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError
-from ..files.folder import check_text_files
-from ..sampling.params import check_unicode, shown, whole
+from ..errors import UserError, in_a_line, shown
+from ..sampling.params import check_unicode, whole
 from .stream import TextStream
+from .tokenizer_files import FILES, check_tokenizer, check_vocabulary
 
 
 @contextmanager
@@ -42,6 +43,7 @@ def _host_unchanged() -> Iterator[None]:
 with _host_unchanged():
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.tokenizer_utils import load as load_tokenizer
+    from transformers import PreTrainedConfig
 
 Message = Mapping[str, Any]
 Ids = Sequence[int] | np.ndarray | mx.array
@@ -52,7 +54,7 @@ class Text:
     """A model folder's tokenizer and chat template. vocab_size: of the model; the tokenizer may have more or fewer."""
 
     def __init__(self, folder: Path, vocab_size: int, media_token_ids: Sequence[int] = ()):
-        check_text_files(folder)
+        check_tokenizer(folder)
         self.tokenizer: TokenizerWrapper = _tokenizer(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
         last = max(self.tokenizer.get_vocab().values(), default=-1)
@@ -148,17 +150,20 @@ class Text:
             return []
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
+        except Exception as error:  # jinja's, whatever the template's own code raises, or transformers' without one
+            raise UserError(f"the chat template cannot render the messages ({in_a_line(error)}); mend them") from None
 
     def _check(self, prompt: Prompt, tokens: list[int]) -> None:
         if not tokens:
-            raise UserError(f"the prompt {prompt!r} is empty; expected some text")
+            raise UserError(f"the prompt {shown(prompt)} is empty; expected some text")
         vocabulary = min(self.known, self.vocab_size)
         strange = [token for token in tokens if not 0 <= token < vocabulary]
         if strange and 0 <= strange[0] < self.known:
             raise self._beyond(strange[0], "the prompt")
         if strange:
-            raise UserError(f"the prompt has token id {strange[0]}; expected 0 to {vocabulary - 1}")
+            raise UserError(f"the prompt has token id {shown(strange[0])}; expected 0 to {vocabulary - 1}")
         if self.media_token_ids.intersection(tokens):
             raise UserError("the prompt has an image, audio or video token; this package takes text alone")
 
@@ -167,12 +172,32 @@ class Text:
 
 
 def _tokenizer(folder: Path) -> TokenizerWrapper:
+    """The tokenizer in `folder`. Raises UserError, naming the first of its files with which it cannot be loaded."""
+    names = [name for name in FILES if (folder / name).exists()]
     try:
-        # The context is checked against the model's config, not against what the tokenizer's file says of it.
-        return load_tokenizer(folder, {"model_max_length": sys.maxsize})
+        return _loaded(folder, names)
     except Exception as error:  # the tokenizers library raises Exception itself
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder / 'tokenizer.json'} cannot be used ({reason}); download it again") from None
+        check_vocabulary(folder)
+        reason = in_a_line(error)
+    for count in range(1, len(names)):
+        try:
+            _loaded(folder, names[:count])
+        except Exception as error:
+            raise UserError(
+                f"{folder / names[count - 1]} cannot be used ({in_a_line(error)}); download it again"
+            ) from None
+    raise UserError(f"{folder / names[-1]} cannot be used ({reason}); download it again")
+
+
+def _loaded(folder: Path, names: Sequence[str]) -> TokenizerWrapper:
+    """The tokenizer of these files alone. Raises whatever the libraries raise."""
+    with tempfile.TemporaryDirectory() as alone:
+        for name in names:
+            Path(alone, name).symlink_to((folder / name).absolute())
+        # The context is checked against the model's config, not against what the tokenizer's file says of it. Nothing
+        # here parses what a reply says of tools.
+        unused = {"model_max_length": sys.maxsize, "tool_parser_type": None}
+        return load_tokenizer(Path(alone), {"config": PreTrainedConfig(), **unused})
 
 
 def _plain(prompt: Any) -> str | list[Any]:
@@ -192,6 +217,8 @@ def _words(message: Any) -> str:
     """The text of a chat message. Raises UserError for what is no message and for parts that are not text."""
     if not isinstance(message, Mapping):
         raise UserError(f"a message is {shown(message)}, expected an object with role and content")
+    if not isinstance(message.get("role"), str):
+        raise UserError(f"a message has the role {shown(message.get('role'))}, expected text such as 'user'")
     content = message.get("content") or ""
     if isinstance(content, str):
         return check_unicode("the prompt", content)

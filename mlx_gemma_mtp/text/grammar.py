@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, in_a_line, shown
 from ..speculative.guide import only
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 
-COMPLETE = ("NoExtension", "EndOfSentence")  # llguidance's reasons for a stop at an end of the text
+# llguidance's reasons for a stop at an end of the text, and its error where no token goes on.
+COMPLETE, NOWHERE = ("NoExtension", "EndOfSentence"), "NoExtensionBias"
 
 
 class Grammars:
@@ -35,17 +35,27 @@ class Grammars:
         self.vocab, self.end_tokens = vocab, sorted(end_tokens)
         self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocab, eos_token=self.end_tokens)
 
-    def compile(self, kind: str, source: str | Mapping[str, Any]) -> Grammar:
-        """kind: 'json_schema', 'regex' or 'grammar'; source: a schema (JSON text or object), an expression, or Lark.
+    def compile(self, kind: str, source: str) -> Grammar:
+        """Compiles a JSON schema (kind 'json_schema', as JSON text), a regular expression ('regex') or Lark
+        ('grammar').
 
-        Raises UserError for a source that is no grammar, and for one that nothing satisfies.
+        Raises UserError for a source that is no grammar, and for one that no text satisfies.
         """
+        try:
+            grammar = Grammar(self._matcher(kind, source), self.vocab, self.end_tokens)
+            grammar.copy().check_start()
+        except ValueError as error:  # llguidance's, of a source that it cannot read, or UserError
+            reason = in_a_line(error).removeprefix("ValueError: ")
+            raise UserError(f"the {kind} {shown(source)} cannot be used: {reason}; mend it") from None
+        return grammar
+
+    def _matcher(self, kind: str, source: str) -> LLMatcher:
+        """llguidance's matcher of a source, at its start. Raises ValueError."""
         from llguidance import LLMatcher
 
         if kind == "json_schema":
-            text = json.dumps(_schema(source))
             # Without bounds on white space a model may go on with newlines for ever.
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+            grammar = LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_flexible": False})
         elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(source)
         else:
@@ -53,9 +63,8 @@ class Grammars:
         wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, self.tokenizer)
         matcher = LLMatcher(self.tokenizer, grammar)
         if wrong or matcher.is_error():
-            reason = " ".join((messages or [matcher.get_error()])[0].split())
-            raise UserError(f"the {kind} {_short(source)} cannot be used: {reason}; mend it")
-        return Grammar(matcher, self.vocab, self.end_tokens)
+            raise ValueError((messages or [matcher.get_error()])[0])
+        return matcher
 
 
 class Grammar:
@@ -66,6 +75,13 @@ class Grammar:
 
     def copy(self) -> Grammar:
         return Grammar(self.matcher.deep_copy(), self.vocab, self.end_tokens, self.ended)
+
+    def check_start(self) -> None:
+        """Raises UserError where no text follows the grammar. It computes a mask, so it is for a copy."""
+        self.matcher.compute_bitmask()
+        if self.matcher.get_error().startswith(NOWHERE):
+            raise UserError("no text satisfies it")
+        self._stopped()
 
     def mask(self) -> np.ndarray:
         """Raises UserError where the matcher has failed, which is no end of the text."""
@@ -98,20 +114,3 @@ class Grammar:
             what = (self.matcher.get_error() or reason).partition("\n")[0]
             raise UserError(f"the grammar stopped amid the text: {what}; make it simpler, or bound its repetitions")
         return True
-
-
-def _schema(source: str | Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(source, str):
-        return dict(source)
-    try:
-        schema = json.loads(source)
-    except ValueError as error:
-        raise UserError(f"the json_schema {_short(source)} is no JSON: {error}; give a JSON schema") from None
-    if not isinstance(schema, dict):
-        raise UserError(f'the json_schema is {_short(source)}, expected an object such as {{"type": "object"}}')
-    return schema
-
-
-def _short(source: str | Mapping[str, Any]) -> str:
-    text = " ".join((source if isinstance(source, str) else json.dumps(dict(source))).split())
-    return repr(text if len(text) <= 60 else f"{text[:59]}\u2026")
