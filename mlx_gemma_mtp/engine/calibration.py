@@ -35,6 +35,8 @@ from ..speculative.prefill import prefill
 QUICK_SECONDS = 0.7  # what rounds of a first start may take; a slow machine takes the time of a dozen rounds
 QUICK_WIDTHS = (0, 1, 4)
 SLOW = 0.3  # seconds of the first width, from which the whole takes long enough to be announced
+# Rounds are timed after this text.
+TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
 LONG = 2048  # tokens of the calibration's long context
 # Kinds of text: their rounds differ in cost (noise, filters) and in acceptance.
 KINDS = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
+from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
 from ..cache.spec import kv_bytes
-from ..errors import UserError, shown
+from ..errors import UserError
 from ..files.progress import Progress
 from ..machine import blas, memory
 from ..machine.device import metal_available
@@ -22,14 +22,15 @@ from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.loading import model_bytes, step_bytes
 from ..ops import kernels
-from ..sampling.params import LARGEST_COUNT, MAX_ROWS, SamplingParams, count, flag, listed, whole
+from ..sampling.params import MAX_ROWS, SamplingParams, count, flag
 from ..speculative.costs import CostTable
 from ..speculative.depth import AUTO, Auto, Fixed
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
 from ..speculative.guide import Constraint
 from ..text.grammar import Grammars
 from ..text.thinking import CLOSE, OPEN, Thinking
-from .calibration import KINDS, Costs
+from .arguments import Cancel, check_depth, event, settings_of, told
+from .calibration import KINDS, TEXT, Costs
 from .request import Chunk, Request, Result
 from .scheduler import Batch
 from .stats import Stats
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 256
 MOST_REPEATS = 1000  # of a calibration
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
-
-CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
 
 
 class Engine:
@@ -125,10 +124,10 @@ class Engine:
         prompt, one beyond the context or beyond the memory, image or audio parts, and settings out of range.
         """
         prompts, _ = self.text.prompts(prompt)
-        every = _settings(params, len(prompts))
+        every = settings_of(params, len(prompts))
         drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
         flag("chat_template", chat_template)
-        cancel, progress = _event(cancel), told("progress", progress)
+        cancel, progress = event(cancel), told("progress", progress)
         with self._in_use():
             encoded = [
                 self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
@@ -211,7 +210,7 @@ class Engine:
         if self.frozen_costs and kind in self._autos:  # an equal call gets equal choices: nothing is kept of the last
             self._autos[kind] = self._auto(kind, self._autos[kind].table)
         if kind not in self._autos:
-            prompt = self.text.encode(CALIBRATION, chat_template=False)
+            prompt = self.text.encode(TEXT, chat_template=False)
             self._autos[kind] = self._auto(kind, self.costs[kind].table(self.target, self.drafter, prompt))
         return self._autos[kind]
 
@@ -227,7 +226,7 @@ class Engine:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
         repeats, progress = count("repeats", repeats, MOST_REPEATS), told("progress", progress)
         with self._in_use(), memory.wired_limit():
-            prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
+            prompt, tables = self.text.encode(TEXT, chat_template=False), {}
             for kind, costs in self.costs.items():
                 tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
                 self._autos[kind] = self._auto(kind, tables[kind])
@@ -335,53 +334,3 @@ class Engine:
             if os.getpid() == self._process:  # a child's copy of the stream has nothing to give back
                 with self._in_use(wait=True):
                     chunks.close()
-
-
-@runtime_checkable
-class Cancel(Protocol):
-    """What tells a call to end: an event of threading, multiprocessing or asyncio."""
-
-    def is_set(self) -> bool: ...
-
-
-def check_depth(drafts: int | str) -> int | str:
-    """The draft length. Raises UserError for what is none."""
-    if isinstance(drafts, str) and drafts == AUTO:
-        return AUTO
-    expected = f"'{AUTO}', or a whole number from 0 (plain decoding) to {LARGEST_COUNT}"
-    return whole("num_draft_tokens", drafts, lambda n: 0 <= n <= LARGEST_COUNT, expected)
-
-
-def _event(cancel: Any) -> Cancel:
-    """The event that ends a call, or one that nobody sets. Raises UserError for what is no event."""
-    if cancel is None:
-        return threading.Event()
-    if isinstance(cancel, type) or not isinstance(cancel, Cancel) or not callable(cancel.is_set):
-        raise UserError(f"cancel is {shown(cancel)}, expected an event, such as threading.Event()")
-    return cancel
-
-
-def _settings(params: SamplingParams | Sequence[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:
-    """One for each prompt."""
-    if params is None or isinstance(params, SamplingParams):
-        every = [params or SamplingParams()] * prompts
-    else:
-        every = listed("params", params, "SamplingParams, or a list of them, one a prompt")
-        every = [SamplingParams() if each is None else each for each in every]
-    for each in every:
-        if not isinstance(each, SamplingParams):
-            raise UserError(f"params has {shown(each)}, expected SamplingParams")
-    if not prompts or len(every) != prompts:
-        raise UserError(
-            f"{prompts} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
-        )
-    return every
-
-
-def told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:
-    """Who is told, or nobody. Raises UserError for what cannot be called."""
-    if listener is None:
-        return lambda *_: None
-    if not callable(listener):
-        raise UserError(f"{name} is {shown(listener)}, expected a function")
-    return listener

@@ -222,6 +222,7 @@ LOADS = [
     {"draft_model": 5},
     {"draft_model": b"none"},
     {"revision": 5},
+    {"frozen_costs": 1},
     {"num_draft_tokens": 2.0},
     {"num_draft_tokens": "two"},
     {"num_draft_tokens": True},
