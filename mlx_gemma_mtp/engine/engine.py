@@ -1,4 +1,4 @@
-"""The facade: text in, text and figures out."""
+"""The facade: prompts in, text and figures out."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
     ) -> Result | list[Result]:
-        """The answer to a prompt, or the answers to a list of prompts, made as a batch, in order.
-        Options: see `stream`.
+        """Returns the Result of a prompt, or a list of Results for a list of prompts, in order. A list is decoded as a
+        batch. `stream` describes the options.
         """
         prompts, single = self.text.prompts(prompt)
         chunks = self.stream(prompts, params, **options)
@@ -115,13 +115,14 @@ class Engine:
         cancel: Cancel | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Chunk]:
-        """Yields pieces of text as they are made; the last chunk of each prompt carries its Result.
+        """Yields pieces of text as they are made. The last chunk of each prompt carries its Result.
 
-        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (an array,
-        too); or a list of these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly,
-        'auto' follows cost and acceptance. cancel: an event; set it to end after the current round. progress: told
-        prefill's tokens done and in all. Raises UserError, before anything is generated, for an empty
-        prompt, one beyond the context or beyond the memory, image or audio parts, and settings out of range.
+        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (a list or an
+        array); or a list of these. params: one SamplingParams for all, or one for each prompt. system_prompt: a message
+        before the prompt's. num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows cost and acceptance,
+        None is the engine's. cancel: an event; once it is set, generation ends after the current round. progress:
+        called with the prefill's tokens done and in all. Raises UserError before anything is generated: for an empty
+        prompt, a prompt beyond the context or the memory, image or audio parts, and settings out of range.
         """
         prompts, _ = self.text.prompts(prompt)
         every = settings_of(params, len(prompts))
@@ -140,7 +141,7 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """What computes: the dtype, the weights' format, the device, the experts' ways (paths.py) and MLX's version."""
+        """A line about what computes: weight formats, dtype, device, expert paths and MLX's version."""
         dtype = str(self.target.dtype).removeprefix("mlx.core.")
         models = {"target": self.target} | ({"drafter": self.drafter} if self.drafter else {})
         formats = [f"{name} {loading.format_of(model)}" for name, model in models.items()]
@@ -152,7 +153,7 @@ class Engine:
 
     @property
     def advice(self) -> str | None:
-        """Whether quantising the drafter would pay, by the bytes that a draft and a target's step read."""
+        """A line of advice to quantise the drafter, where its draft reads much of a target step's bytes; else None."""
         share = self._draft_bytes / self._target_bytes
         if self.drafter is None or share <= LIGHT_DRAFT or loading.is_quantized(self.drafter):
             return None
@@ -190,7 +191,7 @@ class Engine:
         return Request(next(self._ids), index, prompt, params, stream, end_tokens, limit, stats, constraint)
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
-        """What the reply must follow, after the thought that may come first."""
+        """Returns what the reply must follow, after the thought that may come first."""
         vocab, reply = self.target.config.vocab_size, None
         for kind, source in params.grammars.items():
             if self._grammars is None:
@@ -203,7 +204,7 @@ class Engine:
         return Thinking(opening, closing, vocab, params.thinking_budget, reply, tuple(self.end_tokens))
 
     def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
-        """Who chooses the draft length. The costs are measured or read once, when they are first needed."""
+        """Returns who chooses the draft length. Costs are measured or read once, when they are first needed."""
         if self.drafter is None or drafts != AUTO:
             return Fixed(self._most_drafts(drafts, requests))
         kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
@@ -215,12 +216,18 @@ class Engine:
         return self._autos[kind]
 
     def _auto(self, kind: str, table: CostTable) -> Auto:
-        """Drafts that are accepted by rejection are not cut, see rejection.py."""
+        """Returns the controller of a kind of text.
+
+        Drafts accepted by rejection are never cut, since that would favour those that are not.
+        """
         return Auto(table, kind == "greedy" or not self.drafting.rejection, self.frozen_costs)
 
     def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
-        """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
-        on. Takes a minute or two. Raises UserError without a drafter.
+        """Measures the cost of rounds of each kind of text, writes it for the next starts, and uses it from now on.
+        Takes a minute or two.
+
+        repeats: of each cell, 1 to 1000. progress: called with the rounds timed and all rounds. Raises UserError
+        without a drafter.
         """
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
@@ -249,13 +256,13 @@ class Engine:
             self._learn()
 
     def _most_drafts(self, drafts: int | str, requests: Sequence[Request]) -> int:
-        """Drafts that a round of these requests may make; none makes more than the longest text can take."""
+        """Returns the most drafts that a round of these requests makes: no more than the longest text can take."""
         if self.drafter is None:
             return 0
         return Auto.most if drafts == AUTO else min(drafts, max(request.limit for request in requests))
 
     def _needed(self, requests: Sequence[Request], drafts: int | str) -> int:
-        """Bytes of K/V of a batch of these requests, if every text grows to its limit (see Batch)."""
+        """Returns the bytes of K/V that a batch of these requests needs, if every text grows to its limit."""
         most, longest = self._most_drafts(drafts, requests), max(len(request.prompt) for request in requests)
         block = max(most + 1, min(self.prefill_chunk, longest))
         tokens = max(longest + block, *(len(request.prompt) + request.limit + most + 1 for request in requests))
@@ -270,7 +277,7 @@ class Engine:
         )
 
     def _rows_that_fit(self, waiting: Sequence[Request], drafts: int | str) -> int:
-        """How many of the requests, from the first on, go into one batch: as many as max_rows and the memory allow.
+        """Returns how many of the requests, from the first on, go into one batch: as many as max_rows and memory allow.
 
         Raises UserError where open streams leave too little for one.
         """
@@ -295,7 +302,7 @@ class Engine:
         )
 
     def _learn(self) -> None:
-        """What rounds took is for the next start's table; a call that is closed early tells as well."""
+        """Writes what rounds took for the next start. A call that is closed early does so, too."""
         for kind, auto in self._autos.items():
             self.costs[kind].learn(*auto.learned())
 
@@ -322,7 +329,7 @@ class Engine:
             self._lock.release()
 
     def _guarded(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The same chunks; the engine is held while each is made, and free while the caller has it."""
+        """Yields the chunks. The engine is held while each is made, and free while the caller has it."""
         try:
             while True:
                 with self._in_use():

@@ -66,11 +66,12 @@ def load(
     for weights that are not quantised, of both models; None keeps the target's on Metal and is float32 on a CPU, which
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
     vocabulary head to at most 4, a centroid head not at all. max_rows: prompts in one batch; others wait, and each
-    takes the memory of its K/V. prefill_chunk: prompt tokens a forward pass. draft_position, draft_temperature: see
-    Drafting. accept: 'coupled' (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the
-    distribution is the target's, but the text depends on the drafts). notice: called with a sentence that the user
-    should know. progress: called with the parts read and all parts of each model. stage: called with what takes seconds
-    now, '' when it is over.
+    takes the memory of its K/V. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
+    query, 0 or -1 after the newest token's index. draft_temperature: a factor of the request's, for drafts alone.
+    accept: 'coupled' (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is
+    the target's, but the text depends on the drafts). notice: called with a sentence that the user should know.
+    progress: called with the parts read and all parts of each model. stage: called with what takes seconds now, ''
+    when it is over.
     """
     _check_process()
     listeners = _Listeners(told("notice", notice), told("progress", progress), told("stage", stage))

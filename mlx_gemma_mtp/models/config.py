@@ -69,6 +69,8 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class MoESpec:
+    """The experts of a layer: how many there are, how many each token takes, and the width of one."""
+
     num_experts: int
     top_k: int
     size: int
@@ -76,18 +78,23 @@ class MoESpec:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """MLX quantisation: defaults, and overrides by module path as written in the file (None: left in float)."""
+    """MLX quantisation of a checkpoint.
+
+    default: group_size, bits and mode. overrides: by module path as written in the file; None leaves a module in float.
+    """
 
     default: dict[str, Any]
     overrides: dict[str, dict[str, Any] | None]
 
     def of(self, path: str) -> dict[str, Any] | None:
-        """group_size, bits and mode of the module at `path`; None if it is left in float."""
+        """Returns group_size, bits and mode of the module at `path`, or None where it is left in float."""
         return self.overrides.get(path, self.default)
 
 
 @dataclass(frozen=True)
 class TargetConfig:
+    """A target's architecture, checked and complete."""
+
     hidden_size: int
     vocab_size: int
     layers: tuple[LayerSpec, ...]
@@ -142,7 +149,9 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """A drafter, paired with its target: `layers[i].kv_layer` already names the target's cache layer it reads."""
+    """A drafter's architecture, paired with its target: layers[i].kv_layer is the target's cache layer that the
+    drafter's layer reads.
+    """
 
     hidden_size: int
     backbone_size: int
@@ -194,7 +203,7 @@ class DrafterConfig:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """`generation_config.json`: what the folder's makers recommend. Greedy when `do_sample` is false."""
+    """The settings that generation_config.json recommends. Greedy where do_sample is false."""
 
     temperature: float
     top_p: float
@@ -206,10 +215,10 @@ class GenerationDefaults:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> GenerationDefaults:
-        """Takes what is meant: null is unset, top_k may be 0, -1 or 64.0, flags 0 or 1, other keys are not read.
-        Without do_sample all but repetition_penalty and the ids is as greedy decoding has it.
+        """Reads a `generation_config.json`. null is unset, top_k may be 0, -1 or 64.0, flags may be 0 or 1.
 
-        Raises UserError, naming the key, for what has no meaning.
+        Without do_sample only repetition_penalty and the token ids are read. Other keys never are. Raises UserError,
+        naming the key, for a value without a meaning.
         """
         where = "generation_config.json"
         if not isinstance(raw, dict):
@@ -449,7 +458,7 @@ def _check_vocabulary(ids: tuple[int, ...], size: int, what: str) -> None:
 
 
 def _per_layer_vocab(text: _Reader) -> int:
-    """Every token is looked up in the per-layer table, too."""
+    """Returns the rows of the per-layer table. Raises UserError where the vocabulary is larger: each token needs one."""
     size = text.int("vocab_size_per_layer_input", minimum=0)
     if text.int("hidden_size_per_layer_input", minimum=0) and size < text.int("vocab_size"):
         raise UserError(

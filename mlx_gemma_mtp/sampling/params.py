@@ -26,20 +26,24 @@ MAX_ROWS = 8  # prompts in one batch, unless `load` is told otherwise; the other
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The settings of one request. None means: as the model folder's generation_config.json says.
+    """The settings of one request.
 
-    temperature: 0 is greedy, and so is anything below 1e-6. top_k: keep so many of the likeliest tokens, -1 switches
-    it off; top_p: then those that make up this probability, 1 is off; min_p: then those with at least this share of the
-    likeliest's probability, 0 is off (the order of transformers). repetition_penalty: divides positive and multiplies
-    negative logits of tokens of the prompt and the text (transformers), 1 is off; presence_penalty, frequency_penalty:
-    are taken from the logits of the text's tokens, once, or as often as they occur (OpenAI), 0 is off; logit_bias:
-    token id -> what is added to its logit, -inf forbids it. logprobs: report so many of the likeliest tokens at each
-    place, with the model's own log-probabilities (before any of these settings); None reports nothing. seed: one seed,
-    one text; None draws a fresh one. stop: strings that end the text, left out of it. ignore_eos: generate max_tokens
-    whatever comes.
+    None for temperature, top_p, top_k, min_p or repetition_penalty is what the model folder's generation_config.json
+    says.
 
-    json_schema (JSON text or its object), regex, grammar (Lark): at most one; the reply follows it. thinking: the chat
-    template's switch; thinking_budget: tokens after which a thought is closed, None is no limit.
+    temperature: 0 is greedy, and so is anything below 1e-6. top_k: keeps this many of the likeliest tokens; -1 is off.
+    top_p: then keeps the likeliest that make up this probability; 1 is off. min_p: then keeps those with at least this
+    share of the likeliest's probability; 0 is off. The order is transformers'. repetition_penalty: divides positive and
+    multiplies negative logits of tokens in the prompt and the text; 1 is off. presence_penalty: is subtracted from the
+    logits of tokens in the text, once; 0 is off. frequency_penalty: is subtracted as often as the token occurs; 0 is
+    off. logit_bias: token id -> a number added to its logit; -inf forbids the token. logprobs: reports this many of the
+    likeliest tokens at each place with the model's own log-probabilities, before any of these settings; None reports
+    nothing. seed: equal seeds give equal texts; None draws a fresh one. max_tokens: the most tokens to generate. stop:
+    strings that end the text and are left out of it. ignore_eos: generates max_tokens whatever comes.
+
+    json_schema (JSON text, or its object, which is kept as text), regex, grammar (Lark): the reply follows it; at most
+    one of them. thinking: the chat template's switch. thinking_budget: the most tokens of a thought before it is
+    closed; None is no limit.
 
     Numbers may be numpy's; they are kept as Python's. Raises UserError for whatever is out of range or of another type.
     """
@@ -82,7 +86,7 @@ class SamplingParams:
             )
 
     def _numbers(self) -> dict[str, int | float]:
-        """Every number that is given, checked, as Python's, and within what float32 and int32 can tell."""
+        """Returns every number that is given, checked, as Python's, and within the limits of float32 and int32."""
         share = (number, lambda r: 1 / MOST <= r <= MOST, f"{1 / MOST:g} to {MOST:g}; 1 is off")
         signed = (number, lambda x: -MOST <= x <= MOST, f"a number from {-MOST:g} to {MOST:g}; 0 is off")
         checks = {
@@ -110,17 +114,17 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether the logits depend on the tokens before."""
+        """Whether a penalty makes the logits depend on the tokens before."""
         return (self.repetition_penalty or 1.0, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
     def grammars(self) -> dict[str, str]:
-        """What the reply must follow, by the setting's name: one entry at most."""
+        """The constraint of the reply as {setting's name: source}, with one entry at most."""
         settings = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
         return {name: source for name, source in settings.items() if source is not None}
 
     def resolved(self, defaults: GenerationDefaults) -> SamplingParams:
-        """Every None replaced, but that of logprobs."""
+        """Returns the settings with the folder's values where they are None, and with a seed."""
         return replace(
             self,
             temperature=defaults.temperature if self.temperature is None else self.temperature,
@@ -135,14 +139,18 @@ class SamplingParams:
 
 
 def whole(name: str, value: Any, good: Callable[[int], bool], expected: str) -> int:
-    """The value as Python's int. Raises UserError for other types (bool is no number) and where it is not good."""
+    """Returns the value as Python's int. Raises UserError for other types, bool included, and for values that are not
+    `good`.
+    """
     if not isinstance(value, Integral) or isinstance(value, bool) or not good(int(value)):
         raise UserError(f"{name} is {shown(value)}, expected {expected}")
     return int(value)
 
 
 def number(name: str, value: Any, good: Callable[[float], bool], expected: str) -> float:
-    """The value as Python's float, finite. Raises UserError as `whole`."""
+    """Returns the value as Python's float. Raises UserError for other types, bool included, and for values that are not
+    finite or not `good`.
+    """
     try:
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or not good(float(value)):
             raise UserError(f"{name} is {shown(value)}, expected {expected}")
@@ -152,12 +160,14 @@ def number(name: str, value: Any, good: Callable[[float], bool], expected: str) 
 
 
 def count(name: str, value: Any, most: int = LARGEST_COUNT) -> int:
-    """The value as Python's int, if it is from 1 to `most`. Raises UserError."""
+    """Returns the value as Python's int, if it is from 1 to `most`. Raises UserError."""
     return whole(name, value, lambda n: 1 <= n <= most, f"a whole number from 1 to {most}")
 
 
 def listed(name: str, values: Any, expected: str) -> list[Any]:
-    """The values as a list. Raises UserError for text, mappings, and what cannot be iterated, such as a 0-d array."""
+    """Returns the values as a list. Raises UserError for text, mappings, and what cannot be iterated, such as a 0-d
+    array.
+    """
     try:
         if not isinstance(values, (str, bytes, Mapping)):
             return list(values)
@@ -167,14 +177,14 @@ def listed(name: str, values: Any, expected: str) -> list[Any]:
 
 
 def flag(name: str, value: Any) -> bool:
-    """The value, if it is True or False; raises UserError."""
+    """Returns the value, if it is True or False. Raises UserError."""
     if not isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}, expected True or False")
     return value
 
 
 def check_unicode(what: str, text: str) -> str:
-    """The text, if it is valid Unicode (bytes of an argument that are not UTF-8 arrive as lone surrogates)."""
+    """Returns the text. Raises UserError for lone surrogates, as which argument bytes that are not UTF-8 arrive."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

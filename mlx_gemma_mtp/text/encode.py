@@ -51,7 +51,11 @@ Prompt = str | Message | Sequence[Message] | Ids
 
 
 class Text:
-    """A model folder's tokenizer and chat template. vocab_size: of the model; the tokenizer may have more or fewer."""
+    """The tokenizer and the chat template of a model folder.
+
+    vocab_size: the model's; the tokenizer may have more tokens or fewer. media_token_ids: image, audio and video
+    placeholders, which prompts may not hold.
+    """
 
     def __init__(self, folder: Path, vocab_size: int, media_token_ids: Sequence[int] = ()):
         check_tokenizer(folder)
@@ -71,7 +75,7 @@ class Text:
         return self.tokenizer._tokenizer
 
     def token_id(self, token: str) -> int:
-        """The id of a special token. Raises UserError where the vocabulary has none of that name."""
+        """Returns the id of a special token. Raises UserError where the vocabulary has no such token."""
         found = self.tokenizer.get_vocab().get(token)
         if found is None:
             raise UserError(
@@ -82,7 +86,7 @@ class Text:
         return found
 
     def check_grammar_fits(self) -> None:
-        """Raises UserError where the tokenizer has more tokens than the model: a grammar speaks of all of them."""
+        """Raises UserError where the tokenizer has more tokens than the model: a grammar allows any of them."""
         if self.known > self.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.known} tokens and the model {self.vocab_size}; expected no more than that "
@@ -98,9 +102,10 @@ class Text:
 
     @staticmethod
     def prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-        """A prompt (text, chat messages, a message, token ids) or several as a list; and whether it was one.
+        """Returns the prompts as a list, and whether a single one was given.
 
-        Raises UserError for what is none of these.
+        prompt: text, a chat message, a list of messages, token ids, or a list of these. Raises UserError for anything
+        else.
         """
         prompt = _plain(prompt)
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], (Mapping, Number))):
@@ -114,10 +119,11 @@ class Text:
         chat_template: bool = True,
         thinking: bool = False,
     ) -> list[int]:
-        """Token ids of a prompt: text (one user turn, or raw without the template), chat messages, or ids as they are.
+        """Returns the token ids of a prompt.
 
-        thinking: the template's switch. Raises UserError for an empty prompt, for image, audio or video parts, and for
-        ids that model or tokenizer do not have.
+        prompt: text, chat messages, or ids, which are only checked. chat_template: renders text as a user turn; False
+        takes it raw. thinking: the template's switch. Raises UserError for an empty prompt, for image, audio or video
+        parts, and for ids that the model or the tokenizer does not have.
         """
         if system_prompt is not None and not isinstance(system_prompt, str):
             raise UserError(f"system_prompt is {shown(system_prompt)}, expected text")
@@ -168,6 +174,7 @@ class Text:
             raise UserError("the prompt has an image, audio or video token; this package takes text alone")
 
     def stream(self, stop: Sequence[str]) -> TextStream:
+        """Returns a new TextStream. stop: strings that end the text."""
         return TextStream(self.tokenizer.detokenizer, stop, self.known)
 
 

@@ -65,7 +65,7 @@ def _check_ids(path: Path, tokens: Iterable[tuple[Any, Any]]) -> None:
 
 
 def _check_settings(path: Path) -> None:
-    """Of the settings that decide how a tokenizer is made, the kinds of values."""
+    """Raises UserError for a setting of another type. Checks those that decide how a tokenizer is made."""
     settings = read_object(path)
     for key, (good, expected) in SETTINGS.items():
         if (value := settings.get(key)) is not None and not good(value):
