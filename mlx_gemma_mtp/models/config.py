@@ -458,7 +458,7 @@ def _check_vocabulary(ids: tuple[int, ...], size: int, what: str) -> None:
 
 
 def _per_layer_vocab(text: _Reader) -> int:
-    """Returns the rows of the per-layer table. Raises UserError where the vocabulary is larger: each token needs one."""
+    """Returns the rows of the per-layer table. Raises UserError where the vocabulary is larger."""
     size = text.int("vocab_size_per_layer_input", minimum=0)
     if text.int("hidden_size_per_layer_input", minimum=0) and size < text.int("vocab_size"):
         raise UserError(
