@@ -64,7 +64,7 @@ def probabilities(logits: np.ndarray, params: SamplingParams, factor: float = 1.
     weights = np.exp(scaled - scaled.max())
     kept = order[: params.top_k] if params.top_k > 0 else order
     shares = weights[kept] / weights[kept].sum()
-    kept = kept[(np.cumsum(shares) - shares < params.top_p) & (shares >= params.min_p * shares[0])]
+    kept = kept[(np.cumsum(shares) - shares < params.top_p) & (shares >= (params.min_p or 0.0) * shares[0])]
     p = np.zeros_like(weights)
     p[kept] = weights[kept] / weights[kept].sum()
     return p

@@ -1,4 +1,8 @@
-"""The one exception that command lines turn into a message instead of a traceback, and how any other is named."""
+"""The one exception that command lines turn into a message instead of a traceback, and how values and other errors are
+named in it.
+"""
+
+from typing import Any
 
 LONGEST = 300  # characters of a reason
 
@@ -12,3 +16,12 @@ def in_a_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     whole = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 1]}\u2026"
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in a message: one line of at most so many characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # an integer of thousands of digits; an object within thousands of others
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"

@@ -75,7 +75,7 @@ def _add_sampling(p: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability; 1 is off")
     group.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; -1 is off")
     group.add_argument(
-        "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest's probability"
+        "--min-p", type=float, help="drop tokens below this share of the likeliest's probability (default: the model's)"
     )
     group.add_argument(
         "--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)"
@@ -87,7 +87,9 @@ def _add_sampling(p: argparse.ArgumentParser) -> None:
 def _add_rules(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("penalties and grammars")
     group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="divides the logits of what was said; 1 is off"
+        "--repetition-penalty",
+        type=float,
+        help="divides the logits of what was said; 1 is off (default: the model's)",
     )
     group.add_argument("--presence-penalty", type=float, default=0.0, help="taken from the logits of what was said")
     group.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, for each time that it was said")

@@ -35,6 +35,8 @@ from ..speculative.prefill import prefill
 QUICK_SECONDS = 0.7  # what rounds of a first start may take; a slow machine takes the time of a dozen rounds
 QUICK_WIDTHS = (0, 1, 4)
 SLOW = 0.3  # seconds of the first width, from which the whole takes long enough to be announced
+# Rounds are timed after this text.
+TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
 LONG = 2048  # tokens of the calibration's long context
 # Kinds of text: their rounds differ in cost (noise, filters) and in acceptance.
 KINDS = {
@@ -45,26 +47,30 @@ KINDS = {
 
 @dataclass
 class Timings:
-    """Seconds by (rows, context, drafts verified), one for each repeat, of rounds that make as many new drafts
-    (chained) or none (alone).
+    """Seconds of measured rounds, a list of repeats for each cell.
+
+    A cell is (rows, context, drafts verified). chained: rounds that also make as many new drafts as they verify. alone:
+    rounds that make none.
     """
 
     chained: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
     alone: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
 
     def add(self, cell: tuple[int, int, int], chained: float, alone: float) -> None:
-        """One more repeat of a cell."""
+        """Adds one more repeat of a cell, in seconds."""
         self.chained.setdefault(cell, []).append(chained)
         self.alone.setdefault(cell, []).append(alone)
 
     def warm(self) -> Timings:
-        """Without the first repeat of the cells that have another."""
+        """Returns the timings without each cell's first repeat, where the cell has another."""
         chained, alone = ({cell: s[1:] or s for cell, s in part.items()} for part in (self.chained, self.alone))
         return Timings(chained, alone)
 
     def parts(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
-        """costs.Verified and costs.Drafted, so that together they give the chained rounds. No part takes less than
-        nothing, whatever the noise says.
+        """Splits the times into the seconds of each verify (costs.Verified) and of one draft (costs.Drafted).
+
+        Both parts add up to the chained rounds. No part is below a thousandth of the fastest round, however noisy the
+        times are.
         """
         rounds = {cell: min(seconds) for cell, seconds in self.chained.items()}  # noise only adds
         floor, each = min(rounds.values()) * 1e-3, {}
@@ -76,10 +82,10 @@ class Timings:
 
 
 class Bench:
-    """Equal rows after `context` committed tokens, from which the same rounds can be run again and again.
+    """A batch of equal rows after `context` committed tokens, on which a round can be timed repeatedly.
 
-    Real text fills the first tokens of the cache, so that the router sees what it sees in use; the rest of a long
-    context is zeros, which take the same time.
+    Real text fills the first tokens of the cache, so the router chooses experts as in use. The rest of a long context
+    is zeros, which take the same time.
     """
 
     def __init__(
@@ -98,8 +104,9 @@ class Bench:
         self.rules = Rules.of([params] * rows, target.config.vocab_size)
 
     def rounds(self, width: int) -> tuple[float, float]:
-        """Seconds of a round that verifies `width` drafts and makes as many, and of one that makes none; both after a
-        round of the same kind, since in use the weights are in the caches.
+        """Returns the seconds of a round that verifies `width` drafts and makes as many, and of one that makes none.
+
+        Each is timed after a round of its kind, since in use the weights are in the processor's caches.
         """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
         self.cache.length_bound = [self.context] * self.rows
@@ -131,12 +138,13 @@ def measure(
     seconds: float = math.inf,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Timings:
-    """Times every cell `repeats` times, the widths in turn, after a first pass that warms up; one batch is in memory
-    at a time.
+    """Times every cell `repeats` times after a first pass that warms up, with the widths in turn. One batch is in
+    memory at a time.
 
-    widths: drafts verified, 0 and more, rising. seconds: of rounds, after which nothing more begins; what is compiled
-    on the way is not counted. However slow the machine, two widths of a place are timed; the first pass counts where
-    there is no other. prompt: token ids; params: how tokens are drawn after it.
+    prompt: token ids. params: how tokens are drawn. rows, contexts: what the cells combine. widths: drafts verified, 0
+    and more, rising. seconds: a budget of round time, without compilation; once it is spent, nothing more begins, but
+    two widths of each place are always timed. progress: called with the rounds timed and all rounds. The first pass
+    counts only for cells that have no other repeat.
     """
     timings, spent, done = Timings(), 0.0, 0
     places = [(count, context) for count in rows for context in contexts]
@@ -154,11 +162,11 @@ def measure(
 
 
 class Costs:
-    """Where an engine's table for a kind of text comes from: the file of its pair on this machine, else a short
+    """The source of an engine's cost table for one kind of text: the file of its pair on this machine, else a short
     measurement.
 
-    kind: of KINDS; file: None keeps nothing. notice: told in a sentence what the user should know. seconds: of rounds,
-    what a first start may spend (see `measure`).
+    kind: a key of KINDS. file: None keeps nothing. notice: called with a sentence that the user should know. seconds:
+    the budget of a first start's measurement (see `measure`).
     """
 
     def __init__(
@@ -174,14 +182,17 @@ class Costs:
     def of_pair(
         cls, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None]
     ) -> dict[str, Costs]:
-        """For every kind of text."""
+        """Returns the Costs of every kind of text, by kind. Without a drafter they have no file."""
         if drafter is None:
             return {kind: cls(kind) for kind in KINDS}
         key = _key(pair, target, drafter)
         return {kind: cls(kind, CostFile({"text": kind} | key), notice) for kind in KINDS}
 
     def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
-        """Read, or measured quickly and written. prompt: token ids to time after."""
+        """Returns the table from the file, or measures a short one and writes it.
+
+        prompt: token ids that rounds are timed after.
+        """
         if (kept := self.kept()) is not None:
             return kept
         began, once = time.perf_counter(), ((1,), (len(prompt),), QUICK_WIDTHS)
@@ -202,7 +213,7 @@ class Costs:
         repeats: int,
         progress: Callable[[int, int], None],
     ) -> CostTable:
-        """The whole grid, measured now and written."""
+        """Measures the whole grid now, writes it, and returns its table. Takes a minute or two."""
         contexts = sorted({len(prompt), min(LONG, target.config.context // 2)})
         grid = ROWS, contexts, range(MAX_DRAFTS + 1)
         timings = measure(target, drafter, prompt, KINDS[self.kind], *grid, repeats, progress=progress)
@@ -210,16 +221,17 @@ class Costs:
         return CostTable.of(*timings.parts())
 
     def kept(self) -> CostTable | None:
-        """What was measured before; None where there is nothing."""
+        """Returns the table in the file, or None where there is none."""
         known = self._read()
         return CostTable.of(*known) if known else None
 
     @property
     def where(self) -> str:
+        """The path of the file, or "nowhere"."""
         return "nowhere" if self.file is None else str(self.file.path)
 
     def learn(self, verified: Verified, drafted: Drafted) -> None:
-        """Overwrites the file's cells with what was learned in use, or starts a file."""
+        """Overwrites cells of the file with times from use. Starts a file where there is none."""
         if verified and self.file is not None:
             before = self._read() or ({}, {})
             self._write({**before[0], **verified}, {**before[1], **drafted})

@@ -1,13 +1,13 @@
-"""The facade: text in, text and figures out."""
+"""The facade: prompts in, text and figures out."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
+from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
@@ -22,14 +22,15 @@ from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.loading import model_bytes, step_bytes
 from ..ops import kernels
-from ..sampling.params import MAX_ROWS, SamplingParams, count, flag, shown, whole
+from ..sampling.params import MAX_ROWS, SamplingParams, count, flag
 from ..speculative.costs import CostTable
 from ..speculative.depth import AUTO, Auto, Fixed
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
 from ..speculative.guide import Constraint
 from ..text.grammar import Grammars
 from ..text.thinking import CLOSE, OPEN, Thinking
-from .calibration import KINDS, Costs
+from .arguments import Cancel, check_depth, event, settings_of, told
+from .calibration import KINDS, TEXT, Costs
 from .request import Chunk, Request, Result
 from .scheduler import Batch
 from .stats import Stats
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
     from ..text.encode import Prompt, Text
 
 PREFILL_CHUNK = 256
+MOST_REPEATS = 1000  # of a calibration
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
-
-CALIBRATION = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
 
 
 class Engine:
@@ -95,8 +95,8 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
     ) -> Result | list[Result]:
-        """The answer to a prompt, or the answers to a list of prompts, made as a batch, in order.
-        Options: see `stream`.
+        """Returns the Result of a prompt, or a list of Results for a list of prompts, in order. A list is decoded as a
+        batch. `stream` describes the options.
         """
         prompts, single = self.text.prompts(prompt)
         chunks = self.stream(prompts, params, **options)
@@ -115,21 +115,20 @@ class Engine:
         cancel: Cancel | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Chunk]:
-        """Yields pieces of text as they are made; the last chunk of each prompt carries its Result.
+        """Yields pieces of text as they are made. The last chunk of each prompt carries its Result.
 
-        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (an array,
-        too); or a list of these. params: for all, or one a prompt. num_draft_tokens: drafts a round, 0 decodes plainly,
-        'auto' follows cost and acceptance. cancel: an event; set it to end after the current round. progress: told
-        prefill's tokens done and in all. Raises UserError, before anything is generated, for an empty
-        prompt, one beyond the context or beyond the memory, image or audio parts, and settings out of range.
+        prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (a list or an
+        array); or a list of these. params: one SamplingParams for all, or one for each prompt. system_prompt: a message
+        before the prompt's. num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows cost and acceptance,
+        None is the engine's. cancel: an event; once it is set, generation ends after the current round. progress:
+        called with the prefill's tokens done and in all. Raises UserError before anything is generated: for an empty
+        prompt, a prompt beyond the context or the memory, image or audio parts, and settings out of range.
         """
         prompts, _ = self.text.prompts(prompt)
-        every = _settings(params, len(prompts))
+        every = settings_of(params, len(prompts))
         drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
         flag("chat_template", chat_template)
-        if cancel is not None and not isinstance(cancel, Cancel):
-            raise UserError(f"cancel is {shown(cancel)}, expected a threading.Event")
-        progress = told("progress", progress)
+        cancel, progress = event(cancel), told("progress", progress)
         with self._in_use():
             encoded = [
                 self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
@@ -138,11 +137,11 @@ class Engine:
             requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
             for request in requests:
                 self._check_fits(request, drafts)
-        return self._guarded(self._run(requests, drafts, cancel or threading.Event(), progress))
+        return self._guarded(self._run(requests, drafts, cancel, progress))
 
     @property
     def description(self) -> str:
-        """What computes: the dtype, the weights' format, the device, the experts' ways (paths.py) and MLX's version."""
+        """A line about what computes: weight formats, dtype, device, expert paths and MLX's version."""
         dtype = str(self.target.dtype).removeprefix("mlx.core.")
         models = {"target": self.target} | ({"drafter": self.drafter} if self.drafter else {})
         formats = [f"{name} {loading.format_of(model)}" for name, model in models.items()]
@@ -154,7 +153,7 @@ class Engine:
 
     @property
     def advice(self) -> str | None:
-        """Whether quantising the drafter would pay, by the bytes that a draft and a target's step read."""
+        """A line of advice to quantise the drafter, where its draft reads much of a target step's bytes; else None."""
         share = self._draft_bytes / self._target_bytes
         if self.drafter is None or share <= LIGHT_DRAFT or loading.is_quantized(self.drafter):
             return None
@@ -192,7 +191,7 @@ class Engine:
         return Request(next(self._ids), index, prompt, params, stream, end_tokens, limit, stats, constraint)
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
-        """What the reply must follow, after the thought that may come first."""
+        """Returns what the reply must follow, after the thought that may come first."""
         vocab, reply = self.target.config.vocab_size, None
         for kind, source in params.grammars.items():
             if self._grammars is None:
@@ -205,30 +204,36 @@ class Engine:
         return Thinking(opening, closing, vocab, params.thinking_budget, reply, tuple(self.end_tokens))
 
     def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
-        """Who chooses the draft length. The costs are measured or read once, when they are first needed."""
+        """Returns who chooses the draft length. Costs are measured or read once, when they are first needed."""
         if self.drafter is None or drafts != AUTO:
             return Fixed(self._most_drafts(drafts, requests))
         kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
         if self.frozen_costs and kind in self._autos:  # an equal call gets equal choices: nothing is kept of the last
             self._autos[kind] = self._auto(kind, self._autos[kind].table)
         if kind not in self._autos:
-            prompt = self.text.encode(CALIBRATION, chat_template=False)
+            prompt = self.text.encode(TEXT, chat_template=False)
             self._autos[kind] = self._auto(kind, self.costs[kind].table(self.target, self.drafter, prompt))
         return self._autos[kind]
 
     def _auto(self, kind: str, table: CostTable) -> Auto:
-        """Drafts that are accepted by rejection are not cut, see rejection.py."""
+        """Returns the controller of a kind of text.
+
+        Drafts accepted by rejection are never cut, since that would favour those that are not.
+        """
         return Auto(table, kind == "greedy" or not self.drafting.rejection, self.frozen_costs)
 
     def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
-        """Measures what rounds of each kind of text cost here, keeps it for the next starts, and goes by it from now
-        on. Takes a minute or two. Raises UserError without a drafter.
+        """Measures the cost of rounds of each kind of text, writes it for the next starts, and uses it from now on.
+        Takes a minute or two.
+
+        repeats: of each cell, 1 to 1000. progress: called with the rounds timed and all rounds. Raises UserError
+        without a drafter.
         """
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
-        repeats, progress = count("repeats", repeats), told("progress", progress)
+        repeats, progress = count("repeats", repeats, MOST_REPEATS), told("progress", progress)
         with self._in_use(), memory.wired_limit():
-            prompt, tables = self.text.encode(CALIBRATION, chat_template=False), {}
+            prompt, tables = self.text.encode(TEXT, chat_template=False), {}
             for kind, costs in self.costs.items():
                 tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
                 self._autos[kind] = self._auto(kind, tables[kind])
@@ -251,13 +256,13 @@ class Engine:
             self._learn()
 
     def _most_drafts(self, drafts: int | str, requests: Sequence[Request]) -> int:
-        """Drafts that a round of these requests may make; none makes more than the longest text can take."""
+        """Returns the most drafts that a round of these requests makes: no more than the longest text can take."""
         if self.drafter is None:
             return 0
         return Auto.most if drafts == AUTO else min(drafts, max(request.limit for request in requests))
 
     def _needed(self, requests: Sequence[Request], drafts: int | str) -> int:
-        """Bytes of K/V of a batch of these requests, if every text grows to its limit (see Batch)."""
+        """Returns the bytes of K/V that a batch of these requests needs, if every text grows to its limit."""
         most, longest = self._most_drafts(drafts, requests), max(len(request.prompt) for request in requests)
         block = max(most + 1, min(self.prefill_chunk, longest))
         tokens = max(longest + block, *(len(request.prompt) + request.limit + most + 1 for request in requests))
@@ -272,7 +277,7 @@ class Engine:
         )
 
     def _rows_that_fit(self, waiting: Sequence[Request], drafts: int | str) -> int:
-        """How many of the requests, from the first on, go into one batch: as many as max_rows and the memory allow.
+        """Returns how many of the requests, from the first on, go into one batch: as many as max_rows and memory allow.
 
         Raises UserError where open streams leave too little for one.
         """
@@ -297,7 +302,7 @@ class Engine:
         )
 
     def _learn(self) -> None:
-        """What rounds took is for the next start's table; a call that is closed early tells as well."""
+        """Writes what rounds took for the next start. A call that is closed early does so, too."""
         for kind, auto in self._autos.items():
             self.costs[kind].learn(*auto.learned())
 
@@ -324,7 +329,7 @@ class Engine:
             self._lock.release()
 
     def _guarded(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The same chunks; the engine is held while each is made, and free while the caller has it."""
+        """Yields the chunks. The engine is held while each is made, and free while the caller has it."""
         try:
             while True:
                 with self._in_use():
@@ -336,44 +341,3 @@ class Engine:
             if os.getpid() == self._process:  # a child's copy of the stream has nothing to give back
                 with self._in_use(wait=True):
                     chunks.close()
-
-
-@runtime_checkable
-class Cancel(Protocol):
-    """What tells a call to end: an event of threading, multiprocessing or asyncio."""
-
-    def is_set(self) -> bool: ...
-
-
-def check_depth(drafts: int | str) -> int | str:
-    """The draft length. Raises UserError for what is none."""
-    if isinstance(drafts, str) and drafts == AUTO:
-        return AUTO
-    return whole("num_draft_tokens", drafts, lambda n: n >= 0, f"'{AUTO}', 0 (plain decoding) or more")
-
-
-def _settings(params: SamplingParams | Iterable[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:
-    """One for each prompt."""
-    if params is None or isinstance(params, SamplingParams):
-        every = [params or SamplingParams()] * prompts
-    elif isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
-        raise UserError(f"params is {shown(params)}, expected SamplingParams, or a list of them, one a prompt")
-    else:
-        every = [SamplingParams() if each is None else each for each in params]
-    for each in every:
-        if not isinstance(each, SamplingParams):
-            raise UserError(f"params has {shown(each)}, expected SamplingParams")
-    if not prompts or len(every) != prompts:
-        raise UserError(
-            f"{prompts} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
-        )
-    return every
-
-
-def told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:
-    """Who is told, or nobody. Raises UserError for what cannot be called."""
-    if listener is None:
-        return lambda *_: None
-    if not callable(listener):
-        raise UserError(f"{name} is {shown(listener)}, expected a function")
-    return listener

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,35 +13,30 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..cache.spec import kv_bytes
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..files import hub
-from ..files.folder import check_text_files, read_config, weight_bytes
+from ..files.folder import read_config, weight_bytes
 from ..files.progress import Progress
 from ..machine import memory
 from ..machine.device import metal_available
 from ..models import loading
-from ..models.config import MODES, TargetConfig
+from ..models.config import MODES, GenerationDefaults, TargetConfig
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..ops import kernel_report
-from ..sampling.params import COUPLED, MAX_ROWS, count, shown, whole
+from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import MTP, Drafting
+from ..text.tokenizer_files import check_tokenizer
+from .arguments import check_depth, told
 from .calibration import Costs
-from .engine import PREFILL_CHUNK, Engine, check_depth, told
+from .engine import PREFILL_CHUNK, Engine
 from .warmup import making_ready, warm_up
 
 if TYPE_CHECKING:
     from ..text.encode import Text
 
 _computing: set[int] = set()  # processes in which a model was loaded: this one, or one that it was forked from
-
-
-def _location(name: str, value: Any) -> str:
-    """A folder or a hub id as text."""
-    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise UserError(f"{name} is {shown(value)}, expected a folder or a hub id")
-    return os.fspath(value)
 
 
 def load(
@@ -62,75 +58,79 @@ def load(
     progress: Progress | None = None,
     stage: Callable[[str], None] | None = None,
 ) -> Engine:
-    """Loads a target and its drafter.
+    """Loads a target and its drafter. Raises UserError for whatever cannot be loaded.
 
-    model: a converted folder or a hub id, None for the small bundled pair; draft_model: likewise, 'auto' to look for
-    the target's drafter, 'none' for plain decoding. num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows
-    what rounds cost on this machine (measured once, kept in the user's cache folder, corrected in use) and what is
-    accepted; frozen_costs takes the costs as they are in the file, so that equal calls get equal draft lengths. dtype:
-    'float32', 'bfloat16' or 'float16' for what is not quantised; None keeps the target's, for its drafter too, but on
-    a CPU it is float32 (MLX's CPU has no bf16 experts).
-    draft_bits: quantise a drafter that is not quantised while loading it (2, 3, 4, 5, 6 or 8 bits in groups of 64, a
-    dense vocabulary head at 4 bits or fewer, a centroid head not at all); None leaves it as it is. max_rows: prompts in
-    one batch, the others wait for the next; each costs the memory of its K/V. draft_position, draft_temperature: see
-    Drafting. draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter.
-    accept: which drafts of sampled text stay, 'coupled' (the text never depends on them) or 'rejection'
-    (block verification: more stay and the distribution is the same, but the text depends on drafts, and so on draft
-    length, drafter and batch). notice: told in a sentence what the user should know; progress: parts read and in all,
-    of each model; stage: what is being done that may take seconds, '' for nothing. Raises UserError for
-    whatever cannot be loaded.
+    model: a converted folder or a hub id; None is the small bundled pair. draft_model: a folder or a hub id; 'auto'
+    looks for the target's drafter, 'none' decodes plainly. revision: of the repositories on the hub. num_draft_tokens:
+    drafts a round; 0 decodes plainly, 'auto' follows measured costs and acceptance. frozen_costs: 'auto' takes the
+    costs as the file has them, so that equal calls get equal draft lengths. dtype: 'float32', 'bfloat16' or 'float16'
+    for weights that are not quantised, of both models; None keeps the target's on Metal and is float32 on a CPU, which
+    has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
+    vocabulary head to at most 4, a centroid head not at all. max_rows: prompts in one batch; others wait, and each
+    takes the memory of its K/V. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
+    query, 0 or -1 after the newest token's index. draft_temperature: a factor of the request's, for drafts alone.
+    draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter.
+    accept: 'coupled' (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is
+    the target's, but the text depends on the drafts). notice: called with a sentence that the user should know.
+    progress: called with the parts read and all parts of each model. stage: called with what takes seconds now, ''
+    when it is over.
     """
     _check_process()
-    notice, progress, stage = told("notice", notice), told("progress", progress), told("stage", stage)
-    num_draft_tokens, max_rows = check_depth(num_draft_tokens), count("max_rows", max_rows)
-    prefill_chunk = count("prefill_chunk", prefill_chunk)
-    drafting = Drafting(draft_position, draft_temperature, accept, draft_source)
-    if revision is not None and not isinstance(revision, str):
-        raise UserError(f"revision is {shown(revision)}, expected the name of a revision on the hub")
-    draft_model = _location("draft_model", draft_model)
-    cast, draft_bits = _dtype(dtype), _draft_bits(draft_bits, draft_model)
-    stage("looking for the model")
-    pair = hub.find_pair(None if model is None else _location("model", model), draft_model, revision)
-    stage("checking the model's files")
-    loading.check_pair(pair.target, pair.drafter)
-    config = TargetConfig.from_dict(read_config(pair.target))
-    defaults = loading.read_generation_defaults(pair.target)
-    defaults.check_vocabulary(config.vocab_size)
-    check_text_files(pair.target)
-    stage("checking the Metal kernels (the first start on this machine)")
-    kernel_report.ensure(notice)
-    if cast is None and not metal_available():
-        cast = mx.float32
-        notice("no Metal here: running on the CPU, in float32")
-    _check_memory(pair, config, cast, prefill_chunk)
-    _computing.add(os.getpid())
-    target, drafter = _open_models(pair, cast, draft_bits)
-    stage("")
-    for each in (target, drafter) if drafter else (target,):
-        loading.prepare(each, progress)
-    if drafter is None and draft_model == "auto":
-        notice(f"{pair.reason}; decoding plainly")
-    stage(making_ready(target))
-    text = _load_text(pair.target, target, drafter, max_rows)
-    stage("")
-    return Engine(
-        target,
-        drafter,
-        text,
-        defaults,
-        no_drafter_reason=pair.reason,
-        num_draft_tokens=num_draft_tokens,
-        max_rows=max_rows,
-        prefill_chunk=prefill_chunk,
-        drafting=drafting,
-        costs=Costs.of_pair(pair, target, drafter, notice),
-        frozen_costs=frozen_costs,
-    )
+    listeners = _Listeners(told("notice", notice), told("progress", progress), told("stage", stage))
+    wanted = _Wanted.of(model, draft_model, revision, dtype, draft_bits)
+    settings = {
+        "num_draft_tokens": check_depth(num_draft_tokens),
+        "max_rows": count("max_rows", max_rows),
+        "prefill_chunk": count("prefill_chunk", prefill_chunk),
+        "drafting": Drafting(draft_position, draft_temperature, accept, draft_source),
+        "frozen_costs": flag("frozen_costs", frozen_costs),
+    }
+    pair, defaults = _find(wanted, listeners)
+    target, drafter = _open(pair, wanted, settings["prefill_chunk"], listeners)
+    text = _make_ready(pair, target, drafter, settings["max_rows"], listeners)
+    costs = Costs.of_pair(pair, target, drafter, listeners.notice)
+    return Engine(target, drafter, text, defaults, no_drafter_reason=pair.reason, costs=costs, **settings)
+
+
+@dataclass(frozen=True)
+class _Listeners:
+    """Functions that are called while a model loads, as `load` describes them."""
+
+    notice: Callable[[str], None]
+    progress: Progress
+    stage: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which models are to be loaded, and how, as `load` describes it. dtype: None keeps the target's."""
+
+    model: str | None
+    draft_model: str
+    revision: str | None
+    dtype: mx.Dtype | None
+    draft_bits: int | None
+
+    @classmethod
+    def of(cls, model: Any, draft_model: Any, revision: Any, dtype: Any, draft_bits: Any) -> _Wanted:
+        """Checks each argument. Raises UserError."""
+        if revision is not None and not isinstance(revision, str):
+            raise UserError(f"revision is {shown(revision)}, expected the name of a revision on the hub")
+        model = None if model is None else _location("model", model)
+        draft_model = _location("draft_model", draft_model)
+        return cls(model, draft_model, revision, _dtype(dtype), _draft_bits(draft_bits, draft_model))
+
+
+def _location(name: str, value: Any) -> str:
+    """Returns a folder or a hub id as text. Raises UserError for other types."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise UserError(f"{name} is {shown(value)}, expected a folder or a hub id")
+    return os.fspath(value)
 
 
 def _check_process() -> None:
-    """Raises UserError in a process that was forked after MLX computed: its threads did not come along, so that the
-    first array would be waited for in vain.
+    """Raises UserError in a process that was forked after MLX computed: MLX's threads did not come along, so the first
+    array would never be ready.
     """
     if _computing and os.getpid() not in _computing:
         raise UserError(
@@ -160,9 +160,54 @@ def _draft_bits(bits: Any, draft_model: str) -> int | None:
     )
 
 
+def _find(wanted: _Wanted, listeners: _Listeners) -> tuple[hub.Pair, GenerationDefaults]:
+    """Returns the folders, downloaded where they are on the hub, and what the target's maker recommends.
+
+    Checks configs, tokenizer and settings, which takes milliseconds. Raises UserError.
+    """
+    listeners.stage("looking for the model")
+    pair = hub.find_pair(wanted.model, wanted.draft_model, wanted.revision)
+    if pair.drafter is None and wanted.draft_model == "auto":
+        listeners.notice(f"{pair.reason}; decoding plainly")
+    listeners.stage("checking the model's files")
+    loading.check_pair(pair.target, pair.drafter)
+    defaults = loading.read_generation_defaults(pair.target)
+    defaults.check_vocabulary(TargetConfig.from_dict(read_config(pair.target)).vocab_size)
+    check_tokenizer(pair.target)
+    return pair, defaults
+
+
+def _open(pair: hub.Pair, wanted: _Wanted, prefill_chunk: int, listeners: _Listeners) -> tuple[Gemma4, Drafter | None]:
+    """Returns both models with their weights read. Raises UserError where they do not fit the memory or their files
+    do not hold what config.json says.
+    """
+    listeners.stage("checking the Metal kernels (the first start on this machine)")
+    kernel_report.ensure(listeners.notice)
+    cast = wanted.dtype
+    if cast is None and not metal_available():
+        cast = mx.float32
+        listeners.notice("no Metal here: running on the CPU, in float32")
+    _check_memory(pair, cast, prefill_chunk)
+    _computing.add(os.getpid())
+    target, drafter = _open_models(pair, cast, wanted.draft_bits)
+    listeners.stage("")
+    for model in (target, drafter) if drafter else (target,):
+        loading.prepare(model, listeners.progress)
+    return target, drafter
+
+
+def _make_ready(pair: hub.Pair, target: Gemma4, drafter: Drafter | None, max_rows: int, listeners: _Listeners) -> Text:
+    """Returns the tokenizer. Meanwhile the models run for the first time."""
+    listeners.stage(making_ready(target))
+    text = _load_text(pair.target, target, drafter, max_rows)
+    listeners.stage("")
+    return text
+
+
 def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) -> tuple[Gemma4, Drafter | None]:
-    """Both models, checked before the weights of either are read. MLX's global random state, from which new modules
-    draw, is the host's and stays as it was.
+    """Returns both models, checked against their files' headers, before the weights of either are read.
+
+    MLX's global random state, from which new modules draw, is the host's and stays as it was.
     """
     high, low = mx.random.state[0].tolist()
     try:
@@ -176,7 +221,7 @@ def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) 
 
 
 def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: int) -> Text:
-    """The tokenizer, whose libraries take seconds to import: meanwhile the models run for the first time.
+    """Returns the tokenizer. Its libraries take seconds to import; meanwhile the models run for the first time.
 
     The import has the other thread, not the models: MLX aborts a process that ends after a thread of its own computed.
     """
@@ -187,10 +232,12 @@ def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: 
     return text.Text(folder, target.config.vocab_size, target.config.media_token_ids)
 
 
-def _check_memory(pair: hub.Pair, config: TargetConfig, cast: mx.Dtype | None, block: int) -> None:
-    """Refuses what cannot fit with one row of a short text, before anything is read. A cast to float32 can double
-    16-bit loading.
+def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, block: int) -> None:
+    """Raises UserError for models that do not fit the memory with one row of a short text. Reads no weights.
+
+    cast: the dtype to compute in; float32 doubles the bytes of 16-bit weights. block: prompt tokens a forward pass.
     """
+    config = TargetConfig.from_dict(read_config(pair.target))
     folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
     widened = cast is not None and cast == mx.float32
     needed = sum(weight_bytes(folder, widened) for folder in folders)

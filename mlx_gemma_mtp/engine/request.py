@@ -1,4 +1,4 @@
-"""A prompt on its way, and what comes back: chunks, and the result."""
+"""A request, and what comes back of it: chunks, and the result."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """One prompt's answer. tokens: generated ids without the token that ended it (a stop string's tokens are kept).
+    """The answer to one prompt.
 
+    text: the generated text. tokens: the generated ids without an end token; a stop string's tokens are kept.
     finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full), 'cancelled' or
-    'error'. stats: complete when the whole batch is. logprobs: one for each token, where the request asked for them.
-    error: with finish_reason 'error' why the text could not go on, in one line; text and tokens are what was good.
+    'error'. stats: figures, complete once the whole batch is done. logprobs: one entry for each token, where the
+    request asked for them. error: why the text could not go on, in one line, with finish_reason 'error'; text and
+    tokens hold what came before.
     """
 
     text: str
@@ -35,7 +37,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of one prompt's answer. index: which prompt; result: set in its last chunk; logprobs: as in Result."""
+    """A piece of the answer to one prompt.
+
+    index: the prompt's number in its call. text, tokens: the piece. result: the whole answer, in the last chunk alone.
+    logprobs: one entry for each token of the piece, where the request asked for them.
+    """
 
     index: int
     text: str
@@ -46,8 +52,10 @@ class Chunk:
 
 @dataclass
 class Request:
-    """A prompt on its way. id: unique in the engine; index: its number in its call; limit: tokens it may generate
-    (max_tokens, or what the context leaves).
+    """One prompt and the state of its answer.
+
+    id: unique in the engine. index: the prompt's number in its call. limit: the most tokens to generate, by max_tokens
+    and the context. tokens, pieces, logprobs: what was generated so far. finish_reason: set once the request is done.
     """
 
     id: int
@@ -67,6 +75,7 @@ class Request:
 
     @property
     def remaining(self) -> int:
+        """How many tokens the request may still generate."""
         return self.limit - len(self.tokens)
 
     def take(
@@ -77,10 +86,11 @@ class Request:
         logprobs: Sequence[TokenLogprob] | None = None,
         error: str | None = None,
     ) -> Chunk:
-        """Adds the tokens of a round, up to the one that ends the request; drafts past it do not count as accepted.
+        """Adds the tokens of a round, up to the one that ends the request, and returns them as a chunk. Drafts after
+        that token do not count as accepted.
 
-        drafted: how many drafts the round verified; None: the tokens come from the prefill. reason: why so many. error:
-        why the request cannot go on after these tokens.
+        drafted: how many drafts the round verified; None for the token of the prefill. reason: why it verified so many.
+        error: why the request cannot go on after these tokens.
         """
         before, pieces, used = len(self.tokens), [], 0
         for used, token in enumerate(emitted, 1):  # noqa: B007
@@ -105,7 +115,7 @@ class Request:
         return self._chunk(pieces, before)
 
     def cancel(self) -> Chunk:
-        """Ends the request with what it has."""
+        """Ends the request with what it has, and returns its last chunk."""
         self.finish_reason = "cancelled"
         return self._chunk([], len(self.tokens))
 

@@ -1,4 +1,4 @@
-"""Requests and the batch that carries them: who is in which row, who is done, who leaves."""
+"""The batch: which request is in which row, which is done, which leaves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -24,10 +23,6 @@ from ..speculative.loop import Round, Speculation, compact
 from ..speculative.prefill import prefill
 from .request import Chunk, Request
 
-if TYPE_CHECKING:
-    pass
-
-
 # Rounds from one time to the next that MLX gives its unused buffers back on Metal, the prefill's at first: prompts come
 # in ever new sizes and full layers grow, so that else they pile up to its limit.
 CLEAR_EVERY = 256
@@ -35,11 +30,14 @@ PROMPT_CALLER = 0.05  # of a round: a caller that takes longer with a chunk spoi
 
 
 class Cancelled(Exception):
-    """Raised inside a prefill that nobody waits for any more."""
+    """Ends a prefill whose call was cancelled."""
 
 
 class Batch:
-    """Requests that are prefilled together and decoded in common rounds; a row that finishes leaves at once."""
+    """Requests that are prefilled together and decoded in common rounds. A finished row leaves at once.
+
+    Row i of the speculative loop holds live[i].
+    """
 
     def __init__(
         self,
@@ -145,8 +143,10 @@ class Batch:
         return chunks
 
     def _rows(self, due: int) -> tuple[list[int], int, list[int]]:
-        """What the draft length may depend on: the live requests' ids, the longest row's tokens, and for how many
-        drafts each row has room. due: tokens that come anyway, with the drafts' round and before it.
+        """Returns what the draft length may depend on: the live requests' ids, the committed tokens of the longest row,
+        and how many drafts each row has room for.
+
+        due: tokens that each row emits before these drafts, and with their verify, whatever is accepted.
         """
         ids = [request.id for request in self.live]
         context = max(len(request.prompt) + len(request.tokens) for request in self.live)

@@ -10,14 +10,14 @@ from ..speculative.choice import REASONS
 
 @dataclass
 class Stats:
-    """Figures of one request. Times in seconds, rates in tokens a second, of the request's own time in its batch.
+    """Figures of one request. Times are in seconds, rates in tokens a second over the request's own time in its batch.
 
-    rounds: verify passes (the first token comes from the prefill); drafted and accepted: draft tokens that were
-    verified and kept; acceptance_by_position[i]: the share of rounds with at least i + 1 drafts that kept at least i +
-    1; batch_generation_tps: tokens of all requests of the batch over its time; host_syncs: readbacks, for the whole
-    batch; accept: the rule by which sampled drafts were kept; depths[K]: rounds that verified K drafts, by the reason
-    of K (choice.REASONS); offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept so many;
-    target_step_bytes, draft_step_bytes: weights read for one token by the target, and for one draft.
+    rounds: verify passes; the first token comes from the prefill. drafted, accepted: draft tokens that were verified,
+    and that were kept. acceptance_by_position[i]: the share of the rounds with at least i + 1 drafts that kept at least
+    i + 1. offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept at least i + 1. depths[K]:
+    rounds that verified K drafts, counted by the reason (choice.REASONS). batch_generation_tps: tokens of the whole
+    batch over its time. host_syncs: readbacks of the whole batch. accept: the rule by which sampled drafts were kept.
+    target_step_bytes, draft_step_bytes: bytes of weights read for one token of the target, and for one draft.
     """
 
     prompt_tokens: int = 0
@@ -43,7 +43,7 @@ class Stats:
     kept: list[int] = field(default_factory=list)
 
     def count_round(self, drafted: int, accepted: int, reason: str = "") -> None:
-        """Adds one verify pass of this request. reason: why it had so many drafts."""
+        """Adds one verify pass of this request. reason: why it verified so many drafts."""
         by_reason = self.depths.setdefault(drafted, {})
         by_reason[reason] = by_reason.get(reason, 0) + 1
         self.rounds += 1
@@ -57,21 +57,22 @@ class Stats:
             self.kept[i] += i < accepted
 
     def say_why_off(self) -> None:
-        """Where no round verified a draft, though there is a drafter: MTP was off, for the commonest reason."""
+        """Sets mtp to False with the commonest reason, where there is a drafter but no round verified a draft."""
         if self.mtp and self.rounds and not self.drafted:
             reasons = self.depths[0]
             self.mtp, self.mtp_reason = False, REASONS[max(reasons, key=reasons.__getitem__)]
 
     @property
     def tokens_per_round(self) -> float:
-        """Accepted drafts plus the bonus token, a round."""
+        """Tokens emitted a round: accepted drafts and the target's own token."""
         return 1 + self.accepted / self.rounds if self.rounds else 0.0
 
     @property
     def acceptance_by_position(self) -> list[float]:
+        """For each draft position, the share of the rounds reaching it that kept it."""
         return [kept / offered for kept, offered in zip(self.kept, self.offered, strict=True)]
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures, for JSON."""
+        """Returns all figures as a dictionary that JSON can hold."""
         rates = {"tokens_per_round": self.tokens_per_round, "acceptance_by_position": self.acceptance_by_position}
         return asdict(self) | rates

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..cache.spec import KVSpec
-from ..errors import UserError
+from ..errors import UserError, shown
 
 Kind = Literal["sliding", "full"]
 
@@ -28,9 +28,17 @@ MODES = {
 # Settings are computed with in float32. Within these limits no combination of them overflows or divides by zero.
 MOST = 1e15  # of temperature, penalties and biases
 LEAST_TEMPERATURE = 1e-6  # anything lower is greedy
+LARGEST_TOP_K = 2**31 - 1  # anything more keeps every token, too
 LEAST_TOP_P = 1e-6  # lower than the likeliest token's share in any vocabulary below a million: keeps that token alone
-# What a generation_config.json means that does not say. (Google's drafters ship 6 drafts; the 12B's names none.)
-GENERATION_DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_assistant_tokens": 6}
+# What a generation_config.json means that does not say.
+GENERATION_DEFAULTS = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class MoESpec:
+    """The experts of a layer: how many there are, how many each token takes, and the width of one."""
+
     num_experts: int
     top_k: int
     size: int
@@ -68,18 +78,23 @@ class MoESpec:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """MLX quantisation: defaults, and overrides by module path as written in the file (None: left in float)."""
+    """MLX quantisation of a checkpoint.
+
+    default: group_size, bits and mode. overrides: by module path as written in the file; None leaves a module in float.
+    """
 
     default: dict[str, Any]
     overrides: dict[str, dict[str, Any] | None]
 
     def of(self, path: str) -> dict[str, Any] | None:
-        """group_size, bits and mode of the module at `path`; None if it is left in float."""
+        """Returns group_size, bits and mode of the module at `path`, or None where it is left in float."""
         return self.overrides.get(path, self.default)
 
 
 @dataclass(frozen=True)
 class TargetConfig:
+    """A target's architecture, checked and complete."""
+
     hidden_size: int
     vocab_size: int
     layers: tuple[LayerSpec, ...]
@@ -102,9 +117,13 @@ class TargetConfig:
         """
         kind = raw.get("model_type")
         if kind in DRAFTER_TYPES:
-            raise UserError(f"model_type {kind!r} is a drafter, expected a target; give it as --draft-model instead")
+            raise UserError(
+                f"model_type {shown(kind)} is a drafter, expected a target; give it as --draft-model instead"
+            )
         if kind not in TARGET_TYPES:
-            raise UserError(f"model_type {kind!r} is not a Gemma 4 target; expected one of {', '.join(TARGET_TYPES)}")
+            raise UserError(
+                f"model_type {shown(kind)} is not a Gemma 4 target; expected one of {', '.join(TARGET_TYPES)}"
+            )
         text = _Reader(raw.get("text_config", raw), "config.json")
         first_shared = text.int("num_hidden_layers") - text.int("num_kv_shared_layers", minimum=0)
         layers = tuple(_layers(text, first_shared))
@@ -130,7 +149,9 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """A drafter, paired with its target: `layers[i].kv_layer` already names the target's cache layer it reads."""
+    """A drafter's architecture, paired with its target: layers[i].kv_layer is the target's cache layer that the
+    drafter's layer reads.
+    """
 
     hidden_size: int
     backbone_size: int
@@ -150,9 +171,13 @@ class DrafterConfig:
         """
         kind = raw.get("model_type")
         if kind in TARGET_TYPES:
-            raise UserError(f"model_type {kind!r} is a target, expected a drafter; give its '-assistant', or 'none'")
+            raise UserError(
+                f"model_type {shown(kind)} is a target, expected a drafter; give its '-assistant', or 'none'"
+            )
         if kind not in DRAFTER_TYPES:
-            raise UserError(f"model_type {kind!r} is not a Gemma 4 drafter; expected one of {', '.join(DRAFTER_TYPES)}")
+            raise UserError(
+                f"model_type {shown(kind)} is not a Gemma 4 drafter; expected one of {', '.join(DRAFTER_TYPES)}"
+            )
         text = _Reader(raw.get("text_config", {}), "the drafter's config.json, text_config")
         outer = _Reader(raw, "the drafter's config.json")
         _check_constants(text)
@@ -178,22 +203,26 @@ class DrafterConfig:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """`generation_config.json`: what the folder's makers recommend. Greedy when `do_sample` is false."""
+    """The settings that generation_config.json recommends. Greedy where do_sample is false."""
 
     temperature: float
     top_p: float
     top_k: int
     eos_token_ids: tuple[int, ...]
     suppress_token_ids: tuple[int, ...]
-    num_draft_tokens: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> GenerationDefaults:
-        """Takes what is meant: null is unset, top_k may be 0, -1 or 64.0, flags 0 or 1, other keys are not read.
+        """Reads a `generation_config.json`. null is unset, top_k may be 0, -1 or 64.0, flags may be 0 or 1.
 
-        Raises UserError, naming the key, for what has no meaning.
+        Without do_sample only repetition_penalty and the token ids are read. Other keys never are. Raises UserError,
+        naming the key, for a value without a meaning.
         """
         where = "generation_config.json"
+        if not isinstance(raw, dict):
+            raise UserError(f"{where} is {shown(raw)}, expected a JSON object")
         given = {k: _settled(v) for k, v in raw.items() if v is not None}
         reader = _Reader(GENERATION_DEFAULTS | given, where)
         if reader.raw["do_sample"] in (0, 1):
@@ -202,10 +231,11 @@ class GenerationDefaults:
         return cls(
             temperature=reader.float("temperature", maximum=MOST) if sampled else 0.0,
             top_p=max(reader.float("top_p", maximum=1.0), LEAST_TOP_P) if sampled else 1.0,
-            top_k=max(reader.int("top_k", minimum=-1), 0) if sampled else 0,
+            top_k=_top_k(reader) if sampled else 0,
             eos_token_ids=_ids(raw, "eos_token_id", where),
             suppress_token_ids=_ids(raw, "suppress_tokens", where),
-            num_draft_tokens=reader.int("num_assistant_tokens", minimum=0),
+            min_p=reader.float("min_p", maximum=1.0) if sampled else 0.0,
+            repetition_penalty=reader.float("repetition_penalty", minimum=1 / MOST, maximum=MOST),
         )
 
     def check_vocabulary(self, size: int) -> None:
@@ -222,26 +252,29 @@ class _Reader:
             raise UserError(f"{where} is {type(raw).__name__}, expected a JSON object")
         self.raw, self.where = raw, where
 
+    def _wrong(self, key: str, value: Any, expected: str) -> UserError:
+        return UserError(f"{self.where}: {key} is {shown(value)}, expected {expected}")
+
     def _get(self, key: str, kinds: tuple[type, ...], expected: str) -> Any:
         if key not in self.raw:
             raise UserError(f"{self.where} has no {key!r}; expected {expected}. Is this a complete Gemma 4 folder?")
         value = self.raw[key]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise UserError(f"{self.where}: {key} is {value!r}, expected {expected}")
+            raise self._wrong(key, value, expected)
         return value
 
-    def int(self, key: str, minimum: int = 1) -> int:
-        expected = f"an integer of at least {minimum} and at most {LARGEST}"
+    def int(self, key: str, minimum: int = 1, maximum: int = LARGEST) -> int:
+        expected = f"an integer of at least {minimum} and at most {maximum}"
         value = self._get(key, (int,), expected)
-        if not minimum <= value <= LARGEST:
-            raise UserError(f"{self.where}: {key} is {value}, expected {expected}")
+        if not minimum <= value <= maximum:
+            raise self._wrong(key, value, expected)
         return value
 
     def float(self, key: str, minimum: float = 0.0, maximum: float = 1e30) -> float:
         expected = f"a number of at least {minimum:g} and at most {maximum:g}"
         value = self._get(key, (int, float), expected)
         if not minimum <= value <= maximum:
-            raise UserError(f"{self.where}: {key} is {value}, expected {expected}")
+            raise self._wrong(key, value, expected)
         return float(value)
 
     def optional_float(self, key: str, minimum: float = 0.0) -> float | None:
@@ -264,7 +297,7 @@ def _check_constants(text: _Reader) -> None:
     ):
         if text.raw.get(key, expected) != expected:
             raise UserError(
-                f"{text.where}: {key} is {text.raw[key]!r}, expected {expected!r} as in every published Gemma 4"
+                f"{text.where}: {key} is {shown(text.raw[key])}, expected {expected!r} as in every published Gemma 4"
             )
 
 
@@ -274,7 +307,7 @@ def _kinds(text: _Reader) -> list[Kind]:
     unknown = [t for t in types if not isinstance(t, str) or t not in names]
     if unknown or len(types) != text.int("num_hidden_layers"):
         raise UserError(
-            f"{text.where}: layer_types has {len(types)} entries (unknown: {unknown[:3]}), "
+            f"{text.where}: layer_types has {len(types)} entries (unknown: {shown(unknown[:3])}), "
             f"expected {text.raw['num_hidden_layers']} of sliding_attention / full_attention"
         )
     return [names[t] for t in types]
@@ -300,7 +333,7 @@ def _rope(text: _Reader, kind: Kind, head_dim: int) -> RopeSpec:
     rope = _Reader(ropes.object(f"{kind}_attention"), f"{ropes.where}.{kind}_attention")
     rope_type = rope.raw.get("rope_type")
     if rope_type not in ("default", "proportional"):
-        raise UserError(f"{rope.where}: rope_type is {rope_type!r}, expected 'default' or 'proportional'")
+        raise UserError(f"{rope.where}: rope_type is {shown(rope_type)}, expected 'default' or 'proportional'")
     factor = rope.float("partial_rotary_factor", maximum=1.0) if rope_type == "proportional" else 1.0
     return RopeSpec(rope.float("rope_theta", minimum=1.0), int(factor * head_dim // 2), head_dim)
 
@@ -387,14 +420,23 @@ def _quantization_form(reader: _Reader, default: dict[str, Any]) -> dict[str, An
     known = MODES.get(mode) if isinstance(mode, str) else None
     if known is None or group not in known[0] or bits not in known[1]:
         raise UserError(
-            f"{reader.where}: {bits} bits, groups of {group}, mode {mode!r}; expected a format of MLX, convert it again"
+            f"{reader.where}: {bits} bits, groups of {group}, mode {shown(mode)}; expected a format of MLX, "
+            "convert it again"
         )
     return {"group_size": group, "bits": bits, "mode": mode}
 
 
 def _settled(value: Any) -> Any:
     """64 for 64.0: some writers know no integers."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _top_k(reader: _Reader) -> int:
+    """Tokens to keep, 0 for all."""
+    value = reader.raw["top_k"]
+    if isinstance(value, int) and value > LARGEST_TOP_K:
+        return LARGEST_TOP_K
+    return max(reader.int("top_k", minimum=-1, maximum=LARGEST_TOP_K), 0)
 
 
 def _ids(raw: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
@@ -404,7 +446,7 @@ def _ids(raw: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
     for each in values:
         if not isinstance(each, int) or isinstance(each, bool) or not 0 <= each <= LARGEST:
             raise UserError(
-                f"{where}: {key} has {each!r}, expected a token id or a list of token ids; correct the JSON file"
+                f"{where}: {key} has {shown(each)}, expected a token id or a list of token ids; correct the JSON file"
             )
     return tuple(dict.fromkeys(values))
 
@@ -416,7 +458,7 @@ def _check_vocabulary(ids: tuple[int, ...], size: int, what: str) -> None:
 
 
 def _per_layer_vocab(text: _Reader) -> int:
-    """Every token is looked up in the per-layer table, too."""
+    """Returns the rows of the per-layer table. Raises UserError where the vocabulary is larger."""
     size = text.int("vocab_size_per_layer_input", minimum=0)
     if text.int("hidden_size_per_layer_input", minimum=0) and size < text.int("vocab_size"):
         raise UserError(

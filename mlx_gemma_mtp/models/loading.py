@@ -6,6 +6,7 @@ quantisation described in config.json. Whatever is missing or left over is an er
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -17,9 +18,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import UserError
+from ..files.files import content
 from ..files.folder import INDEX, read_config, read_index, weight_files
 from ..files.progress import Progress, no_progress
-from ..files.safetensors import read_header, read_object
+from ..files.safetensors import read_header
 from . import gemma4
 from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetConfig
 from .drafter import Drafter
@@ -44,13 +46,24 @@ HEAD_BITS = 4  # at most, of a drafter's vocabulary head: the largest part of a 
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
-    """generation_config.json, or greedy where there is none."""
+    """Returns the settings of generation_config.json, greedy where there is no such file. Raises UserError."""
     path = folder / "generation_config.json"
-    return GenerationDefaults.from_dict(read_object(path) if os.path.lexists(path) else {})
+    return GenerationDefaults.from_dict(_read_settings(path) if os.path.lexists(path) else {})
+
+
+def _read_settings(path: Path) -> Any:
+    """JSON that people write by hand, too: with a byte order mark or NaN, of which only what is used matters."""
+    try:
+        return json.loads(content(path).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(
+            f"{path} cannot be read as JSON ({reason}); expected a JSON object; download it again"
+        ) from None
 
 
 def check_pair(target: Path, drafter: Path | None) -> None:
-    """Raises UserError, naming both folders, for what is no target with its drafter; reads no weights."""
+    """Raises UserError, naming both folders, for what is not a target with its drafter. Reads no weights."""
     raws = [read_config(folder) for folder in (target, drafter) if folder is not None]
     try:
         config = TargetConfig.from_dict(raws[0])
@@ -61,11 +74,11 @@ def check_pair(target: Path, drafter: Path | None) -> None:
 
 
 def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress = no_progress) -> gemma4.Gemma4:
-    """The target in `folder`, evaluated. dtype: of everything not quantised; None keeps the file's,
-    or where it has several that of most values.
+    """Returns the target in `folder` with its weights read.
 
-    progress: told parts done and in all. Raises UserError for whatever is missing, left over, broken or of another
-    shape.
+    dtype: of everything that is not quantised; None keeps the file's, or where it has several that of most values.
+    progress: called with the parts read and all parts. Raises UserError for a tensor that is missing, left over, broken
+    or of another shape.
     """
     model = open_target(folder, dtype)
     prepare(model, progress)
@@ -73,8 +86,10 @@ def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress 
 
 
 def open_target(folder: Path, dtype: mx.Dtype | None = None) -> gemma4.Gemma4:
-    """The target in `folder`, checked against its files' headers; `prepare` reads the weights. Otherwise
-    `load_target`.
+    """Returns the target in `folder`, checked against its files' headers. Its weights are lazy; `prepare` reads them.
+
+    dtype: of everything that is not quantised; None keeps the file's. Raises UserError for a tensor that is missing,
+    left over, broken or of another shape.
     """
     config = TargetConfig.from_dict(read_config(folder))
     tensors = read_tensors(folder)
@@ -98,10 +113,12 @@ def load_drafter(
     progress: Progress = no_progress,
     bits: int | None = None,
 ) -> Drafter:
-    """The drafter in `folder`, paired with its target's config; otherwise as `load_target`.
+    """Returns the drafter in `folder`, paired with its target's config, with its weights read.
 
-    bits: quantise its matrices while loading, as `convert --pair -q` does with 8: a dense head at 4 bits or fewer, a
-    centroid head not at all (a draft reads little of it). Raises UserError where the folder is quantised already.
+    dtype: of everything that is not quantised; None keeps the file's. progress: called with the parts read and all
+    parts. bits: quantises its matrices while loading; a dense vocabulary head has 4 bits or fewer, a centroid head is
+    not quantised, since a draft reads little of it. Raises UserError for a folder that is quantised already, and for
+    tensors that do not fit.
     """
     model = open_drafter(folder, target, dtype, bits)
     prepare(model, progress)
@@ -109,8 +126,11 @@ def load_drafter(
 
 
 def open_drafter(folder: Path, target: TargetConfig, dtype: mx.Dtype | None = None, bits: int | None = None) -> Drafter:
-    """The drafter in `folder`, checked against its files' headers; `prepare` reads the weights. Otherwise
-    `load_drafter`.
+    """Returns the drafter in `folder`, checked against its files' headers. Its weights are lazy; `prepare` reads them.
+
+    target: the config to pair it with. dtype: of everything that is not quantised; None keeps the file's. bits:
+    quantises its matrices. Raises UserError for another target's drafter, for a folder that is quantised already, and
+    for tensors that do not fit.
     """
     config = DrafterConfig.from_dict(read_config(folder), target)
     if bits is not None and config.quantization is not None:
@@ -136,7 +156,9 @@ def _check_ordering(ordering: mx.array, vocab: int, folder: Path) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, mx.array]:
-    """All tensors of a folder, lazily. Where there is an index, it says which file holds which tensor."""
+    """Returns all tensors of a folder by name, lazily. An index, where there is one, says which file holds which
+    tensor. Raises UserError.
+    """
     placed = read_index(folder)
     tensors: dict[str, mx.array] = {}
     for path in weight_files(folder):
@@ -247,12 +269,12 @@ def _cast(tensor: mx.array, like: mx.array, dtype: mx.Dtype | None) -> mx.array:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether any module has MLX-quantised weights."""
+    """Returns whether any module has MLX-quantised weights."""
     return any("scales" in module for module in model.modules())
 
 
 def format_of(model: nn.Module) -> str:
-    """The formats of a model's weights, such as '4-bit' or '4- and 8-bit', or 'unquantised'."""
+    """Returns the formats of a model's weights, such as '4-bit' or '4- and 8-bit', or 'unquantised'."""
     bits = sorted({module.bits for module in model.modules() if "scales" in module})
     return f"{'- and '.join(map(str, bits))}-bit" if bits else "unquantised"
 
@@ -272,7 +294,9 @@ def _quantize_drafter(model: Drafter, bits: int) -> None:
 
 
 def prepare(model: nn.Module, progress: Progress) -> None:
-    """Reads, merges and lays out part by part, so that the peak stays one part above the whole."""
+    """Reads, merges and lays out a model's weights part by part, so that the peak memory stays one part above the
+    whole.
+    """
     parts = [*model.layers, *(child for name, child in model.children().items() if name != "layers")]
     for done, part in enumerate(parts, 1):
         finish_loading(part)
@@ -280,9 +304,9 @@ def prepare(model: nn.Module, progress: Progress) -> None:
 
 
 def step_bytes(model: Gemma4 | Drafter) -> int:
-    """Bytes of weights that one token's step of one row reads: experts that are not chosen and rows of tables are not.
+    """Returns the bytes of weights that a target reads for one token of one row, or a drafter for one draft.
 
-    For a drafter, those of one draft.
+    Experts that are not chosen and table rows that are not looked up do not count.
     """
     shares = model.step_shares()
     return sum(
@@ -292,5 +316,5 @@ def step_bytes(model: Gemma4 | Drafter) -> int:
 
 
 def model_bytes(model: Gemma4 | Drafter) -> int:
-    """Bytes of all weights of a loaded model."""
+    """Returns the bytes of all weights of a loaded model."""
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))

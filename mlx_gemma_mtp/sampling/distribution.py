@@ -48,7 +48,7 @@ class Rules:
     def of(cls, params: Sequence[SamplingParams], vocab: int, suppress: Sequence[int] = ()) -> Rules:
         """Returns the rules of these settings. params: resolved, one a row; suppress: tokens that no row may say."""
         sampled = [p for p in params if p.temperature]
-        filtered = [p for p in sampled if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+        filtered = [p for p in sampled if p.top_k > 0 or p.top_p < 1 or p.min_p]
         unbounded = any(not 0 < p.top_k < vocab for p in sampled)
         widest = max((p.top_k for p in sampled), default=0)
         reordered = [p.penalised or bool(p.logit_bias) for p in params]
@@ -57,7 +57,7 @@ class Rules:
             temperature=column([p.temperature or 1.0 for p in params], mx.float32),
             top_k=column([p.top_k if p.top_k > 0 else vocab for p in params], mx.int32),
             rest=column([1 - p.top_p if p.top_p < 1 else -1.0 for p in params], mx.float32),
-            min_p=column([p.min_p for p in params], mx.float32),
+            min_p=column([p.min_p or 0.0 for p in params], mx.float32),
             keys=mx.array([_key(p.seed) for p in params], mx.uint32),
             greedy=mx.array([not p.temperature for p in params])[:, None],
             suppressed=_vector(dict.fromkeys(suppress, -mx.inf), vocab) if suppress else None,

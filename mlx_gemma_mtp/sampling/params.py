@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
-from ..errors import UserError
-from ..models.config import LEAST_TEMPERATURE, LEAST_TOP_P, MOST, GenerationDefaults
+from ..errors import UserError, shown
+from ..models.config import LARGEST_TOP_K, LEAST_TEMPERATURE, LEAST_TOP_P, MOST, GenerationDefaults
 
 MAX_SEED = 2**64 - 1
 MAX_LOGPROBS = 20
+FROM_THE_FOLDER = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what None leaves to its defaults
 OFF = -1  # of top_k
-LARGEST_TOP_K = 2**31 - 1
+LARGEST_ID = 2**31 - 1  # of a token: what an int32 can say
+LARGEST_COUNT = 2**31 - 1  # of rows, tokens or drafts: more than fits any memory
 # Settings of the engine, here because the command line needs them before MLX is imported.
 COUPLED, REJECTION = ACCEPT = ("coupled", "rejection")  # how drafts are accepted
 MAX_ROWS = 8  # prompts in one batch, unless `load` is told otherwise; the others wait for the next
@@ -24,20 +26,24 @@ MAX_ROWS = 8  # prompts in one batch, unless `load` is told otherwise; the other
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The settings of one request. None means: as the model folder's generation_config.json says.
+    """The settings of one request.
 
-    temperature: 0 is greedy, and so is anything below 1e-6. top_k: keep so many of the likeliest tokens, -1 switches
-    it off; top_p: then those that make up this probability, 1 is off; min_p: then those with at least this share of the
-    likeliest's probability, 0 is off (the order of transformers). repetition_penalty: divides positive and multiplies
-    negative logits of tokens of the prompt and the text (transformers), 1 is off; presence_penalty, frequency_penalty:
-    are taken from the logits of the text's tokens, once, or as often as they occur (OpenAI), 0 is off; logit_bias:
-    token id -> what is added to its logit, -inf forbids it. logprobs: report so many of the likeliest tokens at each
-    place, with the model's own log-probabilities (before any of these settings); None reports nothing. seed: one seed,
-    one text; None draws a fresh one. stop: strings that end the text, left out of it. ignore_eos: generate max_tokens
-    whatever comes.
+    None for temperature, top_p, top_k, min_p or repetition_penalty is what the model folder's generation_config.json
+    says.
 
-    json_schema (JSON text or its object), regex, grammar (Lark): at most one; the reply follows it. thinking: the chat
-    template's switch; thinking_budget: tokens after which a thought is closed, None is no limit.
+    temperature: 0 is greedy, and so is anything below 1e-6. top_k: keeps this many of the likeliest tokens; -1 is off.
+    top_p: then keeps the likeliest that make up this probability; 1 is off. min_p: then keeps those with at least this
+    share of the likeliest's probability; 0 is off. The order is transformers'. repetition_penalty: divides positive and
+    multiplies negative logits of tokens in the prompt and the text; 1 is off. presence_penalty: is subtracted from the
+    logits of tokens in the text, once; 0 is off. frequency_penalty: is subtracted as often as the token occurs; 0 is
+    off. logit_bias: token id -> a number added to its logit; -inf forbids the token. logprobs: reports this many of the
+    likeliest tokens at each place with the model's own log-probabilities, before any of these settings; None reports
+    nothing. seed: equal seeds give equal texts; None draws a fresh one. max_tokens: the most tokens to generate. stop:
+    strings that end the text and are left out of it. ignore_eos: generates max_tokens whatever comes.
+
+    json_schema (JSON text, or its object, which is kept as text), regex, grammar (Lark): the reply follows it; at most
+    one of them. thinking: the chat template's switch. thinking_budget: the most tokens of a thought before it is
+    closed; None is no limit.
 
     Numbers may be numpy's; they are kept as Python's. Raises UserError for whatever is out of range or of another type.
     """
@@ -46,11 +52,11 @@ class SamplingParams:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -68,17 +74,19 @@ class SamplingParams:
         flag("ignore_eos", self.ignore_eos)
         flag("thinking", self.thinking)
         for name, source in self.grammars.items():
-            _check_source(name, source)
+            object.__setattr__(self, name, _source(name, source))
         given = list(self.grammars)
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are given, expected one of them")
         if given and self.ignore_eos:
             raise UserError(f"ignore_eos is set with {given[0]}, expected one of the two: such text has an end")
         if self.thinking_budget is not None and not self.thinking:
-            raise UserError(f"thinking_budget is {self.thinking_budget} without thinking, expected thinking=True")
+            raise UserError(
+                f"thinking_budget is {shown(self.thinking_budget)} without thinking, expected thinking=True"
+            )
 
     def _numbers(self) -> dict[str, int | float]:
-        """Every number that is given, checked, as Python's, and within what float32 and int32 can tell."""
+        """Returns every number that is given, checked, as Python's, and within the limits of float32 and int32."""
         share = (number, lambda r: 1 / MOST <= r <= MOST, f"{1 / MOST:g} to {MOST:g}; 1 is off")
         signed = (number, lambda x: -MOST <= x <= MOST, f"a number from {-MOST:g} to {MOST:g}; 0 is off")
         checks = {
@@ -94,46 +102,55 @@ class SamplingParams:
             "seed": (whole, lambda n: 0 <= n <= MAX_SEED, f"0 to {MAX_SEED}, a whole number"),
             "thinking_budget": (whole, lambda n: n >= 0, "0 or more, a whole number"),
         }
-        may_be_none = {"temperature", "top_p", "top_k", "logprobs", "seed", "thinking_budget"}
+        may_be_none = {*FROM_THE_FOLDER, "logprobs", "seed", "thinking_budget"}
         given = {k: v for k, v in vars(self).items() if k in checks and (v is not None or k not in may_be_none)}
         numbers = {name: check(name, given[name], *rest) for name, (check, *rest) in checks.items() if name in given}
         if numbers.get("temperature", 1) < LEAST_TEMPERATURE:
             numbers["temperature"] = 0.0
-        for name, limit in (("top_p", lambda p: max(p, LEAST_TOP_P)), ("top_k", lambda k: min(k, LARGEST_TOP_K))):
-            numbers |= {name: limit(numbers[name])} if name in numbers else {}
-        return numbers
+        if "top_p" in numbers:
+            numbers["top_p"] = max(numbers["top_p"], LEAST_TOP_P)
+        most = {"top_k": LARGEST_TOP_K, "max_tokens": LARGEST_COUNT, "thinking_budget": LARGEST_COUNT}
+        return numbers | {name: min(numbers[name], limit) for name, limit in most.items() if name in numbers}
 
     @property
     def penalised(self) -> bool:
-        """Whether the logits depend on the tokens before."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+        """Whether a penalty makes the logits depend on the tokens before."""
+        return (self.repetition_penalty or 1.0, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
-    def grammars(self) -> dict[str, str | Mapping[str, Any]]:
-        """What the reply must follow, by the setting's name: one entry at most."""
+    def grammars(self) -> dict[str, str]:
+        """The constraint of the reply as {setting's name: source}, with one entry at most."""
         settings = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
         return {name: source for name, source in settings.items() if source is not None}
 
     def resolved(self, defaults: GenerationDefaults) -> SamplingParams:
-        """Every None replaced, but that of logprobs."""
+        """Returns the settings with the folder's values where they are None, and with a seed."""
         return replace(
             self,
             temperature=defaults.temperature if self.temperature is None else self.temperature,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             top_k=(defaults.top_k or OFF) if self.top_k is None else self.top_k,
+            min_p=defaults.min_p if self.min_p is None else self.min_p,
+            repetition_penalty=(
+                defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty
+            ),
             seed=secrets.randbits(63) if self.seed is None else self.seed,
         )
 
 
 def whole(name: str, value: Any, good: Callable[[int], bool], expected: str) -> int:
-    """The value as Python's int. Raises UserError for other types (bool is no number) and where it is not good."""
+    """Returns the value as Python's int. Raises UserError for other types, bool included, and for values that are not
+    `good`.
+    """
     if not isinstance(value, Integral) or isinstance(value, bool) or not good(int(value)):
         raise UserError(f"{name} is {shown(value)}, expected {expected}")
     return int(value)
 
 
 def number(name: str, value: Any, good: Callable[[float], bool], expected: str) -> float:
-    """The value as Python's float, finite. Raises UserError as `whole`."""
+    """Returns the value as Python's float. Raises UserError for other types, bool included, and for values that are not
+    finite or not `good`.
+    """
     try:
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or not good(float(value)):
             raise UserError(f"{name} is {shown(value)}, expected {expected}")
@@ -142,29 +159,32 @@ def number(name: str, value: Any, good: Callable[[float], bool], expected: str) 
     return float(value)
 
 
-def count(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least so much."""
-    return whole(name, value, lambda n: n >= least, f"at least {least}, a whole number")
+def count(name: str, value: Any, most: int = LARGEST_COUNT) -> int:
+    """Returns the value as Python's int, if it is from 1 to `most`. Raises UserError."""
+    return whole(name, value, lambda n: 1 <= n <= most, f"a whole number from 1 to {most}")
+
+
+def listed(name: str, values: Any, expected: str) -> list[Any]:
+    """Returns the values as a list. Raises UserError for text, mappings, and what cannot be iterated, such as a 0-d
+    array.
+    """
+    try:
+        if not isinstance(values, (str, bytes, Mapping)):
+            return list(values)
+    except TypeError:
+        pass
+    raise UserError(f"{name} is {shown(values)}, expected {expected}")
 
 
 def flag(name: str, value: Any) -> bool:
-    """The value, if it is True or False; raises UserError."""
+    """Returns the value, if it is True or False. Raises UserError."""
     if not isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}, expected True or False")
     return value
 
 
-def shown(value: Any, most: int = 80) -> str:
-    """A value in a message: one line, not too long."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # Python writes out no integer of thousands of digits
-        text = f"a huge {type(value).__name__}"
-    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
-
-
 def check_unicode(what: str, text: str) -> str:
-    """The text, if it is valid Unicode (bytes of an argument that are not UTF-8 arrive as lone surrogates)."""
+    """Returns the text. Raises UserError for lone surrogates, as which argument bytes that are not UTF-8 arrive."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -181,7 +201,8 @@ def _biases(biases: Any) -> dict[int, float]:
         raise UserError(f"logit_bias is {shown(biases)}, expected a mapping of token ids to numbers")
     checked = {}
     for token, bias in biases.items():
-        key = whole("a key of logit_bias", token, lambda t: t >= 0, "a token id, 0 or more")
+        expected = f"a token id, 0 to {LARGEST_ID}"
+        key = whole("a key of logit_bias", token, lambda t: 0 <= t <= LARGEST_ID, expected)
         if isinstance(bias, Real) and not isinstance(bias, bool) and bias == -math.inf:
             checked[key] = -math.inf
         else:
@@ -191,27 +212,47 @@ def _biases(biases: Any) -> dict[int, float]:
 
 
 def _stops(stops: Any) -> tuple[str, ...]:
-    if stops is None:
-        return ()
-    if isinstance(stops, (str, bytes, Mapping)) or not isinstance(stops, Iterable):
-        raise UserError(f"stop is {shown(stops)}, expected a list of non-empty strings")
-    checked = tuple(stops)
+    checked = [] if stops is None else listed("stop", stops, "a list of non-empty strings")
     for each in checked:
         if not isinstance(each, str) or not each:
             raise UserError(f"stop has {shown(each)}, expected non-empty strings")
     return tuple(map(str, checked))
 
 
-def _check_source(name: str, source: Any) -> None:
-    """Of a grammar: text, or for a JSON schema an object that can be written as JSON."""
-    if isinstance(source, str):
-        check_unicode(f"the {name}", source)
-    elif name != "json_schema" or not isinstance(source, Mapping):
+def _source(name: str, source: Any) -> str:
+    """The text of a grammar. A JSON schema is checked and written out as text, which nobody can change afterwards."""
+    if name == "json_schema" and isinstance(source, (str, Mapping)):
+        return _schema(source)
+    if not isinstance(source, str):
         expected = "JSON text or an object" if name == "json_schema" else "text"
         raise UserError(f"{name} is {shown(source)}, expected {expected}")
-    else:
-        try:
-            json.dumps(dict(source), allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"json_schema is {shown(source)}, expected what JSON can say: {reason}") from None
+    return check_unicode(f"the {name}", source)
+
+
+def _schema(source: str | Mapping[str, Any]) -> str:
+    """A JSON schema as JSON text in ASCII. Raises UserError for what is no JSON object, NaN and lone surrogates
+    included.
+    """
+    try:
+        text = source if isinstance(source, str) else json.dumps(dict(source), allow_nan=False)
+        schema = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        text = json.dumps(schema, allow_nan=False)
+        json.dumps(schema, ensure_ascii=False).encode()  # text of the schema's strings
+    except RecursionError:
+        raise UserError(f"json_schema is {shown(source)}, expected JSON that is nested less deeply") from None
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"json_schema is {shown(source)}, expected JSON text or its object ({reason})") from None
+    if not isinstance(schema, dict):
+        raise UserError(f'json_schema is {shown(source)}, expected an object such as {{"type": "object"}}')
+    return text
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is beyond all floating-point numbers")
+    return value

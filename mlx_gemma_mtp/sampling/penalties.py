@@ -23,7 +23,7 @@ class Penalties:
         """Returns the rows' penalties, None where no row has any."""
         if not any(p.penalised for p in params):
             return None
-        settings = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
+        settings = [(p.repetition_penalty or 1.0, p.presence_penalty, p.frequency_penalty) for p in params]
         return cls(*(mx.array(column, mx.float32)[:, None, None] for column in zip(*settings, strict=True)))
 
     def apply(self, logits: mx.array, token_counts: TokenCounts) -> mx.array:

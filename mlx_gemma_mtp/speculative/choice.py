@@ -41,7 +41,7 @@ MARGIN = 0.03  # drafts that gain less than this are not worth the doubt
 
 @dataclass(frozen=True)
 class Choice:
-    """How many drafts, and the code of the reason. rate: expected tokens a second of all rows."""
+    """A draft length. reason: the code of the reason. rate: expected tokens a second of all rows."""
 
     drafts: int
     reason: str
@@ -50,9 +50,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Pause:
-    """How long one thing has been done. rounds: without drafts; every: a probe after so many, at the earliest;
-    drafting: rounds with drafts since the last plain one; checks: rounds that were plain to be timed, from the start;
-    checking: one more is due, since a plain round in which drafts are made times both.
+    """Counts of rounds since something else was done.
+
+    rounds: rounds without drafts since the last with them. every: rounds without drafts before the next probe, at
+    least. drafting: rounds with drafts since the last plain one. checks: plain rounds that were made to be timed, since
+    the start. checking: one more is due, because a plain round that also makes drafts gives the time of both.
     """
 
     rounds: int = 0
@@ -62,7 +64,7 @@ class Pause:
     checking: bool = False
 
     def chosen(self, reason: str) -> Pause:
-        """Returns the pause after a choice."""
+        """Returns the counts after a choice. reason: its code."""
         if reason == PROBE:
             return replace(self, rounds=0, drafting=0)
         if reason == OFF:
@@ -72,30 +74,35 @@ class Pause:
         return Pause(drafting=self.drafting + 1, checks=self.checks)
 
     def probed(self, accepted: int) -> Pause:
-        """Returns the pause after a probe: the next one at once if a draft was kept, else later and later."""
+        """Returns the counts after a probe. accepted: drafts that it kept.
+
+        After a success the next probe may follow at once. After each failure the wait doubles.
+        """
         return replace(self, every=0 if accepted else min(max(2 * self.every, PROBE_FROM), PROBE_TO))
 
 
 @dataclass(frozen=True)
 class Purse:
-    """What drafts may still lose, in plain rounds: what they have earned so far, and a little for each round.
+    """What drafts may still lose, in plain rounds: their gains so far and a small allowance for each round.
 
-    A length is affordable if a round with it, of whose drafts no more are kept than is known for certain, would lose no
-    more than that. So drafts never lose much against plain decoding, however wrong prices and expectations are.
+    A draft length is affordable if its worst case loses no more than the purse holds. In the worst case a round keeps
+    only as many drafts as the counts guarantee. So drafts never lose much against plain decoding, however wrong prices
+    and expectations are.
     """
 
     left: float = PURSE_FIRST
 
     def after(self, earned: float) -> Purse:
-        """Returns the purse after one more round, which earned so many plain rounds against plain decoding."""
+        """Returns the purse after one more round. earned: the round's gain over plain decoding, in plain rounds."""
         return Purse(max(PURSE_LEAST, min(PURSE_MOST, self.left + earned + PURSE_ROUND)))
 
 
 def affordable(prices: Prices, pool: History, room: int, purse: Purse) -> list[int]:
-    """Returns the lengths from 1 to `room` whose failure the purse covers.
+    """Returns the draft lengths from 1 to `room` whose worst case the purse covers.
 
-    A length beyond those that were timed is no more than twice the longest of them and one, must be covered by what the
-    timed ones are sure to keep, and is nothing for a text that ends soon.
+    A length beyond the longest timed one, n, is at most 2 n + 1. It counts only the tokens that the timed lengths are
+    sure to gain, and it is never tried by a text with fewer than SHORT tokens left. pool: the counts of all requests.
+    room: drafts that the row with most room can take.
     """
     longest = prices.tried if room < SHORT else 2 * prices.tried + 1
     sure = expected(pool.floor(), MAX_DRAFTS)
@@ -111,7 +118,9 @@ def choose(
 ) -> Choice:
     """Returns one draft length for all rows.
 
-    histories, useful: one a row; useful: drafts that the row's limit leaves room for. pool: everybody's history.
+    prices: the seconds of rounds. histories: the counts of each row. pool: the counts of all requests. useful: for each
+    row, how many drafts its limit leaves room for. pause: counts of rounds since the last probe and check. purse: what
+    drafts may still lose.
     """
     most, seconds, common = min(MAX_DRAFTS, max(useful)), prices.rounds, pool.rates()
     tokens = [0.0] * (MAX_DRAFTS + 1)
@@ -144,9 +153,10 @@ def choose(
 def worthwhile(
     prices: Prices, trust: Trust, confidences: Sequence[Sequence[float]], useful: Sequence[int], rate: float
 ) -> int:
-    """Returns how many of the drafts that were made are worth verifying, the first always.
+    """Returns how many of the drafts that were made to verify, at least the first.
 
-    confidences: [rows][K]; rate: tokens a second that the time is worth elsewhere.
+    confidences: [rows][K]. useful: for each row, how many drafts its limit leaves room for. rate: tokens a second that
+    the time would yield in another round.
     """
     made = len(confidences[0])
     if made < 2:
@@ -156,8 +166,9 @@ def worthwhile(
 
 
 def break_even(table: CostTable, rows: int, context: int) -> list[float | None]:
-    """Returns for K = 1..MAX_DRAFTS the acceptance, equal at all positions, from which a round of K drafts beats plain
-    decoding; None where even 1 would not do.
+    """Returns for K = 1..MAX_DRAFTS the acceptance rate from which a round of K drafts beats plain decoding.
+
+    The rate is equal at all positions. None stands where even a rate of 1 would not do.
     """
     seconds = table.rounds_at(rows, context)
     found: list[float | None] = []

@@ -28,10 +28,11 @@ DRAFT_LEAST = 0.1  # of what the table says of a draft
 
 @dataclass(frozen=True)
 class Prices:
-    """What rounds of so many rows are thought to take now, in seconds.
+    """The estimated seconds of rounds with a given number of rows.
 
-    rounds[K]: a round that makes and verifies K = 0..MAX_DRAFTS drafts; draft: one draft. tried: the largest K that was
-    timed; hope[K]: what a round may take at best where K is more; live: rounds are timed; anchored: plain ones were.
+    rounds[K]: a round that makes and verifies K = 0..MAX_DRAFTS drafts. draft: one draft. tried: the largest K that was
+    timed. hope[K]: an optimistic time, for K above tried. live: whether rounds are timed. anchored: whether enough
+    plain rounds were timed to compare with.
     """
 
     rounds: tuple[float, ...]
@@ -42,25 +43,32 @@ class Prices:
     anchored: bool = True
 
     def verify(self, width: int) -> float:
-        """Returns the seconds of a round that verifies so many drafts and makes none."""
+        """Returns the seconds of a round that verifies `width` drafts and makes none."""
         return max(self.rounds[width] - width * self.draft, self.rounds[0])
 
     def risk(self, drafts: int, tokens: float) -> float:
-        """Returns what a round with these drafts loses if a row gets so many tokens from it, in plain rounds."""
+        """Returns the loss of a round against plain decoding, in plain rounds.
+
+        drafts: how many the round makes and verifies. tokens: emitted by each row.
+        """
         return self.rounds[drafts] / self.rounds[0] - tokens
 
 
 @dataclass(frozen=True)
 class Correction:
-    """The last times over the table's, oldest first. rounds: by (rows, K), of rounds that make and verify K drafts;
-    drafts: by rows, of a draft.
+    """The ratios of the last measured times to the table's, oldest first.
+
+    rounds: by (rows, K), of rounds that make and verify K drafts. drafts: by rows, of one draft.
     """
 
     rounds: Mapping[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
     drafts: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def after(self, table: CostTable, rows: int, context: int, width: int, made: int, seconds: float) -> Correction:
-        """Returns the correction with one more round, which verified `width` drafts and made `made` new ones."""
+        """Returns the correction with the time of one more round.
+
+        width: drafts that it verified. made: drafts that it made. seconds: its time.
+        """
         whole, draft = table.rounds_at(rows, context)[width], table.draft_at(rows)
         plain = self.rounds.get((rows, 0))
         if made and not width and plain:  # the difference to a plain round is the drafts'
@@ -75,10 +83,10 @@ class Correction:
         return Correction({**self.rounds, (rows, width): times}, self.drafts)
 
     def prices(self, table: CostTable, rows: int, context: int) -> Prices:
-        """Returns the table's seconds at a number of rows and a context, corrected.
+        """Returns the table's seconds for a number of rows and a context, corrected by the last times.
 
-        A length that was not timed is not believed to be cheaper than the timed ones make likely: on a straight line
-        through them, or a plain round for each draft where none was timed.
+        A length that was not timed is taken to cost at least what a straight line through the timed lengths gives.
+        Where no length was timed, each draft is taken to cost at least GUESS of a plain round.
         """
         rounds = [math.exp(f) * s for f, s in zip(self.factors(rows), table.rounds_at(rows, context), strict=True)]
         near = [(count, width) for count, width in self.rounds if abs(math.log2(count / rows)) <= NEAR]
@@ -92,7 +100,10 @@ class Correction:
         return Prices(tuple(rounds), self.draft(table, rows, context), hope, tried, True, plain >= PLAIN_FIRST)
 
     def draft(self, table: CostTable, rows: int, context: int) -> float:
-        """Returns the seconds of a draft; where few were timed, the table's, but no less than a share of a round."""
+        """Returns the seconds of one draft: a weighted mean of the measured times and the table's.
+
+        The table's time counts as at least DRAFT_GUESS of a plain round.
+        """
         draft, plain = table.draft_at(rows), self.rounds.get((rows, 0))
         scale = middle(plain) if plain else math.exp(self.factors(rows)[0])
         guess = max(draft, DRAFT_GUESS * table.verify_at(rows, context)[0]) * scale
@@ -101,9 +112,9 @@ class Correction:
         return (known + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)
 
     def factors(self, rows: int) -> list[float]:
-        """Returns for each width the logarithm of the true seconds over the table's.
+        """Returns for each width the logarithm of measured over tabulated seconds.
 
-        What other numbers of rows say of the widths' ratios holds until these rows were timed themselves.
+        Widths that were not timed with this number of rows follow the nearest number of rows, then their neighbours.
         """
         own = self._logs(rows)
         others = {count for count, _ in self.rounds if count != rows}
@@ -128,7 +139,7 @@ class Correction:
 
 
 def middle(times: Sequence[float]) -> float:
-    """Returns the lower tercile, of three the least: noise mostly adds, and an outlier by much."""
+    """Returns the lower tercile of the times (the least of three): noise mostly adds to a time."""
     return sorted(times)[(len(times) - 1) // 3]
 
 

@@ -6,7 +6,7 @@ A round that verifies w drafts and makes k new ones costs verify(w) + k * draft.
 from __future__ import annotations
 
 import json
-import math
+import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from ..files.files import cache_folder, whole
 MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
 ROWS = (1, 2, 4, 8)
 FORMAT = 1
+LARGEST = 1 << 31  # of rows and tokens in a file
 
 Verified = Mapping[tuple[int, int, int], float]  # (rows, context, drafts verified) -> seconds
 Drafted = Mapping[int, float]  # rows -> seconds a draft
@@ -27,8 +28,10 @@ Drafted = Mapping[int, float]  # rows -> seconds a draft
 
 @dataclass(frozen=True)
 class CostTable:
-    """Seconds on a grid. verify[c][r][w]: a round of ROWS[r] rows after contexts[c] committed tokens that verifies w =
-    0..MAX_DRAFTS drafts and makes none; draft[r]: one draft of ROWS[r] rows.
+    """Measured seconds on a grid.
+
+    verify[c][r][w]: a round of ROWS[r] rows after contexts[c] committed tokens that verifies w = 0..MAX_DRAFTS drafts
+    and makes none. draft[r]: one draft of ROWS[r] rows.
     """
 
     contexts: tuple[int, ...]
@@ -37,9 +40,11 @@ class CostTable:
 
     @classmethod
     def of(cls, verified: Verified, drafted: Drafted) -> CostTable:
-        """From what was measured. What is missing is interpolated by the number of tokens, rows * (w + 1), which
-        decides most of a verify's time; beyond the largest, the last slope goes on. Where drafts were timed with one
-        number of rows alone, those of other rows are taken to grow as plain steps do, which flatters nobody.
+        """Makes a table from measured cells.
+
+        A missing cell is interpolated by its number of tokens, rows * (w + 1), which decides most of a verify's time.
+        Beyond the largest number the last slope continues. Where drafts were timed with a single number of rows, a
+        draft's time is taken to grow with rows as a plain step's does.
         """
         contexts = tuple(sorted({context for _, context, _ in verified}))
         planes = []
@@ -66,29 +71,34 @@ class CostTable:
         return cls(contexts, tuple(planes), tuple(draft))
 
     def verify_at(self, rows: int, context: int) -> list[float]:
-        """Seconds for w = 0..MAX_DRAFTS; between grid points linear, beyond the last with the last slope."""
+        """Returns the seconds of verifying w = 0..MAX_DRAFTS drafts.
+
+        Times are linear between grid points and continue with the last slope beyond them.
+        """
         return _verify_at(self, rows, context)
 
     def draft_at(self, rows: int) -> float:
-        """Seconds of one draft."""
+        """Returns the seconds of one draft with this number of rows."""
         return _line(rows, ROWS, self.draft)
 
     def rounds_at(self, rows: int, context: int) -> list[float]:
-        """Seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts."""
+        """Returns the seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts."""
         draft = self.draft_at(rows)
         return [verify + width * draft for width, verify in enumerate(self.verify_at(rows, context))]
 
 
 @lru_cache(maxsize=1024)
 def _verify_at(table: CostTable, rows: int, context: int) -> list[float]:
-    """Asked in every round."""
+    """Returns what CostTable.verify_at does. Cached, since every round asks."""
     widths = range(MAX_DRAFTS + 1)
     planes = [[_line(rows, ROWS, [line[width] for line in plane]) for width in widths] for plane in table.verify]
     return [_line(context, table.contexts, [plane[width] for plane in planes]) for width in widths]
 
 
 def rising(values: Sequence[float]) -> list[float]:
-    """The nearest sequence that never falls (pool adjacent violators): noise must not make more work look cheaper."""
+    """Returns the nearest sequence that never falls (pool adjacent violators). More work cannot be cheaper; noise can
+    make it look so.
+    """
     blocks: list[tuple[float, int]] = []
     for value in values:
         blocks.append((value, 1))
@@ -114,9 +124,19 @@ UNKNOWN = CostTable.of(
 )
 
 
+def _whole(*values: Any) -> bool:
+    return all(type(value) is int for value in values)
+
+
+def _possible(seconds: Any) -> bool:
+    """Whether a step can take so long. Within these limits no ratio of two of them overflows."""
+    return isinstance(seconds, float) and 1e-12 <= seconds <= 1e6
+
+
 class CostFile:
-    """The measured seconds of one pair on one machine. key: what they depend on (pair, chip, backend, BLAS, dtype,
-    versions); a file with another key is not ours.
+    """The file of the measured seconds of one pair on one machine.
+
+    key: what the times depend on (pair, chip, backend, BLAS, dtype, versions). A file with another key is not read.
     """
 
     def __init__(self, key: Mapping[str, Any], folder: Path | None = None):
@@ -125,35 +145,42 @@ class CostFile:
         self.path = (folder or cache_folder()) / f"costs-{name}.json"
 
     def read(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]] | None:
-        """What was measured, or None where there is no file. Raises ValueError for a file that is not a table of this
-        key.
+        """Returns the measured cells, or None where there is no file. Raises ValueError for a file that is not a table
+        of this key.
         """
-        try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        if (data := self._data()) is None:
             return None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"it cannot be read ({error})") from None
         try:
             if data["format"] != FORMAT or data["key"] != self.key:
                 raise ValueError("it is another pair's or another machine's")
-            verified = {(int(rows), int(context), int(width)): s for rows, context, width, s in data["verify"]}
-            drafted = {int(rows): s for rows, s in data["draft"]}
+            verified = {(rows, context, width): s for rows, context, width, s in data["verify"]}
+            drafted = {rows: s for rows, s in data["draft"]}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is no table of costs ({type(error).__name__}: {error})") from None
-        seconds = [*verified.values(), *drafted.values()]
-        sane = all(isinstance(s, float) and 0 < s < math.inf for s in seconds)
-        if not (
-            verified
-            and drafted
-            and sane
-            and all(min(rows, context, width + 1) >= 1 for rows, context, width in verified)
-        ):
+        cells = [(rows, context, width + 1) for rows, context, width in verified if _whole(rows, context, width)]
+        sane = len(cells) == len(verified) and all(1 <= each <= LARGEST for cell in cells for each in cell)
+        sane = sane and all(_whole(rows) and 1 <= rows <= LARGEST for rows in drafted)
+        if not (verified and drafted and sane and all(map(_possible, (*verified.values(), *drafted.values())))):
             raise ValueError("it has no or impossible times")
         return verified, drafted
 
+    def _data(self) -> Any:
+        """The file's JSON, None where there is no file. Raises ValueError for anything else of its name."""
+        try:
+            if not self.path.is_file():
+                if not os.path.lexists(self.path):
+                    return None
+                raise ValueError("it is no regular file")  # a pipe would never end
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except RecursionError:
+            raise ValueError("it cannot be read (nested too deeply)") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"it cannot be read ({error})") from None
+
     def write(self, verified: Verified, drafted: Drafted) -> None:
-        """Raises OSError."""
+        """Writes the cells, whole or not at all. Raises OSError."""
         data = {
             "format": FORMAT,
             "key": self.key,

@@ -24,9 +24,11 @@ LEARN = 16  # rounds that are timed in a cell before the next start hears of it
 
 @dataclass(frozen=True)
 class Verified:
-    """A row's part in a verify. width: drafts that were verified; allowed: that the grammars left, the most in any row;
-    confidences: of all that were made, () where the drafter is not asked; context: committed tokens of the longest row;
-    seconds: that the verify took, without the next drafts; None before it is timed.
+    """One row's part in a verify.
+
+    choice: how many drafts were made, and why. width: drafts that were verified. allowed: drafts that the grammars
+    left, the most in any row. confidences: of all drafts that were made; () where the drafter is not asked. context:
+    committed tokens of the longest row. seconds: the verify's time without the next drafts; None before it is timed.
     """
 
     choice: Choice
@@ -37,22 +39,23 @@ class Verified:
     seconds: float | None = None
 
     def cut(self, trust: Trust) -> list[float]:
-        """Returns for each draft that was made and not verified the chance that it would have been kept: none of those
-        that a grammar refuses.
+        """Returns for each draft that was made and not verified the chance that it would have been kept.
+
+        For a draft that a grammar refuses the chance is 0.
         """
         doubted = [trust.rate(each) for each in self.confidences[self.width : self.allowed]]
         return doubted + [0.0] * (self.choice.drafts - self.allowed)
 
     @property
     def reason(self) -> str:
-        """Why the verify had this width."""
+        """The code of the reason for the width."""
         if self.width < self.allowed:
             return CONFIDENCE
         return GRAMMAR if self.allowed < self.choice.drafts else self.choice.reason
 
 
 class Fixed:
-    """A number of drafts that was asked for; 0 is plain decoding."""
+    """A draft length that the caller asked for. 0 is plain decoding."""
 
     confident = False  # asks the drafter how sure it is
 
@@ -60,10 +63,10 @@ class Fixed:
         self.most = drafts
 
     def forget(self, ids: Sequence[int]) -> None:
-        """Keeps nothing of a request, so drops nothing."""
+        """Does nothing: a fixed length keeps nothing of a request."""
 
     def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
-        """Returns the number that was asked for, or what there is room for."""
+        """Returns the length that was asked for, or less where no row has room for it."""
         return max(0, min(self.most, max(useful)))
 
     def verify(
@@ -74,30 +77,33 @@ class Fixed:
         confidences: Sequence[Sequence[float]],
         allowed: int,
     ) -> int | None:
-        """Returns None: all drafts there are get verified."""
+        """Returns None: all drafts that were made are verified."""
         return None
 
     def observe(self, accepted: Mapping[int, int]) -> str:
-        """Returns the reason of the length."""
+        """Returns the code of the reason for the length."""
         return FIXED
 
     def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
-        """Needs no times."""
+        """Does nothing: a fixed length needs no times."""
 
 
 class Auto:
-    """Follows cost and acceptance. What it learns of everybody stays for the next batch, a request's own does not.
+    """A draft length that follows cost and acceptance. Common counts stay for the next batch; a request's own end with
+    it.
 
-    A round is told four times: `draft` before its drafts are made, `verify` once they are there, `timed` when it is
-    over (unless something else happened meanwhile), `observe` when it is known what was kept. The drafts of a round
-    are made while the round before it is neither timed nor observed. Rounds of several batches may interleave.
+    Each round calls four methods: `draft` before its drafts are made, `verify` once they are there, `timed` when the
+    round is over (unless its time was disturbed), and `observe` once it is known which drafts were kept. The drafts of
+    a round are made before the previous round is timed and observed. Rounds of several batches may interleave.
     """
 
     most = MAX_DRAFTS
 
     def __init__(self, table: CostTable, confident: bool = True, frozen: bool = False):
-        """confident: drafts that the drafter doubts are cut; without it, all that were made are verified. frozen: the
-        table is taken as it is, and no clock reaches a choice.
+        """Starts from a table of measured costs.
+
+        confident: drafts with low confidence are cut before the verify; False verifies all that were made. frozen: the
+        table is not corrected, so no clock influences a choice.
         """
         self.table, self.confident, self.frozen = table, confident, frozen
         self.pool, self.trust, self.pause, self.purse = History(), Trust(), Pause(), Purse()
@@ -110,7 +116,7 @@ class Auto:
         self._prices: dict[tuple[int, int, bool], Prices] = {}  # until the next time comes
 
     def forget(self, ids: Sequence[int]) -> None:
-        """Drops what is kept of these requests alone: their batch has ended."""
+        """Drops what is kept of these requests alone. Call it when their batch has ended."""
         for row in ids:
             for kept in (self._own, self._drafted, self._verified):
                 kept.pop(row, None)
@@ -118,7 +124,8 @@ class Auto:
     def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
         """Returns how many drafts to make.
 
-        rows: the requests' ids, unique in the engine; context: committed tokens of the longest; useful: as in `choose`.
+        rows: the requests' ids, unique in the engine. context: committed tokens of the longest row. useful: for each
+        row, how many drafts its limit leaves room for.
         """
         own = [self._own.get(row, History()) for row in rows]
         prices = self.prices(len(rows), context)
@@ -137,8 +144,9 @@ class Auto:
     ) -> int:
         """Returns how many of the drafts to verify.
 
-        confidences: of all drafts that were made; allowed: how many of them a grammar left, the most in any row; the
-        rest as in `worthwhile`.
+        rows: the requests' ids. context: committed tokens of the longest row. useful: for each row, how many drafts its
+        limit leaves room for. confidences: [rows][K], of all drafts that were made. allowed: drafts that the grammars
+        left, the most in any row.
         """
         choice, width = self._drafted[rows[0]], allowed
         if self.confident:
@@ -151,7 +159,11 @@ class Auto:
         return width
 
     def observe(self, accepted: Mapping[int, int]) -> str:
-        """Takes in the drafts that each request kept of the round last verified. Returns the reason of its length."""
+        """Takes in how many drafts each request kept in the last verified round. Returns the code of the reason for
+        that round's length.
+
+        accepted: request id -> drafts kept.
+        """
         verified = self._verified[next(iter(accepted))]
         if verified.choice.drafts:
             for row, kept in accepted.items():
@@ -177,7 +189,11 @@ class Auto:
         return 1 + kept - took / prices.rounds[0]
 
     def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
-        """Takes in the seconds of the round last verified by these requests, in which their next drafts were made."""
+        """Takes in the time of the last verified round.
+
+        rows: the ids of its requests. context: committed tokens of the longest row. seconds: of the verify and of the
+        drafts that were made after it.
+        """
         if self.frozen:
             return
         made, width = self._drafted[rows[0]].drafts, self._verified[rows[0]].width
@@ -190,9 +206,9 @@ class Auto:
         self._rounds[len(rows), nearest, width] += 1
 
     def learned(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
-        """Returns costs.Verified and costs.Drafted for the cells in which many rounds were timed since the last call.
+        """Returns costs.Verified and costs.Drafted for the cells that were timed often since the last call.
 
-        Plain rounds keep the table's seconds and the others stand in proportion, so that a busy hour spoils nothing.
+        A plain round keeps the table's seconds and the others are scaled to it, so a busy hour does not spoil the file.
         """
         verified, drafted = {}, {}
         for rows, context, width in [cell for cell, rounds in self._rounds.items() if rounds >= LEARN and cell[2]]:
@@ -204,7 +220,9 @@ class Auto:
         return verified, drafted
 
     def prices(self, rows: int, context: int) -> Prices:
-        """Returns what rounds are thought to take now."""
+        """Returns the current estimate of what rounds cost. rows: how many. context: committed tokens of the longest
+        row.
+        """
         trusted = self.frozen or (self._untimed >= UNTIMED and not self.correction.rounds)
         context = -(-context // CONTEXT_STEP) * CONTEXT_STEP  # the same for some rounds
         if (rows, context, trusted) not in self._prices:

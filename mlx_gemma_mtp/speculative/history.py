@@ -15,7 +15,11 @@ BINS = 10
 
 @dataclass(frozen=True)
 class History:
-    """Decayed counts by position: drafts whose predecessors were all kept, and those of them that were kept."""
+    """Counts of draft acceptance by position. Older rounds count less.
+
+    tried[i]: rounds in which the draft at position i was verified and all drafts before it were kept. kept[i]: those of
+    them that also kept draft i.
+    """
 
     tried: tuple[float, ...] = (0.0,) * MAX_DRAFTS
     kept: tuple[float, ...] = (0.0,) * MAX_DRAFTS
@@ -23,8 +27,9 @@ class History:
     def after(self, verified: int, accepted: int, keep: float, cut: Sequence[float] = ()) -> History:
         """Returns the history with one more round of one row.
 
-        keep: what the round leaves of the past. cut: for each draft that was made and not verified, the chance that it
-        would have been kept; without them only sure drafts would count.
+        verified: drafts that were verified. accepted: drafts that were kept. keep: the weight that earlier rounds
+        retain, below 1. cut: for each draft that was made but not verified, the chance that it would have been kept.
+        Without these chances only confident drafts would be counted.
         """
         tried, kept, reach = [t * keep for t in self.tried], [k * keep for k in self.kept], 1.0
         for i, rate in enumerate([float(i < accepted) for i in range(verified)] + list(cut)):
@@ -32,10 +37,10 @@ class History:
         return History(tuple(tried), tuple(kept))
 
     def rates(self, assumed: Sequence[float] | None = None) -> list[float]:
-        """Returns the chance that the draft at each position is kept if those before it are.
+        """Returns the acceptance rate of each position, given that all drafts before it are kept.
 
-        assumed: the rates that count as WEIGHT rounds of evidence. Where they are None, a position is assumed to be
-        like the one before it.
+        assumed: prior rates, which weigh as much as WEIGHT rounds. None assumes at each position the rate of the one
+        before, and FIRST at the first.
         """
         rates: list[float] = []
         for i, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
@@ -47,19 +52,24 @@ class History:
         return rates
 
     def floor(self) -> list[float]:
-        """Returns the rates that the counts alone vouch for: none where nothing was tried."""
+        """Returns cautious acceptance rates, with a prior of 0: 0 where nothing was tried."""
         return [kept / (tried + WEIGHT) for tried, kept in zip(self.tried, self.kept, strict=True)]
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What the drafter's confidence is worth: decayed counts by tenths of it."""
+    """The acceptance rate of drafts by the drafter's confidence, in bins of a tenth. Older drafts count less.
+
+    tried: drafts by bin. kept: those of them that were kept.
+    """
 
     tried: tuple[float, ...] = (0.0,) * BINS
     kept: tuple[float, ...] = (0.0,) * BINS
 
     def after(self, confidences: Sequence[float], accepted: int) -> Trust:
-        """Returns the trust after one more round of one row. confidences: of the drafts that were verified."""
+        """Returns the trust after one more round of one row. confidences: of the verified drafts. accepted: drafts that
+        were kept.
+        """
         tried, kept = list(self.tried), list(self.kept)
         for i, confidence in enumerate(confidences[: accepted + 1]):
             bin_ = _bin(confidence)
@@ -67,7 +77,10 @@ class Trust:
         return Trust(tuple(tried), tuple(kept))
 
     def rate(self, confidence: float) -> float:
-        """Returns the chance that such a draft is kept if those before it are; at first, the confidence itself."""
+        """Returns the chance that a draft of this confidence is kept, given that all drafts before it are.
+
+        The prior is the confidence itself.
+        """
         bin_ = _bin(confidence)
         return (self.kept[bin_] + WEIGHT * confidence) / (self.tried[bin_] + WEIGHT)
 
@@ -77,7 +90,10 @@ def _bin(confidence: float) -> int:
 
 
 def expected(rates: Sequence[float], most: int) -> list[float]:
-    """Returns the tokens that a row's round emits, with K = 0..len(rates) drafts of which at most `most` are of use."""
+    """Returns the expected tokens of a row's round with K = 0..len(rates) drafts.
+
+    rates: the acceptance rate of each position. most: drafts beyond it gain nothing.
+    """
     tokens, reach = [1.0], 1.0
     for i, rate in enumerate(rates):
         reach *= rate

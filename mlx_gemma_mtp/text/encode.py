@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
@@ -17,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError
-from ..files.folder import check_text_files
-from ..sampling.params import check_unicode, shown, whole
+from ..errors import UserError, in_a_line, shown
+from ..sampling.params import check_unicode, whole
 from .stream import TextStream
+from .tokenizer_files import FILES, check_tokenizer, check_vocabulary
 
 
 @contextmanager
@@ -42,6 +43,7 @@ def _host_unchanged() -> Iterator[None]:
 with _host_unchanged():
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.tokenizer_utils import load as load_tokenizer
+    from transformers import PreTrainedConfig
 
 Message = Mapping[str, Any]
 Ids = Sequence[int] | np.ndarray | mx.array
@@ -49,10 +51,14 @@ Prompt = str | Message | Sequence[Message] | Ids
 
 
 class Text:
-    """A model folder's tokenizer and chat template. vocab_size: of the model; the tokenizer may have more or fewer."""
+    """The tokenizer and the chat template of a model folder.
+
+    vocab_size: the model's; the tokenizer may have more tokens or fewer. media_token_ids: image, audio and video
+    placeholders, which prompts may not hold.
+    """
 
     def __init__(self, folder: Path, vocab_size: int, media_token_ids: Sequence[int] = ()):
-        check_text_files(folder)
+        check_tokenizer(folder)
         self.tokenizer: TokenizerWrapper = _tokenizer(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
         last = max(self.tokenizer.get_vocab().values(), default=-1)
@@ -69,7 +75,7 @@ class Text:
         return self.tokenizer._tokenizer
 
     def token_id(self, token: str) -> int:
-        """The id of a special token. Raises UserError where the vocabulary has none of that name."""
+        """Returns the id of a special token. Raises UserError where the vocabulary has no such token."""
         found = self.tokenizer.get_vocab().get(token)
         if found is None:
             raise UserError(
@@ -80,7 +86,7 @@ class Text:
         return found
 
     def check_grammar_fits(self) -> None:
-        """Raises UserError where the tokenizer has more tokens than the model: a grammar speaks of all of them."""
+        """Raises UserError where the tokenizer has more tokens than the model: a grammar allows any of them."""
         if self.known > self.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.known} tokens and the model {self.vocab_size}; expected no more than that "
@@ -96,9 +102,10 @@ class Text:
 
     @staticmethod
     def prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-        """A prompt (text, chat messages, a message, token ids) or several as a list; and whether it was one.
+        """Returns the prompts as a list, and whether a single one was given.
 
-        Raises UserError for what is none of these.
+        prompt: text, a chat message, a list of messages, token ids, or a list of these. Raises UserError for anything
+        else.
         """
         prompt = _plain(prompt)
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], (Mapping, Number))):
@@ -112,10 +119,11 @@ class Text:
         chat_template: bool = True,
         thinking: bool = False,
     ) -> list[int]:
-        """Token ids of a prompt: text (one user turn, or raw without the template), chat messages, or ids as they are.
+        """Returns the token ids of a prompt.
 
-        thinking: the template's switch. Raises UserError for an empty prompt, for image, audio or video parts, and for
-        ids that model or tokenizer do not have.
+        prompt: text, chat messages, or ids, which are only checked. chat_template: renders text as a user turn; False
+        takes it raw. thinking: the template's switch. Raises UserError for an empty prompt, for image, audio or video
+        parts, and for ids that the model or the tokenizer does not have.
         """
         if system_prompt is not None and not isinstance(system_prompt, str):
             raise UserError(f"system_prompt is {shown(system_prompt)}, expected text")
@@ -148,31 +156,55 @@ class Text:
             return []
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
+        except Exception as error:  # jinja's, whatever the template's own code raises, or transformers' without one
+            raise UserError(f"the chat template cannot render the messages ({in_a_line(error)}); mend them") from None
 
     def _check(self, prompt: Prompt, tokens: list[int]) -> None:
         if not tokens:
-            raise UserError(f"the prompt {prompt!r} is empty; expected some text")
+            raise UserError(f"the prompt {shown(prompt)} is empty; expected some text")
         vocabulary = min(self.known, self.vocab_size)
         strange = [token for token in tokens if not 0 <= token < vocabulary]
         if strange and 0 <= strange[0] < self.known:
             raise self._beyond(strange[0], "the prompt")
         if strange:
-            raise UserError(f"the prompt has token id {strange[0]}; expected 0 to {vocabulary - 1}")
+            raise UserError(f"the prompt has token id {shown(strange[0])}; expected 0 to {vocabulary - 1}")
         if self.media_token_ids.intersection(tokens):
             raise UserError("the prompt has an image, audio or video token; this package takes text alone")
 
     def stream(self, stop: Sequence[str]) -> TextStream:
+        """Returns a new TextStream. stop: strings that end the text."""
         return TextStream(self.tokenizer.detokenizer, stop, self.known)
 
 
 def _tokenizer(folder: Path) -> TokenizerWrapper:
+    """The tokenizer in `folder`. Raises UserError, naming the first of its files with which it cannot be loaded."""
+    names = [name for name in FILES if (folder / name).exists()]
     try:
-        # The context is checked against the model's config, not against what the tokenizer's file says of it.
-        return load_tokenizer(folder, {"model_max_length": sys.maxsize})
+        return _loaded(folder, names)
     except Exception as error:  # the tokenizers library raises Exception itself
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder / 'tokenizer.json'} cannot be used ({reason}); download it again") from None
+        check_vocabulary(folder)
+        reason = in_a_line(error)
+    for count in range(1, len(names)):
+        try:
+            _loaded(folder, names[:count])
+        except Exception as error:
+            raise UserError(
+                f"{folder / names[count - 1]} cannot be used ({in_a_line(error)}); download it again"
+            ) from None
+    raise UserError(f"{folder / names[-1]} cannot be used ({reason}); download it again")
+
+
+def _loaded(folder: Path, names: Sequence[str]) -> TokenizerWrapper:
+    """The tokenizer of these files alone. Raises whatever the libraries raise."""
+    with tempfile.TemporaryDirectory() as alone:
+        for name in names:
+            Path(alone, name).symlink_to((folder / name).absolute())
+        # The context is checked against the model's config, not against what the tokenizer's file says of it. Nothing
+        # here parses what a reply says of tools.
+        unused = {"model_max_length": sys.maxsize, "tool_parser_type": None}
+        return load_tokenizer(Path(alone), {"config": PreTrainedConfig(), **unused})
 
 
 def _plain(prompt: Any) -> str | list[Any]:
@@ -192,6 +224,8 @@ def _words(message: Any) -> str:
     """The text of a chat message. Raises UserError for what is no message and for parts that are not text."""
     if not isinstance(message, Mapping):
         raise UserError(f"a message is {shown(message)}, expected an object with role and content")
+    if not isinstance(message.get("role"), str):
+        raise UserError(f"a message has the role {shown(message.get('role'))}, expected text such as 'user'")
     content = message.get("content") or ""
     if isinstance(content, str):
         return check_unicode("the prompt", content)

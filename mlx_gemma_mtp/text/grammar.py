@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, in_a_line, shown
 from ..speculative.guide import only
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 
-COMPLETE = ("NoExtension", "EndOfSentence")  # llguidance's reasons for a stop at an end of the text
+# llguidance's reasons for a stop at an end of the text, and its error where no token goes on.
+COMPLETE, NOWHERE = ("NoExtension", "EndOfSentence"), "NoExtensionBias"
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer, which llguidance takes a second to read for 262,144 tokens."""
+    """A compiler of grammars for one tokenizer. Making one takes llguidance a second for 262,144 tokens."""
 
     def __init__(self, tokenizer: Any, vocab: int, end_tokens: Sequence[int]):
         """tokenizer: a transformers fast tokenizer; vocab: the width of the logits.
@@ -35,17 +35,27 @@ class Grammars:
         self.vocab, self.end_tokens = vocab, sorted(end_tokens)
         self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocab, eos_token=self.end_tokens)
 
-    def compile(self, kind: str, source: str | Mapping[str, Any]) -> Grammar:
-        """kind: 'json_schema', 'regex' or 'grammar'; source: a schema (JSON text or object), an expression, or Lark.
+    def compile(self, kind: str, source: str) -> Grammar:
+        """Compiles a JSON schema (kind 'json_schema', as JSON text), a regular expression ('regex') or Lark
+        ('grammar').
 
-        Raises UserError for a source that is no grammar, and for one that nothing satisfies.
+        Raises UserError for a source that is no grammar, and for one that no text satisfies.
         """
+        try:
+            grammar = Grammar(self._matcher(kind, source), self.vocab, self.end_tokens)
+            grammar.copy().check_start()
+        except ValueError as error:  # llguidance's, of a source that it cannot read, or UserError
+            reason = in_a_line(error).removeprefix("ValueError: ")
+            raise UserError(f"the {kind} {shown(source)} cannot be used: {reason}; mend it") from None
+        return grammar
+
+    def _matcher(self, kind: str, source: str) -> LLMatcher:
+        """llguidance's matcher of a source, at its start. Raises ValueError."""
         from llguidance import LLMatcher
 
         if kind == "json_schema":
-            text = json.dumps(_schema(source))
             # Without bounds on white space a model may go on with newlines for ever.
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+            grammar = LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_flexible": False})
         elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(source)
         else:
@@ -53,22 +63,33 @@ class Grammars:
         wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, self.tokenizer)
         matcher = LLMatcher(self.tokenizer, grammar)
         if wrong or matcher.is_error():
-            reason = " ".join((messages or [matcher.get_error()])[0].split())
-            raise UserError(f"the {kind} {_short(source)} cannot be used: {reason}; mend it")
-        return Grammar(matcher, self.vocab, self.end_tokens)
+            raise ValueError((messages or [matcher.get_error()])[0])
+        return matcher
 
 
 class Grammar:
-    """A Constraint: one text's way through a grammar."""
+    """A Constraint that follows a grammar: the state of one text in llguidance's matcher."""
 
     def __init__(self, matcher: LLMatcher, vocab: int, end_tokens: Sequence[int], ended: bool = False):
         self.matcher, self.vocab, self.end_tokens, self.ended = matcher, vocab, end_tokens, ended
 
     def copy(self) -> Grammar:
+        """Returns an independent copy of the state."""
         return Grammar(self.matcher.deep_copy(), self.vocab, self.end_tokens, self.ended)
 
+    def check_start(self) -> None:
+        """Raises UserError where no text follows the grammar. Computing the mask changes the matcher, so call it on a
+        copy.
+        """
+        self.matcher.compute_bitmask()
+        if self.matcher.get_error().startswith(NOWHERE):
+            raise UserError("no text satisfies it")
+        self._stopped()
+
     def mask(self) -> np.ndarray:
-        """Raises UserError where the matcher has failed, which is no end of the text."""
+        """Returns the tokens that may come next, as uint32 [words]. Raises UserError where the matcher has failed,
+        which is not an end of the text.
+        """
         if self.ended or self._stopped():
             return only(self.end_tokens, self.vocab)
         from llguidance.numpy import fill_next_token_bitmask
@@ -80,8 +101,9 @@ class Grammar:
         return bits[0].view(np.uint32)
 
     def advance(self, token: int) -> None:
-        """End tokens are kept from the matcher, which would count one as text or not by its state. Raises UserError for
-        a token that the grammar refuses.
+        """Takes in an emitted token. Raises UserError for a token that the grammar refuses.
+
+        An end token is not passed to the matcher, which may count it as text.
         """
         if token in self.end_tokens:
             self.ended = True
@@ -98,20 +120,3 @@ class Grammar:
             what = (self.matcher.get_error() or reason).partition("\n")[0]
             raise UserError(f"the grammar stopped amid the text: {what}; make it simpler, or bound its repetitions")
         return True
-
-
-def _schema(source: str | Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(source, str):
-        return dict(source)
-    try:
-        schema = json.loads(source)
-    except ValueError as error:
-        raise UserError(f"the json_schema {_short(source)} is no JSON: {error}; give a JSON schema") from None
-    if not isinstance(schema, dict):
-        raise UserError(f'the json_schema is {_short(source)}, expected an object such as {{"type": "object"}}')
-    return schema
-
-
-def _short(source: str | Mapping[str, Any]) -> str:
-    text = " ".join((source if isinstance(source, str) else json.dumps(dict(source))).split())
-    return repr(text if len(text) <= 60 else f"{text[:59]}\u2026")

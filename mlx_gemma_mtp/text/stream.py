@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class TextStream:
-    """Tokens of one request in, text out: whole characters, and nothing that may turn out to be a stop string.
+    """The text of one request, released as its tokens come: whole characters, and nothing that may begin a stop string.
 
-    known: how many tokens the tokenizer has; the others that a model can say are no text.
+    known: how many tokens the tokenizer has. Ids beyond it, which a model can emit, give no text.
     """
 
     def __init__(self, detokenizer: StreamingDetokenizer, stop: Sequence[str], known: int):
@@ -22,13 +22,15 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that `token` releases. Sets `stopped` when a stop string is complete; the text ends before it."""
+        """Returns the text that `token` releases. Sets `stopped` when a stop string is complete; the text ends before
+        it.
+        """
         if token < self._known:
             self._detokenizer.add_token(token)
         return self._release(final=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """Returns the text that was held back, now that no token follows."""
         if self.stopped:
             return ""
         self._detokenizer.finalize()

@@ -14,11 +14,12 @@ OPEN, CLOSE = "<|channel>", "<channel|>"
 
 @dataclass
 class Thinking:
-    """A Constraint: a thought may come first, of at most `budget` tokens (None: no limit); `reply` constrains what
-    follows it.
+    """A Constraint for a reply that may begin with a thought.
 
-    The border counts at the token: what is drafted after the closing token is already the reply. A text whose reply is
-    constrained cannot end within the thought.
+    budget: the most tokens of the thought; the next token closes it; None is no limit. reply: constrains what follows
+    the thought; None leaves it free. open, close: ids of the tokens around a thought. The token that closes a thought
+    is the border: drafts after it are already the reply. A text whose reply is constrained cannot end within the
+    thought.
     """
 
     open: int
@@ -31,9 +32,11 @@ class Thinking:
     begun: bool = False  # whether anything was said
 
     def copy(self) -> Thinking:
+        """Returns an independent copy of the state."""
         return replace(self, reply=self.reply and self.reply.copy())
 
     def mask(self) -> np.ndarray | None:
+        """Returns the tokens that may come next, as uint32 [words], or None for all."""
         if self.spent is not None:
             if self.budget is not None and self.spent >= self.budget:
                 return only([self.close], self.vocab)
@@ -44,6 +47,7 @@ class Thinking:
         return mask | only([self.open], self.vocab)
 
     def advance(self, token: int) -> None:
+        """Takes in an emitted token."""
         if self.spent is not None:
             self.spent = None if token == self.close else self.spent + 1
         elif not self.begun and token == self.open:

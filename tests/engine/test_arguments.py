@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -13,12 +14,13 @@ import pytest
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.errors import shown
 from mlx_gemma_mtp.files import hub
 
 
 def name(value: object) -> str:
     """A test's name that is the same in every process: without addresses."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))[:60]
+    return re.sub(r" at 0x[0-9a-f]+", "", shown(value, 60))
 
 
 SHORT = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -111,6 +113,13 @@ def test_several_prompts(engine, ids, kind):
         mx.array(5),
         np.zeros((2, 2, 2), np.int32),
         {"role": "user", "content": 5},
+        {"role": 5, "content": "hello"},
+        {"role": "user", "content": 10**5000},
+        {"content": "hello"},
+        [10**5000],
+        [-(10**400)],
+        [{"role": "user", "content": ""}] * 1000,
+        "",
         {"role": "user", "content": {"type": "text"}},
         {"role": "user", "content": ["hello"]},
         {"role": "user", "content": [{"type": "text", "text": None}]},
@@ -123,10 +132,27 @@ def test_what_is_no_prompt(engine, prompt):
 
 
 @pytest.mark.parametrize(
-    "params", [{"max_tokens": 4}, "greedy", 5, [{"max_tokens": 4}], [5], SamplingParams, [SHORT, SHORT], []], ids=str
+    "params",
+    [
+        {"max_tokens": 4},
+        "greedy",
+        5,
+        [{"max_tokens": 4}],
+        [5],
+        SamplingParams,
+        np.array(1),
+        mx.array(1),
+        10**5000,
+        [SHORT, SHORT],
+        [],
+    ],
+    ids=name,
 )
 def test_what_are_no_settings(engine, params):
-    named(lambda: engine.generate("hello", params), "settings" if params in ([SHORT, SHORT], []) else "params")
+    named(
+        lambda: engine.generate("hello", params),
+        "settings" if isinstance(params, list) and len(params) != 1 else "params",
+    )
 
 
 def test_settings_of_each_prompt_may_come_in_any_sequence(engine):
@@ -153,6 +179,10 @@ OPTIONS = [
     {"cancel": True},
     {"cancel": "now"},
     {"cancel": lambda: False},
+    {"cancel": threading.Event},
+    {"cancel": SimpleNamespace(is_set=True)},
+    {"num_draft_tokens": 10**5000},
+    {"num_draft_tokens": -(10**400)},
     {"progress": "bar"},
     {"progress": 5},
 ]
@@ -192,9 +222,14 @@ LOADS = [
     {"draft_model": 5},
     {"draft_model": b"none"},
     {"revision": 5},
+    {"frozen_costs": 1},
     {"num_draft_tokens": 2.0},
     {"num_draft_tokens": "two"},
     {"num_draft_tokens": True},
+    {"max_rows": 10**5000},
+    {"prefill_chunk": 10**400},
+    {"draft_bits": 10**5000},
+    {"revision": 10**5000},
     {"max_rows": True},
     {"max_rows": 2.0},
     {"max_rows": "8"},

@@ -89,7 +89,7 @@ def test_ids_of_a_prompt(engine, prompt):
 
 
 def test_biased_tokens(engine):
-    for token in (VOCAB, 5000, 10**9, 2**40):
+    for token in (VOCAB, 5000, 10**9, 2**31 - 1):
         refused(lambda token=token: engine.generate("x", SamplingParams(logit_bias={token: 1.0})), f"id {token}")
 
 

@@ -152,8 +152,8 @@ def test_published_drafters_fit_their_own_target_alone(size):
 def test_generation_defaults():
     raw = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95, "eos_token_id": [1, 106, 50]}
     defaults = GenerationDefaults.from_dict(raw | {"suppress_tokens": [258883, 258882]})
-    assert defaults == GenerationDefaults(1.0, 0.95, 64, (1, 106, 50), (258883, 258882), 6)
-    assert GenerationDefaults.from_dict({"eos_token_id": 1}) == GenerationDefaults(0.0, 1.0, 0, (1,), (), 6)
+    assert defaults == GenerationDefaults(1.0, 0.95, 64, (1, 106, 50), (258883, 258882))
+    assert GenerationDefaults.from_dict({"eos_token_id": 1}) == GenerationDefaults(0.0, 1.0, 0, (1,), ())
 
 
 @pytest.mark.parametrize(
@@ -178,12 +178,20 @@ def test_generation_defaults():
         ({"eos_token_id": None, "suppress_tokens": None}, {}),
         ({"suppress_tokens": []}, {}),
         ({"suppress_tokens": [5.0, 5]}, {"suppress_token_ids": (5,)}),
-        ({"num_assistant_tokens": 4.0}, {"num_draft_tokens": 4}),
+        ({"top_k": 2**31}, {"top_k": 2**31 - 1}),
+        ({"top_k": 2**40}, {"top_k": 2**31 - 1}),
+        ({"top_k": 2.0**31}, {"top_k": 2**31 - 1}),
+        ({"min_p": 0.1}, {"min_p": 0.1}),
+        ({"min_p": 0.1, "do_sample": False}, {"temperature": 0.0}),
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+        ({"repetition_penalty": 2, "do_sample": False}, {"temperature": 0.0, "repetition_penalty": 2.0}),
+        ({"num_assistant_tokens": "5"}, {}),
+        ({"num_assistant_tokens": -1, "num_beams": math.nan, "top_h": []}, {}),
     ],
     ids=str,
 )
 def test_generation_defaults_take_what_is_meant(given, meant):
-    usual = GenerationDefaults(1.0, 1.0, 0, (), (), 6)
+    usual = GenerationDefaults(1.0, 1.0, 0, (), ())
     found = GenerationDefaults.from_dict({"do_sample": True} | given)
     assert found == replace(usual, **meant)
     assert SamplingParams().resolved(found).temperature == found.temperature
@@ -206,6 +214,14 @@ def test_generation_defaults_take_what_is_meant(given, meant):
         {"temperature": math.nan},
         {"temperature": math.inf},
         {"do_sample": "yes"},
+        {"do_sample": math.nan},
+        {"do_sample": []},
+        {"min_p": 1.5},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": math.inf},
+        {"top_k": 2.0**31 + 0.5},
+        {"top_p": "0" * 5000},
         {"eos_token_id": -1},
         {"eos_token_id": "1"},
         {"eos_token_id": [1, True]},
@@ -223,7 +239,7 @@ def test_generation_defaults_take_what_is_meant(given, meant):
 def test_generation_defaults_without_a_meaning_are_named(given):
     with pytest.raises(UserError, match=f"generation_config.json: {next(iter(given))}") as raised:
         GenerationDefaults.from_dict({"do_sample": True} | given)
-    assert "expected" in str(raised.value) and "\n" not in str(raised.value)
+    assert "expected" in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 250
 
 
 @pytest.mark.parametrize("key", ["eos_token_id", "suppress_tokens"])

@@ -1,6 +1,8 @@
 """Settings are checked when they are made, with one line that names the value."""
 
+import copy
 import math
+import pickle
 from fractions import Fraction
 
 import mlx.core as mx
@@ -21,6 +23,14 @@ def test_settings_come_from_the_folder_where_none_are_given():
     assert SamplingParams(top_k=-1).resolved(defaults).top_k == -1
     greedy = SamplingParams().resolved(GenerationDefaults.from_dict({"do_sample": False, "temperature": 0.7}))
     assert (greedy.temperature, greedy.top_k) == (0, -1)
+
+
+def nested(depth: int) -> dict:
+    """An object within an object, so many times."""
+    found: dict = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
 
 
 @pytest.mark.parametrize(
@@ -63,6 +73,10 @@ def test_settings_come_from_the_folder_where_none_are_given():
         {"stop": (b"a",)},
         {"stop": ("a", None)},
         {"stop": {"a": 1}},
+        {"stop": np.array(1)},
+        {"stop": np.array("a")},
+        {"stop": mx.array(1)},
+        {"stop": [10**5000]},
         {"temperature": True},
         {"temperature": 1e39},
         {"temperature": 10**400},
@@ -75,11 +89,9 @@ def test_settings_come_from_the_folder_where_none_are_given():
         {"max_tokens": None},
         {"max_tokens": True},
         {"max_tokens": "5"},
-        {"min_p": None},
         {"min_p": "0"},
         {"repetition_penalty": 1e-46},
         {"repetition_penalty": 1e39},
-        {"repetition_penalty": None},
         {"presence_penalty": 1e39},
         {"frequency_penalty": -1e39},
         {"logit_bias": {1: 1e39}},
@@ -101,6 +113,29 @@ def test_settings_come_from_the_folder_where_none_are_given():
         {"ignore_eos": None},
         {"thinking": 1},
         {"thinking_budget": 2.0, "thinking": True},
+        {"thinking_budget": 10**5000},
+        {"thinking_budget": 10**400},
+        {"max_tokens": -(10**5000)},
+        {"max_tokens": Fraction(10**5000, 3)},
+        {"logit_bias": {10**5000: 1}},
+        {"logit_bias": {10**400: 1}},
+        {"logit_bias": {2**31: 1}},
+        {"json_schema": '{"a":NaN}'},
+        {"json_schema": '{"a":[-Infinity]}'},
+        {"json_schema": '{"a":1e999}'},
+        {"json_schema": {"a": math.inf}},
+        {"json_schema": {"a": 10**5000}},
+        {"json_schema": '{"a":' + "1" * 5000 + "}"},
+        {"json_schema": '{"type":"object","a":"\\ud800"}'},
+        {"json_schema": {"const": "\ud800"}},
+        {"json_schema": {"\ud800": 1}},
+        {"json_schema": {"pattern": "\ud800"}},
+        {"json_schema": "[" * 100_000},
+        {"json_schema": '{"a":' * 100_000},
+        {"json_schema": {"a": nested(100_000)}},
+        {"json_schema": "[1]"},
+        {"json_schema": "null"},
+        {"json_schema": ""},
         {"json_schema": 5},
         {"json_schema": ["object"]},
         {"json_schema": {"type": object()}},
@@ -116,7 +151,7 @@ def test_settings_come_from_the_folder_where_none_are_given():
 def test_settings_out_of_range_are_named(bad):
     with pytest.raises(UserError, match=next(iter(bad))) as raised:
         SamplingParams(**bad)
-    assert "expected" in str(raised.value) and "\n" not in str(raised.value)
+    assert "expected" in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 300
 
 
 def test_numbers_are_kept_as_pythons():
@@ -143,7 +178,29 @@ def test_what_is_meant_is_taken():
     assert SamplingParams(stop=None).stop == () == SamplingParams(stop=[]).stop
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b") == SamplingParams(stop=(x for x in "ab")).stop
     assert SamplingParams(logit_bias=None).logit_bias == {}
-    assert SamplingParams(json_schema={"type": "object"}).json_schema == {"type": "object"}
+    assert SamplingParams(json_schema={"type": "object"}).json_schema == '{"type": "object"}'
+    assert SamplingParams(max_tokens=10**5000).max_tokens == 2**31 - 1
+    assert SamplingParams(thinking=True, thinking_budget=10**5000).thinking_budget == 2**31 - 1
+
+
+def test_what_the_folder_says_fills_what_is_not_said():
+    defaults = GenerationDefaults.from_dict({"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.2})
+    filled, said = SamplingParams().resolved(defaults), SamplingParams(min_p=0.0, repetition_penalty=1)
+    assert (filled.min_p, filled.repetition_penalty, filled.penalised) == (0.1, 1.2, True)
+    assert (said.resolved(defaults).min_p, said.resolved(defaults).penalised) == (0.0, False)
+    plain = SamplingParams().resolved(GenerationDefaults.from_dict({"do_sample": True}))
+    assert (plain.min_p, plain.repetition_penalty, plain.penalised) == (0.0, 1.0, False)
+
+
+def test_a_request_cannot_be_changed_from_outside():
+    schema, biases, stops = {"type": "object", "properties": {"a": {}}}, {1: 2.0}, ["a"]
+    params = SamplingParams(json_schema=schema, logit_bias=biases, stop=stops)
+    before, text = copy.deepcopy(params), repr(params)
+    schema["properties"]["b"] = biases[2] = 3.0
+    stops.append("b")
+    assert params == before and repr(params) == text and hash(params) == hash(before)
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert len({SamplingParams(), SamplingParams(), SamplingParams(seed=1)}) == 2
 
 
 EXTREMES = {

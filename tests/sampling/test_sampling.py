@@ -27,7 +27,7 @@ def distribution(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
         if before < p.top_p:
             chosen.append(i)
         before += weights[i] / total
-    chosen = [i for i in chosen if weights[i] >= p.min_p * weights[chosen[0]]]
+    chosen = [i for i in chosen if weights[i] >= (p.min_p or 0.0) * weights[chosen[0]]]
     out = np.zeros(len(scaled))
     out[chosen] = weights[chosen] / weights[chosen].sum()
     return out

@@ -1,6 +1,7 @@
 """The table of costs: what is interpolated, what is refused, what is kept."""
 
 import json
+import os
 
 import pytest
 
@@ -9,6 +10,15 @@ from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile,
 VERIFIED = {(rows, 100, width): 1.0 + rows * (width + 1) for rows in ROWS for width in range(MAX_DRAFTS + 1)}
 DRAFTED = {1: 0.1, 8: 0.8}
 KEY = {"pair": "a", "chip": "b"}
+TABLE = {"format": 1, "key": KEY, "verify": [[1, 1, 0, 0.1]], "draft": [[1, 0.1]]}
+# Cells and drafts of no table. json writes and reads Infinity and NaN.
+HUGE, INF = 10**400, float("inf")
+DRAFTS = [[INF, 0.1], [HUGE, 0.1], [True, 0.1], [0, 0.1], [1, INF], [1, 1e-320], [1, 1e300], [1, 1]]
+CELLS = [
+    [INF, 1, 0, 0.1], [HUGE, 1, 0, 0.1], [1, INF, 0, 0.1], [1, HUGE, 0, 0.1], [1, 1, INF, 0.1], [1, 1, HUGE, 0.1],
+    [float("nan"), 1, 0, 0.1], [1.5, 1, 0, 0.1], ["1", 1, 0, 0.1], [True, 1, 0, 0.1], [None, 1, 0, 0.1],
+    [1, 1, -1, 0.1], [1, 1, 0, INF], [1, 1, 0, float("nan")], [1, 1, 0, 1e-320], [1, 1, 0, 1e300], [1, 1, 0, True],
+]  # fmt: skip
 
 
 def test_what_was_measured_comes_back():
@@ -77,12 +87,32 @@ def test_a_file_keeps_it(tmp_path):
         (json.dumps({"format": 1, "key": KEY, "verify": [[0, 64, 0, 1.0]], "draft": [[1, 0.1]]}), "impossible"),
         (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0, "1"]], "draft": [[1, 0.1]]}), "impossible"),
         (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0, 1.0]], "draft": []}), "impossible"),
-        (json.dumps({"format": 1, "key": KEY, "verify": [["x", 64, 0, 1.0]], "draft": [[1, 0.1]]}), "no table|invalid"),
+        (json.dumps({"format": 1, "key": KEY, "verify": [["x", 64, 0, 1.0]], "draft": [[1, 0.1]]}), "impossible"),
+        ("[" * 100_000, "too deeply"),
+        *[
+            (json.dumps({"format": 1, "key": KEY, "verify": [cell], "draft": [[1, 0.1]]}), "impossible")
+            for cell in CELLS
+        ],
+        *[
+            (json.dumps({"format": 1, "key": KEY, "verify": [[1, 1, 0, 0.1]], "draft": [d]}), "impossible")
+            for d in DRAFTS
+        ],
         ("\x00\xff", "cannot be read"),
     ],
+    ids=lambda text: text[:80],
 )
 def test_a_file_that_is_none(tmp_path, text, message):
     file = CostFile(KEY, tmp_path)
     file.path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
+        file.read()
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)], ids=["fifo", "folder", "device"]
+)
+def test_a_file_that_would_not_end_is_not_read(tmp_path, make):
+    file = CostFile(KEY, tmp_path)
+    make(file.path)
+    with pytest.raises(ValueError, match="no regular file"):
         file.read()

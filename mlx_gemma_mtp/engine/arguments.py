@@ -1,0 +1,61 @@
+"""What a caller gives, checked once: the draft length, the settings of each prompt, an event, who is told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from ..errors import UserError, shown
+from ..sampling.params import LARGEST_COUNT, SamplingParams, listed, whole
+from ..speculative.depth import AUTO
+
+
+@runtime_checkable
+class Cancel(Protocol):
+    """An event that ends a call once it is set: one of threading, multiprocessing or asyncio."""
+
+    def is_set(self) -> bool: ...
+
+
+def check_depth(drafts: int | str) -> int | str:
+    """Returns the draft length that was asked for. Raises UserError for what is none."""
+    if isinstance(drafts, str) and drafts == AUTO:
+        return AUTO
+    expected = f"'{AUTO}', or a whole number from 0 (plain decoding) to {LARGEST_COUNT}"
+    return whole("num_draft_tokens", drafts, lambda n: 0 <= n <= LARGEST_COUNT, expected)
+
+
+def event(cancel: Any) -> Cancel:
+    """Returns the event that ends a call, or one that nobody sets. Raises UserError for what is no event."""
+    if cancel is None:
+        return threading.Event()
+    if isinstance(cancel, type) or not isinstance(cancel, Cancel) or not callable(cancel.is_set):
+        raise UserError(f"cancel is {shown(cancel)}, expected an event, such as threading.Event()")
+    return cancel
+
+
+def settings_of(params: SamplingParams | Sequence[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:
+    """Returns one SamplingParams for each prompt. Raises UserError for other types and another number of them."""
+    if params is None or isinstance(params, SamplingParams):
+        every = [params or SamplingParams()] * prompts
+    else:
+        every = listed("params", params, "SamplingParams, or a list of them, one a prompt")
+        every = [SamplingParams() if each is None else each for each in every]
+    for each in every:
+        if not isinstance(each, SamplingParams):
+            raise UserError(f"params has {shown(each)}, expected SamplingParams")
+    if not prompts or len(every) != prompts:
+        raise UserError(
+            f"{prompts} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
+        )
+    return every
+
+
+def told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:
+    """Returns the listener, or one that ignores everything. Raises UserError for what cannot be called."""
+    if listener is None:
+        return lambda *_: None
+    if not callable(listener):
+        raise UserError(f"{name} is {shown(listener)}, expected a function")
+    return listener
