@@ -56,7 +56,7 @@ def inspect(where: str) -> dict:
 
 def _open(where: str) -> Checkpoint:
     """A local folder, or a repository on the hub of which only config.json and the headers are fetched."""
-    if Path(where).expanduser().is_dir() or not source.HUB_ID.fullmatch(where):
+    if not source.is_hub_id(where):
         return Checkpoint.open(source.find(where))
     return Checkpoint.read(where, *source.remote(where))
 
@@ -113,7 +113,7 @@ def _drafter_name(where: str) -> str:
     """The drafter's name beside a target: that of the original, without what conversions append."""
     from mlx_gemma_mtp.files import hub  # as in source.find
 
-    local = not source.HUB_ID.fullmatch(where) or os.path.isdir(where)
+    local = not source.is_hub_id(where)
     beside = hub.assistant(os.path.abspath(Path(where).expanduser()) if local else where)
     return beside if os.path.isdir(beside) else f"{CONVERTED.sub('', beside.removesuffix('-assistant'))}-assistant"
 

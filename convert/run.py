@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.errors import UserError, shown
 from mlx_gemma_mtp.files.files import content
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 
@@ -67,6 +67,8 @@ def convert(
     Raises UserError for anything wrong with the source or the destination, KeyboardInterrupt after a signal; then
     nothing is left, but for an upload that failed, which leaves the converted folders.
     """
+    if not str(mlx_path) or "\0" in str(mlx_path):
+        raise UserError(f"--mlx-path is {shown(str(mlx_path))}; expected the name of a folder to be made")
     ends = ("", "-assistant") if pair else ("",)
     out = Path(mlx_path).expanduser()
     repos = [upload_repo + end for end in ends] if upload_repo is not None else []

@@ -1,6 +1,5 @@
 """Find a source checkpoint (local folder or hub id) and list its tensors."""
 
-import re
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
@@ -8,12 +7,13 @@ from mlx_gemma_mtp.files.folder import INDEX, read_index, weight_files
 from mlx_gemma_mtp.files.safetensors import Tensor, read_header, read_object
 
 CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(source: str) -> bool:
-    """True for `org/name`, unless a folder is called that."""
-    return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().is_dir()
+    """Returns whether SOURCE is a valid `org/name` and no folder is called that."""
+    from mlx_gemma_mtp.files import hub  # the hub's client is imported where it is needed
+
+    return hub.is_hub_id(str(source)) and not Path(source).expanduser().is_dir()
 
 
 def find(source: str) -> Path:
@@ -21,7 +21,7 @@ def find(source: str) -> Path:
 
     Raises UserError that says what is missing, and the command that downloads it.
     """
-    from mlx_gemma_mtp.files import hub  # the hub's client is imported where it is needed
+    from mlx_gemma_mtp.files import hub  # as above
 
     return hub.find(source)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_gemma_mtp._version import __version__
-from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.errors import UserError, shown
 
 from . import config as configs
 from . import names, source
@@ -26,16 +26,12 @@ def check(repos: list[str]) -> None:
     if not repos:
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+
+    from mlx_gemma_mtp.files import hub  # as in source.find
 
     for repo in repos:
-        try:
-            validate_repo_id(repo)
-        except HFValidationError as error:
-            raise UserError(f"--upload-repo {repo!r}: {_reason(error)}; expected org/name") from error
-        if not source.HUB_ID.fullmatch(repo):
-            raise UserError(f"--upload-repo {repo!r}; expected org/name")
+        if not hub.is_hub_id(repo):
+            raise UserError(f"--upload-repo {shown(repo)}; expected org/name, a valid name on the hub")
     try:
         me = HfApi().whoami()
     except Exception as error:  # the client's errors have no common base; all mean "no login"

@@ -1,10 +1,21 @@
-"""The one exception that command lines turn into a message instead of a traceback, and how any other is named."""
+"""The one exception that command lines turn into a message instead of a traceback, and how messages name things."""
+
+from typing import Any
 
 LONGEST = 300  # characters of a reason
 
 
 class UserError(ValueError):
     """bad input: one line naming the value, what was expected, the fix"""
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """The repr of a value for a message: one line of at most `most` characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes out no integer of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
 def in_a_line(error: Exception) -> str:

@@ -68,9 +68,10 @@ def _read_header(path: Path) -> tuple[int, bytes, int]:
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file of a model folder. Raises UserError for whatever else is there, with the fix."""
+    """Returns the JSON object in a file of a model folder. Raises UserError, with the fix, for anything else."""
+    data = content(path)  # outside of the try: a UserError is a ValueError
     try:
-        return parse_object(content(path))
+        return parse_object(data)
     except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); expected a JSON object; download it again") from None
 

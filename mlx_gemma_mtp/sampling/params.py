@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..models.config import LEAST_TEMPERATURE, LEAST_TOP_P, MOST, GenerationDefaults
 
 MAX_SEED = 2**64 - 1
@@ -152,15 +152,6 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{name} is {shown(value)}, expected True or False")
     return value
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """A value in a message: one line, not too long."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # Python writes out no integer of thousands of digits
-        text = f"a huge {type(value).__name__}"
-    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
 def check_unicode(what: str, text: str) -> str:
