@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli.command import Bar, Parser, Stage, check_file, command, note, written
 from .errors import UserError
+from .files.files import CACHE
 from .machine import blas
 
 if TYPE_CHECKING:
@@ -104,7 +105,10 @@ def _keep(report: Any, checked: dict[str, str | None], rules: tuple[Rule, ...]) 
         report.write(checked, rules)
         print(f"kept in {report.path}")
     except OSError as error:
-        note(f"this cannot be kept in {report.path} ({error.strerror})")
+        note(
+            f"this cannot be kept in {report.path} ({error.strerror}), so that later loads do not know it; name a "
+            f"folder that can be written: {CACHE}=FOLDER"
+        )
 
 
 def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...], dict[str, Any]]:

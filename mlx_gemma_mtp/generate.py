@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
 from .cli.prompts import read_prompts, read_schema, read_source
-from .errors import UserError
+from .errors import UserError, shown
 from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 
 if TYPE_CHECKING:
@@ -188,11 +189,11 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def read_depth(text: str) -> int | str:
-    """A number of drafts, or 'auto'."""
+    """Returns the number of drafts a round that --num-draft-tokens names, or 'auto'. Raises UserError."""
     if text == "auto":
         return text
-    if not text.isdecimal():
-        raise UserError(f"--num-draft-tokens is {text}, expected auto, 0 (plain decoding) or more")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise UserError(f"--num-draft-tokens is {shown(text)}, expected auto, 0 (plain decoding) or more")
     return int(text)
 
 
@@ -202,7 +203,7 @@ def read_bias(text: str) -> tuple[int, float]:
     try:
         return int(token), float(bias)
     except ValueError:
-        raise UserError(f"--logit-bias is {text!r}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
+        raise UserError(f"--logit-bias is {shown(text)}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
 
 
 def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
