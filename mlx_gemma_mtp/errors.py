@@ -15,6 +15,11 @@ def shown(value: Any, most: int = 80) -> str:
         text = " ".join(repr(value).split())
     except ValueError:  # Python writes out no integer of thousands of digits
         text = f"a huge {type(value).__name__}"
+    return clipped(text, most)
+
+
+def clipped(text: str, most: int = 200) -> str:
+    """A text for a message, of at most `most` characters; an ellipsis stands for the rest."""
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
@@ -22,4 +27,4 @@ def in_a_line(error: Exception) -> str:
     """What an exception says, in one line; its type comes first where it is not written for users."""
     text = " ".join(str(error).split())
     whole = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-    return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 1]}\u2026"
+    return clipped(whole, LONGEST)

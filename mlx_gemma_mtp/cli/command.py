@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..errors import UserError, shown
+from ..errors import UserError, clipped, shown
 from ..files.files import is_stream, whole
 from ..machine import blas
 from . import raise_again
@@ -33,15 +33,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Raises UserError. Long arguments are shortened in the message."""
-        raise UserError(f"{LONG.sub(_shortened, message)} (see {self.prog} --help)")
+        raise UserError(f"{LONG.sub(lambda found: clipped(found[0]), message)} (see {self.prog} --help)")
 
     def print_help(self, file: IO[str] | None = None) -> None:
         """Writes the help. Raises OSError where that fails, which argparse itself passes over."""
         (file or sys.stdout).write(self.format_help())
-
-
-def _shortened(long: re.Match[str]) -> str:
-    return f"{long[0][:79]}\u2026"
 
 
 def command(
