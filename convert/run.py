@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError, shown
@@ -14,6 +13,7 @@ from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 from . import config as configs
 from . import quantize, source, upload, writer
 from .checkpoint import Checkpoint
+from .conversion import Conversion
 from .destination import Destination
 from .interruption import Interruption
 from .quantize import Recipe
@@ -31,23 +31,6 @@ COPIED = (
     "preprocessor_config.json",
 )
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """One planned conversion: nothing is written yet, and every header was read and checked."""
-
-    source: Path
-    out: Path
-    config: dict
-    jobs: list[writer.Job]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(job.nbytes for job in self.jobs)
-
-    def __str__(self) -> str:
-        return f"{self.out}: {self.config['model_type']}, {len(self.jobs)} tensors, {self.nbytes / 1e9:.3f} GB"
 
 
 def convert(

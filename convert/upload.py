@@ -6,17 +6,14 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_gemma_mtp._version import __version__
 from mlx_gemma_mtp.errors import UserError, shown
 
 from . import config as configs
 from . import names, source
+from .conversion import Conversion
 from .interruption import Interruption
-
-if TYPE_CHECKING:
-    from .run import Conversion
 
 LICENSE = ("license", "license_name", "license_link")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli.command import Bar, Parser, check_plot, command, loaded, written
-from .cli.plots import heading
+from .cli.plots import dress, heading, panels
 from .errors import UserError
 from .speculative.choice import break_even
 from .speculative.costs import MAX_DRAFTS, ROWS, CostTable
@@ -91,16 +91,14 @@ def text(table: CostTable) -> str:
 
 
 def plot(tables: Mapping[str, CostTable], description: str, path: Path, kind: str = "png") -> None:
-    """Above the rounds over a plain one, below the break-even acceptance; a line for each number of rows."""
-    import matplotlib
+    """Draws a table: above, the cost of a round over that of a plain one; below, the break-even acceptance.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    There is a column for each kind of text and context, and a line for each number of rows. kind: 'png', 'svg', 'pdf'.
+    """
     columns = [(kind, table, context) for kind, table in tables.items() for context in table.contexts]
-    figure, panels = plt.subplots(2, len(columns), figsize=(4.5 * len(columns), 7), layout="constrained", squeeze=False)
+    figure, axes = panels(2, len(columns), 4.5 * len(columns), 7)
     drafts = range(MAX_DRAFTS + 1)
-    for (above, below), (text_kind, table, context) in zip(panels.T, columns, strict=True):
+    for (above, below), (text_kind, table, context) in zip(axes.T, columns, strict=True):
         for rows in ROWS:
             seconds, even = table.rounds_at(rows, context), break_even(table, rows, context)
             label = "1 row" if rows == 1 else f"{rows} rows"
@@ -108,9 +106,10 @@ def plot(tables: Mapping[str, CostTable], description: str, path: Path, kind: st
             below.plot(drafts[1:], [rate or float("nan") for rate in even], marker=".")
         above.set(title=f"{text_kind}, after {context} tokens", xlabel="drafts a round", ylabel="round, in plain steps")
         below.set(xlabel="drafts a round", ylabel="break-even acceptance", ylim=(0, 1))
-        above.legend()
+        dress(above)
+        dress(below, legend="")
     heading(figure, "", description)
-    figure.savefig(path, format=kind, dpi=110)
+    figure.savefig(path, format=kind)
 
 
 if __name__ == "__main__":

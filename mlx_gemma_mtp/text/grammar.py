@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, clipped
 from ..speculative.guide import only
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Grammars:
         matcher = LLMatcher(self.tokenizer, grammar)
         if wrong or matcher.is_error():
             reason = " ".join((messages or [matcher.get_error()])[0].split())
-            raise UserError(f"the {kind} {_short(source)} cannot be used: {reason}; mend it")
+            raise UserError(f"the {kind} {_short(source)} cannot be used: {clipped(reason)}; mend it")
         return Grammar(matcher, self.vocab, self.end_tokens)
 
 
