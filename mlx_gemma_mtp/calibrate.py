@@ -70,14 +70,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cells(table: CostTable) -> Iterator[tuple[int, int, list[float], list[float | None]]]:
-    """(context, rows, seconds of rounds with 0 to MAX_DRAFTS drafts, break-even acceptance of 1 to MAX_DRAFTS)."""
+    """Yields (context, rows, seconds, break-even) for each cell of a table.
+
+    seconds: of rounds with 0 to MAX_DRAFTS drafts; break-even: the acceptance from which 1 to MAX_DRAFTS drafts pay,
+    None where they never do.
+    """
     for context in table.contexts:
         for rows in ROWS:
             yield context, rows, table.rounds_at(rows, context), break_even(table, rows, context)
 
 
 def record(table: CostTable) -> list[dict[str, Any]]:
-    """For JSON."""
+    """Returns a table's cells as dictionaries, for JSON."""
     names = ("context", "rows", "seconds", "break_even")
     return [dict(zip(names, cell, strict=True)) for cell in cells(table)]
 

@@ -6,11 +6,11 @@ LONGEST = 300  # characters of a reason
 
 
 class UserError(ValueError):
-    """bad input: one line naming the value, what was expected, the fix"""
+    """Bad input. The message is one line that names the value, what was expected, and the fix."""
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """The repr of a value for a message: one line of at most `most` characters."""
+    """Returns the repr of a value for a message: one line of at most `most` characters."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python writes out no integer of thousands of digits
@@ -19,12 +19,15 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def clipped(text: str, most: int = 200) -> str:
-    """A text for a message, of at most `most` characters; an ellipsis stands for the rest."""
+    """Returns at most `most` characters of a text for a message; an ellipsis stands for the rest."""
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
 def in_a_line(error: Exception) -> str:
-    """What an exception says, in one line; its type comes first where it is not written for users."""
+    """Returns what an exception says, in one line of at most LONGEST characters.
+
+    The exception's type comes first, unless it is a UserError, which is written for users.
+    """
     text = " ".join(str(error).split())
     whole = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     return clipped(whole, LONGEST)

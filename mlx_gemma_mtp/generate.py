@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_params(args: argparse.Namespace) -> SamplingParams:
-    """The settings of every prompt. Raises UserError."""
+    """Returns the sampling settings that the arguments name, for every prompt. Raises UserError."""
     return SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temp,
@@ -198,7 +198,7 @@ def read_depth(text: str) -> int | str:
 
 
 def read_bias(text: str) -> tuple[int, float]:
-    """'ID=BIAS' of --logit-bias."""
+    """Returns (token id, bias) of a --logit-bias 'ID=BIAS'. Raises UserError."""
     token, _, bias = text.partition("=")
     try:
         return int(token), float(bias)
@@ -207,7 +207,7 @@ def read_bias(text: str) -> tuple[int, float]:
 
 
 def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
-    """prompts: how many will come; what more rows would need is not made ready."""
+    """Loads the engine that the arguments name. prompts: their number, which bounds the rows that are made ready."""
     if args.model is None:
         tell(BUNDLED)
     return loaded(
@@ -226,7 +226,10 @@ def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
 def generate(
     engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, cancel: threading.Event
 ) -> list[Result]:
-    """Streams a single prompt; prints several whole, in order, each under a header."""
+    """Generates and prints all texts; returns their results in order, those before a Ctrl-C included.
+
+    A single text is printed as it is made; several are printed whole, in order, each under a header.
+    """
     chunks = engine.stream(
         prompts,
         params,
@@ -274,7 +277,7 @@ def print_json(prompts: list[str], results: list[Result]) -> None:
 def print_speedup(
     engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, results: list[Result]
 ) -> None:
-    """What MTP is worth on these prompts, for the bundled model, which is small enough to try it both ways."""
+    """Prints what MTP is worth on these prompts; for the bundled model, which is small enough to run both ways."""
     from .checks import speedup
 
     if not any(result.stats.rounds and result.stats.mtp for result in results):
@@ -288,7 +291,7 @@ def print_speedup(
 
 
 def print_stats(results: list[Result]) -> None:
-    """Figures of each prompt, and of the batch, on standard error."""
+    """Prints the figures of each prompt, and of the batch, on standard error."""
     for number, result in enumerate(results, 1):
         s = result.stats
         positions = " ".join(f"{share:.2f}" for share in s.acceptance_by_position) or "none"
@@ -309,7 +312,7 @@ def print_stats(results: list[Result]) -> None:
 
 
 def depths(counts: dict[int, dict[str, int]]) -> str:
-    """'4: 31 best, 2 confidence; 0: 1 limit'."""
+    """Returns how often each draft length was taken, and why, as in '4: 31 best, 2 confidence; 0: 1 limit'."""
     each = {drafts: ", ".join(f"{n} {reason}" for reason, n in counts[drafts].items()) for drafts in sorted(counts)}
     return "; ".join(f"{drafts}: {text}" for drafts, text in each.items()) or "none"
 

@@ -97,7 +97,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingParams) -> tuple[dict, dict]:
-    """Generates all texts: (the figures, what they were taken from)."""
+    """Generates all texts; returns (the figures, what they were taken from)."""
     from .checks.routing_trace import trace
     from .files import hub
     from .machine import memory
@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingPa
 
 
 def text(record: dict[str, Any]) -> str:
-    """The tables."""
+    """Returns the tables of a record as text."""
     k, experts = record["top_k"], record["experts"]
     layers = len(record["gamma_by_layer"])
     lines = [
@@ -219,7 +219,7 @@ def plot(record: dict[str, Any], path: Path, kind: str) -> None:
 
 
 def _distinct(axes: Axes, record: dict[str, Any], x: list[int], points: list[dict], pairs: list[int]) -> None:
-    """Pairs, the uniform expectation and the measured mean, with the span of the layers."""
+    """Draws pairs, the uniform expectation and the measured mean, with the span of the layers."""
     axes.plot(x, pairs, color="gray", ls=":", label="pairs of a token and an expert")
     axes.plot(x, [point["uniform"] for point in points], color="gray", ls="--", label="uniform expectation")
     axes.plot(x, [point["measured"] for point in points], color="tab:blue", marker="o", label="measured, all layers")

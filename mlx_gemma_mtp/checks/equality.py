@@ -22,7 +22,10 @@ PARTITIONS = 9999  # of a permutation test: the least p value is 1e-4
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first token that differs. logits: the reference's, at that place, of both tokens."""
+    """The first token of a text that differs from the reference's.
+
+    position: of the token in the text; plain_logit, mtp_logit: the reference's logits of both tokens at that place.
+    """
 
     prompt: int
     position: int
@@ -44,7 +47,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Cell:
-    """One batch size and draft length against the reference."""
+    """The texts of one temperature, batch size (rows) and draft length against the reference.
+
+    equal: the number of texts that are equal; divergences: of the others.
+    """
 
     temperature: float
     rows: int
@@ -67,7 +73,10 @@ class Cell:
 def compare(
     engine: Engine, prompts: Sequence[str], params: SamplingParams, rows: Sequence[int], drafts: Sequence[int]
 ) -> Iterator[Cell]:
-    """Every batch size x draft length. params: with a seed, so that sampled texts are comparable token by token."""
+    """Yields the comparison with plain decoding for every batch size and draft length.
+
+    params: with a seed, so that sampled texts are comparable token by token.
+    """
     plain = [engine.generate(prompt, params, num_draft_tokens=0) for prompt in prompts]
     for size in rows:
         for count in drafts:
@@ -96,7 +105,7 @@ def _failed(index: int, plain: Result, drafted: Result) -> str | None:
 
 
 def divergence(engine: Engine, index: int, prompt: str, plain: list[int], tokens: list[int]) -> Divergence | None:
-    """Where `tokens` leave `plain`, the reference's text after `prompt`; None where they do not."""
+    """Returns where `tokens` leave `plain`, the reference's text after `prompt`; None where they do not."""
     if plain == tokens:
         return None
     at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), min(len(plain), len(tokens)))

@@ -43,7 +43,9 @@ class Parser(argparse.ArgumentParser):
 def command(
     run: Callable[[argparse.Namespace], int], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
 ) -> int:
-    """The exit code: what `run` returns for the arguments, otherwise as `guarded`."""
+    """Parses the arguments, calls `run` with them, and returns the exit code (see `guarded`). argv: None takes the
+    process's own.
+    """
     return guarded(lambda: run(parser().parse_args(texts(argv))))
 
 
@@ -78,8 +80,10 @@ def guarded(call: Callable[[], int]) -> int:
 
 
 def open_streams() -> None:
-    """Opens what the caller has closed (`2>&-`): else Python prints notes on standard output, and a file that is opened
-    takes the number of standard error. Text is UTF-8, whatever the locale says; a path may be no text.
+    """Opens the standard streams that the caller has closed (`2>&-`), and writes UTF-8 whatever the locale says.
+
+    Else Python would print notes on standard output, and a file that is opened would take the number of standard error.
+    Characters that are no text, as in some paths, are escaped.
     """
     for number in range(3):
         try:
@@ -124,7 +128,9 @@ def _discard_output() -> None:
 
 
 def texts(argv: Sequence[str] | None) -> list[str]:
-    """Arguments as text; None: the process's own. Bytes that the locale cannot read are read as UTF-8.
+    """Returns arguments as text.
+
+    argv: None takes the process's own. Bytes that the locale cannot read are read as UTF-8.
 
     Raises UserError, naming the argument, for bytes that are no text (they would arrive as lone surrogates).
     """
@@ -159,12 +165,15 @@ def tell(*lines: str) -> None:
 
 
 def note(message: str) -> None:
-    """What the user should know, on standard error."""
+    """Prints what the user should know on standard error."""
     tell(f"note: {message}")
 
 
 class Stage:
-    """Says on standard error what is being done, where that takes more than a second; '' for nothing."""
+    """Tells on standard error what is being done, once it takes longer than `seconds`.
+
+    Call it with what begins, or with '' where nothing is done any more. It is a context manager, which ends with ''.
+    """
 
     def __init__(self, seconds: float = 1.0):
         self.seconds = seconds
@@ -186,7 +195,10 @@ class Stage:
 
 
 def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
-    """As load, after the BLAS and with notes, a bar, and a word on what takes long."""
+    """Loads an engine for a command line: see engine.load.load for the arguments.
+
+    A fast BLAS is loaded first. Notes, a progress bar and what takes long go to standard error. Raises UserError.
+    """
     with Stage() as stage:
         stage("checking the BLAS")
         blas.preload()
@@ -226,7 +238,7 @@ def check_plot(path: Path) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yields where to write a file that the user named; it appears whole, or not at all (see files.whole).
+    """Yields where to write a file that the user named; the file appears whole, or not at all (see files.whole).
 
     Raises UserError where it cannot be written.
     """
@@ -238,7 +250,7 @@ def written(path: Path) -> Iterator[Path]:
 
 
 class Bar:
-    """A progress bar on a terminal's standard error that shows itself after a second."""
+    """A progress bar on a terminal's standard error, which appears after a second. Call it with (done, total)."""
 
     def __init__(self, what: str):
         self.what = what

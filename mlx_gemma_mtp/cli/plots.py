@@ -45,7 +45,10 @@ def heading(figure: Figure, title: str, details: str) -> None:
 
 
 def fitted(figure: Figure, text: str, size: float, share: float = 1.0) -> str:
-    """Breaks a text into lines that fill no more than a share of the figure's width, at so many points."""
+    """Returns a text broken into lines that fill at most `share` of the figure's width.
+
+    size: of the letters, in points.
+    """
     columns, room = max(1, len(text)), share * EDGE * figure.bbox.width
     while True:
         broken = textwrap.fill(text, columns)

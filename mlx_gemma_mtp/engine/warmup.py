@@ -93,20 +93,21 @@ def kernel_folder() -> Path:
 
 
 def wanted(target: Gemma4) -> bool:
-    """Whether kernels are to be made before they are needed."""
+    """Returns whether kernels are to be compiled before they are needed."""
     return not metal_available() and step_bytes(target) <= MOST_BYTES
 
 
 def making_ready(target: Gemma4) -> str:
-    """What `load` does last, for whoever waits."""
+    """Returns what `load` does last, for whoever waits."""
     if wanted(target) and shutil.which("g++") and not any(kernel_folder().glob("*.so")):
         return "compiling kernels for this CPU (once on this machine) and importing the tokenizer"
     return "importing the tokenizer"
 
 
 def warm_up(target: Gemma4, drafter: Drafter | None, max_rows: int) -> None:
-    """Runs a short prompt, and rounds with drafts and without, in one row and, where there may be more, in two; once a
-    process for each kind of pair. Does nothing on Metal.
+    """Runs a short prompt, and rounds with drafts and without, in one row and, where max_rows allows, in two.
+
+    Does so once a process for each kind of pair, and not on Metal. Raises UserError where MLX cannot keep its kernels.
     """
     check_kernel_folder()
     if not wanted(target):

@@ -1,4 +1,4 @@
-"""Files: those of a model folder that are not what they should be, those that are written whole, the cache folder."""
+"""Files that are not what they should be, files that are written whole or not at all, and the cache folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 
 def instead(head: bytes) -> str | None:
-    """What a file holds instead of a model's data, with the fix; None where nothing speaks against it.
+    """Returns what a file holds instead of a model's data, with the fix, as the end of a sentence; None for neither.
 
-    head: its first HEAD bytes.
+    head: the file's first HEAD bytes.
     """
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
@@ -54,7 +54,7 @@ def content(path: Path) -> bytes:
 
 
 def no_file(path: Path) -> str | None:
-    """What stands at a path in place of a regular file, as the end of a sentence; None for a regular file."""
+    """Returns what stands at a path in place of a regular file, as the end of a sentence; None for a regular file."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -78,7 +78,10 @@ def text(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for what is kept between runs: MLX_GEMMA_MTP_CACHE, or the user's cache folder. It may not exist."""
+    """Returns the folder for what is kept between runs: MLX_GEMMA_MTP_CACHE, or one in the user's cache folder.
+
+    It may not exist.
+    """
     named = os.environ.get(CACHE, "").strip()
     return _expanded(named) if named else _user_cache() / "mlx_gemma_mtp"
 

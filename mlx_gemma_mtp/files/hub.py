@@ -37,7 +37,7 @@ REVISION = re.compile(r"(?!.*\.\.)[^\s\0/][^\s\0]{0,199}")
 
 @dataclass(frozen=True)
 class Pair:
-    """Local folders of a target and its drafter; `reason` says why there is no drafter."""
+    """The local folders of a target and of its drafter. reason: why there is no drafter; None where there is one."""
 
     target: Path
     drafter: Path | None
@@ -57,11 +57,12 @@ class Unreachable(UserError):
 
 
 def find_pair(model: str | None, draft_model: str, revision: str | None = None) -> Pair:
-    """model: a folder, a hub id, or None for the bundled pair; draft_model: a folder, a hub id, 'auto' or 'none'.
+    """Returns the folders of a target and its drafter, downloading what is only on the hub.
 
-    'auto' looks beside the target's folder, in the hub's cache, and, for a target that is a hub id, on the hub. Raises
-    UserError where a model that was named cannot be had, or where the names tell that one of the two is a base model
-    and the other is not.
+    model: a folder, a hub id, or None for the bundled pair; draft_model: a folder, a hub id, 'auto' or 'none';
+    revision: of `model` on the hub. 'auto' looks beside the target's folder, in the hub's cache, and, for a target that
+    is a hub id, on the hub. Raises UserError where a model that was named cannot be had, or where the names tell that
+    one of the two is a base model and the other is not.
     """
     target = DEMO / "target" if model is None else find(model, revision)
     if draft_model == "none":
@@ -76,7 +77,10 @@ def find_pair(model: str | None, draft_model: str, revision: str | None = None) 
 
 
 def find(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model; downloads it (with a progress bar) if it is a hub id that is not cached."""
+    """Returns the local folder of a model; downloads a hub id that is not cached, with a progress bar.
+
+    Raises UserError for a name that is neither, and for a model that cannot be had.
+    """
     if not model:  # as a path it would be the current folder
         raise UserError("the name of a model is empty; expected a model folder or a hub id such as org/name")
     folder = _given(model)
@@ -104,7 +108,7 @@ def find(model: str, revision: str | None = None) -> Path:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a model folder lacks of config.json and of the weight files that its index names."""
+    """Returns the files that a model folder lacks, by name: config.json, and the weight files that its index names."""
     try:
         weights = sorted(set(read_index(folder).values())) or [SINGLE]
     except UserError:
@@ -113,7 +117,10 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def refusal(model: str, error: BaseException, revision: str | None = None, missing: Sequence[str] = ()) -> UserError:
-    """What an error of the hub's client means for the user, and what helps. missing: what a cached part lacks."""
+    """Returns the UserError for an error of the hub's client: what it means and what helps.
+
+    missing: the files that the part of the model in the hub's cache lacks.
+    """
     reason = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
@@ -169,7 +176,7 @@ def _given(model: str) -> Path:
 
 
 def spellings(folder: Path) -> list[Path]:
-    """The places where a folder lies: by the name as it is given, by each link that it leads over, and by its own."""
+    """Returns the absolute paths of a folder: the one as given, one for each link that it leads over, the real one."""
     found = []
     for base in [folder] if folder.is_absolute() else _working_folders():
         place = Path(os.path.normpath(base / folder))
@@ -188,7 +195,10 @@ def _working_folders() -> list[Path]:
 
 
 def assistant(model: str) -> str:
-    """The drafter of a source by its name with -assistant: a folder beside any of its spellings, or a hub id."""
+    """Returns the name of a source's drafter, which is the source's with -assistant: a folder beside it, or a hub id.
+
+    The folder may lie beside any of the source's `spellings`.
+    """
     names = [model.rstrip("/") or model, *map(str, spellings(_given(model)))]
     return next((f"{name}-assistant" for name in names if os.path.isdir(f"{name}-assistant")), f"{names[0]}-assistant")
 

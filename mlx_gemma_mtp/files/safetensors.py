@@ -35,7 +35,7 @@ class Tensor:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """name -> Tensor of one file; UserError if any byte of it would be unaccounted for."""
+    """Returns name -> Tensor of one file. Raises UserError if any byte of the file would be unaccounted for."""
     try:
         size, raw, length = _read_header(path)
     except OSError as error:
@@ -77,7 +77,10 @@ def read_object(path: Path) -> dict:
 
 
 def parse_object(raw: bytes) -> dict:
-    """A JSON object in UTF-8; ValueError for anything else, for keys that occur twice, and for NaN and Infinity."""
+    """Returns a JSON object in UTF-8.
+
+    Raises ValueError for anything else, for keys that occur twice, for NaN and Infinity.
+    """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
@@ -88,7 +91,10 @@ def parse_object(raw: bytes) -> dict:
 
 
 def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
-    """The header of a file holding (name, dtype, shape) in this order, and each file offset."""
+    """Returns (the header of a file that holds tensors in this order, the offset of each in the file, in bytes).
+
+    tensors: (name, dtype, shape) of each.
+    """
     header: dict = {"__metadata__": {"format": "mlx"}}
     end, begins = 0, []
     for name, dtype, shape in tensors:

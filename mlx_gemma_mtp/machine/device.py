@@ -9,5 +9,5 @@ import mlx.core as mx
 
 @cache
 def metal_available() -> bool:
-    """True where Metal runs and is the default device."""
+    """Returns whether Metal runs and is the default device."""
     return mx.metal.is_available() and mx.default_device() == mx.gpu
