@@ -22,7 +22,7 @@ CONVERTED = re.compile(r"-(mlx|bf16|[2-8]bit|mxfp4|mxfp8|nvfp4)$")
 
 
 def inspect_command(argv: list[str]) -> int:
-    """Exit code 0."""
+    """Runs `inspect`; returns the exit code 0."""
     parser = Parser(prog="mlx-gemma-mtp-convert inspect", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="local folder or hub id, as published or converted")
     parser.add_argument("--json", action="store_true", help="for machines")
@@ -33,7 +33,10 @@ def inspect_command(argv: list[str]) -> int:
 
 
 def inspect(where: str) -> dict:
-    """The report as plain data; bytes are those of the tensors that are used (vision and audio are `left_out`)."""
+    """Returns the report as plain data.
+
+    Bytes are those of the tensors that are used; vision and audio are `left_out`. Raises UserError.
+    """
     model = _open(where)
     model.check_shapes()
     drafter = config.is_drafter(model.raw)

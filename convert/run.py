@@ -41,14 +41,14 @@ def convert(
     pair: bool = False,
     upload_repo: str | None = None,
 ) -> str:
-    """Convert one target or drafter, or a target and its drafter; returns a line for each folder.
+    """Converts one target or drafter, or a target and its drafter; returns a line for each folder.
 
-    Args: a local folder or hub id; a folder that must not exist yet; the quantisation of matrices (None keeps them in
-    `dtype`); bfloat16, float16 or float32 for everything that stays float; pair: `hf_path`-assistant is converted to
-    `mlx_path`-assistant too, where quantised at 8 bits with a 4-bit head; upload_repo: the hub repository that the
-    result is uploaded to (the drafter's to `upload_repo`-assistant).
-    Raises UserError for anything wrong with the source or the destination, KeyboardInterrupt after a signal; then
-    nothing is left, but for an upload that failed, which leaves the converted folders.
+    hf_path: a local folder or hub id; mlx_path: a folder that must not exist yet; recipe: the quantisation of matrices
+    (None keeps them in `dtype`); dtype: bfloat16, float16 or float32 for everything that stays float; pair:
+    `hf_path`-assistant is converted to `mlx_path`-assistant too, where quantised at 8 bits with a 4-bit head;
+    upload_repo: the hub repository that the result is uploaded to (the drafter's to `upload_repo`-assistant). Raises
+    UserError for anything wrong with the source or the destination, KeyboardInterrupt after a signal; then nothing is
+    left, but for an upload that failed, which leaves the converted folders.
     """
     if not str(mlx_path) or "\0" in str(mlx_path):
         raise UserError(f"--mlx-path is {shown(str(mlx_path))}; expected the name of a folder to be made")

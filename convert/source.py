@@ -17,7 +17,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def find(source: str) -> Path:
-    """The local folder of SOURCE: a folder as it is, an `org/name` from the hub's cache or the hub.
+    """Returns the local folder of SOURCE: a folder as it is, an `org/name` from the hub's cache or the hub.
 
     Raises UserError that says what is missing, and the command that downloads it.
     """
@@ -27,9 +27,9 @@ def find(source: str) -> Path:
 
 
 def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and the tensors' headers of a hub repository; weight data stays there.
+    """Returns config.json and the tensors' headers of a hub repository, from its cache where the hub does not answer.
 
-    Where the hub does not answer, those of its cache.
+    No weights are downloaded. Raises UserError where neither can be had.
     """
     from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
 
@@ -62,7 +62,7 @@ def _cached(repo: str) -> Path | None:
 
 
 def check_inside(file: Path) -> None:
-    """UserError for a link out of the checkpoint's folder: what is copied may be published.
+    """Raises UserError for a link out of the checkpoint's folder: what is copied may be published.
 
     The hub's cache links from snapshots/COMMIT to blobs beside it.
     """
@@ -72,7 +72,7 @@ def check_inside(file: Path) -> None:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """name -> Tensor over all shards; the index and the shards must agree exactly."""
+    """Returns name -> Tensor over all shards. Raises UserError unless the index and the shards agree exactly."""
     weight_map, found = read_index(folder), {}
     for file in weight_files(folder):
         for name, tensor in read_header(file).items():

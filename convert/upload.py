@@ -19,7 +19,10 @@ LICENSE = ("license", "license_name", "license_link")
 
 
 def check(repos: list[str]) -> None:
-    """UserError unless this login may write to `repos`: asked before a conversion of an hour, not after it."""
+    """Raises UserError unless this login may write to `repos`.
+
+    It is asked before a conversion of an hour, not after it.
+    """
     if not repos:
         return
     from huggingface_hub import HfApi
@@ -73,7 +76,10 @@ def upload(folders: dict[Path, str]) -> list[str]:
 
 
 def write_card(folder: Path, conversion: Conversion, hf_path: str, repos: list[str], index: int) -> None:
-    """README.md for `repos[index]`; repos[1] holds the drafter of repos[0]. A local source is not named."""
+    """Writes README.md for `repos[index]` into a folder; repos[1] holds the drafter of repos[0].
+
+    A local source is not named.
+    """
     from huggingface_hub import ModelCardData
 
     drafter = configs.is_drafter(conversion.config)

@@ -87,6 +87,7 @@ def record(table: CostTable) -> list[dict[str, Any]]:
 
 
 def text(table: CostTable) -> str:
+    """Returns a table as text: milliseconds of rounds by drafts, and below them the break-even acceptance."""
     lines = ["context  rows " + "".join(f"{drafts:8}" for drafts in range(MAX_DRAFTS + 1))]
     for context, rows, seconds, even in cells(table):
         lines.append(f"{context:7} {rows:5} " + "".join(f"{1e3 * each:8.2f}" for each in seconds))
