@@ -85,7 +85,7 @@ def is_integer(name: str) -> bool:
 
 
 def check(entries: list[Entry], found: dict[str, Tensor], text: dict, kind: str) -> None:
-    """Raises UserError unless every source tensor is used once or known to be unused, and all expected ones are there."""
+    """Raises UserError unless each source tensor is used once or known to be unused, and each expected one is there."""
     if any(name.startswith("language_model.model.") for name in found):
         raise UserError(
             "tensors named language_model.model.*: the source is in the MLX layout already;"
