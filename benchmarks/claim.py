@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,7 +39,7 @@ from benchmarks.command import command
 from benchmarks.records import record
 from benchmarks.series import geometric_mean
 from benchmarks.workers import OURS, Setup
-from mlx_gemma_mtp.cli.command import Parser
+from mlx_gemma_mtp.cli.command import Parser, check_file, written
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files.hub import Pair, find_pair
 
@@ -80,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out.exists():
         raise UserError(f"--out {args.out} exists already; move it away or name another file")
+    check_file("--out", args.out)
     if args.max_tokens < 2 or not args.minutes > 0:
         raise UserError(f"--max-tokens {args.max_tokens}, --minutes {args.minutes}: expected at least 2, and above 0")
     if line := workers.missing("mlx-vlm"):
@@ -220,13 +220,9 @@ def insane(records: list[Record], system: str) -> list[str]:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Written beside, then renamed: a file that is there is whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes a result whole, or not at all. Raises UserError."""
+    with written(path) as part:
+        part.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from benchmarks.cases import Axes, Case, Job
 from benchmarks.command import command
 from benchmarks.records import record
 from benchmarks.workers import OURS, PEERS, Setup
-from mlx_gemma_mtp.cli.command import Parser
+from mlx_gemma_mtp.cli.command import Parser, check_file
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files.hub import Pair, find_pair
 
@@ -100,8 +100,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--max-tokens {args.max_tokens}, --repeats {args.repeats}: expected at least 2 and 1")
     if args.hf_path and args.model:
         raise UserError("--model and --hf-path are given, expected one: --hf-path is converted into the model")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; create it")
+    if args.json:
+        check_file("--json", args.json)
 
 
 def setups(args: argparse.Namespace, work: Path, note: Any) -> list[Setup]:

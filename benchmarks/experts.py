@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import machine
+from mlx_gemma_mtp.cli.command import check_file
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.machine import blas
 from mlx_gemma_mtp.models.config import TargetConfig
@@ -168,8 +169,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag, values in numbers.items():
         if min(values) < 1:
             raise UserError(f"{flag} is {min(values)}, expected at least 1")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: expected a file in a folder that exists; create {args.json.parent}")
+    if args.json:
+        check_file("--json", args.json)
 
 
 def _run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

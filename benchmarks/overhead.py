@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import machine, prompts
 from benchmarks.command import command
-from mlx_gemma_mtp.cli.command import Parser
+from mlx_gemma_mtp.cli.command import Parser, check_file
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.machine import blas
 
@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{name} is {value}, expected at least {smallest}")
     if args.batch > prompts.EACH:
         raise UserError(f"--batch is {args.batch}, expected at most {prompts.EACH}")
+    if args.json:
+        check_file("--json", args.json)
     blas.preload()
     from benchmarks import terminal
     from benchmarks.phases import Load, measure, profile  # after the BLAS: these import MLX

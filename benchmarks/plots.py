@@ -7,20 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files, no window; before pyplot
-
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import series
 from benchmarks.series import Record, Series
-from mlx_gemma_mtp.cli.plots import SMALL, heading, spread
+from mlx_gemma_mtp.cli.plots import SMALL, dress, heading, panels, spread
 
 SIZE = (8.5, 5.0)  # inches
-DPI = 130
 LEGEND = 32  # letters in a line of the legend
 MARKERS, STROKES = "os^DvP", ("-", "--", ":", "-.")
 
@@ -35,7 +30,6 @@ def draw(records: Sequence[Record], title: str, out: Path, number: str) -> list[
         path = out / f"{number}-{name}.png"
         figure = picture(paint, lines, title)
         figure.savefig(path)
-        plt.close(figure)
         made.append(path)
     return made
 
@@ -46,7 +40,7 @@ def picture(paint: Callable[[Axes, Series], None], lines: Series, title: str) ->
     labels = [textwrap.fill(label, LEGEND) for label in lines]
     rows = sum(label.count("\n") + 1 for label in labels)
     height = max(height, 1.5 + 0.17 * rows)  # inches; a line of the legend is 0.17 high
-    figure, axes = plt.subplots(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure, ((axes,),) = panels(1, 1, width, height)
     paint(axes, lines)
     heading(figure, axes.get_title(), title)
     axes.set_title("")
@@ -71,14 +65,14 @@ def _lines(axes: Axes, lines: Series) -> None:
         apart = {places[x]: y for x, y in line.items() if isinstance(x, str)}
         axes.plot(apart.keys(), apart.values(), **(style | {"linestyle": "none"}))
     axes.set_xticks(range(len(places)), [str(x) for x in places])
-    axes.grid(alpha=0.3)
+    dress(axes, legend="")
 
 
 def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
     """A line's looks, by the two halves of its label: what comes first says the stroke, what comes last the colour."""
     firsts, lasts = (list(dict.fromkeys(each.split(", ")[i] for each in labels)) for i in (0, -1))
     first, last = (names.index(label.split(", ")[i]) for i, names in ((0, firsts), (-1, lasts)))
-    colour = plt.get_cmap("turbo")(0.1 + 0.8 * last / max(1, len(lasts) - 1))
+    colour = colormaps["turbo"](0.1 + 0.8 * last / max(1, len(lasts) - 1))
     return {"color": colour, "linestyle": STROKES[first % len(STROKES)], "marker": MARKERS[first % len(MARKERS)]}
 
 
@@ -103,7 +97,7 @@ def _bars(axes: Axes, bars: Series) -> None:
         )
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.15)  # room for the labels
-    axes.grid(axis="y", alpha=0.3)
+    dress(axes, legend="", axis="y")
 
 
 def _by_batch(axes: Axes, lines: Series) -> None:
@@ -139,7 +133,7 @@ def _round_cost(axes: Axes, lines: Series) -> None:
         axes.plot(line.keys(), line.values(), label=label, **_style(label, list(lines)))
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
+    dress(axes, legend="")
     axes.set(title="Cost of a round (greedy, mean of the classes)", xlabel="rows x (drafts + 1) (tokens verified)",
              ylabel="time of a round (ms)")  # fmt: skip
 

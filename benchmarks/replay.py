@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gemma_mtp.cli.plots import fitted, spread
+from mlx_gemma_mtp.cli.plots import dress, fitted, panels, spread
 from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostTable
 from mlx_gemma_mtp.speculative.depth import Auto, Fixed
 
@@ -292,14 +292,9 @@ def astray(
 
 def plot(lines: Sequence[dict], path: Path) -> None:
     """A panel for each table: every fixed length, the controller and the oracle over plain decoding, by class."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tables = list(dict.fromkeys(line["table"] for line in lines))
-    figure, panels = plt.subplots(2, -(-len(tables) // 2), figsize=(11, 8), layout="constrained", squeeze=False)
-    for panel, table in zip(panels.flat, tables, strict=False):
+    figure, axes = panels(2, -(-len(tables) // 2), 11, 8)
+    for panel, table in zip(axes.flat, tables, strict=False):
         some = [line for line in lines if line["table"] == table]
         for i, line in enumerate(some):
             color = f"C{i}"
@@ -309,10 +304,10 @@ def plot(lines: Sequence[dict], path: Path) -> None:
         panel.axhline(1, color="grey", linewidth=0.8)
         panel.set_xticks(range(MAX_DRAFTS + 3), [*map(str, range(MAX_DRAFTS + 1)), "auto", "oracle"])
         panel.set(xlabel="drafts a round", ylabel="tokens/s over plain decoding")
-        panel.set_title(fitted(figure, table, 10, 0.85 / panels.shape[1]), fontsize=10)
+        panel.set_title(fitted(figure, table, 10, 0.85 / axes.shape[1]), fontsize=10)
+        dress(panel, "best" if panel is axes.flat[0] else "")
         spread(panel)
-    panels.flat[0].legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
 def print_astray(traces: dict[str, Trace], tables: dict[str, CostTable]) -> int:

@@ -23,7 +23,7 @@ NUMPY = {
 
 
 def source_rows(entry: Entry, tensor: Tensor) -> Iterator[mx.array]:
-    """The rows of a source tensor that belong to `entry`, as [rows, columns] blocks of at most BLOCK_BYTES."""
+    """Yields the rows of a source tensor that belong to `entry`, as [rows, columns] blocks of at most BLOCK_BYTES."""
     step = max(1, BLOCK_BYTES // row_bytes(tensor))
     for first, last in row_ranges(entry):
         for start in range(first, last, step):
@@ -31,7 +31,7 @@ def source_rows(entry: Entry, tensor: Tensor) -> Iterator[mx.array]:
 
 
 def row_ranges(entry: Entry) -> list[tuple[int, int]]:
-    """Row ranges of the source seen as [all leading axes, columns]."""
+    """Returns the row ranges of `entry` in the source seen as [all leading axes, columns]."""
     rows = row_count(entry.source_shape)
     if entry.rows is None:
         return [(0, rows)]
@@ -40,7 +40,7 @@ def row_ranges(entry: Entry) -> list[tuple[int, int]]:
 
 
 def row_count(shape: tuple[int, ...]) -> int:
-    """Rows of a tensor seen as [all leading axes, columns]."""
+    """Returns the number of rows of a tensor seen as [all leading axes, columns]."""
     return int(np.prod(shape[:-1], dtype=np.int64))
 
 
@@ -49,7 +49,10 @@ def row_bytes(tensor: Tensor) -> int:
 
 
 def read(tensor: Tensor, start: int, stop: int) -> mx.array:
-    """Rows start:stop of a tensor seen as [all leading axes, columns], in its own dtype (token ids as int64)."""
+    """Returns the rows start:stop of a tensor seen as [all leading axes, columns], in its own dtype.
+
+    Token ids are int64.
+    """
     size = row_bytes(tensor)
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset + start * size)
@@ -62,6 +65,6 @@ def read(tensor: Tensor, start: int, stop: int) -> mx.array:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, read once."""
+    """Returns the SHA-256 checksum of a file, in hexadecimal. The file is read once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

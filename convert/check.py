@@ -31,7 +31,7 @@ class Difference:
 
 
 def check_command(argv: list[str]) -> int:
-    """Exit code 0, or 1 where something was found."""
+    """Runs `check`; returns the exit code: 0, or 1 where something was found."""
     parser = Parser(prog="mlx-gemma-mtp-convert check", description=__doc__)
     parser.add_argument("folder", metavar="OUT", help="a converted folder")
     parser.add_argument("--against", metavar="SOURCE", help="the folder or hub id that it was converted from")
@@ -46,7 +46,7 @@ def check_command(argv: list[str]) -> int:
 
 
 def check(folder: Path, against: str | None = None) -> tuple[list[str], list[Difference]]:
-    """(what is wrong, a sentence each; the difference of each tensor to `against`, if it is given).
+    """Checks a converted folder; returns (what is wrong, a sentence each; differences to `against`, one a tensor).
 
     Raises UserError for what cannot be checked: no model, broken headers, a source of another model.
     """

@@ -19,7 +19,9 @@ MLX_PREFIX = "language_model.model."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """raw: config.json as it is; text: its checked text fields; entries: what a conversion holds, and from what."""
+    """A checkpoint whose config.json and headers were read.
+
+    raw: config.json as it is; text: its checked text fields; entries: what a conversion holds, and from what."""
 
     where: str
     raw: dict
@@ -29,7 +31,10 @@ class Checkpoint:
 
     @classmethod
     def read(cls, where: str, config: dict, tensors: dict[str, Tensor]) -> "Checkpoint":
-        """Raises UserError for a config.json that is not a Gemma 4 one, or that the loader would refuse."""
+        """Returns the checkpoint of a config and headers.
+
+        Raises UserError for a config.json that is not a Gemma 4 one, or that the loader would refuse.
+        """
         drafter, text = is_drafter(config), text_config(config)
         loadable(config, text)
         entries = names.drafter_entries(config, text) if drafter else names.target_entries(text, config["model_type"])
@@ -37,19 +42,22 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Headers and config.json of a local folder; weight data is not read."""
+        """Returns the checkpoint of a local folder, from its headers and config.json; weights are not read.
+
+        Raises UserError.
+        """
         config = read_object(folder / "config.json")
         is_drafter(config)  # another model is told by its name, not by its files
         return cls.read(str(folder), config, source.tensors(folder))
 
     def check_source(self) -> None:
-        """UserError unless this is a complete, unquantised Hugging Face checkpoint."""
+        """Raises UserError unless this is a complete, unquantised Hugging Face checkpoint."""
         refuse_quantised(self.raw)
         names.check(self.entries, self.tensors, self.text, self.raw["model_type"])
 
     @cached_property
     def formats(self) -> dict[str, Format | None]:
-        """What config.json records: path -> format; "" is the default."""
+        """Returns path -> format as config.json records it; "" is the default."""
         return quantize.recorded(self.raw)
 
     @property
@@ -58,15 +66,18 @@ class Checkpoint:
 
     @property
     def converted(self) -> bool:
-        """In the MLX layout; drafters have the same names in both."""
+        """Returns whether the tensors have the names of the MLX layout.
+
+        Drafters have the same names in both layouts.
+        """
         return self.drafter or any(name.startswith(MLX_PREFIX) for name in self.tensors)
 
     def name(self, entry: Entry) -> str:
-        """The name of `entry` in this folder."""
+        """Returns the name of `entry` in this folder."""
         return entry.name if self.converted else entry.source
 
     def check_shapes(self) -> None:
-        """UserError unless all tensors are there in their shapes; dtypes are not asked about."""
+        """Raises UserError unless all tensors are there in their shapes; dtypes are not asked about."""
         if not self.converted:
             self.check_source()
             return
@@ -78,7 +89,7 @@ class Checkpoint:
                     raise UserError(f"{self.where}: tensor {name!r} {has}; expected shape {list(shape)} by config.json")
 
     def format(self, entry: Entry) -> Format | None:
-        """The quantisation that config.json gives to `entry`; what has no scales but float weights has none."""
+        """Returns the quantisation that config.json gives to `entry`; None for float weights without scales."""
         path, tensor = entry.name.removesuffix(".weight"), self.tensors.get(self.name(entry))
         plain = tensor is not None and tensor.dtype in DTYPES.values() and f"{path}.scales" not in self.tensors
         if plain or len(entry.shape) < 2:
@@ -86,5 +97,5 @@ class Checkpoint:
         return self.formats.get(path, self.formats.get(""))
 
     def media(self) -> list[str]:
-        """Names of the vision and audio tensors, which a conversion leaves out."""
+        """Returns the names of the vision and audio tensors, which a conversion leaves out."""
         return [name for name in self.tensors if name.startswith(MEDIA)]

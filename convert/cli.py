@@ -14,7 +14,7 @@ from .run import convert
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 1 where `check` found something, 2 after a user error, 130 after an interruption."""
+    """Returns the exit code: 0, 1 where `check` found something, 2 after a user error, 130 after an interruption."""
     return guarded(lambda: _run(texts(argv)))
 
 

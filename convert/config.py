@@ -25,7 +25,7 @@ TOP_LEVEL = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embedding
 
 
 def is_drafter(config: dict) -> bool:
-    """True for an MTP drafter, False for a target; UserError for anything else."""
+    """Returns True for an MTP drafter and False for a target. Raises UserError for anything else."""
     kind = config.get("model_type")
     if kind not in (*TARGETS, *DRAFTERS):
         raise UserError(
@@ -36,7 +36,7 @@ def is_drafter(config: dict) -> bool:
 
 
 def refuse_quantised(config: dict) -> None:
-    """UserError for a source that cannot be converted because it is quantised already."""
+    """Raises UserError for a source that cannot be converted because it is quantised already."""
     for key in ("quantization", "quantization_config"):
         if config.get(key):
             raise UserError(
@@ -46,7 +46,7 @@ def refuse_quantised(config: dict) -> None:
 
 
 def text_config(config: dict) -> dict:
-    """The text model's fields, checked, spelled with the published keys (a new dict).
+    """Returns the text model's fields, checked, with the published keys, in a new dict. Raises UserError.
 
     Source of `per_layer_config`: transformers >= 5.23 save_pretrained, which drops
     global_head_dim and num_global_key_value_heads; mlx-lm and mlx-vlm read only those.
@@ -67,12 +67,12 @@ def text_config(config: dict) -> dict:
 
 
 def written(config: dict, text: dict, dtype: str) -> dict:
-    """The config of a converted checkpoint: `config` with the checked `text` fields and the dtype that was written."""
+    """Returns the config of a converted checkpoint: `config` with the checked `text` fields and the written dtype."""
     return written_drafter(config, text, dtype) if is_drafter(config) else written_target(config, text, dtype)
 
 
 def written_target(config: dict, text: dict, dtype: str) -> dict:
-    """The config of a converted target: text only, readable by mlx-lm, mlx-vlm and this package.
+    """Returns the config of a converted target: text only, readable by mlx-lm, mlx-vlm and this package.
 
     `vision_config` is {} because null crashes mlx-vlm; mlx-lm needs vocab_size at the top.
     """
@@ -92,13 +92,13 @@ def written_target(config: dict, text: dict, dtype: str) -> dict:
 
 
 def written_drafter(config: dict, text: dict, dtype: str) -> dict:
-    """The config of a converted drafter: the source's own, with the dtype that was written."""
+    """Returns the config of a converted drafter: the source's own, with the dtype that was written."""
     text = text | {"dtype": dtype, "model_type": config["text_config"].get("model_type")}
     return config | {"dtype": dtype, "text_config": text}
 
 
 def loadable(config: dict, text: dict) -> TargetConfig:
-    """What mlx_gemma_mtp reads from the written config; UserError for what it would refuse.
+    """Returns what mlx_gemma_mtp reads from the written config. Raises UserError for what it would refuse.
 
     A drafter is judged beside a target that fits: its own text model, as wide as its backbone, sharing no K/V.
     """

@@ -15,10 +15,12 @@ from mlx_gemma_mtp.errors import UserError
 
 @dataclass(frozen=True)
 class Destination:
-    """`outs` are the folders to be made, all with one parent; `.NAME.TOKEN.tmp` beside each is where they are written.
+    """The folders that a conversion makes, `outs`, all in one parent.
 
-    A process holds locks on its temporary folders: one that can be locked was left by a process that is gone (a
-    process id would not tell: containers that share a disk do not share ids).
+    Each is written as `.NAME.TOKEN.tmp` beside its place.
+
+    A process holds locks on its temporary folders: one that can be locked was left by a process that is gone (a process
+    id would not tell: containers that share a disk do not share ids).
     """
 
     outs: tuple[Path, ...]
@@ -32,11 +34,11 @@ class Destination:
 
     @property
     def folders(self) -> list[Path]:
-        """The temporary folders, in the order of `outs`."""
+        """Returns the temporary folders, in the order of `outs`."""
         return [self.parent / f".{out.name}.{self.token}.tmp" for out in self.outs]
 
     def claim(self) -> None:
-        """Makes the temporary folders; UserError where there is something already, or nothing can be written."""
+        """Makes the temporary folders. Raises UserError where there is something already, or nothing can be written."""
         for out in self.outs:
             if out.exists() or out.is_symlink():
                 raise UserError(f"{out} exists; expected a new folder; choose another --mlx-path")
@@ -54,7 +56,7 @@ class Destination:
             ) from error
 
     def check_space(self, size: int) -> None:
-        """UserError unless `size` bytes are free."""
+        """Raises UserError unless `size` bytes are free."""
         free = shutil.disk_usage(self.parent).free
         if free < size:
             raise UserError(
@@ -63,7 +65,7 @@ class Destination:
             )
 
     def commit(self) -> None:
-        """Renames all, the first last: where it is, the others are; OSError leaves none."""
+        """Renames all, the first last: where it is, the others are. Raises OSError, which leaves none."""
         done = []
         try:
             for folder, out in reversed(list(zip(self.folders, self.outs, strict=True))):

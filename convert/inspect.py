@@ -22,7 +22,7 @@ CONVERTED = re.compile(r"-(mlx|bf16|[2-8]bit|mxfp4|mxfp8|nvfp4)$")
 
 
 def inspect_command(argv: list[str]) -> int:
-    """Exit code 0."""
+    """Runs `inspect`; returns the exit code 0."""
     parser = Parser(prog="mlx-gemma-mtp-convert inspect", description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help="local folder or hub id, as published or converted")
     parser.add_argument("--json", action="store_true", help="for machines")
@@ -33,7 +33,10 @@ def inspect_command(argv: list[str]) -> int:
 
 
 def inspect(where: str) -> dict:
-    """The report as plain data; bytes are those of the tensors that are used (vision and audio are `left_out`)."""
+    """Returns the report as plain data.
+
+    Bytes are those of the tensors that are used; vision and audio are `left_out`. Raises UserError.
+    """
     model = _open(where)
     model.check_shapes()
     drafter = config.is_drafter(model.raw)
@@ -56,7 +59,7 @@ def inspect(where: str) -> dict:
 
 def _open(where: str) -> Checkpoint:
     """A local folder, or a repository on the hub of which only config.json and the headers are fetched."""
-    if Path(where).expanduser().is_dir() or not source.HUB_ID.fullmatch(where):
+    if not source.is_hub_id(where):
         return Checkpoint.open(source.find(where))
     return Checkpoint.read(where, *source.remote(where))
 
@@ -113,7 +116,7 @@ def _drafter_name(where: str) -> str:
     """The drafter's name beside a target: that of the original, without what conversions append."""
     from mlx_gemma_mtp.files import hub  # as in source.find
 
-    local = not source.HUB_ID.fullmatch(where) or os.path.isdir(where)
+    local = not source.is_hub_id(where)
     beside = hub.assistant(os.path.abspath(Path(where).expanduser()) if local else where)
     return beside if os.path.isdir(beside) else f"{CONVERTED.sub('', beside.removesuffix('-assistant'))}-assistant"
 

@@ -28,7 +28,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def hold(self) -> None:
-        """From here on nothing is interrupted: what follows is short, and must be done whole."""
+        """Lets nothing be interrupted from here on: what follows is short, and must be done whole."""
         self._held = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

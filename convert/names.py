@@ -27,7 +27,7 @@ MEDIA = (*MULTIMODAL, *(prefix.removeprefix("model.") for prefix in MULTIMODAL))
 
 @dataclass(frozen=True)
 class Entry:
-    """One written tensor: rows `start:stop` of axis -2 of a source tensor (all of it if None)."""
+    """One written tensor: the rows start:stop of axis -2 of a source tensor, or all of it where they are None."""
 
     name: str
     shape: Shape
@@ -37,7 +37,7 @@ class Entry:
 
 
 def target_entries(text: dict, kind: str) -> list[Entry]:
-    """The written tensors of a target whose source has model_type `kind`."""
+    """Returns the written tensors of a target whose source has model_type `kind`."""
     entries = []
     for name, shape in _text_tensors(text):
         entries += _moved(name, shape, TARGETS[kind] + name, "language_model.model.")
@@ -45,7 +45,7 @@ def target_entries(text: dict, kind: str) -> list[Entry]:
 
 
 def drafter_entries(config: dict, text: dict) -> list[Entry]:
-    """The written tensors of a drafter: the source's names, unchanged."""
+    """Returns the written tensors of a drafter: the source's names, unchanged."""
     shapes = {f"model.{name}": shape for name, shape in _text_tensors(text)}
     hidden, backbone = text["hidden_size"], config["backbone_hidden_size"]
     shapes["pre_projection.weight"] = (hidden, 2 * backbone)
@@ -57,32 +57,35 @@ def drafter_entries(config: dict, text: dict) -> list[Entry]:
 
 
 def kind(name: str) -> str:
-    """What a tensor is, whichever its layer: `self_attn.q_proj`, `input_layernorm`, `embed_tokens`."""
+    """Returns what a tensor is, whichever its layer: `self_attn.q_proj`, `input_layernorm`, `embed_tokens`."""
     name = re.sub(r"^(language_model\.)?model\.(language_model\.)?(layers\.\d+\.)?", "", name)
     return name.removesuffix(".weight")
 
 
 def group(entry: Entry) -> str:
-    """The kind of module that holds a matrix, as people call it; vectors are one group."""
+    """Returns the kind of module that holds a matrix, as people call it; vectors are one group."""
     if len(entry.shape) == 1 and not is_integer(entry.name):
         return "norms and scalars"
     return kind(entry.name).split(".")[0]
 
 
 def kv_shape(text: dict, layer_type: str) -> tuple[int, int]:
-    """(key/value heads, their width) of a layer; full layers have their own heads only under attention_k_eq_v."""
+    """Returns (key/value heads, their width) of a layer.
+
+    Full layers have their own number of heads only under attention_k_eq_v.
+    """
     full = layer_type == "full_attention"
     own_heads = full and text["attention_k_eq_v"] and text["num_global_key_value_heads"]
     return own_heads or text["num_key_value_heads"], text["global_head_dim"] if full else text["head_dim"]
 
 
 def is_integer(name: str) -> bool:
-    """True for the one tensor of token ids (a drafter's); all others are floats, or quantised."""
+    """Returns whether a tensor is the one of token ids (a drafter's); all others are floats, or quantised."""
     return name.endswith(".token_ordering")
 
 
 def check(entries: list[Entry], found: dict[str, Tensor], text: dict, kind: str) -> None:
-    """Every source tensor is used once, or known to be unused; every expected one is there."""
+    """Raises UserError unless each source tensor is used once or known to be unused, and each expected one is there."""
     if any(name.startswith("language_model.model.") for name in found):
         raise UserError(
             "tensors named language_model.model.*: the source is in the MLX layout already;"

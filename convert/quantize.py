@@ -30,7 +30,7 @@ class Format:
 
     @property
     def setting(self) -> dict:
-        """The keyword arguments of mx.quantize and mx.dequantize."""
+        """Returns the keyword arguments of mx.quantize and mx.dequantize."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     @property
@@ -38,7 +38,7 @@ class Format:
         return self.mode == "affine"
 
     def parts(self, name: str, shape: tuple[int, ...], dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, dtype, shape) of what is written for matrix `name` whose floats are `dtype`."""
+        """Returns (name, dtype, shape) of each array that is written for the matrix `name` whose floats are `dtype`."""
         *rows, columns = shape
         path, groups = name.removesuffix("weight"), (*rows, columns // self.group_size)
         weight = (name, "U32", (*rows, columns * self.bits // 32))
@@ -47,12 +47,12 @@ class Format:
         return [weight, (path + "scales", dtype, groups), (path + "biases", dtype, groups)]
 
     def quantize(self, block: mx.array) -> tuple[mx.array, ...]:
-        """[rows, columns] -> the arrays of `parts` for these rows; rows are independent of each other."""
+        """Quantises rows, [rows, columns]; returns the arrays of `parts` for them. Rows do not depend on each other."""
         parts = mx.quantize(block, **self.setting)
         return _closer(block, tuple(parts), _q4_0(block), self) if self.on_q4_0 else tuple(parts)
 
     def tolerance(self, largest: mx.array) -> mx.array:
-        """How far rounding may move a weight in a group whose largest magnitude is given.
+        """Returns how far rounding may move a weight in a group whose largest magnitude is given.
 
         Affine: at most a step (the smaller end may be clipped), and scale and bias rounded to bfloat16. FP4 and FP8
         clip or round by a share of the largest; nvfp4's smallest scale is 2 ** -9, which moves small groups by 3 of it.
@@ -62,7 +62,7 @@ class Format:
         return largest / (4 if self.bits == 4 else 8) + (6 * 2**-10 if self.mode == "nvfp4" else 0)
 
     def dequantize(self, weight: mx.array, scales: mx.array, biases: mx.array | None = None) -> mx.array:
-        """The float32 values that the arrays of `parts` stand for, exactly."""
+        """Returns the float32 values that the arrays of `parts` stand for, exactly."""
         if biases is None:
             return mx.dequantize(weight, scales, **self.setting, dtype=mx.float32)
         return mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), **self.setting)
@@ -140,7 +140,10 @@ RECIPES: dict[str, tuple[Rule, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the user asked for: a format, and the name of the rules for exceptions (None: the model's usual ones)."""
+    """The quantisation that the user asked for: a default format, and the name of the rules for exceptions.
+
+    Without a name, the model's usual rules apply.
+    """
 
     default: Format = Format(4, 64)
     name: str | None = None
@@ -150,7 +153,7 @@ class Recipe:
         return RECIPES[self.name or usual]
 
     def choose_all(self, entries: list[Entry], text: dict) -> dict[str, Format | None]:
-        """tensor name -> format, for the matrices (linear, embedding, expert weights).
+        """Returns tensor name -> format for the matrices that are quantised (linear, embedding and expert weights).
 
         Norms, scales and token_ordering have one axis and are not named: they stay as they are. So does a width that no
         group divides, and so do the centroids of a drafter: they pick its vocabulary and are small. With centroids, the
@@ -173,7 +176,10 @@ DRAFTER = Recipe(Format(8, 64), "drafter")
 
 
 def recipe(mode: str | None, bits: int | None, group_size: int | None, name: str | None) -> Recipe:
-    """The recipe that the flags ask for (None: not given); UserError where they contradict each other."""
+    """Returns the recipe that the flags ask for; None stands for a flag that was not given.
+
+    Raises UserError for a conflict.
+    """
     if name == "qat-q4_0":
         _agree("--quant-predicate qat-q4_0", Q4_0, mode, bits, group_size)
         return Recipe(Q4_0, name)
@@ -190,7 +196,7 @@ def _agree(flag: str, form: Format, mode: str | None, bits: int | None, group_si
 
 
 def record(formats: dict[str, Format | None], default: Format) -> dict:
-    """config["quantization"]: the default, and an override for each path that differs from it.
+    """Returns config["quantization"]: the default, and an override for each path that differs from it.
 
     An override without a mode means affine to mlx-lm, and the default's mode to others: named unless both are affine.
     """
@@ -207,7 +213,7 @@ def record(formats: dict[str, Format | None], default: Format) -> dict:
 
 
 def recorded(config: dict) -> dict[str, Format | None]:
-    """The inverse of `record`: path -> Format, with the default under "" (empty where nothing is quantised)."""
+    """Returns path -> Format as a config records it, with the default under ""; empty where nothing is quantised."""
     table = config.get("quantization")
     if table is None:
         return {}

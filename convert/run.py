@@ -4,16 +4,16 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.errors import UserError, shown
 from mlx_gemma_mtp.files.files import content
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 
 from . import config as configs
 from . import quantize, source, upload, writer
 from .checkpoint import Checkpoint
+from .conversion import Conversion
 from .destination import Destination
 from .interruption import Interruption
 from .quantize import Recipe
@@ -33,23 +33,6 @@ COPIED = (
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """One planned conversion: nothing is written yet, and every header was read and checked."""
-
-    source: Path
-    out: Path
-    config: dict
-    jobs: list[writer.Job]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(job.nbytes for job in self.jobs)
-
-    def __str__(self) -> str:
-        return f"{self.out}: {self.config['model_type']}, {len(self.jobs)} tensors, {self.nbytes / 1e9:.3f} GB"
-
-
 def convert(
     hf_path: str,
     mlx_path: str | Path,
@@ -58,15 +41,17 @@ def convert(
     pair: bool = False,
     upload_repo: str | None = None,
 ) -> str:
-    """Convert one target or drafter, or a target and its drafter; returns a line for each folder.
+    """Converts one target or drafter, or a target and its drafter; returns a line for each folder.
 
-    Args: a local folder or hub id; a folder that must not exist yet; the quantisation of matrices (None keeps them in
-    `dtype`); bfloat16, float16 or float32 for everything that stays float; pair: `hf_path`-assistant is converted to
-    `mlx_path`-assistant too, where quantised at 8 bits with a 4-bit head; upload_repo: the hub repository that the
-    result is uploaded to (the drafter's to `upload_repo`-assistant).
-    Raises UserError for anything wrong with the source or the destination, KeyboardInterrupt after a signal; then
-    nothing is left, but for an upload that failed, which leaves the converted folders.
+    hf_path: a local folder or hub id; mlx_path: a folder that must not exist yet; recipe: the quantisation of matrices
+    (None keeps them in `dtype`); dtype: bfloat16, float16 or float32 for everything that stays float; pair:
+    `hf_path`-assistant is converted to `mlx_path`-assistant too, where quantised at 8 bits with a 4-bit head;
+    upload_repo: the hub repository that the result is uploaded to (the drafter's to `upload_repo`-assistant). Raises
+    UserError for anything wrong with the source or the destination, KeyboardInterrupt after a signal; then nothing is
+    left, but for an upload that failed, which leaves the converted folders.
     """
+    if not str(mlx_path) or "\0" in str(mlx_path):
+        raise UserError(f"--mlx-path is {shown(str(mlx_path))}; expected the name of a folder to be made")
     ends = ("", "-assistant") if pair else ("",)
     out = Path(mlx_path).expanduser()
     repos = [upload_repo + end for end in ends] if upload_repo is not None else []

@@ -1,6 +1,5 @@
 """Find a source checkpoint (local folder or hub id) and list its tensors."""
 
-import re
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
@@ -8,28 +7,29 @@ from mlx_gemma_mtp.files.folder import INDEX, read_index, weight_files
 from mlx_gemma_mtp.files.safetensors import Tensor, read_header, read_object
 
 CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(source: str) -> bool:
-    """True for `org/name`, unless a folder is called that."""
-    return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().is_dir()
+    """Returns whether SOURCE is a valid `org/name` and no folder is called that."""
+    from mlx_gemma_mtp.files import hub  # the hub's client is imported where it is needed
+
+    return hub.is_hub_id(str(source)) and not Path(source).expanduser().is_dir()
 
 
 def find(source: str) -> Path:
-    """The local folder of SOURCE: a folder as it is, an `org/name` from the hub's cache or the hub.
+    """Returns the local folder of SOURCE: a folder as it is, an `org/name` from the hub's cache or the hub.
 
     Raises UserError that says what is missing, and the command that downloads it.
     """
-    from mlx_gemma_mtp.files import hub  # the hub's client is imported where it is needed
+    from mlx_gemma_mtp.files import hub  # as above
 
     return hub.find(source)
 
 
 def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and the tensors' headers of a hub repository; weight data stays there.
+    """Returns config.json and the tensors' headers of a hub repository, from its cache where the hub does not answer.
 
-    Where the hub does not answer, those of its cache.
+    No weights are downloaded. Raises UserError where neither can be had.
     """
     from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
 
@@ -62,7 +62,7 @@ def _cached(repo: str) -> Path | None:
 
 
 def check_inside(file: Path) -> None:
-    """UserError for a link out of the checkpoint's folder: what is copied may be published.
+    """Raises UserError for a link out of the checkpoint's folder: what is copied may be published.
 
     The hub's cache links from snapshots/COMMIT to blobs beside it.
     """
@@ -72,7 +72,7 @@ def check_inside(file: Path) -> None:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """name -> Tensor over all shards; the index and the shards must agree exactly."""
+    """Returns name -> Tensor over all shards. Raises UserError unless the index and the shards agree exactly."""
     weight_map, found = read_index(folder), {}
     for file in weight_files(folder):
         for name, tensor in read_header(file).items():

@@ -6,36 +6,32 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_gemma_mtp._version import __version__
-from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.errors import UserError, shown
 
 from . import config as configs
 from . import names, source
+from .conversion import Conversion
 from .interruption import Interruption
-
-if TYPE_CHECKING:
-    from .run import Conversion
 
 LICENSE = ("license", "license_name", "license_link")
 
 
 def check(repos: list[str]) -> None:
-    """UserError unless this login may write to `repos`: asked before a conversion of an hour, not after it."""
+    """Raises UserError unless this login may write to `repos`.
+
+    It is asked before a conversion of an hour, not after it.
+    """
     if not repos:
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+
+    from mlx_gemma_mtp.files import hub  # as in source.find
 
     for repo in repos:
-        try:
-            validate_repo_id(repo)
-        except HFValidationError as error:
-            raise UserError(f"--upload-repo {repo!r}: {_reason(error)}; expected org/name") from error
-        if not source.HUB_ID.fullmatch(repo):
-            raise UserError(f"--upload-repo {repo!r}; expected org/name")
+        if not hub.is_hub_id(repo):
+            raise UserError(f"--upload-repo {shown(repo)}; expected org/name, a valid name on the hub")
     try:
         me = HfApi().whoami()
     except Exception as error:  # the client's errors have no common base; all mean "no login"
@@ -80,7 +76,10 @@ def upload(folders: dict[Path, str]) -> list[str]:
 
 
 def write_card(folder: Path, conversion: Conversion, hf_path: str, repos: list[str], index: int) -> None:
-    """README.md for `repos[index]`; repos[1] holds the drafter of repos[0]. A local source is not named."""
+    """Writes README.md for `repos[index]` into a folder; repos[1] holds the drafter of repos[0].
+
+    A local source is not named.
+    """
     from huggingface_hub import ModelCardData
 
     drafter = configs.is_drafter(conversion.config)

@@ -29,7 +29,7 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Job:
-    """One source tensor (or half of one) and the arrays it becomes: (name, dtype, shape)."""
+    """One source tensor (or half of one), and (name, dtype, shape) of the arrays that it becomes."""
 
     entry: Entry
     tensor: Tensor
@@ -43,7 +43,7 @@ class Job:
 
 
 def plan(entry: Entry, tensor: Tensor, dtype: str, form: Format | None) -> Job:
-    """What will be written for `entry`; UserError if the stored dtype cannot become it."""
+    """Returns what will be written for `entry`. Raises UserError if the stored dtype cannot become it."""
     readable = ("I64", "I32") if is_integer(entry.name) else tuple(DTYPES.values())
     if tensor.dtype not in readable:
         raise UserError(
@@ -55,14 +55,14 @@ def plan(entry: Entry, tensor: Tensor, dtype: str, form: Format | None) -> Job:
 
 
 def parts(entry: Entry, dtype: str, form: Format | None) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of what is written for `entry`; dtype: of floats, as safetensors spells it."""
+    """Returns (name, dtype, shape) of what is written for `entry`. dtype: of floats, as safetensors spells it."""
     if form:
         return form.parts(entry.name, entry.shape, dtype)
     return [(entry.name, "I32" if is_integer(entry.name) else dtype, entry.shape)]
 
 
 def shards(jobs: list[Job], limit: int) -> dict[str, list[Job]]:
-    """file name -> its jobs, in order, each file at most `limit` bytes unless one job is larger."""
+    """Returns file name -> its jobs, in order. A file has at most `limit` bytes unless one job is larger."""
     groups: list[list[Job]] = [[]]
     size = 0
     for job in jobs:
@@ -78,7 +78,7 @@ def shards(jobs: list[Job], limit: int) -> dict[str, list[Job]]:
 
 
 def write(files: dict[str, list[Job]], folder: Path) -> None:
-    """Write all shards and the index into `folder`, with a progress bar on a terminal."""
+    """Writes all shards and the index into `folder`, with a progress bar on a terminal."""
     total = sum(_source_bytes(job) for jobs in files.values() for job in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="convert") as progress:
         for name, jobs in files.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli.command import Bar, Parser, check_plot, command, loaded, written
-from .cli.plots import heading
+from .cli.plots import dress, heading, panels
 from .errors import UserError
 from .speculative.choice import break_even
 from .speculative.costs import MAX_DRAFTS, ROWS, CostTable
@@ -70,19 +70,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cells(table: CostTable) -> Iterator[tuple[int, int, list[float], list[float | None]]]:
-    """(context, rows, seconds of rounds with 0 to MAX_DRAFTS drafts, break-even acceptance of 1 to MAX_DRAFTS)."""
+    """Yields (context, rows, seconds, break-even) for each cell of a table.
+
+    seconds: of rounds with 0 to MAX_DRAFTS drafts; break-even: the acceptance from which 1 to MAX_DRAFTS drafts pay,
+    None where they never do.
+    """
     for context in table.contexts:
         for rows in ROWS:
             yield context, rows, table.rounds_at(rows, context), break_even(table, rows, context)
 
 
 def record(table: CostTable) -> list[dict[str, Any]]:
-    """For JSON."""
+    """Returns a table's cells as dictionaries, for JSON."""
     names = ("context", "rows", "seconds", "break_even")
     return [dict(zip(names, cell, strict=True)) for cell in cells(table)]
 
 
 def text(table: CostTable) -> str:
+    """Returns a table as text: milliseconds of rounds by drafts, and below them the break-even acceptance."""
     lines = ["context  rows " + "".join(f"{drafts:8}" for drafts in range(MAX_DRAFTS + 1))]
     for context, rows, seconds, even in cells(table):
         lines.append(f"{context:7} {rows:5} " + "".join(f"{1e3 * each:8.2f}" for each in seconds))
@@ -91,16 +96,14 @@ def text(table: CostTable) -> str:
 
 
 def plot(tables: Mapping[str, CostTable], description: str, path: Path, kind: str = "png") -> None:
-    """Above the rounds over a plain one, below the break-even acceptance; a line for each number of rows."""
-    import matplotlib
+    """Draws a table: above, the cost of a round over that of a plain one; below, the break-even acceptance.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    There is a column for each kind of text and context, and a line for each number of rows. kind: 'png', 'svg', 'pdf'.
+    """
     columns = [(kind, table, context) for kind, table in tables.items() for context in table.contexts]
-    figure, panels = plt.subplots(2, len(columns), figsize=(4.5 * len(columns), 7), layout="constrained", squeeze=False)
+    figure, axes = panels(2, len(columns), 4.5 * len(columns), 7)
     drafts = range(MAX_DRAFTS + 1)
-    for (above, below), (text_kind, table, context) in zip(panels.T, columns, strict=True):
+    for (above, below), (text_kind, table, context) in zip(axes.T, columns, strict=True):
         for rows in ROWS:
             seconds, even = table.rounds_at(rows, context), break_even(table, rows, context)
             label = "1 row" if rows == 1 else f"{rows} rows"
@@ -108,9 +111,10 @@ def plot(tables: Mapping[str, CostTable], description: str, path: Path, kind: st
             below.plot(drafts[1:], [rate or float("nan") for rate in even], marker=".")
         above.set(title=f"{text_kind}, after {context} tokens", xlabel="drafts a round", ylabel="round, in plain steps")
         below.set(xlabel="drafts a round", ylabel="break-even acceptance", ylim=(0, 1))
-        above.legend()
+        dress(above)
+        dress(below, legend="")
     heading(figure, "", description)
-    figure.savefig(path, format=kind, dpi=110)
+    figure.savefig(path, format=kind)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli.command import Bar, Parser, Stage, check_file, command, note, written
 from .errors import UserError
+from .files.files import CACHE
 from .machine import blas
 
 if TYPE_CHECKING:
@@ -99,16 +100,22 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _keep(report: Any, checked: dict[str, str | None], rules: tuple[Rule, ...]) -> None:
-    """For later loads."""
+    """Keeps what was found for later loads, and says where."""
     try:
         report.write(checked, rules)
         print(f"kept in {report.path}")
     except OSError as error:
-        note(f"this cannot be kept in {report.path} ({error.strerror})")
+        note(
+            f"this cannot be kept in {report.path} ({error.strerror}), so that later loads do not know it; name a "
+            f"folder that can be written: {CACHE}=FOLDER"
+        )
 
 
 def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...], dict[str, Any]]:
-    """(the rules that follow, microseconds by format, path and tokens)."""
+    """Times the ways through a layer of experts.
+
+    Returns (the rules that follow, microseconds by format, path and tokens).
+    """
     import mlx.core as mx
 
     rules, shown = [], {}
@@ -132,7 +139,7 @@ def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...],
 
 
 def layer(shape: Sequence[int], bits: int) -> Experts:
-    """Random experts in bfloat16, quantised in groups of 64; bits: 0 leaves them."""
+    """Returns a layer of random experts in bfloat16, quantised to `bits` in groups of 64; 0 leaves it unquantised."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -152,9 +159,9 @@ def layer(shape: Sequence[int], bits: int) -> Experts:
 def measure(
     experts: Experts, shape: Sequence[int], rows: Sequence[int], repeats: int
 ) -> tuple[dict[ExpertPath, dict[int, float]], frozenset[ExpertPath], frozenset[ExpertPath]]:
-    """(seconds by path and tokens, the steady paths, those of them that are bit-equal to plain pairs).
+    """Returns (seconds by path and tokens, the steady paths, those of them that are bit-equal to plain pairs).
 
-    Steady: a token has the same bits alone and in company. Bits are compared up to the widest verify.
+    A path is steady where a token gets the same bits alone and beside others, up to the width of the widest verify.
     """
     import mlx.core as mx
 
@@ -208,8 +215,9 @@ def _seconds(compute: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
 
 
 def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[ExpertPath], top_k: int) -> Rule:
-    """The fastest way at each width among the paths that agree bit for bit with plain pairs; the one path that is
-    fastest on the whole, by the geometric mean, where none but itself may be taken.
+    """Returns the rule that takes, at each width, the fastest of the paths that agree bit for bit with plain pairs.
+
+    Where a path that does not agree is fastest on the whole, by the geometric mean, the rule takes that path alone.
     """
     from .ops.expert_paths import VERIFY, ExpertPath, Rule
 
@@ -231,7 +239,7 @@ def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Exp
 
 
 def time_drafts(model: str | None) -> dict[str, float]:
-    """Milliseconds of one draft with the drafter as it is, and in 4 bits."""
+    """Returns the milliseconds of one draft with the drafter as it is, and in 4 bits."""
     from .engine.calibration import KINDS, Bench
     from .engine.load import load
     from .models.loading import is_quantized

@@ -1,6 +1,4 @@
-"""The one exception that command lines turn into a message instead of a traceback, and how values and other errors are
-named in it.
-"""
+"""The one exception that command lines turn into a message instead of a traceback, and how messages name things."""
 
 from typing import Any
 
@@ -8,20 +6,28 @@ LONGEST = 300  # characters of a reason
 
 
 class UserError(ValueError):
-    """bad input: one line naming the value, what was expected, the fix"""
-
-
-def in_a_line(error: Exception) -> str:
-    """What an exception says, in one line; its type comes first where it is not written for users."""
-    text = " ".join(str(error).split())
-    whole = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-    return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 1]}\u2026"
+    """Bad input. The message is one line that names the value, what was expected, and the fix."""
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value in a message: one line of at most so many characters."""
+    """Returns the repr of a value for a message: one line of at most `most` characters."""
     try:
         text = " ".join(repr(value).split())
     except (ValueError, RecursionError):  # an integer of thousands of digits; an object within thousands of others
         text = f"a huge {type(value).__name__}"
+    return clipped(text, most)
+
+
+def clipped(text: str, most: int = 200) -> str:
+    """Returns at most `most` characters of a text for a message; an ellipsis stands for the rest."""
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
+
+
+def in_a_line(error: Exception) -> str:
+    """Returns what an exception says, in one line of at most LONGEST characters.
+
+    The exception's type comes first, unless it is a UserError, which is written for users.
+    """
+    text = " ".join(str(error).split())
+    whole = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    return clipped(whole, LONGEST)

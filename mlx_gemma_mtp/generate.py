@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
 from .cli.prompts import read_prompts, read_schema, read_source
-from .errors import UserError
+from .errors import UserError, shown
 from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_params(args: argparse.Namespace) -> SamplingParams:
-    """The settings of every prompt. Raises UserError."""
+    """Returns the sampling settings that the arguments name, for every prompt. Raises UserError."""
     return SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temp,
@@ -190,25 +191,25 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def read_depth(text: str) -> int | str:
-    """A number of drafts, or 'auto'."""
+    """Returns the number of drafts a round that --num-draft-tokens names, or 'auto'. Raises UserError."""
     if text == "auto":
         return text
-    if not text.isdecimal():
-        raise UserError(f"--num-draft-tokens is {text}, expected auto, 0 (plain decoding) or more")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise UserError(f"--num-draft-tokens is {shown(text)}, expected auto, 0 (plain decoding) or more")
     return int(text)
 
 
 def read_bias(text: str) -> tuple[int, float]:
-    """'ID=BIAS' of --logit-bias."""
+    """Returns (token id, bias) of a --logit-bias 'ID=BIAS'. Raises UserError."""
     token, _, bias = text.partition("=")
     try:
         return int(token), float(bias)
     except ValueError:
-        raise UserError(f"--logit-bias is {text!r}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
+        raise UserError(f"--logit-bias is {shown(text)}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
 
 
 def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
-    """prompts: how many will come; what more rows would need is not made ready."""
+    """Loads the engine that the arguments name. prompts: their number, which bounds the rows that are made ready."""
     if args.model is None:
         tell(BUNDLED)
     return loaded(
@@ -227,7 +228,10 @@ def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
 def generate(
     engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, cancel: threading.Event
 ) -> list[Result]:
-    """Streams a single prompt; prints several whole, in order, each under a header."""
+    """Generates and prints all texts; returns their results in order, those before a Ctrl-C included.
+
+    A single text is printed as it is made; several are printed whole, in order, each under a header.
+    """
     chunks = engine.stream(
         prompts,
         params,
@@ -275,7 +279,7 @@ def print_json(prompts: list[str], results: list[Result]) -> None:
 def print_speedup(
     engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, results: list[Result]
 ) -> None:
-    """What MTP is worth on these prompts, for the bundled model, which is small enough to try it both ways."""
+    """Prints what MTP is worth on these prompts; for the bundled model, which is small enough to run both ways."""
     from .checks import speedup
 
     if not any(result.stats.rounds and result.stats.mtp for result in results):
@@ -289,7 +293,7 @@ def print_speedup(
 
 
 def print_stats(results: list[Result]) -> None:
-    """Figures of each prompt, and of the batch, on standard error."""
+    """Prints the figures of each prompt, and of the batch, on standard error."""
     for number, result in enumerate(results, 1):
         s = result.stats
         positions = " ".join(f"{share:.2f}" for share in s.acceptance_by_position) or "none"
@@ -310,7 +314,7 @@ def print_stats(results: list[Result]) -> None:
 
 
 def depths(counts: dict[int, dict[str, int]]) -> str:
-    """'4: 31 best, 2 confidence; 0: 1 limit'."""
+    """Returns how often each draft length was taken, and why, as in '4: 31 best, 2 confidence; 0: 1 limit'."""
     each = {drafts: ", ".join(f"{n} {reason}" for reason, n in counts[drafts].items()) for drafts in sorted(counts)}
     return "; ".join(f"{drafts}: {text}" for drafts, text in each.items()) or "none"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks.overlap import FITTED, NEIGHBOURS, Figures
 from .cli.command import Bar, Parser, check_file, check_plot, command, loaded, written
-from .cli.plots import heading
+from .cli.plots import dress, heading, panels
 from .cli.prompts import PROMPTS, read_prompts
 from .errors import UserError
 from .files.folder import read_config
@@ -97,7 +97,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingParams) -> tuple[dict, dict]:
-    """Generates all texts: (the figures, what they were taken from)."""
+    """Generates all texts; returns (the figures, what they were taken from)."""
     from .checks.routing_trace import trace
     from .files import hub
     from .machine import memory
@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, prompts: Sequence[str], params: SamplingPa
 
 
 def text(record: dict[str, Any]) -> str:
-    """The tables."""
+    """Returns the tables of a record as text."""
     k, experts = record["top_k"], record["experts"]
     layers = len(record["gamma_by_layer"])
     lines = [
@@ -189,11 +189,11 @@ def _by_layer(record: dict[str, Any]) -> Iterator[str]:
 
 
 def plot(record: dict[str, Any], path: Path, kind: str) -> None:
-    """Three panels: U of consecutive tokens, U of a verify by rows, shared experts by layer. kind: 'png', .."""
-    from matplotlib.figure import Figure
+    """Draws three panels: distinct experts of consecutive tokens, those of a verify by rows, shared ones by layer.
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    runs, verifies, shares = figure.subplots(1, 3)
+    record: what `measure` found; kind: 'png', 'svg' or 'pdf'.
+    """
+    figure, ((runs, verifies, shares),) = panels(1, 3, 15, 4.8)
     k, width = record["top_k"], record["num_draft_tokens"] + 1
     points = record["runs"]
     _distinct(runs, record, [point["tokens"] for point in points], points, [k * point["tokens"] for point in points])
@@ -213,14 +213,13 @@ def plot(record: dict[str, Any], path: Path, kind: str) -> None:
     shares.set(title="Experts shared by two tokens", xlabel="layer", ylabel="share of a token's experts", ylim=(0, top))
     shares.xaxis.get_major_locator().set_params(integer=True)
     for axes in (runs, verifies, shares):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="best" if axes is shares else "lower right")
+        dress(axes, "best" if axes is shares else "lower right")
     heading(figure, f"{record['experts']} experts, {k} a token; {record['tokens']} tokens", str(record["model"]))
-    figure.savefig(path, format=kind, dpi=120)
+    figure.savefig(path, format=kind)
 
 
 def _distinct(axes: Axes, record: dict[str, Any], x: list[int], points: list[dict], pairs: list[int]) -> None:
-    """Pairs, the uniform expectation and the measured mean, with the span of the layers."""
+    """Draws pairs, the uniform expectation and the measured mean, with the span of the layers."""
     axes.plot(x, pairs, color="gray", ls=":", label="pairs of a token and an expert")
     axes.plot(x, [point["uniform"] for point in points], color="gray", ls="--", label="uniform expectation")
     axes.plot(x, [point["measured"] for point in points], color="tab:blue", marker="o", label="measured, all layers")

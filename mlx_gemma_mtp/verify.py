@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
 
 CHANCE = 1e-3  # a difference of distributions that is likelier than this is no difference
+FEWEST = 8  # samples each way: with 6, no difference however large has a chance below CHANCE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,8 +100,12 @@ def _check(args: argparse.Namespace, prompts: Sequence[str]) -> None:
         raise UserError(f"--num-draft-tokens is {args.num_draft_tokens}, expected 1 or more")
     if not all(rows >= 1 for rows in args.rows):
         raise UserError(f"--rows is {args.rows}, expected 1 or more")
-    if args.samples < 0 or args.samples == 1:
-        raise UserError(f"--samples is {args.samples}, expected 0 (no statistical test), or 2 and more")
+    if args.samples < 0 or 0 < args.samples < FEWEST:
+        raise UserError(
+            f"--samples is {args.samples}, expected 0 (no statistical test), or {FEWEST} and more: fewer cannot tell"
+        )
+    if not 0 <= args.tolerance < math.inf:  # nor NaN
+        raise UserError(f"--tolerance is {args.tolerance}, expected a gap between logits: 0 or more, and finite")
     if args.draft_model == "none":
         raise UserError("--draft-model is none, but a drafter is what is verified; name one, or leave it out")
 

@@ -1,18 +1,20 @@
-"""The floors of the package, and which way its imports go: `python tests/floors.py` prints them.
+"""The floors of the package and of the converter, and which way imports go: `python tests/floors.py` prints them.
 
 A folder is a floor. A file may import from its own floor and from those below it, never from above; files of one floor
-may not import each other in a circle. Imports inside functions and those for type checkers count like any other.
+may not import each other in a circle. `convert` lies beside the package: it may import all of it, the package imports
+nothing of it, and its own files form no circle either. Imports inside functions and those for type checkers count.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "mlx_gemma_mtp"
+PACKAGE, CONVERTER = "mlx_gemma_mtp", "convert"
 COMMANDS, BASE = "commands", "base"
 FACADE = "__init__"
 # From top to bottom. Files that lie flat in the package are commands, but for those of the lowest floor.
@@ -89,6 +91,13 @@ def upward(arrows: Mapping[str, set[str]]) -> list[str]:
     ]
 
 
+def readers(package: Path, other: str) -> list[str]:
+    """A line for every file of a package that imports another package, under its own name or as a part of this one."""
+    imports = re.compile(rf"^\s*(from|import) +({package.name}\.|\.+)?{other}\b", re.MULTILINE)
+    files = sorted(package.rglob("*.py"))
+    return [f"{name_of(path, package)} imports {other}" for path in files if imports.search(path.read_text("utf-8"))]
+
+
 def circles(arrows: Mapping[str, set[str]]) -> list[str]:
     """A line for every circle of imports that a walk in depth finds."""
     found, done, path = [], set(), []
@@ -116,8 +125,12 @@ def main() -> int:
             below = {floor_of(target) for name in files for target in arrows[name]} - {floor}
             print(f"{floor}: {' '.join(name.removeprefix(f'{floor}.') for name in files)}")
             print(f"    reads {' '.join(each for each in FLOORS if each in below) or 'nothing'}")
-    wrong = [*upward(arrows), *(f"a circle: {each}" for each in circles(arrows))]
-    print("\n".join(wrong) or f"{len(arrows)} files, {sum(map(len, arrows.values()))} imports: none goes up, no circle")
+    beside = graph(ROOT / CONVERTER)
+    print(f"beside them, {CONVERTER}: {' '.join(beside)}")
+    wrong = [*upward(arrows), *readers(ROOT / PACKAGE, CONVERTER)]
+    wrong += [f"a circle: {each}" for each in (*circles(arrows), *circles(beside))]
+    files, imports = len(arrows) + len(beside), sum(map(len, (arrows | beside).values()))
+    print("\n".join(wrong) or f"{files} files, {imports} imports: none goes up, no circle")
     return bool(wrong)
 
 

@@ -18,6 +18,16 @@ def test_no_import_goes_up(arrows):
 
 def test_no_import_goes_round(arrows):
     assert floors.circles(arrows) == []
+    converter = floors.graph(floors.ROOT / floors.CONVERTER)
+    assert floors.circles(converter) == [] and "writer" in converter["conversion"] and "source" in converter["writer"]
+
+
+def test_the_package_does_not_read_the_converter(tmp_path):
+    assert floors.readers(PACKAGE, floors.CONVERTER) == []
+    texts = ("import convert", "def f():\n    from convert.run import x", "from .convert import x", "import converters")
+    house(tmp_path, **{f"m{place}": text for place, text in enumerate(texts)})
+    found = floors.readers(tmp_path / "mlx_gemma_mtp", "convert")
+    assert found == [f"m{place} imports convert" for place in range(3)]
 
 
 def test_the_top_holds_what_a_user_types():

@@ -8,19 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, variance
 
 import mlx.core as mx
+import numpy as np
 
 from ..cache.cache import Cache
 from ..engine.engine import Engine, Result
 from ..sampling.distribution import logprobs, soft_cap
 from ..sampling.params import SamplingParams
 
+PARTITIONS = 9999  # of a permutation test: the least p value is 1e-4
+
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first token that differs. logits: the reference's, at that place, of both tokens."""
+    """The first token of a text that differs from the reference's.
+
+    position: of the token in the text; plain_logit, mtp_logit: the reference's logits of both tokens at that place.
+    """
 
     prompt: int
     position: int
@@ -42,7 +47,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Cell:
-    """One batch size and draft length against the reference."""
+    """The texts of one temperature, batch size (rows) and draft length against the reference.
+
+    equal: the number of texts that are equal; divergences: of the others.
+    """
 
     temperature: float
     rows: int
@@ -65,7 +73,10 @@ class Cell:
 def compare(
     engine: Engine, prompts: Sequence[str], params: SamplingParams, rows: Sequence[int], drafts: Sequence[int]
 ) -> Iterator[Cell]:
-    """Every batch size x draft length. params: with a seed, so that sampled texts are comparable token by token."""
+    """Yields the comparison with plain decoding for every batch size and draft length.
+
+    params: with a seed, so that sampled texts are comparable token by token.
+    """
     plain = [engine.generate(prompt, params, num_draft_tokens=0) for prompt in prompts]
     for size in rows:
         for count in drafts:
@@ -94,7 +105,7 @@ def _failed(index: int, plain: Result, drafted: Result) -> str | None:
 
 
 def divergence(engine: Engine, index: int, prompt: str, plain: list[int], tokens: list[int]) -> Divergence | None:
-    """Where `tokens` leave `plain`, the reference's text after `prompt`; None where they do not."""
+    """Returns where `tokens` leave `plain`, the reference's text after `prompt`; None where they do not."""
     if plain == tokens:
         return None
     at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), min(len(plain), len(tokens)))
@@ -105,25 +116,41 @@ def divergence(engine: Engine, index: int, prompt: str, plain: list[int], tokens
 
 
 def same_distribution(engine: Engine, prompt: str, params: SamplingParams, drafts: int, samples: int) -> float:
-    """The chance that texts sampled with and without drafts differ as much as they do, if their law is the same.
+    """Returns the p value of the claim that texts sampled with and without drafts have the same distribution.
 
-    Compared are the log-probabilities that the target gives to whole texts of 12 tokens, other seeds on either side: a
-    wrong rule makes texts that are too likely or too unlikely. Two-sided test of the means; NaN, which is no chance at
-    all, where a text could not go on.
+    The test compares the log-probabilities that the target gives to whole texts of 12 tokens, with other seeds on
+    either side: a wrong rule makes texts that are too likely or too unlikely. samples: texts on each side. The result
+    is NaN, which no comparison accepts, where a text could not go on.
     """
 
-    def likelihoods(num_draft: int, first_seed: int) -> tuple[float, float]:
+    def likelihoods(num_draft: int, first_seed: int) -> list[float]:
         every = [replace(params, max_tokens=12, seed=first_seed + i, ignore_eos=True) for i in range(samples)]
         results = engine.generate([prompt] * samples, every, num_draft_tokens=num_draft)
         if any(result.error is not None for result in results):
-            return math.nan, math.nan
-        values = [_log_probability(engine, tokens, result.tokens) for result in results]
-        return fmean(values), variance(values) / samples
+            return [math.nan]
+        return [_log_probability(engine, tokens, result.tokens) for result in results]
 
     tokens = engine.text.encode(prompt)
-    (plain, plain_variance), (drafted, drafted_variance) = likelihoods(0, 0), likelihoods(drafts, samples)
-    spread = (plain_variance + drafted_variance) ** 0.5
-    return math.erfc(abs(plain - drafted) / spread / 2**0.5) if spread else float(plain == drafted)
+    return permutation_test(likelihoods(0, 0), likelihoods(drafts, samples))
+
+
+def permutation_test(first: Sequence[float], second: Sequence[float]) -> float:
+    """Returns the p value of the claim that two samples have the same distribution; NaN where a value is NaN.
+
+    It is the share of random partitions of all values whose two means differ at least as much as those of the samples,
+    the given partition among them (Phipson and Smyth, 2010). This is exact for any number and any distribution of
+    values. The partitions are the same at every call.
+    """
+    values = np.array([*first, *second], dtype=np.float64)
+    if np.isnan(values).any():
+        return math.nan
+    random, least = np.random.default_rng(0), abs(np.mean(first) - np.mean(second))
+    least -= 1e-12 * max(1.0, np.abs(values).max())  # an equal difference may round to less
+    found = 0
+    for _ in range(PARTITIONS):
+        random.shuffle(values)
+        found += bool(abs(values[: len(first)].mean() - values[len(first) :].mean()) >= least)
+    return (1 + found) / (1 + PARTITIONS)
 
 
 def _log_probability(engine: Engine, prompt: list[int], text: list[int]) -> float:

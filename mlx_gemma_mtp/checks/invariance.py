@@ -20,14 +20,20 @@ INPUTS = 3  # one input may agree by luck
 
 
 def probe(model: Gemma4, prompt: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
-    """(what, the widths at which it agrees bit for bit with one row): a whole pass, products by path, experts."""
+    """Yields (what, the widths at which it agrees bit for bit with one row).
+
+    Probed are a whole pass, the products of each kind by their path, and the routed experts.
+    """
     yield "whole pass", of_passes(model, prompt)
     yield from of_products(model)
     yield from of_experts(model)
 
 
 def agreeing_widths(product: Callable[[mx.array], mx.array], inputs: int, dtype: mx.Dtype) -> list[int]:
-    """The widths w of WIDTHS at which every row of product([w, inputs]) has the bits of product of that row alone."""
+    """Returns the widths of WIDTHS at which every row of a product has the bits of the product of that row alone.
+
+    product: takes [width, inputs] of `dtype`.
+    """
     agree = set(WIDTHS)
     for seed in range(INPUTS):
         x = mx.random.normal((max(WIDTHS), inputs), key=mx.random.key(seed)).astype(dtype)
@@ -37,7 +43,7 @@ def agreeing_widths(product: Callable[[mx.array], mx.array], inputs: int, dtype:
 
 
 def of_products(model: Gemma4) -> Iterator[tuple[str, list[int]]]:
-    """Each kind of product of a model, by the path of its first one: (path, widths that agree)."""
+    """Yields (path, widths that agree) for each kind of product of a model, under the path of its first one."""
     seen = set()
     for path, module in reversed(model.named_modules()):  # MLX lists the last layer first
         weight = module.get("weight")
@@ -56,7 +62,7 @@ def of_products(model: Gemma4) -> Iterator[tuple[str, list[int]]]:
 
 
 def of_experts(model: Gemma4) -> Iterator[tuple[str, list[int]]]:
-    """The routed experts of the first layer that has some, router included."""
+    """Yields the widths that agree for the routed experts of the first layer that has some, router included."""
     for i, layer in enumerate(model.layers):
         if "experts" in layer:
 
@@ -68,7 +74,7 @@ def of_experts(model: Gemma4) -> Iterator[tuple[str, list[int]]]:
 
 
 def of_passes(model: Gemma4, prompt: Sequence[int]) -> list[int]:
-    """The widths at which a whole pass gives the first new token the hidden state that it has in a pass of its own."""
+    """Returns the widths at which a whole pass gives its first token the hidden state of a pass of that token alone."""
     cache = Cache(model.config.kv, 1, len(prompt) + max(WIDTHS), max(len(prompt), max(WIDTHS)), model.dtype)
     row, tokens = slice(0, 1), mx.array([list(prompt)])
     mx.eval(model(tokens, cache.span(row, tokens.shape[1])))

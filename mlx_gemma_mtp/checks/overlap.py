@@ -21,53 +21,62 @@ FITTED = range(2, 9)  # M that gamma is fitted to: the widths of one row's verif
 
 
 def uniform(experts: int, top_k: int, tokens: float) -> float:
-    """Expected distinct experts of independent tokens, each with its own even choice."""
+    """Returns the expected number of distinct experts of `tokens` tokens that choose evenly and independently."""
     return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
 def independent_tokens(experts: int, top_k: int, distinct: float) -> float:
-    """How many tokens with even and independent choices would wake so many experts: `uniform` the other way round.
+    """Returns how many tokens with even and independent choices would wake so many experts; infinity for all experts.
 
-    Of all experts: infinity.
+    This is the inverse of `uniform`.
     """
     left = 1 - distinct / experts
     return math.log(left) / math.log(1 - top_k / experts) if left > 0 else math.inf
 
 
 def gamma(top_k: int, distinct: dict[int, float]) -> float:
-    """The exponent of U(M) = k M ** gamma by least squares in log U, over the M of FITTED that `distinct` has."""
+    """Returns the exponent of U(M) = k M ** gamma, fitted by least squares in log U.
+
+    distinct: M -> U(M), of which the M of FITTED count.
+    """
     points = [(math.log(m), math.log(distinct[m] / top_k)) for m in FITTED if m in distinct]
     return sum(x * y for x, y in points) / sum(x * x for x, _ in points) if points else math.nan
 
 
 def marks(experts: np.ndarray, count: int) -> np.ndarray:
-    """Expert numbers [..., k] -> bool [..., count], true where chosen."""
+    """Returns bool [..., count], true where chosen, for expert numbers [..., k]."""
     chosen = np.zeros((*experts.shape[:-1], count), bool)
     np.put_along_axis(chosen, experts.astype(np.int64), True, axis=-1)
     return chosen
 
 
 def windows(chosen: np.ndarray, tokens: int) -> np.ndarray:
-    """Distinct experts of so many consecutive tokens, from every place. [layers, T, E] -> [layers, T - tokens + 1]."""
+    """Returns the distinct experts of every `tokens` consecutive tokens: [layers, T - tokens + 1].
+
+    chosen: bool [layers, T, E].
+    """
     counts = np.cumsum(chosen, axis=1, dtype=np.int32)
     counts = np.pad(counts, ((0, 0), (1, 0), (0, 0)))
     return (counts[:, tokens:] > counts[:, :-tokens]).sum(axis=-1)
 
 
 def shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The share of a's experts that b chose, too. bool [..., E], equally many each -> [...]."""
+    """Returns the share of a's experts that b chose, too: [...].
+
+    a, b: bool [..., E], with equally many experts each.
+    """
     return (a & b).sum(axis=-1) / a.sum(axis=-1)
 
 
 @dataclass
 class Mean:
-    """Of a value of every layer, over samples. total: [layers]."""
+    """The mean over samples of a value that every layer has. total: [layers], the sums."""
 
     total: np.ndarray | float = 0.0
     samples: int = 0
 
     def add(self, values: np.ndarray) -> None:
-        """values: [layers, samples]."""
+        """Counts samples. values: [layers, samples]."""
         self.total = self.total + values.sum(axis=1)
         self.samples += values.shape[1]
 
@@ -90,7 +99,7 @@ NEIGHBOURS, ROWS, FIRST, LATER = KINDS = (
 
 @dataclass
 class Figures:
-    """What a trace says. experts, top_k: E and k of the model; tokens: of all texts.
+    """The figures of a trace. experts, top_k: E and k of the model; tokens: of all texts.
 
     runs[M]: distinct experts of M consecutive tokens of a text. verifies[R, T]: of R rows x T tokens of one verify,
     rejected drafts included. shares: of the experts of a token, how many another one chose too: its neighbour in the
@@ -137,11 +146,11 @@ class Figures:
             self.shares.setdefault(kind, Mean()).add(shared(a, b))
 
     def gamma(self, layer: int | None = None) -> float:
-        """Of one layer, or of the mean over layers."""
+        """Returns the exponent of one layer, or, for None, of the mean over layers."""
         return gamma(self.top_k, {m: u.pooled if layer is None else u.by_layer[layer] for m, u in self.runs.items()})
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; a curve has an entry for each number of tokens."""
+        """Returns all figures for JSON. A curve has an entry for each number of tokens."""
         even = lambda tokens: uniform(self.experts, self.top_k, tokens)  # noqa: E731
         return {
             "experts": self.experts,
@@ -168,7 +177,7 @@ def _numbers(mean: Mean) -> dict[str, Any]:
 
 
 def texts_of(batch: Sequence[Verify]) -> dict[int, np.ndarray]:
-    """What each row's own text chose, token after token: row -> [layers, T, k]."""
+    """Returns row -> [layers, T, k]: the experts that each token of the row's own text chose."""
     parts: dict[int, list[np.ndarray]] = {}
     for verify in batch:
         for place, (row, kept) in enumerate(zip(verify.rows, verify.kept, strict=True)):
@@ -177,7 +186,7 @@ def texts_of(batch: Sequence[Verify]) -> dict[int, np.ndarray]:
 
 
 def replaced(batch: Sequence[Verify], texts: dict[int, np.ndarray]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Every rejected draft at whose place the text has a token: (FIRST or LATER, the draft's experts, the token's).
+    """Yields every rejected draft at whose place the text has a token, as (FIRST or LATER, its experts, the token's).
 
     Experts are [layers, k]. Drafts behind the end of a text have no such token.
     """

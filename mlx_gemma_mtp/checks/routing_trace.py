@@ -26,7 +26,7 @@ from ..speculative.prefill import prefill
 
 
 class Watched(nn.Module):
-    """A router whose choices also go to a list, not evaluated: they are computed with the pass that they belong to."""
+    """A router whose choices also go to a list. They are not evaluated there, but with the pass that they belong to."""
 
     def __init__(self, router: Router, log: list[mx.array]):
         super().__init__()
@@ -40,7 +40,7 @@ class Watched(nn.Module):
 
 @contextmanager
 def watched(model: Gemma4) -> Iterator[list[mx.array]]:
-    """Within, each pass of `model` appends what every layer chose, [N, k] a layer, in the order of the layers."""
+    """Yields a list to which each pass of `model` appends what every layer chose: [N, k] a layer, in order."""
     log: list[mx.array] = []
     before = [(layer.router, layer._post_attention) for layer in model.layers]
     try:
@@ -55,10 +55,10 @@ def watched(model: Gemma4) -> Iterator[list[mx.array]]:
 
 @dataclass(frozen=True)
 class Verify:
-    """One verify pass: the newest token of each row, and its drafts.
+    """One verify pass over the newest token of each row and its drafts.
 
-    rows: [B] whose; experts: [layers, B, T, k]; kept: [B] how many of the T tokens are the row's text: the newest one,
-    and the drafts that were accepted, up to the end of the text.
+    rows: [B], the number of each row's prompt; experts: [layers, B, T, k]; kept: [B] how many of the T tokens are the
+    row's text: the newest one, and the drafts that were accepted, up to the end of the text.
     """
 
     rows: tuple[int, ...]
@@ -68,7 +68,7 @@ class Verify:
 
 @dataclass
 class Text:
-    """One row's tokens. limit: how many it may have; the token that ends it is not kept, as in Result."""
+    """The tokens of one row's text. limit: how many it may have. The token that ends it is not kept."""
 
     limit: int
     tokens: list[int] = field(default_factory=list)
@@ -90,7 +90,9 @@ class Text:
 def trace(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, num_draft: int
 ) -> tuple[list[list[int]], list[Verify]]:
-    """Generates the texts of a batch of encoded prompts: (their tokens, every verify pass). The prefill is not logged.
+    """Generates the texts of a batch of encoded prompts; returns (their tokens, every verify pass).
+
+    The prefill is not logged.
 
     Raises UserError for a prompt that fills the context, and for a text that cannot go on.
     """

@@ -22,8 +22,10 @@ PAIRS = 5  # at most
 
 @dataclass(frozen=True)
 class Speedup:
-    """Medians over alternating runs. rates: tokens a second of all rows together, after the prefill. drafted: drafts
-    that were verified in all runs; where there are none, the ratio is noise.
+    """What MTP is worth: medians over alternating runs.
+
+    mtp_tps, plain_tps: tokens a second of all rows together, after the prefill; equal: whether the texts are; drafted:
+    drafts that were verified in all runs. Where there are none, the ratio is noise.
     """
 
     tokens: int
@@ -51,9 +53,10 @@ class Speedup:
 
 
 def measure(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, **options: object) -> Speedup:
-    """Generates up to TOKENS tokens of each prompt with the engine's drafts and plainly, in turn, PAIRS times or for
-    SECONDS. params: with a seed, so that both sides say the same; only a grammar may end a text earlier. options: of
-    `Engine.generate`.
+    """Measures up to TOKENS tokens of each prompt with the engine's drafts and plainly, in turn.
+
+    There are at most PAIRS pairs of runs, and none begins after SECONDS. params: with a seed, so that both sides say
+    the same; only a grammar may end a text earlier. options: of `Engine.generate`.
     """
     params = replace(params, max_tokens=min(params.max_tokens, TOKENS), ignore_eos=not params.grammars, stop=())
 

@@ -11,41 +11,53 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..files.files import whole
+from ..errors import UserError, clipped, shown
+from ..files.files import is_stream, whole
 from ..machine import blas
+from . import raise_again
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
 
+LONG = re.compile(r"\S{200,}")  # an argument in a message
 PLOTS = (".png", ".svg", ".pdf")
 ESCAPED = "[^\ud800-\udc7f\udd00-\udfff]*"  # of lone surrogates, those that stand for bytes alone
 
 
 class Parser(argparse.ArgumentParser):
-    """Usage errors as one line."""
+    """An argument parser whose errors are one line, and whose help tells when it cannot be written."""
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        """Raises UserError. Long arguments are shortened in the message."""
+        raise UserError(f"{LONG.sub(lambda found: clipped(found[0]), message)} (see {self.prog} --help)")
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        """Writes the help. Raises OSError where that fails, which argparse itself passes over."""
+        (file or sys.stdout).write(self.format_help())
 
 
 def command(
     run: Callable[[argparse.Namespace], int], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
 ) -> int:
-    """The exit code: what `run` returns for the arguments, otherwise as `guarded`."""
+    """Parses the arguments, calls `run` with them, and returns the exit code (see `guarded`). argv: None takes the
+    process's own.
+    """
     return guarded(lambda: run(parser().parse_args(texts(argv))))
 
 
 def guarded(call: Callable[[], int]) -> int:
-    """The exit code: what `call` returns, 2 with one line on standard error for bad input and for what cannot be read
-    or written, 1 where the reader of standard output has gone, 130 after Ctrl-C.
+    """Runs a command and returns its exit code.
+
+    That is what `call` returns; 2, with one line on standard error, for bad input and for what cannot be read or
+    written; 1 where the reader of standard output has gone; 130 after Ctrl-C.
     """
     open_streams()
     try:
+        raise_again()
         try:
             if sys.stdout is None:
                 raise UserError("standard output is closed; expected a terminal, a pipe or a file")
@@ -68,8 +80,10 @@ def guarded(call: Callable[[], int]) -> int:
 
 
 def open_streams() -> None:
-    """Opens what the caller has closed (`2>&-`): else Python prints notes on standard output, and a file that is opened
-    takes the number of standard error. Text is UTF-8, whatever the locale says; a path may be no text.
+    """Opens the standard streams that the caller has closed (`2>&-`), and writes UTF-8 whatever the locale says.
+
+    Else Python would print notes on standard output, and a file that is opened would take the number of standard error.
+    Characters that are no text, as in some paths, are escaped.
     """
     for number in range(3):
         try:
@@ -92,7 +106,15 @@ def _flush() -> None:
 
 
 def _reason(error: OSError) -> str:
-    """A line. An error without a name comes from what is open: standard output, or a file that is being written."""
+    """Names the file and what is wrong with it, in a line.
+
+    An error without a name comes from what is open (standard output, a file that is being written) or from a working
+    directory that is gone.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working directory was deleted; change to a folder that exists"
     reason = " ".join((error.strerror or str(error)).splitlines())
     if error.filename is None:
         return f"standard output or a file cannot be written ({reason}); expected a disk with space, or a pipe"
@@ -106,7 +128,9 @@ def _discard_output() -> None:
 
 
 def texts(argv: Sequence[str] | None) -> list[str]:
-    """Arguments as text; None: the process's own. Bytes that the locale cannot read are read as UTF-8.
+    """Returns arguments as text.
+
+    argv: None takes the process's own. Bytes that the locale cannot read are read as UTF-8.
 
     Raises UserError, naming the argument, for bytes that are no text (they would arrive as lone surrogates).
     """
@@ -141,12 +165,15 @@ def tell(*lines: str) -> None:
 
 
 def note(message: str) -> None:
-    """What the user should know, on standard error."""
+    """Prints what the user should know on standard error."""
     tell(f"note: {message}")
 
 
 class Stage:
-    """Says on standard error what is being done, where that takes more than a second; '' for nothing."""
+    """Tells on standard error what is being done, once it takes longer than `seconds`.
+
+    Call it with what begins, or with '' where nothing is done any more. It is a context manager, which ends with ''.
+    """
 
     def __init__(self, seconds: float = 1.0):
         self.seconds = seconds
@@ -168,7 +195,10 @@ class Stage:
 
 
 def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
-    """As load, after the BLAS and with notes, a bar, and a word on what takes long."""
+    """Loads an engine for a command line: see engine.load.load for the arguments.
+
+    A fast BLAS is loaded first. Notes, a progress bar and what takes long go to standard error. Raises UserError.
+    """
     with Stage() as stage:
         stage("checking the BLAS")
         blas.preload()
@@ -181,12 +211,22 @@ def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
 
 def check_file(flag: str, path: Path) -> None:
     """Refuses a file that could not be written, before anything is measured. Raises UserError."""
-    if path.is_dir() or not path.parent.is_dir():
+    if "\0" in str(path):
+        raise UserError(f"{flag} {shown(str(path))} is no name of a file; expected a file in a folder that exists")
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; expected a file in a folder that exists; name a file in it")
+    if not path.parent.is_dir():
         raise UserError(f"{flag} {path}: expected a file in a folder that exists; create {path.parent}")
+    try:
+        place = path if is_stream(path) else Path(os.path.realpath(path)).parent
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); name another file") from None
+    if not place.exists() or not os.access(place, os.W_OK):
+        raise UserError(f"{flag} {path}: {place} cannot be written; name another file")
 
 
 def check_plot(path: Path) -> None:
-    """Likewise a --plot that could not be drawn."""
+    """Refuses a --plot that could not be drawn or written, before anything is measured. Raises UserError."""
     check_file("--plot", path)
     if path.suffix not in PLOTS:
         raise UserError(f"--plot {path}: expected a name that ends in {', '.join(PLOTS)}")
@@ -198,7 +238,10 @@ def check_plot(path: Path) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """As files.whole, for a file that the user named. Raises UserError."""
+    """Yields where to write a file that the user named; the file appears whole, or not at all (see files.whole).
+
+    Raises UserError where it cannot be written.
+    """
     try:
         with whole(path) as part:
             yield part
@@ -207,7 +250,7 @@ def written(path: Path) -> Iterator[Path]:
 
 
 class Bar:
-    """A progress bar on a terminal's standard error that shows itself after a second."""
+    """A progress bar on a terminal's standard error, which appears after a second. Call it with (done, total)."""
 
     def __init__(self, what: str):
         self.what = what

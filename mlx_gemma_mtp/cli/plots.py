@@ -1,17 +1,37 @@
-"""What pictures share: a heading that fits, and words that do not run into each other. Needs matplotlib when called."""
+"""What pictures share: panels of one look, a heading that fits, and words that do not run into each other.
+
+Needs matplotlib when called.
+"""
 
 from __future__ import annotations
 
 import textwrap
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SMALL = 8  # points: legends, and the lines below a title
 EDGE = 0.97  # of a width that a line may fill
+DPI = 120
+
+
+def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """Returns a figure without a window, and its axes as an array [rows, columns]. width, height: in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def dress(axes: Axes, legend: str = "best", **grid: Any) -> None:
+    """Gives axes a faint grid, and a legend at a place of matplotlib's ('' for none). grid: options of Axes.grid."""
+    axes.grid(alpha=0.3, **grid)
+    if legend:
+        axes.legend(fontsize=SMALL, loc=legend)
 
 
 def heading(figure: Figure, title: str, details: str) -> None:
@@ -25,7 +45,10 @@ def heading(figure: Figure, title: str, details: str) -> None:
 
 
 def fitted(figure: Figure, text: str, size: float, share: float = 1.0) -> str:
-    """Breaks a text into lines that fill no more than a share of the figure's width, at so many points."""
+    """Returns a text broken into lines that fill at most `share` of the figure's width.
+
+    size: of the letters, in points.
+    """
     columns, room = max(1, len(text)), share * EDGE * figure.bbox.width
     while True:
         broken = textwrap.fill(text, columns)

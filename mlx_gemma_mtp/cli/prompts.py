@@ -8,12 +8,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from ..errors import UserError
-
-if TYPE_CHECKING:
-    pass
+from ..errors import UserError, clipped, shown
 
 PROMPTS = (
     "Write a Python function that reads a CSV file and returns the column means.",
@@ -25,12 +21,10 @@ PROMPTS = (
     "List the planets of the solar system by size.",
     "Write a haiku about compilers.",
 )
-if TYPE_CHECKING:
-    pass
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt, standard input and --prompt-file, in this order."""
+    """Returns the prompts of --prompt, standard input and --prompt-file, in this order. Raises UserError."""
     prompts = [_standard_input() if p == "-" else p for p in args.prompt]
     if args.prompt_file is not None:
         prompts += read_lines(args.prompt_file)
@@ -38,48 +32,51 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise UserError("there is no prompt; give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE")
     for prompt in prompts:
         if not prompt.strip():
-            raise UserError(f"the prompt {prompt!r} is empty; expected some text")
+            raise UserError(f"the prompt {shown(prompt)} is empty; expected some text")
     return prompts
 
 
 def read_lines(path: str) -> list[str]:
-    """The prompts of a --prompt-file: its lines, without empty ones."""
+    """Returns the prompts of a --prompt-file: its lines, without empty ones. Raises UserError."""
     lines = re.split(r"\r\n|\n|\r", _read("--prompt-file", path, "a text file, a prompt a line"))
     return [line for line in lines if line.strip()]
 
 
 def read_schema(source: str | None) -> str | None:
-    """The JSON text of --json-schema."""
+    """Returns the JSON text of --json-schema, which names a file or is the text itself. Raises UserError."""
     text = read_source("--json-schema", source, lambda text: text.lstrip().startswith(("{", "[")))
     if text is not None:
         try:
             json.loads(text)
         except (ValueError, RecursionError) as error:
-            where = "" if text is source else f" {source}"
+            where = "" if text is source else f" {clipped(source)}"
             raise UserError(f"--json-schema{where} is no JSON: {error}; give a JSON schema, or a file of one") from None
     return text
 
 
 def read_source(flag: str, source: str | None, is_text: Callable[[str], bool]) -> str | None:
-    """The text of a file where `source` names one, else `source`, if that can be such a text."""
+    """Returns the text of the file that `source` names, or `source` itself where there is no such file.
+
+    is_text: says whether `source` can be a text of that kind. Raises UserError where it is neither.
+    """
     if source is None:
         return None
     if os.path.exists(os.path.expanduser(source)):
         return _read(flag, source, "a text file")
     if is_text(source):
         return source
-    raise UserError(f"{flag} {source}: there is no such file, and it is no text of that kind; check the name")
+    raise UserError(f"{flag} {clipped(source)}: there is no such file, and it is no text of that kind; check the name")
 
 
 def _read(flag: str, path: str, expected: str) -> str:
-    """The text of a file that the user named. Raises UserError."""
+    """Returns the text of a file that the user named. Raises UserError."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
             data = file.read()
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; expected {expected}") from None
+        raise UserError(f"{flag} {clipped(path)}: {error.strerror}; expected {expected}") from None
     except ValueError:  # a NUL in the name
-        raise UserError(f"{flag} {path!r} is no name of a file; expected {expected}") from None
+        raise UserError(f"{flag} {shown(path)} is no name of a file; expected {expected}") from None
     return _decode(data, f"{flag} {path}")
 
 

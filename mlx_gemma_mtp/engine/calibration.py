@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from .._version import __version__
 from ..cache.cache import Cache
+from ..files.files import CACHE
 from ..files.folder import weight_files
 from ..files.hub import Pair
 from ..machine import blas, device
@@ -248,7 +249,10 @@ class Costs:
             if self.file is not None:
                 self.file.write(verified, drafted)
         except OSError as error:
-            self.notice(f"the costs of rounds cannot be kept in {self.file.path} ({error.strerror})")
+            self.notice(
+                f"the costs of rounds cannot be kept in {self.file.path} ({error.strerror}), so that every start "
+                f"measures them; name a folder that can be written: {CACHE}=FOLDER"
+            )
 
 
 def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:

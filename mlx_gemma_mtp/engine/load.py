@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +37,7 @@ from .warmup import making_ready, warm_up
 if TYPE_CHECKING:
     from ..text.encode import Text
 
+ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # else transformers misses PyTorch, on standard error
 _computing: set[int] = set()  # processes in which a model was loaded: this one, or one that it was forked from
 
 
@@ -122,9 +124,11 @@ class _Wanted:
 
 
 def _location(name: str, value: Any) -> str:
-    """Returns a folder or a hub id as text. Raises UserError for other types."""
+    """Returns a folder or a hub id as text. Raises UserError for any other value, and for an empty text."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise UserError(f"{name} is {shown(value)}, expected a folder or a hub id")
+    if not os.fspath(value):
+        raise UserError(f"{name} is empty, expected a folder or a hub id such as org/name")
     return os.fspath(value)
 
 
@@ -223,13 +227,28 @@ def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) 
 def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: int) -> Text:
     """Returns the tokenizer. Its libraries take seconds to import; meanwhile the models run for the first time.
 
-    The import has the other thread, not the models: MLX aborts a process that ends after a thread of its own computed.
+    The other thread imports nothing that touches MLX. A thread in which MLX computed or compiled takes the
+    interpreter's lock once more when it ends, and aborts the process where that is ending, too (after Ctrl-C, say).
     """
     with ThreadPoolExecutor(1) as pool:
-        importing = pool.submit(import_module, "..text.encode", __package__)
+        importing = pool.submit(_import_transformers)
         warm_up(target, drafter, max_rows)
-        text = importing.result()
+        importing.result()
+    text = import_module("..text.encode", __package__)
     return text.Text(folder, target.config.vocab_size, target.config.media_token_ids)
+
+
+def _import_transformers() -> None:
+    """Imports what takes long of text.encode's libraries. Where it fails, text.encode itself fails, and says why."""
+    quiet = ADVICE not in os.environ  # mlx_lm sets it, too
+    if quiet:
+        os.environ[ADVICE] = "1"
+    try:
+        with suppress(ImportError):
+            import_module("transformers.models.auto.tokenization_auto")
+    finally:
+        if quiet:
+            os.environ.pop(ADVICE, None)
 
 
 def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, block: int) -> None:

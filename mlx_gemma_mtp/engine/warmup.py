@@ -21,6 +21,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..errors import UserError
 from ..files.files import cache_folder, whole
 from ..machine.device import metal_available
 from ..models.drafter import Drafter
@@ -42,15 +43,32 @@ def keep_kernels() -> None:
     """Has MLX keep what it compiles for a Linux CPU in the user's cache folder, by setting TMPDIR.
 
     A reboot empties /tmp, and there the folder belongs to whoever came first: others cannot add to it, and would run
-    what lies in it. For a command line alone, since TMPDIR is the process's; one that is a folder stays.
+    what lies in it. A TMPDIR that can be written stays. Only command lines call this, since TMPDIR is the process's.
     """
-    if not sys.platform.startswith("linux") or metal_available() or os.path.isdir(os.environ.get("TMPDIR", "")):
+    if not sys.platform.startswith("linux") or metal_available():
         return
+    if os.path.isdir(given := os.environ.get("TMPDIR", "")) and _can_hold(kernel_folder()):
+        return
+    os.environ.pop("TMPDIR", None)
+    usual = tempfile.gettempdir()  # Python's own stays where it was
     folder = cache_folder() / "kernels" / f"{platform.machine()}-{_libc()}"
     if SAFE.fullmatch(str(folder)) and _can_hold(folder):
-        os.environ.pop("TMPDIR", None)
-        tempfile.gettempdir()  # Python's own stays where it was
         os.environ["TMPDIR"] = str(folder)
+    elif given:
+        os.environ["TMPDIR"] = usual
+
+
+def check_kernel_folder() -> None:
+    """Raises UserError where MLX must compile for this CPU and cannot: its folder is not there and cannot be made."""
+    if metal_available():
+        return
+    try:
+        kernel_folder().mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"MLX cannot keep the kernels that it compiles in {kernel_folder()} ({error}); set TMPDIR to a folder that "
+            "can be written"
+        ) from None
 
 
 def _libc() -> str:
@@ -70,26 +88,28 @@ def _can_hold(folder: Path) -> bool:
 
 
 def kernel_folder() -> Path:
-    """Where MLX keeps the kernels that it compiled for the CPU."""
+    """Returns the folder where MLX keeps the kernels that it compiled for the CPU. It may not exist."""
     return Path(os.environ.get("TMPDIR") or tempfile.gettempdir(), "mlx", mx.__version__, "cpu")
 
 
 def wanted(target: Gemma4) -> bool:
-    """Whether kernels are to be made before they are needed."""
+    """Returns whether kernels are to be compiled before they are needed."""
     return not metal_available() and step_bytes(target) <= MOST_BYTES
 
 
 def making_ready(target: Gemma4) -> str:
-    """What `load` does last, for whoever waits."""
+    """Returns what `load` does last, for whoever waits."""
     if wanted(target) and shutil.which("g++") and not any(kernel_folder().glob("*.so")):
         return "compiling kernels for this CPU (once on this machine) and importing the tokenizer"
     return "importing the tokenizer"
 
 
 def warm_up(target: Gemma4, drafter: Drafter | None, max_rows: int) -> None:
-    """Runs a short prompt, and rounds with drafts and without, in one row and, where there may be more, in two; once a
-    process for each kind of pair. Does nothing on Metal.
+    """Runs a short prompt, and rounds with drafts and without, in one row and, where max_rows allows, in two.
+
+    Does so once a process for each kind of pair, and not on Metal. Raises UserError where MLX cannot keep its kernels.
     """
+    check_kernel_folder()
     if not wanted(target):
         return
     for rows in (1, 2)[:max_rows]:

@@ -1,8 +1,11 @@
-"""Files: those of a model folder that are not what they should be, those that are written whole, the cache folder."""
+"""Files that are not what they should be, files that are written whole or not at all, and the cache folder."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,9 +21,9 @@ PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 
 def instead(head: bytes) -> str | None:
-    """What a file holds instead of a model's data, with the fix; None where nothing speaks against it.
+    """Returns what a file holds instead of a model's data, with the fix, as the end of a sentence; None for neither.
 
-    head: its first HEAD bytes.
+    head: the file's first HEAD bytes.
     """
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
@@ -33,10 +36,15 @@ def instead(head: bytes) -> str | None:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file of a model folder. Raises UserError where it is missing, unreadable or was not downloaded."""
+    """Returns the bytes of a file of a model folder.
+
+    Raises UserError where the file is missing, unreadable, no regular file, or was not downloaded.
+    """
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; expected a complete model folder; download it again")
+    if other := no_file(path):  # what would block or not end is not read either
+        raise UserError(f"{path} {other}; expected a file of a model folder; download it again")
     try:
-        if not path.is_file():  # one that would block or not end is not read either
-            raise UserError(f"{path}: no such file; expected a complete model folder; download it again")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
@@ -45,8 +53,24 @@ def content(path: Path) -> bytes:
     return data
 
 
+def no_file(path: Path) -> str | None:
+    """Returns what stands at a path in place of a regular file, as the end of a sentence; None for a regular file."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "is a link that leads back to itself"
+        if path.is_symlink():
+            return f"is a link to {os.readlink(path)}, where nothing is"
+        return f"cannot be read ({error.strerror})"
+    except ValueError:  # a NUL in the name
+        return "is no name of a file"
+    kinds = {stat.S_IFREG: None, stat.S_IFDIR: "is a folder", stat.S_IFIFO: "is a named pipe"}
+    return kinds.get(stat.S_IFMT(mode), "is a device or a socket")
+
+
 def text(path: Path) -> str:
-    """Likewise the text of a file in UTF-8."""
+    """Returns the text of a UTF-8 file of a model folder. Raises UserError where it cannot be read as such."""
     try:
         return content(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -54,7 +78,10 @@ def text(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for what is kept between runs: MLX_GEMMA_MTP_CACHE, or the user's cache folder. It may not exist."""
+    """Returns the folder for what is kept between runs: MLX_GEMMA_MTP_CACHE, or one in the user's cache folder.
+
+    It may not exist.
+    """
     named = os.environ.get(CACHE, "").strip()
     return _expanded(named) if named else _user_cache() / "mlx_gemma_mtp"
 
@@ -74,15 +101,35 @@ def _expanded(name: str) -> Path:
     return path.absolute()
 
 
+def is_stream(path: Path) -> bool:
+    """Returns whether a path leads to something that is no regular file, or to a descriptor that is open already.
+
+    Raises OSError for a path that cannot be followed, such as a link that leads back to itself.
+    """
+    if os.fspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/")):  # may be a regular file, open at its end
+        return True
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write into; it takes the name when the block ends, and is removed if the block raises.
+    """Yields a temporary file to write into, which replaces `path` when the block ends and is removed if it raises.
 
-    Raises OSError.
+    Links are followed: the file that they lead to is replaced, and the links stay. What is no regular file (a pipe, a
+    device, an open descriptor in /dev/fd) cannot be replaced: then `path` itself is yielded. Raises OSError.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    if is_stream(path):
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f"{path.name[:50]}.{os.getpid()}.part")  # a name of a name's greatest length has room
     try:
         yield part
+        if path.exists():
+            shutil.copymode(path, part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

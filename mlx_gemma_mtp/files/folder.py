@@ -19,13 +19,15 @@ SINGLE = "model.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model folder's weights: those that its index names, or model.safetensors without an index.
+    """Returns the files that hold a folder's weights: those of its index, or model.safetensors without an index.
 
     Whatever else lies there (hidden files, adapters, consolidated.safetensors, folders) is no weight of the model.
     Raises UserError for a file that is not there, or that an index places elsewhere.
     """
     names = sorted(set(read_index(folder).values())) or [SINGLE]
     for name in names:
+        if is_plain(name) and os.path.lexists(folder / name) and (other := files.no_file(folder / name)):
+            raise UserError(f"{folder / name} {other}; expected a file with weights: download the folder again")
         if not is_plain(name) or not (folder / name).is_file():
             raise UserError(
                 f"{folder} has no weight file {name!r}{_others(folder)}; expected a plain NAME.safetensors beside "
@@ -35,7 +37,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name of a folder with an index, {} without one. Raises UserError for one that is none."""
+    """Returns tensor name -> file name from a folder's index, {} where there is none.
+
+    Raises UserError for a broken index.
+    """
     path = folder / INDEX
     if not os.path.lexists(path):
         return {}
@@ -46,7 +51,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether `name` is that of a safetensors file in the same folder: no path, nothing hidden."""
+    """Returns whether `name` is that of a safetensors file in the same folder: no path, nothing hidden."""
     return os.path.basename(name) == name and name.endswith(".safetensors") and name[0] != "." and name.isprintable()
 
 
@@ -63,13 +68,16 @@ def _others(folder: Path) -> str:
 
 
 def weight_bytes(folder: Path, widened: bool = False) -> int:
-    """Bytes of a folder's tensors; widened: 16-bit floats, also scales and biases of quantised weights, as float32."""
+    """Returns the bytes of a folder's tensors.
+
+    widened: counts 16-bit floats, also scales and biases of quantised weights, as float32.
+    """
     tensors = [tensor for file in weight_files(folder) for tensor in read_header(file).values()]
     return sum(t.nbytes * (2 if widened and t.dtype in ("BF16", "F16") else 1) for t in tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder."""
+    """Returns config.json of a model folder. Raises UserError where there is none, or none that can be read."""
     path = folder / "config.json"
     if not os.path.lexists(path):
         raise UserError(

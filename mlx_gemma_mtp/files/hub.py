@@ -17,8 +17,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from .folder import SINGLE, read_index
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -30,9 +31,13 @@ PUBLISHED = re.compile(r"gemma-4-(?P<size>e2b|e4b|12b|26b-a4b|31b)(?P<it>-it)?(?
 SIZES = {size.lower(): size for size in ("E2B", "E4B", "12B", "26B-A4B", "31B")}
 
 
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
+REVISION = re.compile(r"(?!.*\.\.)[^\s\0/][^\s\0]{0,199}")
+
+
 @dataclass(frozen=True)
 class Pair:
-    """Local folders of a target and its drafter; `reason` says why there is no drafter."""
+    """The local folders of a target and of its drafter. reason: why there is no drafter; None where there is one."""
 
     target: Path
     drafter: Path | None
@@ -52,11 +57,12 @@ class Unreachable(UserError):
 
 
 def find_pair(model: str | None, draft_model: str, revision: str | None = None) -> Pair:
-    """model: a folder, a hub id, or None for the bundled pair; draft_model: a folder, a hub id, 'auto' or 'none'.
+    """Returns the folders of a target and its drafter, downloading what is only on the hub.
 
-    'auto' looks beside the target's folder, in the hub's cache, and, for a target that is a hub id, on the hub. Raises
-    UserError where a model that was named cannot be had, or where the names tell that one of the two is a base model
-    and the other is not.
+    model: a folder, a hub id, or None for the bundled pair; draft_model: a folder, a hub id, 'auto' or 'none';
+    revision: of `model` on the hub. 'auto' looks beside the target's folder, in the hub's cache, and, for a target that
+    is a hub id, on the hub. Raises UserError where a model that was named cannot be had, or where the names tell that
+    one of the two is a base model and the other is not.
     """
     target = DEMO / "target" if model is None else find(model, revision)
     if draft_model == "none":
@@ -71,7 +77,12 @@ def find_pair(model: str | None, draft_model: str, revision: str | None = None) 
 
 
 def find(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model; downloads it (with a progress bar) if it is a hub id that is not cached."""
+    """Returns the local folder of a model; downloads a hub id that is not cached, with a progress bar.
+
+    Raises UserError for a name that is neither, and for a model that cannot be had.
+    """
+    if not model:  # as a path it would be the current folder
+        raise UserError("the name of a model is empty; expected a model folder or a hub id such as org/name")
     folder = _given(model)
     if os.path.isdir(folder):
         return folder.resolve()
@@ -79,8 +90,10 @@ def find(model: str, revision: str | None = None) -> Path:
         raise UserError(f"{model} is a file; expected a model folder (with config.json) or a hub id such as org/name")
     if os.path.islink(folder):
         raise UserError(f"{model} is a link to {os.readlink(folder)}, where nothing is; expected a model folder")
-    if not _is_hub_id(model):
-        raise UserError(f"there is no model {model!r}: no such folder, and no hub id of the form org/name")
+    if not is_hub_id(model):
+        raise NotFound(f"there is no model {shown(model)}: no such folder, and no hub id of the form org/name")
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise NotFound(f"the revision {shown(revision)} of {model!r} is no name; expected a branch, a tag or a commit")
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED))
     except Exception as error:  # the client's errors, and those of what it uses, have no common base
@@ -95,7 +108,7 @@ def find(model: str, revision: str | None = None) -> Path:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a model folder lacks of config.json and of the weight files that its index names."""
+    """Returns the files that a model folder lacks, by name: config.json, and the weight files that its index names."""
     try:
         weights = sorted(set(read_index(folder).values())) or [SINGLE]
     except UserError:
@@ -104,7 +117,10 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def refusal(model: str, error: BaseException, revision: str | None = None, missing: Sequence[str] = ()) -> UserError:
-    """What an error of the hub's client means for the user, and what helps. missing: what a cached part lacks."""
+    """Returns the UserError for an error of the hub's client: what it means and what helps.
+
+    missing: the files that the part of the model in the hub's cache lacks.
+    """
     reason = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError) or (status in (401, 403) and not isinstance(error, RepositoryNotFoundError)):
@@ -149,7 +165,7 @@ def _unreachable(model: str, revision: str | None, missing: Sequence[str], why: 
 
 
 def _cached_folder(model: str, revision: str | None = None) -> Path | None:
-    """The snapshot of a hub id in the hub's cache, complete or not; no network."""
+    """Returns the snapshot of a valid hub id in the hub's cache, complete or not, or None. Needs no network."""
     config = try_to_load_from_cache(model, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
 
@@ -160,22 +176,42 @@ def _given(model: str) -> Path:
 
 
 def spellings(folder: Path) -> list[Path]:
-    """The places where a folder lies: by the name as it is given, by each link that it leads over, and by its own."""
-    found = [Path(os.path.abspath(folder))]
-    while found[-1].is_symlink() and len(found) < 40:  # what the system follows at most
-        found.append(Path(os.path.abspath(found[-1].parent / os.readlink(found[-1]))))
+    """Returns the absolute paths of a folder: the one as given, one for each link that it leads over, the real one."""
+    found = []
+    for base in [folder] if folder.is_absolute() else _working_folders():
+        place = Path(os.path.normpath(base / folder))
+        while place not in found and len(found) < 40:  # what the system follows at most
+            found.append(place)
+            if place.is_symlink():
+                place = Path(os.path.normpath(place.parent / os.readlink(place)))
     return list(dict.fromkeys((*found, folder.resolve())))
 
 
+def _working_folders() -> list[Path]:
+    """The working folder by the name that the shell followed to it (a link, perhaps), and by its own."""
+    named, own = os.environ.get("PWD", ""), os.getcwd()
+    known = os.path.isabs(named) and os.path.realpath(named) == own
+    return [Path(named), Path(own)] if known else [Path(own)]
+
+
 def assistant(model: str) -> str:
-    """The drafter of a source by its name with -assistant: a folder beside any of its spellings, or a hub id."""
+    """Returns the name of a source's drafter, which is the source's with -assistant: a folder beside it, or a hub id.
+
+    The folder may lie beside any of the source's `spellings`.
+    """
     names = [model.rstrip("/") or model, *map(str, spellings(_given(model)))]
     return next((f"{name}-assistant" for name in names if os.path.isdir(f"{name}-assistant")), f"{names[0]}-assistant")
 
 
-def _is_hub_id(model: str) -> bool:
-    parts = model.split("/")
-    return len(parts) == 2 and all(parts) and not model.startswith((".", "~"))
+def is_hub_id(model: str) -> bool:
+    """Returns whether a text is a valid org/name; the hub's client raises errors of its own for any other."""
+    if not HUB_ID.fullmatch(model):
+        return False
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _auto(model: str | None, target: Path) -> Pair:
@@ -213,7 +249,7 @@ def _name(model: str, folder: Path) -> str:
     """org/name of a hub id or of its cached snapshot; the name of any other folder."""
     if folder.parent.name == "snapshots":  # models--org--name/snapshots/commit
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    return model if _is_hub_id(model) and not Path(model).is_dir() else folder.name
+    return model if is_hub_id(model) and not Path(model).is_dir() else folder.name
 
 
 def _names(model: str, folder: Path) -> list[str]:
@@ -245,7 +281,7 @@ def _drafter_ids(name: str) -> list[str]:
         if published["qat"]:
             ids.append(f"google/gemma-4-{size}{it}-qat-q4_0-unquantized-assistant")
         ids += [f"google/gemma-4-{size}{it}-assistant", f"mlx-community/gemma-4-{size}{it}-assistant-bf16"]
-    return list(dict.fromkeys(ids))
+    return list(dict.fromkeys(filter(is_hub_id, ids)))  # with its end, a long name may be none
 
 
 def _check_kinds(target: str, drafter: str) -> None:

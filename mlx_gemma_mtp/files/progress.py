@@ -1,4 +1,4 @@
-"""How far something is, told to whoever watches."""
+"""`Progress`: a callback that is told how many parts of how many are done."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
-    """Nobody watches."""
+    """A Progress that does nothing."""

@@ -35,7 +35,7 @@ class Tensor:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """name -> Tensor of one file; UserError if any byte of it would be unaccounted for."""
+    """Returns name -> Tensor of one file. Raises UserError if any byte of the file would be unaccounted for."""
     try:
         size, raw, length = _read_header(path)
     except OSError as error:
@@ -68,15 +68,19 @@ def _read_header(path: Path) -> tuple[int, bytes, int]:
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file of a model folder. Raises UserError for whatever else is there, with the fix."""
+    """Returns the JSON object in a file of a model folder. Raises UserError, with the fix, for anything else."""
+    data = content(path)  # outside of the try: a UserError is a ValueError
     try:
-        return parse_object(content(path))
+        return parse_object(data)
     except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); expected a JSON object; download it again") from None
 
 
 def parse_object(raw: bytes) -> dict:
-    """A JSON object in UTF-8; ValueError for anything else, for keys that occur twice, and for NaN and Infinity."""
+    """Returns a JSON object in UTF-8.
+
+    Raises ValueError for anything else, for keys that occur twice, for NaN and Infinity.
+    """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
@@ -87,7 +91,10 @@ def parse_object(raw: bytes) -> dict:
 
 
 def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
-    """The header of a file holding (name, dtype, shape) in this order, and each file offset."""
+    """Returns (the header of a file that holds tensors in this order, the offset of each in the file, in bytes).
+
+    tensors: (name, dtype, shape) of each.
+    """
     header: dict = {"__metadata__": {"format": "mlx"}}
     end, begins = 0, []
     for name, dtype, shape in tensors:

@@ -58,12 +58,12 @@ class _DlInfo(ctypes.Structure):
 
 
 def is_reference() -> bool:
-    """Whether the reference BLAS multiplies."""
+    """Returns whether the reference BLAS multiplies, which is slow."""
     return name().startswith("reference")
 
 
 def name() -> str:
-    """The BLAS in use: the library in front (preloaded by us or LD_PRELOAD), or the one that MLX was built with."""
+    """Returns the name of the BLAS in use: a library in front of MLX's own (by `preload`, LD_PRELOAD), or that."""
     if not sys.platform.startswith("linux"):
         return "Accelerate" if sys.platform == "darwin" else "MLX's own"
     everything = ctypes.CDLL(None)

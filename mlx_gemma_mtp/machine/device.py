@@ -19,7 +19,7 @@ class Kind(StrEnum):
 
 @cache
 def metal_available() -> bool:
-    """True where Metal runs and is the default device. It is asked once: the answer stays for the process."""
+    """Returns whether Metal runs and is the default device. MLX is asked once: the answer stays for the process."""
     return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 

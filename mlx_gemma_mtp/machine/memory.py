@@ -15,14 +15,17 @@ from .device import metal_available
 
 
 def total_bytes() -> int:
-    """Memory that a model can use: the recommended working set on a Mac, physical memory elsewhere."""
+    """Returns the bytes that a model can use: the recommended working set on a Mac, physical memory elsewhere."""
     if metal_available():
         return int(device.info()["max_recommended_working_set_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check(needed: int, what: str, advice: str) -> None:
-    """Raises UserError when `needed` bytes cannot fit."""
+    """Raises UserError where `needed` bytes cannot fit.
+
+    what: the thing that needs them; advice: what the user can do.
+    """
     available = total_bytes()
     if needed > available:
         raise UserError(
@@ -55,7 +58,10 @@ _wired = _Wired()
 
 @contextmanager
 def wired_limit() -> Iterator[None]:
-    """On a Mac, keeps weights wired up to the recommended working set while any such block runs (as mlx_lm)."""
+    """Keeps weights wired in memory on a Mac, up to the recommended working set, while any such block runs.
+
+    mlx_lm does so, too.
+    """
     if not metal_available():
         yield
         return

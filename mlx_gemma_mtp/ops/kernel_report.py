@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from .._version import __version__
-from ..files.files import cache_folder, whole
+from ..files.files import CACHE, cache_folder, whole
 from ..machine import device
 from . import expert_paths, kernels
 
@@ -88,7 +88,10 @@ def ensure(notice: Callable[[str], None], report: Report | None = None) -> None:
         try:
             report.write(*known)
         except OSError as error:
-            notice(f"the kernels' checks cannot be kept in {report.path} ({error.strerror}); they run at every start")
+            notice(
+                f"the kernels' checks cannot be kept in {report.path} ({error.strerror}), so that they run at every "
+                f"start; name a folder that can be written: {CACHE}=FOLDER"
+            )
     checked, rules = known
     for name, finding in checked.items():
         if finding is not None:

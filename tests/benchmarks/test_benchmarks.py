@@ -15,6 +15,7 @@ from benchmarks.systems.__main__ import answer
 from benchmarks.trace import Trace, primitives
 from benchmarks.workers import OURS, Failed, Gone, Setup
 from mlx_gemma_mtp import UserError
+from mlx_gemma_mtp.cli.plots import panels
 from mlx_gemma_mtp.engine.stats import Stats
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.files.hub import Pair
@@ -291,7 +292,7 @@ def test_no_repeat_begins_that_would_end_too_late():
 
 def test_a_result_is_whole_or_not_there(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError):
         claim.save(tmp_path / "folder", {"claim": "text"})
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     claim.save(tmp_path / "a.json", {"claim": "text", "records": LINES})
@@ -323,7 +324,7 @@ def test_what_macos_prints_is_read_and_what_is_not_there_is_absent():
         (["--num-draft-tokens", "0-9"], "expected 0 to 8, or auto"),
         (["--batch", "0"], "--batch is [0], expected 1 or more"),
         (["--hf-path", "/nowhere", "--batch", "1"], "/nowhere has no config.json"),
-        (["--json", "/nowhere/at/all.jsonl"], "there is no folder /nowhere/at"),
+        (["--json", "/nowhere/at/all.jsonl"], "create /nowhere/at"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags, expected):
@@ -373,11 +374,10 @@ def test_the_report_names_its_axes_and_replaces_only_reports(tmp_path, capsys):
     assert report.main([str(file), "--out", str(tmp_path)]) == 2
     assert "holds something that is no report" in capsys.readouterr().err and file.exists()
     for numbers, paint in plots.PICTURES.values():
-        _, axes = plots.plt.subplots()
+        _, ((axes,),) = panels(1, 1, 6, 4)
         paint(axes, numbers(LINES))
         assert all("(" in label or "second" in label or label in ("system", "class of prompts") for label in
                    (axes.get_xlabel(), axes.get_ylabel()))  # fmt: skip
-        plots.plt.close()
     (tmp_path / "bad").write_text("[1]\n")
     assert report.main([str(tmp_path / "bad"), "--out", str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()

@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -356,3 +358,71 @@ def test_load_tells_its_stages(monkeypatch):
     monkeypatch.setattr(loading, "warm_up", lambda *_: None)
     load(stage=told.append)
     assert "checking the model's files" in told and "importing the tokenizer" in told[-2] and told[-1] == ""
+
+
+def test_help_that_cannot_be_written(tmp_path):
+    """argparse passes over such errors; an unbuffered stream shows them in the midst of writing."""
+    for argv in (["generate", "--help"], ["verify", "--help"], ["convert", "--help"]):
+        with open(os.devnull) as unwritable:
+            assert child(*argv, stdout=unwritable, env={"PYTHONUNBUFFERED": "1"}).returncode == 2
+
+
+def test_a_working_directory_that_was_deleted(tmp_path):
+    (tmp_path / "gone").mkdir()
+    code = (
+        "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1])\n"
+        "from mlx_gemma_mtp import generate; sys.exit(generate.main(['--prompt', 'x', '--model', '.']))"
+    )
+    environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", code, str(tmp_path / "gone")]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "the working directory was deleted" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--model", "m" * 5000], ["--draft-model", "d" * 5000], ["--num-draft-tokens", "9" * 5000],
+        ["--num-draft-tokens", "\u0663"], ["--max-tokens", "9" * 5000], ["--top-k", "8" * 5000], ["--seed", "x" * 5000],
+        ["--logit-bias", "7" * 5000], ["--accept", "a" * 5000], ["--no-such-option" + "x" * 5000],
+        ["--prompt-file", "f" * 5000], ["--json-schema", "{" * 5000], ["--grammar", "g" * 5000],
+        ["--revision", "r" * 5000, "--model", "org/name"],
+    ],
+)  # fmt: skip
+def test_long_arguments_are_shortened_in_messages(capsys, argv):
+    code = generate.main(["--prompt", "x", *argv])
+    err = capsys.readouterr().err
+    assert code == 2
+    one_line(err)
+    assert len(err.splitlines()[-1]) < 400
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.6])
+def test_ctrl_c_during_the_start_is_quiet(delay):
+    """Once the model is being loaded, a library imported and the models run for the first time."""
+    argv = [sys.executable, "-m", "mlx_gemma_mtp", "generate", "--prompt", "x"]
+    environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    for line in process.stderr:
+        if b"no Metal" in line:
+            break
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert all(line.startswith(b"note: ") for line in err.splitlines()), err
+
+
+def test_ctrl_c_while_modules_are_imported_is_quiet():
+    code = (
+        "import os, runpy, signal, sys, tqdm\n"
+        "class Interrupted:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'mlx_gemma_mtp.cli.prompts': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupted)\n"
+        "sys.argv = ['generate']; runpy.run_module('mlx_gemma_mtp.generate', run_name='__main__', alter_sys=True)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

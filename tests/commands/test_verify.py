@@ -1,12 +1,15 @@
 """`verify` says equal where MTP keeps the text, and finds where it does not."""
 
 import json
+import math
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_gemma_mtp import verify
 from mlx_gemma_mtp.checks import invariance
+from mlx_gemma_mtp.checks.equality import permutation_test
 from mlx_gemma_mtp.sampling.distribution import accept
 from mlx_gemma_mtp.speculative import loop
 
@@ -36,7 +39,7 @@ def test_the_bundled_pair_is_equal(capsys, prompt_file):
 def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):
     """Drafts that are kept whatever the target says: the first divergence comes with both logits."""
     monkeypatch.setattr(loop, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
-    code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--json")
+    code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--samples", "48", "--json")
     record = json.loads(out)
     assert code == 1 and not record["equal"]
     found = [each for cell in record["cells"] if cell["temperature"] == 0 for each in cell["divergences"]]
@@ -61,12 +64,27 @@ def test_widths_that_agree_are_told_from_those_that_do_not():
     assert invariance.agreeing_widths(shifted, 8, mx.float32) == [1, 2, 3]
 
 
+def test_samples_of_one_distribution_are_rarely_told_apart():
+    """At the level 0.05, one pair of samples in twenty, whatever the values look like; the same pair always alike."""
+    random = np.random.default_rng(3)
+    found = [permutation_test(*np.exp(4 * random.standard_normal((2, 8)))) for _ in range(40)]
+    assert sum(p < 0.05 for p in found) <= 6 and min(found) > 1e-3
+    assert permutation_test([1.0, 2.0], [5.0, 6.0]) > 0.3  # of six partitions, two are as uneven
+    assert permutation_test([1.0] * 8, [1.0 + 1e-15] * 8) == 1
+    assert permutation_test(range(16), range(100, 116)) == 1e-4
+    assert math.isnan(permutation_test([1.0, math.nan], [1.0, 2.0]))
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
         (["--rows", "0"], "--rows is [0], expected 1 or more"),
         (["--num-draft-tokens", "0"], "--num-draft-tokens is [0], expected 1 or more"),
         (["--samples", "-1"], "--samples is -1"),
+        (["--samples", "2"], "--samples is 2, expected 0 (no statistical test), or 8 and more"),
+        (["--tolerance", "nan"], "--tolerance is nan, expected"),
+        (["--tolerance", "inf"], "--tolerance is inf, expected"),
+        (["--tolerance=-1"], "--tolerance is -1.0, expected"),
         (["--draft-model", "none"], "--draft-model is none"),
         (["--model", "nothing-here"], "no model 'nothing-here'"),
         (["--temps", "-1"], "temperature is -1.0"),

@@ -124,7 +124,7 @@ REFUSED = {
     "a token that reads": ("me/x", ME | {"auth": {"accessToken": {"role": "read"}}}, "the token can only read"),
     "somebody else's": ("google/x", ME, "'google' is not yours; expected one of me, Team"),
     "no owner": ("x", ME, "--upload-repo 'x'; expected org/name"),
-    "no id": ("me/x y", ME, "--upload-repo 'me/x y': Repo id must use"),
+    "no id": ("me/x y", ME, "--upload-repo 'me/x y'; expected org/name"),
     "a path": ("me/x/y", ME, "expected org/name"),
     "nothing": ("", ME, "--upload-repo ''"),
     "too long for the drafter": ("me/" + "x" * 90, ME, "expected org/name"),

@@ -230,7 +230,7 @@ def test_one_nan_in_one_scale(four_bits, where, tmp_path, capsys):
             for result in engine.generate(PROMPTS, params, num_draft_tokens=drafts):
                 assert (result.finish_reason, result.error, result.tokens) == ("error", NOT_FINITE, [])
     capsys.readouterr()
-    quick = ["--max-tokens", "6", "--rows", "2", "--num-draft-tokens", "2", "--samples", "4"]
+    quick = ["--max-tokens", "6", "--rows", "2", "--num-draft-tokens", "2", "--samples", "8"]
     assert verify.main(["--model", str(folder), *quick, "--json"]) == 1
     record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert not record["equal"] and all(NOT_FINITE in each for cell in record["cells"] for each in cell["errors"])

@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_gemma_mtp.engine import warmup
+from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.models import loading
 
@@ -42,10 +43,23 @@ def test_a_folder_that_the_user_named_stays(cache, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["/proc/none", "{tmp}/file/x", '{tmp}/a"b', "{tmp}/$(touch x)", "{tmp}/`x`"])
 def test_a_cache_folder_that_cannot_hold_kernels_is_left_alone(cache, tmp_path, monkeypatch, name):
+    """Nor does a TMPDIR stay on which MLX would fail."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", name.format(tmp=tmp_path))
     warmup.keep_kernels()
-    assert os.environ["TMPDIR"] == "/nowhere/at/all"
+    assert os.environ["TMPDIR"] == tempfile.gettempdir()
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_passed_over(cache, monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/proc")
+    warmup.keep_kernels()
+    assert Path(os.environ["TMPDIR"]).parent == cache / "kernels"
+
+
+def test_a_program_is_told_about_such_a_folder(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/proc")
+    with pytest.raises(UserError, match=r"/proc/mlx.* set TMPDIR to a folder"):
+        warmup.warm_up(loading.open_target(hub.DEMO / "target"), None, 1)
 
 
 def test_mlx_looks_there(cache):

@@ -19,6 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from convert.cli import main as convert
+from mlx_gemma_mtp import generate, load
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import hub
 
@@ -365,3 +367,63 @@ def test_names_of_links_tell_a_base_model(tmp_path):
 def test_names_that_are_no_paths(name):
     with pytest.raises(UserError, match="there is no model"):
         hub.find(name)
+
+
+NO_IDS = [
+    "models/my gemma", "a/b c", "google/gemma-4@main", "a/b:c", "org/name.git", "org/-x", "org/..", "é/b", "a/b#c",
+    f"a/{'b' * 300}", "a--b/c", "a/b..c", "-a/b", "a/b-", "a/b\nc", "a/b?c=d",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_IDS)
+@pytest.mark.parametrize("flag", ["--model", "--draft-model"])
+def test_names_that_are_no_hub_ids_are_one_line(capsys, monkeypatch, name, flag):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: pytest.fail("it is not asked for"))
+    assert generate.main(["--prompt", "x", f"{flag}={name}"]) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "error" in each]
+    assert line.startswith("error: there is no model ") and len(line) < 250
+
+
+@pytest.mark.parametrize("name", NO_IDS)
+def test_converting_what_is_no_hub_id_is_one_line(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: pytest.fail("it is not asked for"))
+    for argv in ([f"--hf-path={name}", "--mlx-path", str(tmp_path / "out")], ["inspect", "--", name]):
+        assert convert(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: there is no model ")
+
+
+def test_a_long_id_whose_drafter_s_name_would_be_too_long():
+    assert hub._drafter_ids(f"org/{'b' * 92}") == []
+
+
+@pytest.mark.parametrize("revision", ["", "a b", "../../x", "a\0b", "r" * 300])
+def test_revisions_that_are_no_names(monkeypatch, revision):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: pytest.fail("it is not asked for"))
+    with pytest.raises(UserError, match=r"^the revision .* expected a branch"):
+        hub.find("org/name", revision)
+
+
+def test_an_empty_name_is_not_the_current_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders(tmp_path, "m"))
+    for argv in (["--model", ""], ["--draft-model", ""]):
+        assert generate.main(["--prompt", "x", *argv]) == 2
+        assert "is empty, expected" in capsys.readouterr().err
+    for options in ({"model": ""}, {"draft_model": ""}):
+        with pytest.raises(UserError, match="is empty"):
+            load(**options)
+    for argv in (["--hf-path", "", "--mlx-path", "x"], ["inspect", ""], ["--hf-path", "m", "--mlx-path", ""]):
+        assert convert(argv) == 2
+        assert "error: " in capsys.readouterr().err
+    assert convert(["--hf-path", "m", "--mlx-path", "a\0b"]) == 2 and os.listdir() == os.listdir(tmp_path / "m")
+
+
+def test_a_drafter_beside_the_link_that_is_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    link = linked(tmp_path / "models" / "m", tmp_path / "stored")
+    folders(tmp_path / "models", "m-assistant")
+    monkeypatch.chdir(link)
+    monkeypatch.setenv("PWD", str(link))  # as a shell leaves it
+    assert hub.find_pair(".", "auto").drafter == tmp_path / "models" / "m-assistant"
+    monkeypatch.setenv("PWD", str(tmp_path))  # left over from elsewhere: not believed
+    assert hub.find_pair(".", "auto").drafter is None
