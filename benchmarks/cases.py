@@ -111,7 +111,7 @@ class Job:
             return {system: worker.about for system, worker in workers.items()}
 
     def one_at_a_time(self, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
-        """As `together`, with one system in memory: each repeat loads them in turn."""
+        """Measures all cases with one system in memory at a time: each repeat loads them in turn."""
         systems, about = list(dict.fromkeys(case.setup.system for case in cases)), {}
         for repeat in range(self.repeats):
             for system in _turned(systems, repeat):

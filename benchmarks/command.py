@@ -12,7 +12,10 @@ from mlx_gemma_mtp.errors import UserError
 def command(
     run: Callable[[argparse.Namespace], int], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
 ) -> int:
-    """As command.command; a package that is not installed and a file that cannot be had are bad input, too."""
+    """Parses the arguments, calls `run` with them, and returns the exit code.
+
+    A package that is not installed and a file that cannot be had are bad input, with exit code 2.
+    """
 
     def asked(args: argparse.Namespace) -> int:
         try:

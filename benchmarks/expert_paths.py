@@ -1,4 +1,4 @@
-"""The same routed experts computed in several ways: what experts.py times.
+"""Several ways to compute the same routed experts, which experts.py times.
 
 A path takes (x [M, hidden], experts [M, k], weights [M, k]), all but the numbers of the experts in float32, and returns
 [M, hidden].
@@ -81,7 +81,7 @@ class Plain:
         return (y.reshape(tokens, top_k, -1) * weights[..., None]).sum(axis=1)
 
     def ordered(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        """The same, the pairs of an expert one after the other."""
+        """Computes the routed experts with the pairs of an expert one after the other."""
         tokens, top_k = experts.shape
         order = mx.argsort(experts.reshape(-1))
         y = self._pairs(x, order // top_k, experts.reshape(-1)[order], True)[mx.argsort(order)]

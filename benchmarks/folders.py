@@ -1,4 +1,4 @@
-"""The same weights for every system: one Hugging Face source, one float32 MLX folder made from it, and their hashes."""
+"""One Hugging Face source, one float32 MLX folder made from it, and their hashes: equal weights for every system."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
 from .cli.prompts import read_prompts, read_schema, read_source
-from .errors import UserError, shown
+from .errors import UserError, clipped, shown
 from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def read_depth(text: str) -> int | str:
     if text == "auto":
         return text
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise UserError(f"--num-draft-tokens is {shown(text)}, expected auto, 0 (plain decoding) or more")
+        raise UserError(f"--num-draft-tokens is {clipped(text)}, expected auto, 0 (plain decoding) or more")
     return int(text)
 
 

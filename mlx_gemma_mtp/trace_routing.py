@@ -24,6 +24,7 @@ from .sampling.params import SamplingParams
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MOST_DRAFTS = 1000  # the cache has room for a whole round
 EPILOG = """\
 A layer of a mixture of experts reads k of its E experts for each token. A pass over several tokens must read every
 expert that any of them chose, U of them: fewer than the pairs of a token and an expert where tokens agree. U is what
@@ -88,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}, expected 1 or more")
-    if args.num_draft_tokens < 0:
-        raise UserError(f"--num-draft-tokens is {args.num_draft_tokens}, expected 0 (plain decoding) or more")
+    if not 0 <= args.num_draft_tokens <= MOST_DRAFTS:
+        raise UserError(f"--num-draft-tokens is {args.num_draft_tokens}, expected 0 (plain decoding) to {MOST_DRAFTS}")
     if args.json:
         check_file("--json", args.json)
     if args.plot:

@@ -23,6 +23,7 @@ from . import raise_again
 if TYPE_CHECKING:
     from ..engine.engine import Engine
 
+DIGITS = re.compile(r"\d{100,}")  # of an integer, in a message
 LONG = re.compile(r"\S{200,}")  # an argument in a message
 PLOTS = (".png", ".svg", ".pdf")
 ESCAPED = "[^\ud800-\udc7f\udd00-\udfff]*"  # of lone surrogates, those that stand for bytes alone
@@ -68,7 +69,7 @@ def guarded(call: Callable[[], int]) -> int:
         _discard_output()
         return 1
     except UserError as error:
-        tell(f"error: {' '.join(str(error).splitlines())}")
+        tell(f"error: {DIGITS.sub(lambda found: clipped(found[0], 40), ' '.join(str(error).splitlines()))}")
         return 2
     except OSError as error:
         tell(f"error: {_reason(error)}")

@@ -27,7 +27,9 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(read_index(folder).values())) or [SINGLE]
     for name in names:
         if is_plain(name) and os.path.lexists(folder / name) and (other := files.no_file(folder / name)):
-            raise UserError(f"{folder / name} {other}; expected a file with weights: download the folder again")
+            raise UserError(
+                f"{folder} has no weight file {name!r}: it {other}; expected a file: download the folder again"
+            )
         if not is_plain(name) or not (folder / name).is_file():
             raise UserError(
                 f"{folder} has no weight file {name!r}{_others(folder)}; expected a plain NAME.safetensors beside "

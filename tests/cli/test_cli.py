@@ -387,7 +387,8 @@ def test_a_working_directory_that_was_deleted(tmp_path):
         ["--num-draft-tokens", "\u0663"], ["--max-tokens", "9" * 5000], ["--top-k", "8" * 5000], ["--seed", "x" * 5000],
         ["--logit-bias", "7" * 5000], ["--accept", "a" * 5000], ["--no-such-option" + "x" * 5000],
         ["--prompt-file", "f" * 5000], ["--json-schema", "{" * 5000], ["--grammar", "g" * 5000],
-        ["--revision", "r" * 5000, "--model", "org/name"],
+        ["--revision", "r" * 5000, "--model", "org/name"], ["--thinking-budget", "9" * 4000],
+        ["--logit-bias", "9" * 4000 + "=1"],
     ],
 )  # fmt: skip
 def test_long_arguments_are_shortened_in_messages(capsys, argv):

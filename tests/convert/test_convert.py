@@ -560,7 +560,7 @@ ERRORS = {
     "config in UTF-16": (
         lambda c: (c.folder / "config.json").write_text(json.dumps(c.config), encoding="utf-16"), "utf-8",
     ),
-    "config that is a pipe": (lambda c: pipe(c.folder / "config.json"), "config.json: no such file"),
+    "config that is a pipe": (lambda c: pipe(c.folder / "config.json"), "config.json is a named pipe"),
     "layer types in lists": (lambda c: edit_config(c, layer_types=[[S], [F]]), "layer_types [["),
     "eps of no number": (lambda c: edit_config(c, rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6'"),
     "rope of no kind": (lambda c: edit_config(c, rope_parameters={S: ROPE[S]}), "'full_attention'"),

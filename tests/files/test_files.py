@@ -110,4 +110,4 @@ def test_what_stands_in_place_of_weights_is_named(tmp_path, kind):
     with pytest.raises(UserError) as error:
         weight_files(tmp_path)
     says = KINDS[kind].partition(";")[0]
-    assert str(error.value).startswith(f"{tmp_path / SINGLE} {says}; expected a file with weights")
+    assert str(error.value).startswith(f"{tmp_path} has no weight file '{SINGLE}': it {says}; expected a file")
