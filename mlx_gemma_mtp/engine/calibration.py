@@ -30,6 +30,7 @@ from ..ops import kernels
 from ..sampling.distribution import Rules
 from ..sampling.params import SamplingParams
 from ..speculative.costs import MAX_DRAFTS, ROWS, CostFile, CostTable, Drafted, Verified
+from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
 from ..speculative.loop import Speculation
 from ..speculative.prefill import prefill
 
@@ -97,8 +98,10 @@ class Bench:
         params: SamplingParams,
         rows: int,
         context: int,
+        drafting: Drafting = DEFAULT_DRAFTING,
     ):
-        self.target, self.drafter, self.rows, self.context = target, drafter, rows, max(context, len(prompt))
+        self.target, self.drafter, self.drafting = target, drafter, drafting
+        self.rows, self.context = rows, max(context, len(prompt))
         block = max(MAX_DRAFTS + 1, len(prompt))
         self.cache = Cache(target.config.kv, rows, self.context + 5 * block, block, target.dtype)
         self.hidden = prefill(target, self.cache, slice(0, rows), [prompt] * rows)
@@ -111,7 +114,8 @@ class Bench:
         """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
         self.cache.length_bound = [self.context] * self.rows
-        loop = Speculation(self.target, self.drafter, self.cache, self.rules, self.hidden, confident=True)
+        parts = self.target, self.drafter, self.cache, self.rules, self.hidden, self.drafting
+        loop = Speculation(*parts, confident=True)
         loop.start(width)
         loop.step(width)
         chained, alone = _seconds(loop, width), _seconds(loop, 0)
@@ -138,19 +142,20 @@ def measure(
     repeats: int,
     seconds: float = math.inf,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    drafting: Drafting = DEFAULT_DRAFTING,
 ) -> Timings:
     """Times every cell `repeats` times after a first pass that warms up, with the widths in turn. One batch is in
     memory at a time.
 
     prompt: token ids. params: how tokens are drawn. rows, contexts: what the cells combine. widths: drafts verified, 0
     and more, rising. seconds: a budget of round time, without compilation; once it is spent, nothing more begins, but
-    two widths of each place are always timed. progress: called with the rounds timed and all rounds. The first pass
-    counts only for cells that have no other repeat.
+    two widths of each place are always timed. progress: called with the rounds timed and all rounds. drafting: whose
+    drafts are timed. The first pass counts only for cells that have no other repeat.
     """
     timings, spent, done = Timings(), 0.0, 0
     places = [(count, context) for count in rows for context in contexts]
     for place in places:
-        bench = Bench(target, drafter, prompt, params, *place)
+        bench = Bench(target, drafter, prompt, params, *place, drafting)
         for cell in [(repeat, width) for repeat in range(repeats + 1) for width in widths]:
             if spent > seconds and cell not in ((0, width) for width in widths[:2]):
                 break
@@ -167,7 +172,7 @@ class Costs:
     measurement.
 
     kind: a key of KINDS. file: None keeps nothing. notice: called with a sentence that the user should know. seconds:
-    the budget of a first start's measurement (see `measure`).
+    the budget of a first start's measurement (see `measure`). drafting: whose drafts are timed.
     """
 
     def __init__(
@@ -176,18 +181,20 @@ class Costs:
         file: CostFile | None = None,
         notice: Callable[[str], None] = lambda message: None,
         seconds: float = QUICK_SECONDS,
+        drafting: Drafting = DEFAULT_DRAFTING,
     ):
         self.kind, self.file, self.notice, self.seconds = kind, file, notice, seconds
+        self.drafting = drafting
 
     @classmethod
     def of_pair(
-        cls, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None]
+        cls, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None], drafting: Drafting
     ) -> dict[str, Costs]:
         """Returns the Costs of every kind of text, by kind. Without a drafter they have no file."""
         if drafter is None:
             return {kind: cls(kind) for kind in KINDS}
-        key = _key(pair, target, drafter)
-        return {kind: cls(kind, CostFile({"text": kind} | key), notice) for kind in KINDS}
+        key = _key(pair, target, drafter) | {"source": drafting.source}
+        return {kind: cls(kind, CostFile({"text": kind} | key), notice, drafting=drafting) for kind in KINDS}
 
     def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
         """Returns the table from the file, or measures a short one and writes it.
@@ -202,7 +209,7 @@ class Costs:
             if done == 1 and time.perf_counter() - began > SLOW:
                 self.notice("measuring what drafts cost on this machine, once")
 
-        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds, told)
+        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds, told, self.drafting)
         self._write(*timings.parts())
         return CostTable.of(*timings.parts())
 
@@ -217,7 +224,9 @@ class Costs:
         """Measures the whole grid now, writes it, and returns its table. Takes a minute or two."""
         contexts = sorted({len(prompt), min(LONG, target.config.context // 2)})
         grid = ROWS, contexts, range(MAX_DRAFTS + 1)
-        timings = measure(target, drafter, prompt, KINDS[self.kind], *grid, repeats, progress=progress)
+        timings = measure(
+            target, drafter, prompt, KINDS[self.kind], *grid, repeats, progress=progress, drafting=self.drafting
+        )
         self._write(*timings.parts())
         return CostTable.of(*timings.parts())
 

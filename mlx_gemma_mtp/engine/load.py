@@ -90,7 +90,7 @@ def load(
     pair, defaults = _find(wanted, listeners)
     target, drafter = _open(pair, wanted, settings["prefill_chunk"], listeners)
     text = _make_ready(pair, target, drafter, settings["max_rows"], listeners)
-    costs = Costs.of_pair(pair, target, drafter, listeners.notice)
+    costs = Costs.of_pair(pair, target, drafter, listeners.notice, settings["drafting"])
     return Engine(target, drafter, text, defaults, no_drafter_reason=pair.reason, costs=costs, **settings)
 
 

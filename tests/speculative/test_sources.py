@@ -11,7 +11,9 @@ from constraints import Stairs
 from cost_tables import random_table
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.engine.calibration import KINDS, Bench, Costs
 from mlx_gemma_mtp.engine.engine import Engine
+from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.sampling.params import ACCEPT
 from mlx_gemma_mtp.speculative import drafting
 from mlx_gemma_mtp.speculative.depth import Auto
@@ -135,3 +137,14 @@ def test_an_unknown_source_is_refused_before_anything_is_read(source):
         Drafting(source=source)
     with pytest.raises(UserError, match=message):
         load("no such folder", draft_source=source)
+
+
+def test_a_source_has_costs_of_its_own(engine, repeat, monkeypatch):
+    """Its drafts are the ones that are timed, and another source's table is another file."""
+    parts = hub.find_pair(None, "auto", None), engine.target, engine.drafter, lambda message: None
+    ours, theirs = (Costs.of_pair(*parts, each)["greedy"] for each in (Drafting(), repeat))
+    assert ours.file.path != theirs.file.path and theirs.drafting == repeat
+    asked, propose = [], Repeat.propose
+    monkeypatch.setattr(Repeat, "propose", lambda *args: asked.append(args[-1]) or propose(*args))
+    Bench(engine.target, engine.drafter, [2, 10, 20], KINDS["greedy"], 1, 0, repeat).rounds(2)
+    assert 2 in asked
