@@ -122,18 +122,22 @@ class Cache:
         """Copies rows over others; rows: source by destination. So the last live rows fill the holes of those that
         left.
 
-        The rows are copied out first and evaluated, since a write to a buffer that is still read copies the buffer. All
-        of them are written at once, since a second write before a host sync copies it, too.
+        The rows are copied out first and evaluated, since a write to a buffer that is still read copies the buffer.
+        Then one row is written and evaluated after the other, since a second write before a host sync copies it, too.
+        (One write of several rows is a scatter, which takes ten times as long on a CPU.)
         """
         if not rows:
             return
-        sources, places = mx.array(list(rows.values())), mx.array(list(rows))
-        lengths = self.lengths[sources]
-        moved = [(keys[sources], values[sources]) for keys, values in self.buffers]
-        mx.eval(lengths, moved)
-        self.lengths[places] = lengths
-        for layer, (keys, values) in zip(self.layers, moved, strict=True):
-            layer.keys[places], layer.values[places] = keys, values
+        copies = {}
+        for place, source in rows.items():
+            row = mx.array([source])  # a gather copies; a slice would go on reading the buffer
+            copies[place] = self.lengths[row], [(keys[row], values[row]) for keys, values in self.buffers]
+        mx.eval(list(copies.values()))
+        for place, (length, copied) in copies.items():
+            self.lengths[place : place + 1] = length
+            for layer, (keys, values) in zip(self.layers, copied, strict=True):
+                layer.keys[place : place + 1], layer.values[place : place + 1] = keys, values
+            mx.eval([[layer.keys, layer.values] for layer in self.layers])
         for place, bound in [(place, self.length_bound[source]) for place, source in rows.items()]:
             self.length_bound[place] = bound
 

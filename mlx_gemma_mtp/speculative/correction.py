@@ -18,6 +18,7 @@ from .costs import MAX_DRAFTS, CostTable
 
 KEEP = 9  # times of a cell
 SURE = 4  # times, from which a cell stands for itself
+LIKE = 1.25  # times within this factor may be equal but for noise
 PLAIN_FIRST = 3  # plain rounds that are timed before anything is compared with them
 NEAR = 1.0  # in powers of two: rows that are alike enough for a length that was tried there to count as tried here
 DRAFT_WEIGHT = 1.0  # of what the table says of a draft, in timed drafts
@@ -89,6 +90,9 @@ class Correction:
         Where no length was timed, each draft is taken to cost at least GUESS of a plain round.
         """
         rounds = [math.exp(f) * s for f, s in zip(self.factors(rows), table.rounds_at(rows, context), strict=True)]
+        more = [rounds[width] for count, width in self.rounds if count == rows and width]
+        if more and rounds[0] > LIKE * min(more):  # plain rounds were timed amid noise: less work cannot take longer
+            rounds[0] = min(more)
         near = [(count, width) for count, width in self.rounds if abs(math.log2(count / rows)) <= NEAR]
         tried = max((width for _, width in near), default=0)
         rounds = list(accumulate(rounds, max))

@@ -552,7 +552,7 @@ class StubBench:
     step = 0.0
     clock = 0.0
 
-    def __init__(self, target, drafter, prompt, params, rows, context):
+    def __init__(self, target, drafter, prompt, params, rows, context, drafting):
         self.rows, self.context, self.widths = rows, context, []
 
     def rounds(self, width):
@@ -681,3 +681,16 @@ def test_the_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     calibrate.plot({"greedy": table(0.1, 0.1)}, "a machine", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plain_rounds_that_were_timed_amid_noise_do_not_make_drafts_look_free():
+    """Most plain times are four times too long: a round that does more and took less says so."""
+    truth = table(0.5, 0.1)
+    correction = Correction()
+    for factor in (1.0, 4.0, 4.1, 4.2):
+        correction = correction.after(truth, 2, 128, 0, 0, factor * truth.verify_at(2, 128)[0])
+    assert correction.prices(truth, 2, 128).rounds[0] > 3 * truth.verify_at(2, 128)[0]
+    for width in (1, 1, 2):
+        correction = correction.after(truth, 2, 128, width, width, truth.rounds_at(2, 128)[width])
+    prices = correction.prices(truth, 2, 128)
+    assert prices.rounds[0] < 1.3 * truth.rounds_at(2, 128)[1]

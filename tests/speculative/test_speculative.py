@@ -222,7 +222,7 @@ def test_one_readback_a_round(moe):
     # Weights and Rope's tables are evaluated once; prefill waits for each chunk, rows that move for their copies.
     assert waits.pop("speculative/loop") == {"_readback": ["eval", "tolist"]}
     assert waits.pop("speculative/prefill") == {"prefill": ["eval"]}
-    assert waits.pop("cache/cache") == {"move": ["eval"]}
+    assert waits.pop("cache/cache") == {"move": ["eval", "eval"]}
     assert waits.pop("models/layers") == {"__init__": ["eval", "eval"]}
     assert waits.pop("models/linear") == {"finish_loading": ["eval"]}
     assert not any(waits.values()), waits
