@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BUNDLED = (
     "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
-    "For a real one: python -m mlx_gemma_mtp.generate --model FOLDER (see README.md, conversion)."
+    "For a real one: python -m mlx_gemma_mtp.generate --model FOLDER (see README.md: a real model)."
 )
 
 

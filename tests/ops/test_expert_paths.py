@@ -1,98 +1,166 @@
-"""benchmarks/experts.py: the paths that it times compute the same, and its ratios are those of one turn."""
-
-import json
+"""Which path the experts take, how ties are routed, and that paths which may alternate agree bit for bit."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
-from benchmarks import expert_paths, experts
-from benchmarks.experts import Times, interleaved, quartiles, report
+from mlx_gemma_mtp.machine import blas
+from mlx_gemma_mtp.machine.device import metal_available
+from mlx_gemma_mtp.models import moe
 from mlx_gemma_mtp.models.config import MoESpec
-
-SMALL, HIDDEN = MoESpec(num_experts=6, top_k=2, size=64), 128
-
-
-def by_hand(tensors: dict, x, chosen, weights) -> np.ndarray:
-    """One token and one of its experts after the other."""
-    gate, up, down = (np.array(tensors[name], np.float64) for name in expert_paths.PROJECTIONS)
-    out = np.zeros(x.shape)
-    for token, values in enumerate(np.array(x, np.float64)):
-        for expert, weight in zip(chosen[token].tolist(), weights[token].tolist(), strict=True):
-            g = gate[expert] @ values
-            g = 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
-            out[token] += weight * (down[expert] @ (g * (up[expert] @ values)))
-    return out
+from mlx_gemma_mtp.models.linear import finish_loading
+from mlx_gemma_mtp.ops import expert_paths
+from mlx_gemma_mtp.ops.expert_paths import EQUAL, ExpertPath, Rule, choose
+from mlx_gemma_mtp.ops.kernels import SWITCH
+from mlx_gemma_mtp.ops.kernels.down import combine
+from mlx_gemma_mtp.ops.kernels.grouping import tiles
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_plain_paths_by_hand(tokens):
-    shapes = ((SMALL.size, HIDDEN), (SMALL.size, HIDDEN), (HIDDEN, SMALL.size))
-    tensors = {
-        name: mx.random.normal((SMALL.num_experts, *shape), key=mx.random.key(i)) * 0.1
-        for i, (name, shape) in enumerate(zip(expert_paths.PROJECTIONS, shapes, strict=True))
-    }
-    x, chosen, weights = expert_paths.random_inputs(tokens, HIDDEN, SMALL)
-    assert all(len(set(row)) == SMALL.top_k for row in chosen.tolist())
-    expected = by_hand(tensors, x, chosen, weights)
-    for name, path in expert_paths.Plain(tensors).paths.items():
-        assert np.abs(np.array(path(x, chosen, weights)) - expected).max() < 1e-4 * np.abs(expected).max(), name
+def test_of_equal_logits_the_higher_expert_is_kept():
+    """On every row and at every number of rows, best last."""
+    logits = np.random.default_rng(0).integers(0, 3, (300, 16)).astype(np.float32)
+    logits[0] = 1
+    for rows in (1, 7, 300):
+        experts, weights = moe.route(mx.array(logits[:rows]), 4, mx.ones(16))
+        assert experts.tolist() == np.argsort(logits[:rows], axis=-1, kind="stable")[:, -4:].tolist()
+        assert weights.dtype == mx.float32
+    assert experts[0].tolist() == [12, 13, 14, 15] and weights[0].tolist() == [0.25] * 4
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_both_layers_have_the_same_weights(bits):
-    tensors = expert_paths.quantised(HIDDEN, SMALL, bits)
-    codes = {
-        name: mx.dequantize(*(tensors[f"switch_glu.{name}.{p}"] for p in ("weight", "scales", "biases")), 64, bits)
-        for name in expert_paths.PROJECTIONS
-    }
-    assert mx.var(codes["gate_proj"]).item() * HIDDEN == pytest.approx(1, rel=0.1)  # outputs as large as inputs
-    inputs = expert_paths.random_inputs(5, HIDDEN, SMALL)
-    expected = by_hand(codes, *inputs)
-    for name, path in expert_paths.layers(HIDDEN, SMALL, bits).items():
-        assert np.abs(np.array(path(*inputs)) - expected).max() < 1e-4 * np.abs(expected).max(), name
+def test_route_is_a_softmax_over_the_chosen_in_float32():
+    logits = mx.random.normal((5, 300), key=mx.random.key(0)).astype(mx.bfloat16)
+    scale = mx.arange(1, 301).astype(mx.bfloat16)
+    experts, weights = moe.route(logits, 270, scale)  # so many that a bfloat16 sum would stall at 256
+    chosen = np.array(mx.take_along_axis(logits, experts, axis=-1).astype(mx.float32), np.float64)
+    want = np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True)
+    want *= np.array(scale[experts].astype(mx.float32))
+    np.testing.assert_allclose(np.array(weights), want, rtol=1e-5)
 
 
-def test_turns_and_ratios():
-    """Every turn begins with the next call; a ratio is of two calls of one turn, not of two medians."""
-    order = []
-    times = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 4)
-    assert "".join(order) == "abcbcacababc" and len(times["b"].wall) == len(times["b"].cpu) == 4
-    base, slow = Times([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]), Times([2.0, 2.0, 12.0], [1.5, 1.0, 2.0])
-    records = list(report({"base": base, "slow": slow}, "base", {"tokens": 3}))
-    assert records[0]["wall_ratio"] == (1, 1, 1) and records[1]["wall_ratio"] == (1.5, 2, 2.5)
-    assert records[1]["wall_ms"] == 2000 and records[1]["cpu_ms"] == 1500 and records[1]["cpu_ratio"][1] == 1.5
-    assert quartiles([3.0]) == (3.0, 3.0, 3.0)
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_slots_are_added_in_their_order(tokens):
+    products, weights = mx.random.normal((tokens, 8, 37)), mx.random.uniform(shape=(tokens, 8))
+    terms = np.array(products) * np.array(weights)[..., None]
+    total = terms[:, 0]
+    for slot in range(1, 8):
+        total = total + terms[:, slot]
+    if metal_available():
+        np.testing.assert_allclose(np.array(combine(products, weights)), total, rtol=1e-5, atol=1e-6)
+    else:
+        assert np.array_equal(np.array(combine(products, weights)), total)
 
 
-def test_the_command(capsys, tmp_path):
-    """On the bundled pair, with choices of a real prompt; one JSON line a path."""
-    lines = tmp_path / "lines.json"
-    argv = ["bundled", "--repeats", "1", "--bundled-tokens", "3", "--json", str(lines)]
-    assert experts.main(argv) == 0
-    records = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [record["path"] for record in records] == [expert_paths.OURS, "pairs", "sorted", "dense"]
-    assert all(4 < record["distinct"] < 12 and record["over"] == "pairs" for record in records)
-    assert capsys.readouterr().out.count("| bundled | 3 |") == 4
+@pytest.mark.skipif(metal_available(), reason="the CPU's rule")
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_the_paths_are_bit_equal_on_a_cpu(monkeypatch, tokens, bits):
+    """Tiles of floats, too, with MLX's own BLAS: another gives a row other bits in another width, wherever it comes."""
+    experts = moe.Experts(64, MoESpec(8, 3, 32))
+    nn.quantize(experts, 32, bits) if bits else None
+    finish_loading(experts)
+    x, routed = mx.random.normal((tokens, 64)), moe.route(mx.random.normal((tokens, 8)), 3, mx.ones(8))
+    outputs = []
+    for path in (*EQUAL, ExpertPath.TILED) if bits is None and blas.is_reference() else EQUAL:
+        monkeypatch.setattr(expert_paths, "choose", lambda *_, path=path: path)
+        outputs.append(experts(x, *routed))
+    assert len(outputs) >= 2 and all(mx.array_equal(outputs[0], other) for other in outputs[1:])
 
 
-def test_a_path_that_differs_is_found(capsys, monkeypatch):
-    right = expert_paths.bundled
-    monkeypatch.setattr(expert_paths, "bundled", lambda e: right(e) | {"broken": lambda x, chosen, weights: x})
-    assert experts.main(["bundled", "--repeats", "1", "--bundled-tokens", "3"]) == 1
-    assert "broken is" in capsys.readouterr().err
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("path", ExpertPath)
+def test_every_path_computes_the_mixture(path, bits):
+    """Whatever the table says; where kernels do not run, GROUPED is their references."""
+    experts = moe.Experts(64, MoESpec(8, 3, 32))
+    nn.quantize(experts, 32, bits) if bits else None
+    finish_loading(experts)
+    x, routed = mx.random.normal((9, 64)), moe.route(mx.random.normal((9, 8)), 3, mx.ones(8))
+    want = np.array(experts.run(ExpertPath.PAIRS, x, *routed))
+    np.testing.assert_allclose(np.array(experts.run(path, x, *routed)), want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("pairs, count", [(1, 1), (5, 3), (64, 4), (100, 24)])
+def test_tiles_hold_every_pair_once_beside_its_own_kind(pairs, count):
+    experts = np.random.default_rng(pairs).integers(0, count, pairs)
+    found = tiles(mx.array(experts.astype(np.uint32)), count, rows=8)
+    slot, pair, expert = map(np.array, found)
+    assert len(set(slot.tolist())) == pairs and slot.max() < len(pair) == 8 * len(expert)
+    assert np.array_equal(expert[slot // 8], experts)
+    assert np.array_equal(pair[slot], np.arange(pairs)) and not np.delete(pair, slot).any()
+    for e in set(experts.tolist()):  # in order, and in no more tiles than it takes
+        own = slot[experts == e]
+        assert np.array_equal(own, own[0] + np.arange(len(own))) and own[0] % 8 == 0
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(expert_paths.VERIFY // 4, False), (expert_paths.VERIFY // 4 + 1, True)])
+def test_tiles_of_sorted_pairs_are_for_prefill_alone(monkeypatch, tokens, told):
+    """Of quantised weights: on Metal another kernel with other bits, which a verify must not meet at some widths."""
+    experts = moe.Experts(64, MoESpec(8, 4, 32))
+    nn.quantize(experts, 32, 4)
+    finish_loading(experts)
+    product, seen = mx.gather_qmm, []
+    spy = lambda *args, **kwargs: seen.append(kwargs["sorted_indices"]) or product(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(mx, "gather_qmm", spy)
+    experts.run(ExpertPath.SORTED, mx.zeros((tokens, 64)), *moe.route(mx.zeros((tokens, 8)), 4, mx.ones(8)))
+    assert seen == [told, told]
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    ("chip", "weights", "grouped", "pairs", "path"),
     [
-        (["--repeats", "0"], "--repeats is 0, expected at least 1"),
-        (["--tokens", "4", "0"], "--tokens is 0"),
-        (["bundled", "--bundled-tokens", "-1"], "--bundled-tokens is -1"),
-        (["bundled", "--bundled-tokens", "5000"], "expected at least 5000"),
-        (["--json", "nothing/here.json"], "create nothing"),
+        ("cpu", "float", False, 63, ExpertPath.PAIRS),
+        ("cpu", "affine4", False, 64, ExpertPath.SORTED),
+        ("cpu, fast BLAS", "float", False, 95, ExpertPath.PAIRS),
+        ("cpu, fast BLAS", "float", False, 96, ExpertPath.TILED),
+        ("cpu, fast BLAS", "affine4", False, 64, ExpertPath.SORTED),
+        ("Apple M4 Max", "affine4", True, 8, ExpertPath.GROUPED),
+        ("Apple M4 Max", "float", True, 1024, ExpertPath.GROUPED),
+        ("Apple M4 Max", "affine4", True, 1025, ExpertPath.SORTED),
+        ("Apple M4 Max", "affine4", False, 8, ExpertPath.PAIRS),
+        ("Apple M4 Max", "mxfp4", False, 64, ExpertPath.SORTED),
+        ("Apple M4 Max", "float", False, 8, ExpertPath.SORTED),
     ],
 )
-def test_bad_input(capsys, argv, message):
-    code, err = experts.main(argv), capsys.readouterr().err
-    assert code == 2 and len(err.splitlines()) == 1 and message in err
+def test_the_table(chip, weights, grouped, pairs, path):
+    assert choose(chip, mx.bfloat16, weights, pairs, grouped) == path
+
+
+def test_a_rule_measured_on_a_chip_goes_first():
+    rule = Rule(
+        "Apple M4", "bfloat16", "affine4", ((1, ExpertPath.PAIRS), (16, ExpertPath.GROUPED)), frozenset(ExpertPath)
+    )
+    case = (mx.bfloat16, "affine4")
+    assert choose("Apple M4 Max", *case, 15, True) == ExpertPath.GROUPED
+    expert_paths.adopt((rule,))
+    try:
+        assert choose("Apple M4 Max", *case, 15, True) == ExpertPath.PAIRS
+        assert choose("Apple M4 Max", *case, 16, True) == ExpertPath.GROUPED
+        assert choose("Apple M4 Max", *case, 64, False) == ExpertPath.SORTED  # its kernels do not run
+        assert choose("Apple M1", *case, 15, True) == ExpertPath.GROUPED
+    finally:
+        expert_paths.adopt(())
+    assert choose("Apple M4 Max", *case, 15, True) == ExpertPath.GROUPED
+
+
+@pytest.mark.parametrize(
+    ("steps", "complaint"),
+    [
+        (((1, ExpertPath.PAIRS), (64, ExpertPath.GROUPED)), "not known to be bit-equal"),
+        (((8, ExpertPath.PAIRS),), "ascending"),
+        (((1, ExpertPath.PAIRS), (1, ExpertPath.SORTED)), "ascending"),
+        ((), "ascending"),
+    ],
+)
+def test_a_rule_that_could_change_bits_within_a_verify_is_refused(steps, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Rule("", "", "", steps, EQUAL)
+    Rule(
+        "", "", "", ((1, ExpertPath.GROUPED), (1025, ExpertPath.SORTED))
+    )  # prefill chunks are the same whatever is drafted
+
+
+def test_without_metal_or_with_the_switch_the_stock_paths_run(monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    experts = moe.Experts(64, MoESpec(8, 3, 32))
+    finish_loading(experts)
+    assert experts.path(mx.float32, 8) in EQUAL and not experts.switch_glu.groupable(mx.float32, 8)
