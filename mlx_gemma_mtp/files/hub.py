@@ -91,7 +91,7 @@ def find(model: str, revision: str | None = None) -> Path:
     if os.path.islink(folder):
         raise UserError(f"{model} is a link to {os.readlink(folder)}, where nothing is; expected a model folder")
     if not is_hub_id(model):
-        raise NotFound(f"there is no model {shown(model)}: no such folder, and no hub id of the form org/name")
+        raise NotFound(f"there is no model {shown(model, 300)}: no such folder, and no hub id of the form org/name")
     if revision is not None and not REVISION.fullmatch(revision):
         raise NotFound(f"the revision {shown(revision)} of {model!r} is no name; expected a branch, a tag or a commit")
     try:

@@ -381,7 +381,7 @@ def test_names_that_are_no_hub_ids_are_one_line(capsys, monkeypatch, name, flag)
     monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: pytest.fail("it is not asked for"))
     assert generate.main(["--prompt", "x", f"{flag}={name}"]) == 2
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "error" in each]
-    assert line.startswith("error: there is no model ") and len(line) < 250
+    assert line.startswith("error: there is no model ") and len(line) < 400  # a long path stays readable
 
 
 @pytest.mark.parametrize("name", NO_IDS)

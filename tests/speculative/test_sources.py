@@ -90,6 +90,8 @@ def test_a_source_is_asked_once_a_round(repeat):
 @pytest.mark.parametrize("name", PARAMS)
 @pytest.mark.parametrize("accept", ACCEPT)
 def test_the_engine_says_what_plain_decoding_says(engine, source, name, accept):
+    if PARAMS[name].grammars:
+        pytest.importorskip("llguidance")
     source = with_source(engine, replace(source, accept=accept))
     plain = [result.tokens for result in engine.generate(PROMPTS, PARAMS[name], num_draft_tokens=0)]
     results = source.generate(PROMPTS, PARAMS[name])
