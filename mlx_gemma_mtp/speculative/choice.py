@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from .correction import Prices
 from .costs import MAX_DRAFTS, CostTable
@@ -105,12 +106,29 @@ def affordable(prices: Prices, pool: History, room: int, purse: Purse) -> list[i
     room: drafts that the row with most room can take.
     """
     longest = prices.tried if room < SHORT else 2 * prices.tried + 1
-    sure = expected(pool.floor(), MAX_DRAFTS)
+    sure = _sure(pool)
     return [
         drafts
         for drafts in range(1, min(MAX_DRAFTS, room, longest) + 1)
         if max(prices.risk(drafts, sure[min(drafts, prices.tried)]), PURSE_OPEN) <= purse.left
     ]
+
+
+@lru_cache(maxsize=64)
+def _tokens(histories: tuple[History, ...], pool: History, rooms: tuple[int, ...]) -> list[float]:
+    """Returns the tokens that a round of all rows is expected to emit, for each draft length. Rounds without drafts ask
+    the same again and again.
+    """
+    common, tokens = pool.rates(), [0.0] * (MAX_DRAFTS + 1)
+    for history, room in zip(histories, rooms, strict=True):
+        tokens = [a + b for a, b in zip(tokens, expected(history.rates(common), room), strict=True)]
+    return tokens
+
+
+@lru_cache(maxsize=64)
+def _sure(pool: History) -> list[float]:
+    """Returns the tokens that a row's round emits at least, for each draft length."""
+    return expected(pool.floor(), MAX_DRAFTS)
 
 
 def choose(
@@ -122,10 +140,8 @@ def choose(
     row, how many drafts its limit leaves room for. pause: counts of rounds since the last probe and check. purse: what
     drafts may still lose.
     """
-    most, seconds, common = min(MAX_DRAFTS, max(useful)), prices.rounds, pool.rates()
-    tokens = [0.0] * (MAX_DRAFTS + 1)
-    for history, room in zip(histories, useful, strict=True):
-        tokens = [a + b for a, b in zip(tokens, expected(history.rates(common), room), strict=True)]
+    most, seconds = min(MAX_DRAFTS, max(useful)), prices.rounds
+    tokens = _tokens(tuple(histories), pool, tuple(min(room, MAX_DRAFTS) for room in useful))
     rates = [emitted / cost for emitted, cost in zip(tokens, seconds, strict=True)]
     if most < 1:
         return Choice(0, LIMIT, rates[0])

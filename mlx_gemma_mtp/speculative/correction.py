@@ -83,6 +83,11 @@ class Correction:
         times = (*self.rounds.get((rows, width), ()), ratio)[-KEEP:]
         return Correction({**self.rounds, (rows, width): times}, self.drafts)
 
+    def says_the_same(self, before: Correction, cell: tuple[int, int]) -> bool:
+        """Returns whether prices are what they were before the last time came. cell: (rows, drafts) of that time."""
+        old, new = before.rounds.get(cell, ()), self.rounds.get(cell, ())
+        return self.drafts is before.drafts and len(old) == len(new) == KEEP and middle(old) == middle(new)
+
     def prices(self, table: CostTable, rows: int, context: int) -> Prices:
         """Returns the table's seconds for a number of rows and a context, corrected by the last times.
 

@@ -197,9 +197,13 @@ class Auto:
         if self.frozen:
             return
         made, width = self._drafted[rows[0]].drafts, self._verified[rows[0]].width
-        self.correction = self.correction.after(self.table, len(rows), context, width, made, seconds)
-        self._prices.clear()
+        before = self.correction
+        self.correction = before.after(self.table, len(rows), context, width, made, seconds)
+        if not self.correction.says_the_same(before, (len(rows), width)):
+            self._prices.clear()
         self._untimed = 0
+        if not made and not self._verified[rows[0]].choice.drafts:
+            return  # what a plain round took is asked for nowhere else
         nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
         verify = seconds - made * self.prices(len(rows), context).draft
         self._verified |= {row: replace(self._verified[row], seconds=verify) for row in rows}
