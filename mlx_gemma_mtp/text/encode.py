@@ -5,12 +5,7 @@ The tokenizer, its template and the streaming detokenizer are mlx-lm's.
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -21,29 +16,8 @@ import numpy as np
 from ..errors import UserError, in_a_line, shown
 from ..sampling.params import check_unicode, whole
 from .stream import TextStream
-from .tokenizer_files import FILES, check_tokenizer, check_vocabulary
-
-
-@contextmanager
-def _host_unchanged() -> Iterator[None]:
-    """mlx_lm lowers the process's limit of open files, for good, and sets a variable of the environment: a library
-    leaves both to its host.
-    """
-    environment, setrlimit = dict(os.environ), resource.setrlimit
-    resource.setrlimit = lambda *_: None  # a hard limit that was lowered cannot be raised again
-    try:
-        yield
-    finally:
-        resource.setrlimit = setrlimit
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
-        os.environ.update(environment)
-
-
-with _host_unchanged():
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from mlx_lm.tokenizer_utils import load as load_tokenizer
-    from transformers import PreTrainedConfig
+from .tokenizer import TokenizerWrapper, load
+from .tokenizer_files import check_tokenizer
 
 Message = Mapping[str, Any]
 Ids = Sequence[int] | np.ndarray | mx.array
@@ -59,7 +33,7 @@ class Text:
 
     def __init__(self, folder: Path, vocab_size: int, media_token_ids: Sequence[int] = ()):
         check_tokenizer(folder)
-        self.tokenizer: TokenizerWrapper = _tokenizer(folder)
+        self.tokenizer: TokenizerWrapper = load(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
         last = max(self.tokenizer.get_vocab().values(), default=-1)
         if last >= self.known:
@@ -176,35 +150,6 @@ class Text:
     def stream(self, stop: Sequence[str]) -> TextStream:
         """Returns a new TextStream. stop: strings that end the text."""
         return TextStream(self.tokenizer.detokenizer, stop, self.known)
-
-
-def _tokenizer(folder: Path) -> TokenizerWrapper:
-    """The tokenizer in `folder`. Raises UserError, naming the first of its files with which it cannot be loaded."""
-    names = [name for name in FILES if (folder / name).exists()]
-    try:
-        return _loaded(folder, names)
-    except Exception as error:  # the tokenizers library raises Exception itself
-        check_vocabulary(folder)
-        reason = in_a_line(error)
-    for count in range(1, len(names)):
-        try:
-            _loaded(folder, names[:count])
-        except Exception as error:
-            raise UserError(
-                f"{folder / names[count - 1]} cannot be used ({in_a_line(error)}); download it again"
-            ) from None
-    raise UserError(f"{folder / names[-1]} cannot be used ({reason}); download it again")
-
-
-def _loaded(folder: Path, names: Sequence[str]) -> TokenizerWrapper:
-    """The tokenizer of these files alone. Raises whatever the libraries raise."""
-    with tempfile.TemporaryDirectory() as alone:
-        for name in names:
-            Path(alone, name).symlink_to((folder / name).absolute())
-        # The context is checked against the model's config, not against what the tokenizer's file says of it. Nothing
-        # here parses what a reply says of tools.
-        unused = {"model_max_length": sys.maxsize, "tool_parser_type": None}
-        return load_tokenizer(Path(alone), {"config": PreTrainedConfig(), **unused})
 
 
 def _plain(prompt: Any) -> str | list[Any]:
