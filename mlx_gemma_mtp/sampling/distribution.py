@@ -7,88 +7,23 @@ agree often; the emitted token never depends on a draft, so that one seed gives 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..machine.device import metal_available
+from ..ops.bits import expand
+from ..ops.fused import number
+from ..ops.sums import sum_of_exponentials
+from ..ops.topk import topk
+from .candidates import candidates, filtered, scored, soft_cap
 from .noise import gumbel
-from .params import SamplingParams
-from .penalties import Penalties, TokenCounts
+from .penalties import TokenCounts, scattered
+from .rules import Rules
 
-
-@dataclass(frozen=True)
-class Rules:
-    """The resolved settings of all B rows of a batch, as arrays.
-
-    temperature, top_k, rest, min_p: [B, 1, 1]; rest is what top-p leaves out of the probability, -1 where top-p is off.
-    keys: uint32 [B, 2], of the noise. greedy: bool [B, 1]. suppressed: [V], -inf at tokens that no row may say. bias:
-    [B, 1, V]. These two and penalties are None where no row has any. reordered: bool [B, 1], rows in which bias or
-    penalties change the order of logits; None where there is no such row. candidates: how many of the best tokens any
-    row may need; 0 where no row is filtered, -1 for all, sorted. logprobs: how many likeliest tokens to report; None
-    where no row wants a report. vocab: V.
-    """
-
-    temperature: mx.array
-    top_k: mx.array
-    rest: mx.array
-    min_p: mx.array
-    keys: mx.array
-    greedy: mx.array
-    suppressed: mx.array | None
-    bias: mx.array | None
-    penalties: Penalties | None
-    reordered: mx.array | None
-    all_greedy: bool
-    candidates: int
-    logprobs: int | None
-    vocab: int
-
-    @classmethod
-    def of(cls, params: Sequence[SamplingParams], vocab: int, suppress: Sequence[int] = ()) -> Rules:
-        """Returns the rules of these settings. params: resolved, one a row; suppress: tokens that no row may say."""
-        sampled = [p for p in params if p.temperature]
-        filtered = [p for p in sampled if p.top_k > 0 or p.top_p < 1 or p.min_p]
-        unbounded = any(not 0 < p.top_k < vocab for p in sampled)
-        widest = max((p.top_k for p in sampled), default=0)
-        reordered = [p.penalised or bool(p.logit_bias) for p in params]
-        column = lambda values, dtype: mx.array(values, dtype)[:, None, None]  # noqa: E731
-        return cls(
-            temperature=column([p.temperature or 1.0 for p in params], mx.float32),
-            top_k=column([p.top_k if p.top_k > 0 else vocab for p in params], mx.int32),
-            rest=column([1 - p.top_p if p.top_p < 1 else -1.0 for p in params], mx.float32),
-            min_p=column([p.min_p or 0.0 for p in params], mx.float32),
-            keys=mx.array([_key(p.seed) for p in params], mx.uint32),
-            greedy=mx.array([not p.temperature for p in params])[:, None],
-            suppressed=_vector(dict.fromkeys(suppress, -mx.inf), vocab) if suppress else None,
-            bias=_stacked([p.logit_bias for p in params], vocab),
-            penalties=Penalties.of(params),
-            reordered=mx.array(reordered)[:, None] if any(reordered) else None,
-            all_greedy=not sampled,
-            candidates=0 if not filtered else -1 if unbounded else widest,
-            logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
-            vocab=vocab,
-        )
-
-    def drafting(self, temperature: float) -> Rules:
-        """Returns the drafter's rules: these with each temperature times `temperature`."""
-        return self if temperature == 1 else replace(self, temperature=self.temperature * temperature)
-
-
-def _vector(biases: Mapping[int, float], vocab: int) -> mx.array:
-    vector = mx.zeros((vocab,))
-    if biases:
-        vector[mx.array(list(biases))] = mx.array(list(biases.values()), mx.float32)
-    return vector
-
-
-def _stacked(biases: Sequence[Mapping[int, float]], vocab: int) -> mx.array | None:
-    return mx.stack([_vector(each, vocab) for each in biases])[:, None] if any(biases) else None
-
-
-def soft_cap(logits: mx.array, cap: float | None) -> mx.array:
-    """Returns cap * tanh(logits / cap), or the logits as they are where there is no cap."""
-    return logits if cap is None else mx.tanh(logits / cap) * cap
+PART = 1 << 21  # logits that a CPU works on at once where it writes as many: larger arrays come from fresh memory
+SURE = 64  # largest terms of a sum of exponentials that are computed as exactly as float32 can
 
 
 @dataclass(frozen=True)
@@ -121,27 +56,34 @@ class Distribution:
 
         logits: float32 [B, T, C], not capped. cap: the soft-cap, None for none. ids: [B, T, C], token ids of the
         columns; None where column i is token i. token_counts: the tokens before each position, where the rules have
-        penalties. mask: [B, T, V], -inf at tokens that a grammar forbids.
+        penalties. mask: uint32 [B, T, words], bit t % 32 of word t // 32 is set where a grammar allows token t.
         """
-        forbidden = [_columns(bias, ids) for bias in (rules.suppressed, mask) if bias is not None]
-        allowed = sum(forbidden, logits)
+        allowed = logits if mask is None else logits + _columns(expand(mask, rules.vocab), ids)
+        told = mask is not None or rules.bias is not None
+        plain = rules.all_greedy and rules.reordered is None
+        if ids is None and rules.free is None and rules.open is None and not plain:
+            found = candidates(allowed, rules, cap, token_counts, rules.widest, False, mask is not None).best
+            best, peak = found.columns[..., 0].astype(mx.int32), found.scores[..., 0] if told else None
+            if rules.all_greedy:
+                return cls(best, peak=peak)
+            scores, _, _ = filtered(found.scores / rules.temperature, rules, rules.top_k)
+            return cls(best, scores, found.columns, peak)
+        if rules.suppressed is not None:
+            allowed = allowed + _columns(rules.suppressed, ids)
         best = mx.argmax(allowed, axis=-1)
-        if rules.all_greedy and rules.reordered is None:
-            return cls(_named(best, ids), peak=None if mask is None else _at(allowed, best))
-        logits = soft_cap(logits, cap)
-        if rules.penalties is not None:
-            logits = rules.penalties.apply(logits, token_counts.among(ids))
-        if rules.bias is not None:
-            logits = logits + _columns(rules.bias, ids)
-        logits = sum(forbidden, logits)
+        if plain:
+            return cls(_named(best, ids), peak=_at(allowed, best) if told else None)
+        scores = _of_all(allowed, rules, cap, ids, token_counts)
         if rules.reordered is not None:
-            best = mx.where(rules.reordered, mx.argmax(logits, axis=-1), best)
-        peak = None if mask is None and rules.bias is None else _at(logits, best)
+            most = scores == scores.max(axis=-1, keepdims=True)
+            best = mx.where(rules.reordered, mx.argmax(mx.where(most, allowed, -mx.inf), axis=-1), best)
+        peak = _at(scores, best) if told else None
         if rules.all_greedy:
             return cls(_named(best, ids), peak=peak)
-        scaled, tokens = logits / rules.temperature, ids
-        if rules.candidates:
-            scaled, columns = _filtered(scaled, rules)
+        scaled, tokens = scores / rules.temperature, ids
+        if rules.filtered:
+            columns = _order(allowed, scores, rules)
+            scaled, _, _ = filtered(mx.take_along_axis(scaled, columns, axis=-1), rules, rules.top_k)
             tokens = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
         return cls(_named(best, ids), scaled, tokens, peak)
 
@@ -177,7 +119,7 @@ class Distribution:
         if ids is not None and ids.shape[-1] * p.shape[-1] <= vocab:  # two shortlists are less than a whole row
             same = ids[..., None] == self.tokens[..., None, :]
             return mx.where(same, p[..., None, :], 0.0).sum(axis=-1)
-        whole = mx.put_along_axis(mx.zeros((*p.shape[:-1], vocab)), self.tokens, p, axis=-1)
+        whole = scattered(self.tokens, p, vocab)
         return whole if ids is None else mx.take_along_axis(whole, ids, axis=-1)
 
     def of_rows(self, index: mx.array) -> Distribution:
@@ -196,9 +138,7 @@ def sample(
 ) -> mx.array:
     """Returns a token for each position, int32 [B, T]: the likeliest in greedy rows, a coupled sample in others.
 
-    positions: [B, T], absolute, of the tokens to be drawn. logits: float32 [B, T, C], not capped. cap: the soft-cap,
-    None for none. ids: [B, T, C], token ids of the columns; None where column i is token i. token_counts: the tokens
-    before each position, where the rules have penalties. mask: [B, T, V], -inf at tokens that a grammar forbids.
+    positions: [B, T], absolute, of the tokens to be drawn. The others: see Distribution.of.
     """
     return Distribution.of(logits, rules, cap, ids, token_counts, mask).drawn(rules, positions)
 
@@ -209,11 +149,24 @@ def logprobs(logits: mx.array, tokens: mx.array, cap: float | None, top: int) ->
 
     logits: float32 [B, T, V], not capped; tokens: [B, T]; cap: the soft-cap, None for none.
     """
-    values = soft_cap(logits, cap)
-    values = values - mx.logsumexp(values, axis=-1, keepdims=True)
-    own = mx.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
-    best = _best(values, top) if top else mx.zeros((*tokens.shape, 0), mx.uint32)
-    return own, best, mx.take_along_axis(values, best, axis=-1)
+    parts = []
+    at_once = logits.shape[0] if metal_available() else max(PART // (logits.shape[1] * logits.shape[2]), 1)
+    for start in range(0, logits.shape[0], at_once):
+        rows = slice(start, start + at_once)
+        parts.append(_logprobs(logits[rows], tokens[rows], cap, top))
+    return tuple(mx.concatenate(each, axis=0) for each in zip(*parts, strict=True))
+
+
+def _logprobs(logits: mx.array, tokens: mx.array, cap: float | None, top: int) -> tuple[mx.array, mx.array, mx.array]:
+    # The sum is near, but its largest terms, which are most of it, are put right.
+    largest, columns = topk(logits, max(top, SURE))
+    values = soft_cap(largest, cap)
+    peak = values[..., :1]
+    whole, powers = sum_of_exponentials(logits, cap, False, number(1.0), peak)
+    rest = whole[..., None] - mx.take_along_axis(powers, columns, axis=-1).sum(axis=-1, keepdims=True)
+    total = peak + mx.log(mx.exp(values - peak).sum(axis=-1, keepdims=True) + mx.maximum(rest, 0.0))
+    own = soft_cap(mx.take_along_axis(logits, tokens[..., None], axis=-1), cap) - total
+    return own[..., 0], columns[..., :top], values[..., :top] - total
 
 
 def _columns(bias: mx.array, ids: mx.array | None) -> mx.array:
@@ -234,35 +187,24 @@ def _named(columns: mx.array, ids: mx.array | None) -> mx.array:
     return columns.astype(mx.int32)
 
 
-def _filtered(scaled: mx.array, rules: Rules) -> tuple[mx.array, mx.array]:
-    """Returns the scores of the best candidates, best first, -inf where a filter leaves them out, and their columns:
-    [B, T, k] each. scaled: [B, T, C], divided by the temperature.
-    """
-    columns = _best(scaled, rules.candidates)
-    scaled = mx.take_along_axis(scaled, columns, axis=-1)
-    scaled = mx.where(mx.arange(scaled.shape[-1]) < rules.top_k, scaled, -mx.inf)
-    p = mx.softmax(scaled, axis=-1, precise=True)
-    # Summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
-    kept = mx.cumsum(p, axis=-1, reverse=True) > rules.rest
-    kept &= p >= rules.min_p * p[..., :1]  # a share of the likeliest: the same before and after top-p
-    return mx.where(kept, scaled, -mx.inf), columns
+def _of_all(
+    allowed: mx.array, rules: Rules, cap: float | None, ids: mx.array | None, token_counts: TokenCounts | None
+) -> mx.array:
+    """Returns the scores of all columns, before the temperature. allowed: -inf at tokens that nobody may say."""
+    scores = scored(allowed, cap)
+    if rules.penalties is not None:
+        scores = rules.penalties.apply(scores, *token_counts.among(ids))
+    if rules.bias is not None:
+        scores = scores + _columns(scattered(rules.biased, rules.bias, rules.vocab), ids)
+    return scores
 
 
-def _best(values: mx.array, count: int) -> mx.array:
-    """Returns the columns of the `count` largest (-1: all), best first: [..., count].
-
-    Of equals the lower column comes first, whatever the count is, so that a partner's top-k changes no row's.
-    """
-    negated = -values  # MLX orders equals by column, so that the lower one comes before
-    if not 0 < count < values.shape[-1]:
-        return mx.argsort(negated, axis=-1)
-    columns = mx.sort(mx.argpartition(negated, kth=count - 1, axis=-1)[..., :count], axis=-1)
-    order = mx.argsort(mx.take_along_axis(negated, columns, axis=-1), axis=-1)
-    return mx.take_along_axis(columns, order, axis=-1)
-
-
-def _key(seed: int) -> tuple[int, int]:
-    return seed & 0xFFFFFFFF, seed >> 32
+def _order(allowed: mx.array, scores: mx.array, rules: Rules) -> mx.array:
+    """Returns the columns, the likeliest first: by score, then by the logit as it came, then by column."""
+    order = mx.argsort(-allowed, axis=-1)  # MLX leaves equals in their order
+    if rules.reordered is None:
+        return order
+    return mx.take_along_axis(order, mx.argsort(-mx.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
 
 
 def accept(drafts: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import mlx.core as mx
+import numpy as np
+
+from ..ops.fused import compiled
+
+TOKEN = 0xC2B2AE35
 
 
 def gumbel(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
@@ -11,7 +19,7 @@ def gumbel(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
     keys: uint32 [B, 2]; positions: [B, T]; tokens: [B, T, C], or broadcastable to it. It is -log(E) with E = -log1p(-u)
     for a uniform u: small u keep their precision, which the large values of the noise need.
     """
-    return -mx.log(-mx.log1p(-uniform(keys, positions, tokens)))
+    return _gumbel(tokens, *_of_positions(keys, positions))
 
 
 def uniform(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
@@ -19,11 +27,55 @@ def uniform(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
 
     keys: uint32 [B, 2]; positions: [B, T]; tokens: [B, T, C], or broadcastable to it.
     """
-    position = positions.astype(mx.uint32)
-    first = _mix(_mix(position * 0x9E3779B9 + keys[:, :1]) ^ keys[:, 1:])[..., None]
-    second = _mix(first + 0x85EBCA6B)
-    bits = _mix(_mix(tokens.astype(mx.uint32) * 0xC2B2AE35 ^ first) + second)
+    return _uniform(tokens, *_of_positions(keys, positions))
+
+
+def _of_positions(keys: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+    """Returns two hashes of the row and the position, uint32 [B, T, 1] each."""
+    return _hashed(positions[..., None], keys[:, :1, None], keys[:, 1:, None])
+
+
+@compiled
+def _hashed(positions: mx.array, low: mx.array, high: mx.array) -> tuple[mx.array, mx.array]:
+    first = _mix(_mix(positions.astype(mx.uint32) * 0x9E3779B9 + low) ^ high)
+    return first, _mix(first + 0x85EBCA6B)
+
+
+def _plain_uniform(tokens: mx.array, first: mx.array, second: mx.array) -> mx.array:
+    bits = _mix(_mix(tokens.astype(mx.uint32) * TOKEN ^ first) + second)
     return (bits.astype(mx.float32) + 0.5) * 2.0**-32
+
+
+@compiled
+def _gumbel(tokens: mx.array, first: mx.array, second: mx.array) -> mx.array:
+    return -mx.log(-mx.log1p(-_plain_uniform(tokens, first, second)))
+
+
+def gumbel_bound(keys: mx.array, positions: mx.array, vocab: int) -> mx.array:
+    """Returns numbers that `gumbel` of the tokens 0 to vocab - 1 is not above, float32 [B, T, vocab], nor far below: by
+    0.07 at most where it is above 2.
+
+    keys: uint32 [B, 2]; positions: [B, T]. E >= u + u^2 / 2; and log2(x) is at least the bits of x as an integer, by
+    2^23, less 127. So nothing but plain arithmetic is computed for every token.
+    """
+    first, second = _of_positions(keys, positions)
+    return _bound(_least(_mixed(_products(vocab) ^ first) + second).view(mx.int32))
+
+
+@compiled
+def _least(x: mx.array) -> mx.array:
+    u = (_mix(x).astype(mx.float32) + 0.5) * 2.0**-32
+    return u + u * u * 0.5
+
+
+@compiled
+def _bound(bits: mx.array) -> mx.array:
+    return bits.astype(mx.float32) * (-math.log(2) * 2.0**-23) + (127 * math.log(2) + 1e-4)  # and what float32 rounds
+
+
+@lru_cache(maxsize=4)
+def _products(vocab: int) -> mx.array:
+    return mx.array(np.arange(vocab, dtype=np.uint32) * np.uint32(TOKEN))
 
 
 def keys_of_round(keys: mx.array, first: mx.array) -> mx.array:
@@ -42,3 +94,7 @@ def _mix(x: mx.array) -> mx.array:
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
+
+
+_mixed = compiled(_mix)
+_uniform = compiled(_plain_uniform)

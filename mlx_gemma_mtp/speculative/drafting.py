@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..models.drafter import DenseHead, Drafter
 from ..ops.kernels import head_argmax
 from ..sampling.distribution import Distribution, Rules
+from ..sampling.drawing import UNDECIDED, draw
 from ..sampling.noise import keys_of_round
 from ..sampling.params import ACCEPT, COUPLED, REJECTION, number, shown, whole
 from ..sampling.penalties import TokenCounts
@@ -141,10 +142,12 @@ class Mtp:
         newest, drafts, confidences, each = span.lengths[:, None], [], [], []
         for i in range(count):
             y, hidden = self.drafter(self.embed(token), hidden, span, tables)
-            token, confidence, q = pick(self.drafter, y, rules, newest + (i + 1), token_counts, self.confident)
+            token, confidence, q = pick(
+                self.drafter, y, rules, newest + (i + 1), token_counts, self.confident, self.drafting.rejection
+            )
             token_counts = token_counts and token_counts.followed_by(token)
             confidences += [confidence] if self.confident else []
-            each += [q] if self.drafting.rejection and not rules.all_greedy else []
+            each += [] if q is None else [q]
             mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
             drafts.append(token)
         confidence = mx.stack(confidences, axis=1) if self.confident else mx.zeros((token.shape[0], 0))
@@ -158,10 +161,17 @@ DEFAULT_DRAFTING = Drafting()
 
 
 def pick(
-    drafter: Drafter, y: mx.array, rules: Rules, positions: mx.array, token_counts: TokenCounts | None, confident: bool
+    drafter: Drafter,
+    y: mx.array,
+    rules: Rules,
+    positions: mx.array,
+    token_counts: TokenCounts | None,
+    confident: bool,
+    rejection: bool = False,
 ) -> tuple[mx.array, mx.array | None, Distribution | None]:
-    """Returns the token drafted for each row, int32 [B], its confidence [B] if `confident`, and what it was drawn from.
-    A greedy token comes from a dense head without a row of logits, and so without a distribution.
+    """Returns the token drafted for each row, int32 [B], its confidence [B] if `confident`, and what it was drawn from,
+    if some row is sampled and drafts are accepted by `rejection`. A greedy token comes from a dense head without a row
+    of logits.
 
     y: [B, size], from the drafter's step; positions: [B, 1], of the tokens to be drawn.
     """
@@ -171,16 +181,11 @@ def pick(
         if head_argmax.usable(table, y.dtype):
             return *head_argmax.best_token_metal(y, table, rules.suppressed), None
     logits, ids = drafter.scores(y)
-    token, q = drawn(logits, ids, rules, positions, token_counts)
-    return token, head_argmax.certainty(logits) if confident else None, q
-
-
-def drawn(
-    logits: mx.array, ids: mx.array | None, rules: Rules, positions: mx.array, token_counts: TokenCounts | None
-) -> tuple[mx.array, Distribution]:
-    """Returns a token for each row, int32 [B], and the distribution that it was drawn from.
-
-    logits: [B, C], a drafter's scores of the tokens ids [B, C] (None: of all, in order); positions: [B, 1].
-    """
-    q = Distribution.of(logits[:, None], rules, ids=None if ids is None else ids[:, None], token_counts=token_counts)
-    return q.drawn(rules, positions)[:, 0], q
+    confidence = head_argmax.certainty(logits) if confident else None
+    shortlist = None if ids is None else ids[:, None]
+    if rejection and not rules.all_greedy:
+        q = Distribution.of(logits[:, None], rules, ids=shortlist, token_counts=token_counts)
+        return q.drawn(rules, positions)[:, 0], confidence, q
+    drawn = draw(logits[:, None], rules, positions, ids=shortlist, token_counts=token_counts)
+    token = drawn.tokens if drawn.certain else mx.where(drawn.tokens == UNDECIDED, drawn.best, drawn.tokens)
+    return token[:, 0], confidence, None

@@ -41,8 +41,8 @@ class Failure(NamedTuple):
 class Look(NamedTuple):
     """What the constraints say of a round's drafts.
 
-    width: how many drafts of each row to verify. mask: float32 [B, width + 1, V], 0 at tokens that are allowed and -inf
-    elsewhere. failures: the reason of each row whose constraint raised; such a row may say nothing.
+    width: how many drafts of each row to verify. mask: uint32 [B, width + 1, words], see Constraint. failures: the
+    reason of each row whose constraint raised; such a row may say nothing.
     """
 
     width: int
@@ -75,7 +75,7 @@ class Guide:
             for i, mask in enumerate(masks):
                 if mask is not None:
                     bits[row, i] = mask
-        return Look(width, expand(mx.array(bits), self.vocab), failures)
+        return Look(width, mx.array(bits), failures)
 
     def advance(self, emitted: Sequence[Sequence[int]]) -> dict[int, Failure]:
         """Moves each row's constraint on by its emitted tokens; nothing else moves one. Returns the failures of the
@@ -99,12 +99,6 @@ class Guide:
 def guide(constraints: Sequence[Constraint | None], vocab: int) -> Guide | None:
     """Returns the guide of these rows' constraints, None where every row is free."""
     return Guide(constraints, vocab) if any(each is not None for each in constraints) else None
-
-
-def expand(bits: mx.array, vocab: int) -> mx.array:
-    """Returns 0 where a token's bit is set and -inf elsewhere: uint32 [..., words] -> float32 [..., vocab]."""
-    each = (bits[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    return mx.where(each.reshape(*bits.shape[:-1], -1)[..., :vocab] == 1, 0.0, -mx.inf)
 
 
 def allows(mask: np.ndarray | None, token: int) -> bool:

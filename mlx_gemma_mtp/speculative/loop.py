@@ -18,8 +18,10 @@ from ..cache.cache import Cache
 from ..machine.device import metal_available
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
+from ..ops.topk import total
 from ..sampling import rejection
 from ..sampling.distribution import Distribution, Rules, accept, logprobs
+from ..sampling.drawing import UNDECIDED, draw, settled
 from ..sampling.penalties import TokenCounts
 from .drafting import DEFAULT_DRAFTING, SOURCES, Drafting, Drafts, DraftState
 from .guide import Guide
@@ -61,8 +63,8 @@ class Inputs:
 
     newest: int32 [B], each row's newest token, which the cache does not hold yet; None after the prefill, where it
     does. drafts: the K drafts to be verified behind it. token_counts: the tokens up to the newest, where the rules have
-    penalties. guide: the rows' constraints, None where every row is free. mask: float32 [B, K + 1, V], -inf at tokens
-    that the guide forbids; None without a guide.
+    penalties. guide: the rows' constraints, None where every row is free. mask: uint32 [B, K + 1, words], bit t % 32 of
+    word t // 32 set where the guide allows token t; None without a guide.
     """
 
     newest: mx.array | None
@@ -144,9 +146,10 @@ class Accepted(NamedTuple):
     """What a verify decided, as arrays on the device.
 
     tokens: int32 [B, K + 1], of which kept + 1 count. kept: int32 [B], how many drafts stay. newest: [B], the token
-    after them. sums: float32 [B, K + 1], of the logits of each position, finite where all of these are. peaks: [B, K +
-    1], the target's Distribution.peak, or None. report: what sampling.logprobs says of the tokens, where the rules ask
-    for it, or nothing.
+    after them; UNDECIDED where it is to be settled. sums: float32 [B, K + 1], of the logits of each position, finite
+    where all of these are. peaks: [B, K + 1], the target's Distribution.peak, or None. report: what sampling.logprobs
+    says of the tokens, where the rules ask for it, or nothing. undecided: the logits and the token counts of each
+    position, where a token may be UNDECIDED; None where none is.
     """
 
     tokens: mx.array
@@ -155,6 +158,7 @@ class Accepted(NamedTuple):
     sums: mx.array
     peaks: mx.array | None
     report: tuple[mx.array, ...]
+    undecided: tuple[mx.array, TokenCounts | None] | None
 
 
 def compact(live: Sequence[bool]) -> list[int]:
@@ -169,15 +173,18 @@ def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
     inputs, cap = verify.inputs, target.config.softcap
     drafts, rules = inputs.drafts, inputs.rules
     token_counts = inputs.token_counts and inputs.token_counts.at_each(drafts.tokens)
-    logits = target.logits(verify.hidden)
-    p = Distribution.of(logits, rules, cap, token_counts=token_counts, mask=inputs.mask)
+    logits, undecided = target.logits(verify.hidden), None
     if drafts.q is None or rules.all_greedy:
-        tokens = p.drawn(rules, verify.positions)
-        kept, newest = accept(drafts.tokens, tokens)
+        drawn = draw(logits, rules, verify.positions, cap, token_counts=token_counts, mask=inputs.mask)
+        tokens, peak = drawn.tokens, drawn.peak
+        undecided = None if drawn.certain else (logits, token_counts)
+        kept, newest = accept(drafts.tokens, tokens)  # no draft is UNDECIDED
     else:
+        p = Distribution.of(logits, rules, cap, token_counts=token_counts, mask=inputs.mask)
         tokens, kept, newest = rejection.accept(drafts.tokens, drafts.q, p, rules, verify.positions)
+        peak = p.peak
     report = () if rules.logprobs is None else logprobs(logits, tokens, cap, rules.logprobs)
-    return Accepted(tokens, kept, newest, logits.sum(axis=-1), p.peak, report)
+    return Accepted(tokens, kept, newest, total(logits), peak, report, undecided)
 
 
 def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) -> tuple[list[int], str | None]:
@@ -228,6 +235,7 @@ class Speculation:
         self.inputs = Inputs(None, Drafts.none(rows), rules, token_counts, guide, mask)
         self.confidences: list[list[float]] = [[]] * rows
         self.host_syncs = 0
+        self._listed = 0 if token_counts is None else token_counts.places  # at most, of any row
         self._verify: Verify | Prefilled | None = Prefilled(cache, self.inputs, hidden)
 
     def start(self, num_draft: int) -> Round:
@@ -261,7 +269,10 @@ class Speculation:
         now, rows = verify.inputs, verify.inputs.rows
         # ACCEPT
         out = accepted(self.target, verify)
-        token_counts = now.token_counts and now.token_counts.after(out.tokens, out.kept + 1)
+        newest, counted = out.newest, out.kept + 1
+        if out.undecided is not None:  # until it is settled, the first token stands in
+            newest, counted = mx.maximum(newest, 0), out.kept + (newest != UNDECIDED)
+        token_counts = now.token_counts and now.token_counts.first(self._listed).after(out.tokens, counted)
         # COMMIT: each row's tokens that stay
         drafted = None if now.newest is None else now.width
         if drafted is not None:
@@ -270,14 +281,14 @@ class Speculation:
         drafts = Drafts.none(rows.stop)
         if self.proposer is not None and num_draft > 0:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
-            state = DraftState(self.cache, rows, out.newest, hidden, now.rules, token_counts)
+            state = DraftState(self.cache, rows, newest, hidden, now.rules, token_counts)
             drafts = self.proposer.propose(state, num_draft)
             assert drafts.q is None or self.drafting.rejection, "a source brings q for acceptance by rejection alone"
         checks = (out.sums,) if out.peaks is None else (out.sums, out.peaks)
         told = (out.tokens, out.kept, drafts.tokens, drafts.confidence, *out.report, *checks)
-        mx.async_eval(*told, self.cache.lengths, out.newest)
+        mx.async_eval(*told, self.cache.lengths, newest)
         # VERIFY of the next round: built while the device works, unless constraints must see the tokens first.
-        self._go_on_with(Inputs(out.newest, drafts, now.rules, token_counts, now.guide, None))
+        self._go_on_with(Inputs(newest, drafts, now.rules, token_counts, now.guide, None))
         if now.guide is None:
             self._verify = Verify(self.target, self.cache, self.inputs)
         # One readback
@@ -285,7 +296,10 @@ class Speculation:
         report, (sums, *peaks) = more[: len(out.report)], more[len(out.report) :]
         self.confidences = _confidences(confidences, len(drafted_next[0])) if self.confident else confidences
         self.cache.tighten_length_bound(rows, [(drafted or 0) - count for count in kept])
+        self._listed += max(kept) + 1
         counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
+        if undecided := [row for row, each in enumerate(counted) if each[-1] == UNDECIDED]:
+            report = self._settle(verify, out.undecided, undecided, counted, report)
         emitted, errors = map(list, zip(*map(sound, counted, sums, *(peaks or [[[]] * rows.stop])), strict=True))
         if now.guide is not None:
             self._constrain(emitted, errors, drafted_next)
@@ -306,6 +320,38 @@ class Speculation:
             self._verify.drop()
         self.inputs, self._verify = inputs, None
 
+    def _settle(
+        self,
+        verify: Verify | Prefilled,
+        undecided: tuple[mx.array, TokenCounts | None],
+        rows: list[int],
+        tokens: list[list[int]],
+        report: list[list],
+    ) -> list[list]:
+        """Draws the last token of these rows from all that it may be, and puts it into `tokens`, into the report, which
+        it returns, and into the next round's inputs, whose drafts were made after another. It is a second host sync.
+        """
+        now, cap = verify.inputs, self.target.config.softcap
+        index, place = mx.array(rows), mx.array([len(tokens[row]) - 1 for row in rows])
+        logits, token_counts = undecided
+        one = lambda array: array[index, place][:, None]  # noqa: E731
+        counts = token_counts and token_counts.at_place(index, place)
+        mask = None if now.mask is None else one(now.mask)
+        drawn = settled(one(logits), now.rules.of_rows(index), one(verify.positions), cap, counts, mask)
+        own = logprobs(one(logits), drawn, cap, 0)[0] if report else drawn
+        newest = self.inputs.newest.at[index].add(drawn[:, 0] - self.inputs.newest[index])
+        later = self.inputs.token_counts
+        if later is not None:
+            counted = mx.zeros(newest.shape, mx.int32).at[index].add(1)
+            later = later.followed_by(newest, counted)
+        self._go_on_with(replace(self.inputs, newest=newest, token_counts=later))
+        told, values = self._readback(drawn, own)
+        for i, row in enumerate(rows):
+            tokens[row][-1] = told[i][0]
+            if report:
+                report[0][row][len(tokens[row]) - 1] = values[i][0]
+        return report
+
     def _constrain(self, emitted: list[list[int]], errors: list[str | None], drafts: list[list[int]]) -> None:
         """Moves the guide by what was emitted, and cuts and masks the next round's drafts by it. A row whose constraint
         fails gets its error, and keeps of its tokens those before it.
@@ -319,7 +365,7 @@ class Speculation:
         self.inputs = replace(inputs if uncut else inputs.first(width), mask=mask)
 
     def _readback(self, *arrays: mx.array) -> list[list]:
-        """Returns the values of these arrays: the round's one host sync."""
+        """Returns the values of these arrays: the round's one host sync, if all of its tokens are decided."""
         self.host_syncs += 1
         mx.eval(*arrays)
         return [array.tolist() for array in arrays]

@@ -234,7 +234,7 @@ def test_extremes_work_or_are_refused(name, temperature, top_k):
                 assert params.temperature == 0
             rules = Rules.of([params], 32)
             token_counts = rules.penalties and TokenCounts(
-                mx.zeros((1, 1, 32), mx.bool_), mx.full((1, 1, 32), 100_000, mx.int32)
+                mx.arange(32)[None], mx.zeros((1, 32), mx.bool_), mx.full((1, 1, 32), 100_000, mx.int32), 32
             )
             drawn = Distribution.of(logits, rules, 30.0, token_counts=token_counts)
             if drawn.scores is not None:

@@ -36,7 +36,7 @@ def token_counts() -> TokenCounts:
 def test_each_draft_counts_for_the_positions_after_it(token_counts):
     drafts = [[3, 1, 8], [5, 0, 0]]
     logits = np.random.default_rng(0).normal(size=(2, 4, VOCAB)).astype(np.float32) * 3
-    ours = Penalties.of(EVERY).apply(mx.array(logits), token_counts.at_each(mx.array(drafts)))
+    ours = Penalties.of(EVERY).apply(mx.array(logits), *token_counts.at_each(mx.array(drafts)).among(None))
     for row in range(2):
         for i in range(4):
             want = slow(logits[row, i], PROMPTS[row], TEXTS[row] + drafts[row][:i], EVERY[row])
@@ -46,7 +46,7 @@ def test_each_draft_counts_for_the_positions_after_it(token_counts):
 def test_a_shortlist_has_the_penalties_of_its_tokens(token_counts):
     ids = mx.array([[[7, 2, 3]], [[0, 5, 1]]])
     logits = np.random.default_rng(1).normal(size=(2, 1, 3)).astype(np.float32)
-    ours = Penalties.of(EVERY).apply(mx.array(logits), token_counts.among(ids))
+    ours = Penalties.of(EVERY).apply(mx.array(logits), *token_counts.among(ids))
     for row in range(2):
         whole = np.zeros(VOCAB, np.float32)
         whole[np.array(ids[row, 0])] = logits[row, 0]
@@ -56,9 +56,10 @@ def test_a_shortlist_has_the_penalties_of_its_tokens(token_counts):
 
 def test_only_what_was_emitted_is_said(token_counts):
     after = token_counts.after(mx.array([[4, 4, 6], [7, 8, 8]]), mx.array([2, 1]))
-    assert np.array(after.text[:, 0]).tolist() == [[0, 0, 1, 1, 2, 0, 0, 0, 0], [0, 0, 0, 0, 0, 2, 0, 1, 0]]
+    assert np.array(after.among(None)[1][:, 0]).tolist() == [[0, 0, 1, 1, 2, 0, 0, 0, 0], [0, 0, 0, 0, 0, 2, 0, 1, 0]]
     kept = after.of_rows(mx.array([1]))
-    assert kept.text[0, 0, 5].item() == 2 and kept.prompt[0, 0].tolist() == [i == 5 for i in range(VOCAB)]
+    prompt, text = kept.among(None)
+    assert text[0, 0, 5].item() == 2 and prompt[0, 0].tolist() == [i == 5 for i in range(VOCAB)]
 
 
 def test_no_penalties_cost_nothing():

@@ -152,7 +152,7 @@ def test_a_bias_is_added_after_the_cap_and_forbids():
 
 def test_a_mask_forbids_at_each_position_on_its_own():
     logits = mx.array([[[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]])
-    mask = mx.array([[[-mx.inf, 0, 0], [0, -mx.inf, -mx.inf]]])
+    mask = mx.array([[[0b110], [0b001]]], mx.uint32)
     for p in (params(0.0), params(0.1, seed=4)):
         assert sample(logits, Rules.of([p], 3), mx.array([[0, 1]]), mask=mask).tolist() == [[1, 0]]
 

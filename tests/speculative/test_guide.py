@@ -8,7 +8,12 @@ import pytest
 import tiny
 from constraints import CLOSE, END, OPEN, VOCAB, Stairs, thinking
 
-from mlx_gemma_mtp.speculative.guide import allows, expand, guide, only
+from mlx_gemma_mtp.ops.bits import expand
+from mlx_gemma_mtp.speculative.guide import allows, guide, only
+
+
+def unpacked(bits: mx.array) -> np.ndarray:
+    return np.array(expand(bits, VOCAB))
 
 
 def test_bits_become_a_mask():
@@ -23,13 +28,15 @@ def test_drafts_are_walked_on_a_copy_up_to_the_first_that_is_refused():
     stairs, free = Stairs(), None
     found = guide([stairs, free], VOCAB)
     width, mask, failures = found.look([[7, 15, 3, 4], [1, 2, 3, 4]])  # 7 % 7 = 0, 15 % 7 = 1, 3 is refused
+    mask = unpacked(mask)
     assert width == 4 and mask.shape == (2, 5, VOCAB) and not failures  # the free row keeps its drafts
-    allowed = [np.flatnonzero(row == 0) % 7 for row in np.array(mask[0])]
-    assert [set(a.tolist()) for a in allowed[:3]] == [{0}, {1}, {2}] and (np.array(mask[1]) == 0).all()
+    allowed = [np.flatnonzero(row == 0) % 7 for row in mask[0]]
+    assert [set(a.tolist()) for a in allowed[:3]] == [{0}, {1}, {2}] and (mask[1] == 0).all()
     assert (stairs.step, stairs.advanced) == (0, 0)
     assert guide([stairs], VOCAB).look([[7, 15, 3, 4]])[0] == 2
     width, mask, _ = guide([stairs], VOCAB).look([[7, 15, 3, 4]], cut=False)
-    assert width == 4 and (np.array(mask[0, 3:]) == 0).all() and mx.isinf(mask[0, 2]).any()
+    mask = unpacked(mask)
+    assert width == 4 and (mask[0, 3:] == 0).all() and np.isinf(mask[0, 2]).any()
     assert found.advance([[14, 8], [5, 6]]) == {}
     assert (stairs.step, stairs.advanced) == (2, 2)
     assert found.of_rows([1]) is None and found.of_rows([0]).constraints == [stairs]
@@ -59,7 +66,7 @@ def test_after_drafts_that_cannot_be_walked_nothing_is_allowed():
     """Not everything: a partner has drafts left, so that the row's later positions are verified, too."""
     width, mask, failures = guide([Fragile("nowhere"), None], VOCAB).look([[7, 15, 3], [1, 2, 3]])
     assert width == 3 and failures == {}
-    mask = np.array(mask)
+    mask = unpacked(mask)
     assert set((np.flatnonzero(mask[0, 0] == 0) % 7).tolist()) == {0} and (mask[0, 1] == -np.inf).all()
     assert (mask[1] == 0).all()
 
@@ -67,7 +74,8 @@ def test_after_drafts_that_cannot_be_walked_nothing_is_allowed():
 def test_a_row_whose_mask_raises_may_say_nothing():
     width, mask, failures = guide([Fragile("mask"), Stairs()], VOCAB).look([[], []])
     assert width == 0 and failures == {0: "KeyError: 'a step is missing'"}
-    assert (np.array(mask[0]) == -np.inf).all() and (np.array(mask[1]) == 0).any()
+    mask = unpacked(mask)
+    assert (mask[0] == -np.inf).all() and (mask[1] == 0).any()
 
 
 @pytest.mark.parametrize("params", [tiny.GREEDY, tiny.SAMPLED, tiny.PENALISED], ids=["greedy", "sampled", "penalised"])
@@ -129,7 +137,7 @@ def test_a_reply_is_constrained_from_the_border_on():
     assert allowed(t) == stairs | {OPEN}
     width, mask, _ = guide([t], VOCAB).look([[OPEN, 50, CLOSE, 7, 7]])
     assert width == 4  # the second 7 is refused
-    at = [set(np.flatnonzero(row == 0).tolist()) for row in np.array(mask[0])]
+    at = [set(np.flatnonzero(row == 0).tolist()) for row in unpacked(mask[0])]
     assert at[1] == at[2] == set(range(VOCAB)) - {END} and at[3] == stairs
     assert at[4] == {i for i in range(VOCAB) if i % 7 == 1}
     assert (t.begun, t.spent, t.reply.advanced) == (False, None, 0)

@@ -1,0 +1,172 @@
+"""A token for each position without a look at the whole distribution: what the loop draws by.
+
+The token is the one that Distribution draws, from the likeliest candidates alone. Where they do not suffice, the place
+says so, and the caller asks Distribution there (`settled`): a nucleus of more than REACH tokens, or one whose border
+float32 may not find. Nothing here waits for the device, and whether a place is decided depends on its own logits and
+settings alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..machine.device import metal_available
+from ..ops.bits import expand
+from ..ops.sums import sum_of_exponentials, with_noise
+from ..ops.topk import topk
+from .candidates import Candidates, candidates, filtered, scored
+from .distribution import PART, Distribution
+from .noise import gumbel, gumbel_bound
+from .penalties import TokenCounts
+from .rules import REACH, Rules
+
+UNDECIDED = -1  # in place of a token
+LARGEST = 2**31 - 1  # of an int32
+FEW = 8192  # columns of which Distribution looks at all without much ado
+NOISY = 64  # tokens of the largest bounds whose noise is computed, where no filter is
+
+
+class Drawn(NamedTuple):
+    """What was drawn at T positions of each row.
+
+    tokens: int32 [B, T], UNDECIDED at places that are to be `settled`. best: int32 [B, T], the likeliest token. peak:
+    see Distribution. certain: whether there are no such places, whatever the logits.
+    """
+
+    tokens: mx.array
+    best: mx.array
+    peak: mx.array | None
+    certain: bool
+
+
+def draw(
+    logits: mx.array,
+    rules: Rules,
+    positions: mx.array,
+    cap: float | None = None,
+    ids: mx.array | None = None,
+    token_counts: TokenCounts | None = None,
+    mask: mx.array | None = None,
+) -> Drawn:
+    """Returns a token for each position: the likeliest in greedy rows, a coupled sample in others.
+
+    positions: [B, T], absolute, of the tokens to be drawn. The others: see Distribution.of.
+    """
+    if ids is not None or logits.shape[-1] <= FEW or (rules.all_greedy and rules.reordered is None and mask is None):
+        p = Distribution.of(logits, rules, cap, ids, token_counts, mask)
+        return Drawn(p.drawn(rules, positions), p.best, p.peak, True)
+    rows, length, vocab = logits.shape
+    at_once = rows
+    if not metal_available() and (mask is not None or _looks_at_all(rules) or rules.reordered is not None):
+        at_once = max(PART // (length * vocab), 1)
+    parts = []
+    for start in range(0, rows, at_once):
+        part = slice(start, start + at_once)
+        one = at_once >= rows
+        counts = token_counts if one or rules.penalties is None else token_counts.of_rows(part)
+        of_part = rules if one else rules.of_rows(part)
+        parts.append(_drawn(logits[part], of_part, positions[part], cap, counts, None if mask is None else mask[part]))
+    tokens, best, peaks = zip(*parts, strict=True)
+    joined = lambda each: each[0] if len(each) == 1 else mx.concatenate(each, axis=0)  # noqa: E731
+    peak = None if mask is None and rules.bias is None else joined(peaks)
+    return Drawn(joined(tokens), joined(best), peak, rules.free is None and rules.open is None)
+
+
+def _looks_at_all(rules: Rules) -> bool:
+    return rules.open_top_p or rules.free is not None
+
+
+def _drawn(
+    logits: mx.array,
+    rules: Rules,
+    positions: mx.array,
+    cap: float | None,
+    token_counts: TokenCounts | None,
+    mask: mx.array | None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Returns the tokens of these rows, the likeliest, and its score."""
+    if mask is not None:
+        logits = logits + expand(mask, logits.shape[-1])
+    k = max(rules.widest, REACH if rules.open is not None else 1)
+    found = candidates(logits, rules, cap, token_counts, k, _looks_at_all(rules), mask is not None)
+    best = found.best.columns[..., 0].astype(mx.int32)
+    peak = found.best.scores[..., 0]
+    if rules.all_greedy:
+        return best, best, peak
+    tokens = best
+    if rules.filtered:
+        tokens = _of_candidates(found, rules, positions, cap)
+    if rules.free is not None:
+        tokens = mx.where(rules.free, _of_all(found, rules, positions, cap), tokens)
+    return mx.where(rules.greedy, best, tokens), best, peak
+
+
+def _of_candidates(found: Candidates, rules: Rules, positions: mx.array, cap: float | None) -> mx.array:
+    """Returns a token for each position, drawn from the best candidates."""
+    scores, columns = found.best.scores / rules.temperature, found.best.columns
+    limit, left = rules.top_k, None
+    if rules.open is not None:
+        is_open = rules.open[..., None]
+        limit = mx.where(is_open, REACH, limit)
+        if rules.open_top_p:
+            left = mx.where(is_open, _left(found, scores, rules, cap), 0.0)
+    scores, p, after = filtered(scores, rules, limit, left)
+    drawn = mx.argmax(scores + gumbel(rules.keys, positions, columns), axis=-1, keepdims=True)
+    tokens = mx.take_along_axis(columns, drawn, axis=-1)[..., 0].astype(mx.int32)
+    if rules.open is None:
+        return tokens
+    # The border is among the candidates, and no sum is so close to it that another order of adding might decide.
+    seen = slice(0, REACH)
+    p, after, out = p[..., seen], after[..., seen], scores[..., REACH - 1] == -mx.inf
+    near = mx.abs(after - rules.rest) <= 3e-6 + 3e-5 * rules.rest
+    share = rules.min_p * p[..., :1]
+    near |= (rules.min_p > 0) & (mx.abs(p - share) <= 1e-5 * share)
+    return mx.where(~rules.open | (out & ~near.any(axis=-1)), tokens, UNDECIDED)
+
+
+def _left(found: Candidates, scores: mx.array, rules: Rules, cap: float | None) -> mx.array:
+    """Returns which share of the probability is not in the best REACH candidates, [B, T, 1]. scores: of these."""
+    largest = scores[..., :1]
+    whole, powers = sum_of_exponentials(found.others, cap, found.holes, 1 / rules.temperature, largest)
+    rest = whole[..., None] - mx.take_along_axis(powers, found.taken, axis=-1).sum(axis=-1, keepdims=True)
+    here = mx.exp(scores - largest)
+    inside = here[..., :REACH].sum(axis=-1, keepdims=True)
+    rest += here[..., REACH:].sum(axis=-1, keepdims=True)
+    if found.left is not None:
+        rest += mx.exp(found.left.scores / rules.temperature - largest).sum(axis=-1, keepdims=True)
+    rest = mx.maximum(rest, 0.0)
+    return rest / (inside + rest)
+
+
+def _of_all(found: Candidates, rules: Rules, positions: mx.array, cap: float | None) -> mx.array:
+    """Returns a token for each position, drawn from the whole vocabulary. Noise is computed for the tokens whose scores
+    with the most noise that they may have are the largest. The best of them is the best of all if it is above the
+    bound of the last.
+    """
+    noise = gumbel_bound(rules.keys, positions, found.others.shape[-1])
+    bounds = with_noise(found.others, cap, found.holes, 1 / rules.temperature, noise)
+    bounds, columns = topk(bounds, NOISY)
+    scores = scored(mx.take_along_axis(found.others, columns, axis=-1), cap) / rules.temperature
+    last = bounds[..., -1] + 1e-4 * (1 + 1 / rules.temperature[..., 0])  # the bounds' scores are near
+    if found.touched is not None:
+        columns = mx.concatenate([columns, found.touched.columns], axis=-1)
+        scores = mx.concatenate([scores, found.touched.scores / rules.temperature], axis=-1)
+    noisy = scores + gumbel(rules.keys, positions, columns)
+    most = noisy.max(axis=-1, keepdims=True)
+    tokens = mx.where(noisy == most, columns.astype(mx.int32), LARGEST).min(axis=-1)
+    sure = (most[..., 0] >= last) | (last == -mx.inf)
+    return mx.where(sure, tokens, UNDECIDED)
+
+
+def settled(
+    logits: mx.array,
+    rules: Rules,
+    positions: mx.array,
+    cap: float | None = None,
+    token_counts: TokenCounts | None = None,
+    mask: mx.array | None = None,
+) -> mx.array:
+    """Returns the tokens of places that `draw` left undecided, from all that rows may say there: int32 [B, T]."""
+    return Distribution.of(logits, rules, cap, None, token_counts, mask).drawn(rules, positions)
