@@ -32,11 +32,11 @@ def topk(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
         columns = _members(rows, k)
         found = mx.take_along_axis(rows, columns, axis=-1)
         order = mx.argsort(-found, axis=-1)  # MLX leaves equals in their order
-        columns = mx.take_along_axis(columns, order, axis=-1)
+        found, columns = (mx.take_along_axis(each, order, axis=-1) for each in (found, columns))
     else:
         columns = mx.argsort(-rows, axis=-1)
-    columns = columns.reshape(*values.shape[:-1], -1)
-    return mx.take_along_axis(values, columns, axis=-1), columns
+        found = mx.take_along_axis(rows, columns, axis=-1)
+    return tuple(each.reshape(*values.shape[:-1], -1) for each in (found, columns))
 
 
 def total(values: mx.array) -> mx.array:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..ops.fused import numbers
+from ..ops.fused import compiled, numbers
 from ..ops.topk import topk
 from .penalties import NONE, TokenCounts, scattered
 from .rules import Rules
@@ -154,13 +154,25 @@ def filtered(
     scores: [B, T, k], divided by the temperature, the likeliest first. limit: top-k, [B, 1, 1]. left: [B, T, 1], what
     all other tokens have of the probability; None for nothing.
     """
-    within = numbers(scores.shape[-1]) < limit
-    scores = mx.where(within, scores, -mx.inf)
+    scores = _within(scores, numbers(scores.shape[-1]), limit)
     p = mx.softmax(scores, axis=-1, precise=True)
     # Summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
-    p = p if left is None else p * (1 - left)
-    after = mx.cumsum(p, axis=-1, reverse=True)
-    after = after if left is None else after + left
-    kept = within & (after > rules.rest)
-    kept &= p >= rules.min_p * p[..., :1]  # a share of the likeliest: the same before and after top-p
-    return mx.where(kept, scores, -mx.inf), p, after
+    if left is None:
+        after = mx.cumsum(p, axis=-1, reverse=True)
+    else:
+        p = p * (1 - left)
+        after = mx.cumsum(p, axis=-1, reverse=True) + left
+    return _kept(scores, p, after, rules.rest, rules.min_p, p[..., :1]), p, after
+
+
+@compiled
+def _within(scores: mx.array, places: mx.array, limit: mx.array) -> mx.array:
+    return mx.where(places < limit, scores, -mx.inf)
+
+
+@compiled
+def _kept(
+    scores: mx.array, p: mx.array, after: mx.array, rest: mx.array, min_p: mx.array, largest: mx.array
+) -> mx.array:
+    """Returns the scores of what is kept. min-p: a share of the likeliest, the same before and after top-p."""
+    return mx.where((after > rest) & (p >= min_p * largest), scores, -mx.inf)

@@ -8,12 +8,14 @@ settings alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..machine.device import metal_available
+from ..machine.device import Kind, kind
 from ..ops.bits import expand
+from ..ops.fused import compiled
 from ..ops.sums import sum_of_exponentials, with_noise
 from ..ops.topk import topk
 from .candidates import Candidates, candidates, filtered, scored
@@ -58,20 +60,28 @@ def draw(
         p = Distribution.of(logits, rules, cap, ids, token_counts, mask)
         return Drawn(p.drawn(rules, positions), p.best, p.peak, True)
     rows, length, vocab = logits.shape
-    at_once = rows
-    if not metal_available() and (mask is not None or _looks_at_all(rules) or rules.reordered is not None):
-        at_once = max(PART // (length * vocab), 1)
-    parts = []
-    for start in range(0, rows, at_once):
-        part = slice(start, start + at_once)
-        one = at_once >= rows
-        counts = token_counts if one or rules.penalties is None else token_counts.of_rows(part)
-        of_part = rules if one else rules.of_rows(part)
-        parts.append(_drawn(logits[part], of_part, positions[part], cap, counts, None if mask is None else mask[part]))
-    tokens, best, peaks = zip(*parts, strict=True)
-    joined = lambda each: each[0] if len(each) == 1 else mx.concatenate(each, axis=0)  # noqa: E731
-    peak = None if mask is None and rules.bias is None else joined(peaks)
-    return Drawn(joined(tokens), joined(best), peak, rules.free is None and rules.open is None)
+    at_once = rows, length
+    if kind() is Kind.CPU and (mask is not None or _looks_at_all(rules) or rules.reordered is not None):
+        at_once = max(PART // (length * vocab), 1), max(PART // vocab, 1)
+    lines = []
+    for row in range(0, rows, at_once[0]):
+        part = slice(row, row + at_once[0])
+        of_part = rules if at_once[0] >= rows else rules.of_rows(part)
+        line = []
+        for position in range(0, length, at_once[1]):
+            here = part, slice(position, position + at_once[1])
+            counts = token_counts and token_counts.of_rows(part).of_positions(here[1])
+            of_mask = None if mask is None else mask[here]
+            line.append(_drawn(logits[here], of_part, positions[here], cap, counts, of_mask))
+        lines.append([_joined(each, 1) for each in zip(*line, strict=True)])
+    tokens, best, peak = (_joined(each, 0) for each in zip(*lines, strict=True))
+    if mask is None and rules.bias is None:
+        peak = None
+    return Drawn(tokens, best, peak, rules.free is None and rules.open is None)
+
+
+def _joined(parts: Sequence[mx.array], axis: int) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
 
 
 def _looks_at_all(rules: Rules) -> bool:
@@ -118,12 +128,18 @@ def _of_candidates(found: Candidates, rules: Rules, positions: mx.array, cap: fl
     if rules.open is None:
         return tokens
     # The border is among the candidates, and no sum is so close to it that another order of adding might decide.
-    seen = slice(0, REACH)
-    p, after, out = p[..., seen], after[..., seen], scores[..., REACH - 1] == -mx.inf
-    near = mx.abs(after - rules.rest) <= 3e-6 + 3e-5 * rules.rest
-    share = rules.min_p * p[..., :1]
-    near |= (rules.min_p > 0) & (mx.abs(p - share) <= 1e-5 * share)
+    near = _near(p, after, rules.rest, rules.min_p, p[..., :1])
+    out = scores[..., REACH - 1] == -mx.inf
+    if near.shape[-1] > REACH:
+        near = near[..., :REACH]
     return mx.where(~rules.open | (out & ~near.any(axis=-1)), tokens, UNDECIDED)
+
+
+@compiled
+def _near(p: mx.array, after: mx.array, rest: mx.array, min_p: mx.array, largest: mx.array) -> mx.array:
+    """Returns where a token is so near the border of top-p or min-p that it may lie on either side."""
+    share = min_p * largest
+    return (mx.abs(after - rest) <= 3e-6 + 3e-5 * rest) | ((min_p > 0) & (mx.abs(p - share) <= 1e-5 * share))
 
 
 def _left(found: Candidates, scores: mx.array, rules: Rules, cap: float | None) -> mx.array:
@@ -133,7 +149,8 @@ def _left(found: Candidates, scores: mx.array, rules: Rules, cap: float | None) 
     rest = whole[..., None] - mx.take_along_axis(powers, found.taken, axis=-1).sum(axis=-1, keepdims=True)
     here = mx.exp(scores - largest)
     inside = here[..., :REACH].sum(axis=-1, keepdims=True)
-    rest += here[..., REACH:].sum(axis=-1, keepdims=True)
+    if here.shape[-1] > REACH:
+        rest += here[..., REACH:].sum(axis=-1, keepdims=True)
     if found.left is not None:
         rest += mx.exp(found.left.scores / rules.temperature - largest).sum(axis=-1, keepdims=True)
     rest = mx.maximum(rest, 0.0)

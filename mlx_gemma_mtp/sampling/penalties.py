@@ -122,6 +122,10 @@ class TokenCounts:
         """Returns the counts of the rows index [n]."""
         return replace(self, tokens=self.tokens[index], prompt=self.prompt[index], text=self.text[index])
 
+    def of_positions(self, positions: slice) -> TokenCounts:
+        """Returns the counts before these positions alone."""
+        return self if self.text.shape[1] == 1 else replace(self, text=self.text[:, positions])
+
     def at_place(self, rows: mx.array, places: mx.array) -> TokenCounts:
         """Returns the counts at one position each of the rows [n], of which there are as many."""
         return replace(self.of_rows(rows), text=self.text[rows, places][:, None])

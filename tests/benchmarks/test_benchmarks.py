@@ -418,3 +418,27 @@ def test_overhead(tmp_path, capsys):
     assert "readback" in capsys.readouterr().out
     (ids,) = decode.encoded(hub.DEMO / "target", ["code"], 1)["code"]
     assert ids[0] == 2 and len(ids) > 20, "a chat turn; here, because the imports that it takes are done"
+
+
+def test_vocabulary(tmp_path, capsys):
+    """Every setting, of a place and of a round, on a toy vocabulary, whose ratios are nobody's limit."""
+    pytest.importorskip("rich")
+    from benchmarks import vocabulary
+
+    file = tmp_path / "v.jsonl"
+    assert vocabulary.main(["--entries", "10000", "--repeats", "1", "--json", str(file)]) == 0
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {each["path"] for each in found} >= {*vocabulary.PLACE, *vocabulary.ROUND, "log-probabilities"}
+    limits = {(each["part"], each["path"]): (each["over"], each["limit"]) for each in found}
+    assert limits["one place", "top-p 0.95"] == ("argmax", 6) and limits["one place", "no filter"] == ("softmax", 2)
+    assert limits["a round of 8 x 5", "default"] == ("argmax", 45)
+    assert all(each["wall_ms"] > 0 and len(each["wall_ratio"]) == 3 for each in found)
+    assert "a vocabulary of 10,000" in capsys.readouterr().out
+    over = {"cpu_ratio": (1, 7, 8), "wall_ratio": (1, 7, 8), "limit": 6}
+    assert (
+        not vocabulary.within(over)
+        and vocabulary.within(over | {"limit": 7})
+        and vocabulary.within(over | {"limit": None})
+    )
+    assert vocabulary.main(["--entries", "10"]) == 2
+    assert "--entries is 10, expected at least 1024" in capsys.readouterr().err
