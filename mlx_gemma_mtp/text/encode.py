@@ -35,12 +35,6 @@ class Text:
         check_tokenizer(folder)
         self.tokenizer: TokenizerWrapper = load(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
-        last = max(self.tokenizer.get_vocab().values(), default=-1)
-        if last >= self.known:
-            raise UserError(
-                f"the tokenizer in {folder} has {self.known} tokens and the id {last}; expected ids without gaps: "
-                "download or convert the folder again"
-            )
         self.media_token_ids = frozenset(media_token_ids)
 
     @property
@@ -50,7 +44,7 @@ class Text:
 
     def token_id(self, token: str) -> int:
         """Returns the id of a special token. Raises UserError where the vocabulary has no such token."""
-        found = self.tokenizer.get_vocab().get(token)
+        found = self.fast_tokenizer.backend_tokenizer.token_to_id(token)
         if found is None:
             raise UserError(
                 f"the tokenizer has no token {token!r}, which a thinking budget needs; leave out the budget"

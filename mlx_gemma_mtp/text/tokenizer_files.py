@@ -11,7 +11,7 @@ from ..errors import UserError, shown
 from ..files.folder import LARGE, TOKENIZER_EXTRAS, check_text_files
 from ..files.safetensors import read_object
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 # All that a tokenizer is made of. config.json is not: transformers would refuse a folder for keys that nobody uses.
 FILES = (TOKENIZER, *TOKENIZER_EXTRAS, "chat_template.jinja", "additional_chat_templates")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -1,0 +1,93 @@
+"""Grammars are made from the tokenizer's text, without a copy of it, and see the tokens that llguidance's own way sees."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llguidance")
+
+from llguidance.hf import from_tokenizer
+
+from benchmarks import full_vocabulary
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.text import tokenizer
+from mlx_gemma_mtp.text.grammar import Grammars
+
+TARGET = hub.DEMO / "target"
+VOCAB, ENDS = 4096, [1, 6]
+SOURCES = {
+    "json_schema": json.dumps({"type": "object", "properties": {"é n": {"type": "string"}, "n": {"type": "integer"}},
+                               "required": ["é n", "n"], "additionalProperties": False}),
+    "regex": r"(def |漢)[a-z_]{1,9}\(😀? {0,3}\t?\)\n",
+    "grammar": 'start: "<" /[a-z]+/ ">" | <|channel> "\u2581 a" <channel|>',
+}  # fmt: skip
+TEXTS = {
+    "json_schema": '{"é n":"a 漢\\n😀","n":-12}',
+    "regex": "漢some_name(😀  \t)\n",
+    "grammar": "<abc>",
+}
+
+
+def masks(grammars: Grammars, kind: str, tokens: list[int]) -> list[np.ndarray]:
+    """The tokens that may come at each position of a text."""
+    state, found = grammars.compile(kind, SOURCES[kind]), []
+    for token in tokens:
+        found.append(state.mask().copy())
+        state.advance(token)
+    return [*found, state.mask().copy()]
+
+
+def check_equal(text, vocab: int, ends: list[int]) -> None:
+    ours = Grammars(text, vocab, ends)
+    theirs = Grammars(text, vocab, ends)
+    theirs.tokenizer = from_tokenizer(text, n_vocab=vocab, eos_token=ends)
+    for name in ("vocab_size", "eos_token", "eos_tokens", "is_canonical"):
+        assert getattr(ours.tokenizer, name) == getattr(theirs.tokenizer, name), name
+    for kind, words in TEXTS.items():
+        tokens = text.encode(words, add_special_tokens=False)
+        assert ours.tokenizer.tokenize_str(words) == theirs.tokenizer.tokenize_str(words)
+        pairs = list(zip(masks(ours, kind, tokens), masks(theirs, kind, tokens), strict=True))
+        assert len(pairs) == len(tokens) + 1 and all((a == b).all() for a, b in pairs)
+        assert any(0 < np.unpackbits(a.view(np.uint8)).sum() < vocab for a, _ in pairs)
+
+
+@pytest.mark.parametrize("extra", [{}, {"extra_special_tokens": ["<|new|>"]}], ids=["as it is", "a new token"])
+def test_the_masks_are_llguidances_own(tmp_path, extra):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TARGET / name, tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | extra))
+    loaded = tokenizer.load(tmp_path)
+    check_equal(loaded._tokenizer, VOCAB + 64, ENDS)
+
+
+@pytest.mark.slow
+def test_the_masks_of_a_whole_vocabulary_are_llguidances_own(tmp_path):
+    full_vocabulary.write(tmp_path)
+    check_equal(tokenizer.load(tmp_path)._tokenizer, full_vocabulary.SIZE, [1, 50, 106])
+
+
+def test_a_grammar_needs_no_copy_of_the_tokenizer():
+    loaded = tokenizer.load(TARGET)._tokenizer
+    asked = []
+    text = SimpleNamespace(to_str=lambda: asked.append(1) or loaded.backend_tokenizer.to_str())
+    grammars = Grammars(SimpleNamespace(backend_tokenizer=text), VOCAB, ENDS)
+    assert grammars.compile("regex", "[ab]{2}").mask().size == VOCAB // 32 and asked == [1]
+
+
+@pytest.mark.parametrize("key", ["truncation", "padding"])
+def test_what_a_file_says_of_length_changes_no_mask(tmp_path, key):
+    values = {
+        "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                    "pad_type_id": 0, "pad_token": "<pad>"},
+    }  # fmt: skip
+    raw = json.loads((TARGET / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw | {key: values[key]}))
+    loaded = tokenizer.load(tmp_path)._tokenizer
+    assert loaded.backend_tokenizer.truncation is None and loaded.backend_tokenizer.padding is None
+    grammars = Grammars(loaded, VOCAB, ENDS)
+    assert grammars.tokenizer.tokenize_str("def f(a)") == loaded.encode("def f(a)", add_special_tokens=False)
