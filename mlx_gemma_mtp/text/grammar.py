@@ -22,7 +22,7 @@ class Grammars:
     """A compiler of grammars for one tokenizer. Making one takes llguidance a second for 262,144 tokens."""
 
     def __init__(self, tokenizer: Any, vocab: int, end_tokens: Sequence[int]):
-        """tokenizer: a transformers fast tokenizer that neither pads nor truncates; vocab: the width of the logits.
+        """tokenizer: of text/tokenizer.py, below mlx_lm's wrapper; vocab: the width of the logits.
 
         Raises UserError where llguidance is not installed.
         """
@@ -33,9 +33,8 @@ class Grammars:
                 "constrained decoding needs llguidance; install it: pip install 'mlx-gemma-mtp[grammar]'"
             ) from None
         self.vocab, self.end_tokens = vocab, sorted(end_tokens)
-        # llguidance.hf copies the tokenizer before it takes the same text, which costs as much again.
-        text = tokenizer.backend_tokenizer.to_str()
-        self.tokenizer: LLTokenizer = LLTokenizer(text, n_vocab=vocab, eos_token=self.end_tokens)
+        # llguidance.hf would copy the tokenizer, which costs as much again, and then write it as text.
+        self.tokenizer: LLTokenizer = LLTokenizer(tokenizer.source(), n_vocab=vocab, eos_token=self.end_tokens)
 
     def compile(self, kind: str, source: str) -> Grammar:
         """Compiles a JSON schema (kind 'json_schema', as JSON text), a regular expression ('regex') or Lark

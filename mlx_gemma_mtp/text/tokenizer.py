@@ -8,7 +8,8 @@ import resource
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def _host_unchanged() -> Iterator[None]:
 with _host_unchanged():
     from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
     from mlx_lm.tokenizer_utils import load as wrap
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedConfig, TokenizersBackend
 
 # The context is checked against the model's config, not against what the tokenizer's file says of it. Nothing here
@@ -45,19 +46,78 @@ UNUSED = {"model_max_length": sys.maxsize, "tool_parser_type": None}
 GEMMA = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}  # where a folder names none
 
 
+@dataclass(frozen=True)
+class _File:
+    """A tokenizer.json that was parsed. plain: whether `tokenizer` is as the file says, which wants nothing padded or
+    cut. added: its added tokens. stamp: what tells whether the file is still the same.
+    """
+
+    path: Path
+    tokenizer: Tokenizer
+    plain: bool
+    added: list[dict[str, Any]]
+    stamp: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, path: Path) -> _File:
+        """Raises whatever the tokenizers library raises."""
+        stamp = _stamp(path)
+        tokenizer = Tokenizer.from_file(str(path))
+        plain = tokenizer.truncation is None and tokenizer.padding is None
+        tokenizer.no_truncation()  # a prompt is taken whole
+        tokenizer.no_padding()
+        return cls(path, tokenizer, plain, _added(tokenizer), stamp)
+
+    def source(self) -> str:
+        """Returns the path of a file with this tokenizer, or such a file's text.
+
+        It is the file itself where that still holds the same, tokens that were added since included: to write 30 MB
+        anew takes a sixth of what llguidance then does with them.
+        """
+        with suppress(OSError):  # the file is gone
+            if self.plain and self.added == _added(self.tokenizer) and self.stamp == _stamp(self.path):
+                return str(self.path)
+        return self.tokenizer.to_str()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _added(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The added tokens as tokenizer.json lists them."""
+    return [
+        {
+            "id": id,
+            "content": token.content,
+            "single_word": token.single_word,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": token.normalized,
+            "special": token.special,
+        }
+        for id, token in sorted(tokenizer.get_added_tokens_decoder().items(), key=lambda item: item[0])
+    ]
+
+
 class GemmaFolderTokenizer(TokenizersBackend):
-    """A transformers tokenizer around one that is loaded: transformers' own would parse tokenizer.json twice more, and
+    """A transformers tokenizer around one that is parsed: transformers' own would parse tokenizer.json twice more, and
     make the vocabulary anew from it.
     """
 
-    def __init__(self, loaded: Tokenizer, **settings: Any):
-        self._tokenizer = loaded
+    def __init__(self, file: _File, **settings: Any):
+        self._tokenizer, self._file = file.tokenizer, file
         super().__init__(**settings)
 
     @classmethod
     def convert_to_native_format(cls, **settings: Any) -> dict[str, Any]:
-        """Returns the settings without the files that `loaded` takes the place of."""
+        """Returns the settings without the files that `file` takes the place of."""
         return {key: value for key, value in settings.items() if key not in ("tokenizer_file", "tokenizer_object")}
+
+    def source(self) -> str:
+        """Returns the path of a tokenizer.json with this tokenizer, or the text of one, as llguidance takes either."""
+        return self._file.source()
 
     def get_vocab(self) -> Mapping[str, int]:
         """Returns token -> id without making a dict of it: mlx_lm asks it three times for a few names."""
@@ -120,12 +180,9 @@ def _loaded(folder: Path, names: Sequence[str]) -> TokenizerWrapper:
 
     transformers and mlx_lm are given a tokenizer.json that has all that they read of it: not the vocabulary.
     """
-    loaded = Tokenizer.from_file(str(folder / TOKENIZER))
-    loaded.no_truncation()  # a prompt is taken whole
-    loaded.no_padding()
-    added = [{"id": id, **_fields(token)} for id, token in loaded.get_added_tokens_decoder().items()]
-    decoder = loaded.decoder and json.loads(loaded.decoder.__getstate__())
-    known = {token["content"] for token in added}
+    file = _File.parse(folder / TOKENIZER)
+    decoder = file.tokenizer.decoder and json.loads(file.tokenizer.decoder.__getstate__())
+    known = {token["content"] for token in file.added}
     settings = {key: token for key, token in GEMMA.items() if token in known}
     settings |= read_object(folder / CONFIG) if CONFIG in names else {}
     settings |= {"tokenizer_class": GemmaFolderTokenizer.__name__}
@@ -133,20 +190,10 @@ def _loaded(folder: Path, names: Sequence[str]) -> TokenizerWrapper:
         for name in set(names) - {TOKENIZER, CONFIG}:
             Path(alone, name).symlink_to((folder / name).absolute())
         Path(alone, CONFIG).write_text(json.dumps(settings), encoding="utf-8")
-        Path(alone, TOKENIZER).write_text(json.dumps({"added_tokens": added, "decoder": decoder}), encoding="utf-8")
-        return wrap(Path(alone), {"config": PreTrainedConfig(), "loaded": loaded, **UNUSED})
-
-
-def _fields(token: AddedToken) -> dict[str, Any]:
-    """An added token as tokenizer.json has it, without its id."""
-    return {
-        "content": token.content,
-        "single_word": token.single_word,
-        "lstrip": token.lstrip,
-        "rstrip": token.rstrip,
-        "normalized": token.normalized,
-        "special": token.special,
-    }
+        Path(alone, TOKENIZER).write_text(
+            json.dumps({"added_tokens": file.added, "decoder": decoder}), encoding="utf-8"
+        )
+        return wrap(Path(alone), {"config": PreTrainedConfig(), "file": file, **UNUSED})
 
 
 def _check_numbered(tokenizer: TokenizerWrapper) -> None:

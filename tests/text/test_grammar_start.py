@@ -1,7 +1,8 @@
-"""Grammars are made from the tokenizer's text, without a copy of it, and see the tokens that llguidance's own way sees."""
+"""Grammars are made from the tokenizer's text, without a copy, and see the tokens that llguidance's own way sees."""
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,11 +72,32 @@ def test_the_masks_of_a_whole_vocabulary_are_llguidances_own(tmp_path):
 
 
 def test_a_grammar_needs_no_copy_of_the_tokenizer():
+    """llguidance reads the file, when it still is what was loaded."""
+    source = tokenizer.load(TARGET)._tokenizer.source()
+    assert source == str(TARGET / "tokenizer.json")
+    grammars = Grammars(SimpleNamespace(source=lambda: source), VOCAB, ENDS)
+    assert grammars.compile("regex", "[ab]{2}").mask().size == VOCAB // 32
+
+
+def replaced(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None}))
+
+
+@pytest.mark.parametrize("change", [replaced, Path.unlink], ids=["replaced", "gone"])
+def test_a_file_that_changed_meanwhile_does_not_matter(tmp_path, change):
+    shutil.copy(TARGET / "tokenizer.json", tmp_path)
+    loaded = tokenizer.load(tmp_path)._tokenizer
+    change(tmp_path / "tokenizer.json")
+    assert json.loads(loaded.source()) == json.loads(loaded.backend_tokenizer.to_str())
+    grammars = Grammars(loaded, VOCAB, ENDS)
+    assert grammars.tokenizer.tokenize_str("a b") == loaded.encode("a b", add_special_tokens=False)
+
+
+def test_tokens_that_are_added_later_count(tmp_path):
     loaded = tokenizer.load(TARGET)._tokenizer
-    asked = []
-    text = SimpleNamespace(to_str=lambda: asked.append(1) or loaded.backend_tokenizer.to_str())
-    grammars = Grammars(SimpleNamespace(backend_tokenizer=text), VOCAB, ENDS)
-    assert grammars.compile("regex", "[ab]{2}").mask().size == VOCAB // 32 and asked == [1]
+    loaded.add_tokens(["zyzzyva"])
+    grammars = Grammars(loaded, VOCAB + 32, ENDS)
+    assert grammars.tokenizer.tokenize_str("zyzzyva") == [VOCAB]
 
 
 @pytest.mark.parametrize("key", ["truncation", "padding"])
