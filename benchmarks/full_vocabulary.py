@@ -1,6 +1,6 @@
-"""A tokenizer of Gemma 4's size and make, with made-up pieces: `python -m benchmarks.full_vocabulary FOLDER`.
+"""A tokenizer of Gemma 4's size and make, with made-up pieces.
 
-262,144 tokens and about 32 MB of JSON with indents, as Google publishes it: BPE with byte fallback, spaces as U+2581,
+262,144 tokens and 30 MB of JSON with indents, as Google publishes it: BPE with byte fallback, spaces as U+2581,
 no post-processor, control tokens at their ids. For each piece there is a merge for every split of it into two pieces,
 as conversions from SentencePiece write them. The same bytes each time.
 """

@@ -19,6 +19,7 @@ from benchmarks import full_vocabulary
 from benchmarks.command import command
 from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.text.tokenizer_files import check_tokenizer
 
 SCHEMA = json.dumps({"type": "object", "properties": {"name": {"type": "string"}, "size": {"type": "integer"}},
                      "required": ["name", "size"], "additionalProperties": False})  # fmt: skip
@@ -30,6 +31,7 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
 
     tokenizer: `Text(folder)` beside the `tokenizers` library reading the same file. grammar: a schema's first mask
     beside llguidance's own LLTokenizer of the same file. token_id, stream: microseconds, of one call.
+    Raises UserError for a folder without a tokenizer.
     """
     from llguidance import LLTokenizer
     from tokenizers import Tokenizer
@@ -37,6 +39,7 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
     from mlx_gemma_mtp.text.encode import Text
     from mlx_gemma_mtp.text.grammar import Grammars
 
+    check_tokenizer(folder)
     path = folder / "tokenizer.json"
     ends = [1]
     seconds: dict[str, list[float]] = {name: [] for name in ("read", "tokenizer", "llguidance", "grammar")}

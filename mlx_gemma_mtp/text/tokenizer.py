@@ -1,4 +1,4 @@
-"""A folder's tokenizer, loaded by mlx-lm without a trace on its host."""
+"""A folder's tokenizer: tokenizer.json is parsed once, and mlx-lm makes the rest of it, without a trace on its host."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, in_a_line
+from ..errors import UserError, in_a_line, shown
+from ..files.files import content
 from ..files.safetensors import read_object
-from .tokenizer_files import CONFIG, FILES, TOKENIZER, check_vocabulary
+from .tokenizer_files import CONFIG, FILES, TOKENIZER, check_vocabulary, listed_tokens
 
 
 @contextmanager
@@ -60,9 +61,15 @@ class _File:
 
     @classmethod
     def parse(cls, path: Path) -> _File:
-        """Raises whatever the tokenizers library raises."""
+        """Raises UserError for an added token that gets another id than the file says, and whatever the tokenizers
+        library raises.
+        """
         stamp = _stamp(path)
-        tokenizer = Tokenizer.from_file(str(path))
+        data = content(path)
+        tokenizer = Tokenizer.from_buffer(data)
+        for token, id in listed_tokens(data):
+            if (found := tokenizer.token_to_id(token)) != id:  # the library numbers what does not fit anew
+                raise UserError(f"{shown(token)} has the id {id} among added_tokens, where the vocabulary says {found}")
         plain = tokenizer.truncation is None and tokenizer.padding is None
         tokenizer.no_truncation()  # a prompt is taken whole
         tokenizer.no_padding()

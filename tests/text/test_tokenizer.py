@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -132,15 +133,15 @@ def large(folder, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def parsed(monkeypatch) -> list[str]:
-    """The files that the tokenizers library reads."""
+def parsed(monkeypatch) -> list[int]:
+    """The sizes of what the tokenizers library parses."""
     found = []
 
-    def from_file(path: str) -> Tokenizer:
-        found.append(path)
-        return Tokenizer.from_file(path)
+    def from_buffer(data: bytes) -> Tokenizer:
+        found.append(len(data))
+        return Tokenizer.from_buffer(data)
 
-    monkeypatch.setattr(tokenizer, "Tokenizer", SimpleNamespace(from_file=from_file))
+    monkeypatch.setattr(tokenizer, "Tokenizer", SimpleNamespace(from_buffer=from_buffer))
     return found
 
 
@@ -157,8 +158,8 @@ def test_a_large_file_is_parsed_once_and_never_in_python(large, parsed, monkeypa
         )
     _opened.clear()
     Text(large, VOCAB)
-    assert parsed == [str(path)]
-    assert reads(path) == 1  # its two ends are looked at
+    assert parsed == [path.stat().st_size]
+    assert reads(path) == 2  # first its two ends are looked at
 
 
 def test_a_vocabulary_is_not_walked_through_for_a_token(large, monkeypatch):
@@ -179,6 +180,41 @@ def test_ids_with_a_gap_are_refused_whatever_the_decoder(large):
         (large / "tokenizer.json").write_text(json.dumps(raw | {"decoder": decoder}))
         with pytest.raises(UserError, match="none with the id 4095"):
             Text(large, 6000)
+
+
+ADDED = {
+    "a gap": ({"content": "<|new|>", "id": 5000}, "none with the id 4096"),
+    "another token's id": ({"content": "<|new|>", "id": 700}, "'<|new|>' has the id 700 among added_tokens"),
+    "a token of another id": ({"content": "<|turn>", "id": 700}, "'<|turn>' has the id 700 among added_tokens"),
+}
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+@pytest.mark.parametrize("case", ADDED)
+def test_an_added_token_has_the_id_that_the_file_says(request, folder, case, size):
+    """The tokenizers library would give it another one and say nothing."""
+    if size == "large":
+        request.getfixturevalue("large")
+    keys, message = ADDED[case]
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][-1] | keys)
+    (folder / "tokenizer.json").write_text(json.dumps(raw, indent=2))
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        Text(folder, VOCAB)
+    assert "tokenizer.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("count", [0, 1, 400, 4000])
+def test_added_tokens_are_found_in_a_file_that_is_not_parsed(count):
+    tokens = [{"id": 3 * id, "content": f'é漢😀 ]}}"added_tokens": [ {id}'} for id in range(count)]
+    expected = [(each["content"], each["id"]) for each in tokens]
+    for before in ({}, {"model": {"vocab": {"added_tokens": 5, '"added_tokens": [7]': 6}}}):
+        for indent in (None, 2):
+            raw = before | {"added_tokens": tokens, "model": 5}
+            for ascii in (True, False):
+                data = json.dumps(raw, indent=indent, ensure_ascii=ascii).encode()
+                assert tokenizer_files.listed_tokens(data) == expected
+    assert tokenizer_files.listed_tokens(b'{"model": {"vocab": {"added_tokens": 1}}}') == []
 
 
 @pytest.mark.parametrize("kind", ["gemma4", "gemma4_unified", "gemma_of_tomorrow"])
