@@ -115,7 +115,7 @@ class Correction:
         """
         draft, plain = table.draft_at(rows), self.rounds.get((rows, 0))
         scale = middle(plain) if plain else math.exp(self.factors(rows)[0])
-        guess = max(draft, DRAFT_GUESS * table.verify_at(rows, context)[0]) * scale
+        guess = max(draft, DRAFT_GUESS * table.rounds_at(rows, context)[0]) * scale
         times = self.drafts.get(rows, ())
         known = median_low(times) * draft * len(times) if times else 0.0
         return (known + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)

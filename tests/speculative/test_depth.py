@@ -127,7 +127,8 @@ def test_probes_back_off_and_find_the_way_back():
         drafts = auto.draft([0], 100, [FREE])
         width = auto.verify([0], 100, [FREE], [[0.9] * drafts], drafts)
         kept = 0 if step < 110 else width
-        reasons.append(auto.observe({0: kept}))
+        reasons.append(auto.reason(0))
+        auto.observe({0: kept})
         lengths.append(width)
     probes = [i for i, reason in enumerate(reasons) if reason == PROBE and i < 110]
     gaps = np.diff(probes)
@@ -161,7 +162,8 @@ def test_a_cut_is_said():
     made = auto.draft([0], 100, [FREE])
     assert made > 1 and auto.verify([0], 100, [FREE], [[0.9] + [0.01] * (made - 1)], made) == 1
     auto.draft([0], 100, [FREE])
-    assert auto.observe({0: 1}) == CONFIDENCE
+    assert auto.reason(0) == CONFIDENCE
+    auto.observe({0: 1})
 
 
 @pytest.mark.parametrize("confident", [True, False])
@@ -172,7 +174,8 @@ def test_what_a_grammar_cuts_was_drafted_in_vain(confident):
         drafts = auto.draft([7], 100, [FREE])
         assert auto.verify([7], 100, [FREE], [[0.99] * drafts if confident else []], 0) == 0
         made.append(drafts)
-        reasons.append(auto.observe({7: 0}))
+        reasons.append(auto.reason(7))
+        auto.observe({7: 0})
     assert made[0] > 0 and reasons[0] == GRAMMAR and sum(made[:8]) <= 20 and sum(made[8:]) <= 8
     assert {OFF, GRAMMAR} == set(reasons) and all(
         (each == GRAMMAR) == bool(n) for each, n in zip(reasons, made, strict=True)
@@ -185,7 +188,8 @@ def test_a_grammar_cuts_before_doubt_does():
     made = auto.draft([3], 100, [FREE])
     assert made >= 5
     assert auto.verify([3], 100, [FREE], [[0.9, 0.9, 0.01, 0.9, 0.9] + [0.9] * (made - 5)], 3) == 2
-    assert auto.observe({3: 2}) == CONFIDENCE
+    assert auto.reason(3) == CONFIDENCE
+    auto.observe({3: 2})
     first, second, third, fourth = auto.pool.tried[:4]
     assert (first, second, third) == (1, 1, 1) and fourth == pytest.approx(0.01) and auto.pool.kept[3] == 0
 
@@ -219,7 +223,8 @@ def run(auto: Auto, truth: CostTable, rounds: int, keep: float, late: float = 1.
         width = auto.verify([0], 100, [room], [[0.9] * made], made)
         now, made = made, auto.draft([0], 100, [room])
         auto.timed([0], 100, (verify[width] + made * draft) * late)
-        found.append((now, auto.observe({0: int(width * keep)})))
+        found.append((now, auto.reason(0)))
+        auto.observe({0: int(width * keep)})
     return found
 
 
