@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UserError, in_a_line, shown
 from ..files.files import content
 from ..files.safetensors import read_object
-from .tokenizer_files import CONFIG, FILES, TOKENIZER, check_vocabulary, listed_tokens
+from .tokenizer_files import FILES, TOKENIZER, check_vocabulary, listed_tokens
 
 
 @contextmanager
@@ -41,6 +41,7 @@ with _host_unchanged():
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedConfig, TokenizersBackend
 
+CONFIG = "tokenizer_config.json"
 # The context is checked against the model's config, not against what the tokenizer's file says of it. Nothing here
 # parses what a reply says of tools.
 UNUSED = {"model_max_length": sys.maxsize, "tool_parser_type": None}

@@ -13,10 +13,9 @@ from ..errors import UserError, shown
 from ..files.folder import LARGE, TOKENIZER_EXTRAS, check_text_files
 from ..files.safetensors import read_object
 
-TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER = "tokenizer.json"
 # All that a tokenizer is made of. config.json is not: transformers would refuse a folder for keys that nobody uses.
 FILES = (TOKENIZER, *TOKENIZER_EXTRAS, "chat_template.jinja", "additional_chat_templates")
-LISTED = re.compile(rb'"added_tokens"\s*:\s*(?=\[)')  # as a token of the vocabulary it would be followed by its id
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -59,6 +58,9 @@ def check_vocabulary(folder: Path) -> None:
             f"{path} has {len(ids)} tokens and the id {max(ids)}, but none with the id {gap}; expected ids without "
             "gaps: download it again"
         )
+
+
+LISTED = re.compile(rb'"added_tokens"\s*:\s*(?=\[)')  # as a token of the vocabulary it would be followed by its id
 
 
 def listed_tokens(data: bytes) -> list[tuple[str, int]]:
