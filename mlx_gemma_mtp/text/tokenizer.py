@@ -115,17 +115,13 @@ class GemmaFolderTokenizer(TokenizersBackend):
     """
 
     def __init__(self, file: _File, **settings: Any):
-        self._tokenizer, self._file = file.tokenizer, file
+        self._tokenizer, self.file = file.tokenizer, file
         super().__init__(**settings)
 
     @classmethod
     def convert_to_native_format(cls, **settings: Any) -> dict[str, Any]:
         """Returns the settings without the files that `file` takes the place of."""
         return {key: value for key, value in settings.items() if key not in ("tokenizer_file", "tokenizer_object")}
-
-    def source(self) -> str:
-        """Returns the path of a tokenizer.json with this tokenizer, or the text of one, as llguidance takes either."""
-        return self._file.source()
 
     def get_vocab(self) -> Mapping[str, int]:
         """Returns token -> id without making a dict of it: mlx_lm asks it three times for a few names."""
@@ -158,6 +154,16 @@ class _Vocabulary(Mapping[str, int]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tokenizer.get_vocab())
+
+
+def source(tokenizer: TokenizersBackend) -> str:
+    """Returns the path of a tokenizer.json that holds this tokenizer, or the text of one: llguidance takes either.
+
+    tokenizer: one of transformers that neither pads nor truncates; the path is known of those that `load` made.
+    """
+    if isinstance(tokenizer, GemmaFolderTokenizer):
+        return tokenizer.file.source()
+    return tokenizer.backend_tokenizer.to_str()
 
 
 def load(folder: Path) -> TokenizerWrapper:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 pytest.importorskip("llguidance")
 
 from llguidance.hf import from_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import full_vocabulary
 from mlx_gemma_mtp.files import hub
@@ -71,12 +71,19 @@ def test_the_masks_of_a_whole_vocabulary_are_llguidances_own(tmp_path):
     check_equal(tokenizer.load(tmp_path)._tokenizer, full_vocabulary.SIZE, [1, 50, 106])
 
 
-def test_a_grammar_needs_no_copy_of_the_tokenizer():
+def test_a_grammar_needs_no_copy_of_the_tokenizer(monkeypatch):
     """llguidance reads the file, when it still is what was loaded."""
-    source = tokenizer.load(TARGET)._tokenizer.source()
-    assert source == str(TARGET / "tokenizer.json")
-    grammars = Grammars(SimpleNamespace(source=lambda: source), VOCAB, ENDS)
+    loaded = tokenizer.load(TARGET)._tokenizer
+    assert tokenizer.source(loaded) == str(TARGET / "tokenizer.json")
+    monkeypatch.setattr(type(loaded), "backend_tokenizer", property(lambda _: pytest.fail("copied or written anew")))
+    grammars = Grammars(loaded, VOCAB, ENDS)
     assert grammars.compile("regex", "[ab]{2}").mask().size == VOCAB // 32
+
+
+def test_any_tokenizer_of_transformers_will_do():
+    plain = PreTrainedTokenizerFast(tokenizer_file=str(TARGET / "tokenizer.json"))
+    assert json.loads(tokenizer.source(plain)) == json.loads(plain.backend_tokenizer.to_str())
+    assert Grammars(plain, VOCAB, ENDS).tokenizer.tokenize_str("a b") == plain.encode("a b", add_special_tokens=False)
 
 
 def replaced(path: Path) -> None:
@@ -88,7 +95,7 @@ def test_a_file_that_changed_meanwhile_does_not_matter(tmp_path, change):
     shutil.copy(TARGET / "tokenizer.json", tmp_path)
     loaded = tokenizer.load(tmp_path)._tokenizer
     change(tmp_path / "tokenizer.json")
-    assert json.loads(loaded.source()) == json.loads(loaded.backend_tokenizer.to_str())
+    assert json.loads(tokenizer.source(loaded)) == json.loads(loaded.backend_tokenizer.to_str())
     grammars = Grammars(loaded, VOCAB, ENDS)
     assert grammars.tokenizer.tokenize_str("a b") == loaded.encode("a b", add_special_tokens=False)
 
