@@ -44,7 +44,7 @@ class Text:
 
     def token_id(self, token: str) -> int:
         """Returns the id of a special token. Raises UserError where the vocabulary has no such token."""
-        found = self.fast_tokenizer.backend_tokenizer.token_to_id(token)
+        found = self.tokenizer.get_vocab().get(token)
         if found is None:
             raise UserError(
                 f"the tokenizer has no token {token!r}, which a thinking budget needs; leave out the budget"
