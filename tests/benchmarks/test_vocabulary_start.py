@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from benchmarks import full_vocabulary
+from mlx_gemma_mtp import UserError
 from mlx_gemma_mtp.files import hub
 
 
@@ -45,24 +46,17 @@ def test_it_is_the_same_each_time(made):
     assert full_vocabulary.tokens() == list(made["model"]["vocab"])
 
 
-def test_the_start_is_measured(capsys):
+def test_the_start_is_measured(tmp_path):
     pytest.importorskip("llguidance")
-    pytest.importorskip("rich")
-    from benchmarks import vocabulary_start
+    from benchmarks.vocabulary_start import LLGUIDANCE, READ, start
 
-    assert vocabulary_start.main(["--model", str(hub.DEMO / "target"), "--repeats", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "4,096 tokens" in out and "the first constrained request" in out
-    found = vocabulary_start.measure(hub.DEMO / "target", 1)
-    assert found["ratios"].keys() == {"tokenizer", "grammar"} and all(
-        len(runs) == 1 for runs in found["seconds"].values()
+    found = {record["path"]: record for record in start(hub.DEMO / "target", 2)}
+    assert found["Text(folder)"]["over"] == READ and found["Text(folder)"]["limit"] == 1.3
+    assert (
+        found["first constrained request"]["over"] == LLGUIDANCE and found["first constrained request"]["limit"] == 1.2
     )
-
-
-def test_bad_input_is_named(tmp_path, capsys):
-    from benchmarks import vocabulary_start
-
-    assert vocabulary_start.main(["--repeats", "0"]) == 2
-    assert vocabulary_start.main(["--model", str(tmp_path / "no")]) == 2
-    err = capsys.readouterr().err
-    assert "--repeats is 0" in err and "no tokenizer.json" in err and "Traceback" not in err
+    for name in (READ, LLGUIDANCE):
+        assert found[name]["cpu_ratio"] == (1, 1, 1) and found[name]["limit"] is None
+    assert all(record["wall_ms"] > 0 and record["repeats"] == 2 for record in found.values())
+    with pytest.raises(UserError, match="has no tokenizer"):
+        start(tmp_path, 1)
