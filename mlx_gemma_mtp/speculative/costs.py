@@ -84,8 +84,9 @@ class CostTable:
         return _line(rows, ROWS, self.draft)
 
     def rounds_at(self, rows: int, context: int) -> tuple[float, ...]:
-        """Returns the seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts. Remembered, since every round
-        asks.
+        """Returns the seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts.
+
+        It is remembered, since every round asks.
         """
         if (rows, context) not in self._rounds:
             draft, verify = self.draft_at(rows), self.verify_at(rows, context)

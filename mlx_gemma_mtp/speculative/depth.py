@@ -206,11 +206,13 @@ class Auto:
         self.correction = before.after(self.table, len(rows), _step(context), width, made, seconds)
         if not self.correction.says_the_same(before, (len(rows), width)):
             self._prices.clear()
+        if (len(rows), 0) in before.rounds and (len(rows), 0) not in self.correction.rounds:
+            self.pause = replace(self.pause, checks=0)  # plain rounds are to be timed anew
         self._untimed = 0
         if not made and not self._verified[rows[0]].choice.drafts:
             return  # what a plain round took is asked for nowhere else
         nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
-        verify = seconds - made * self.prices(len(rows), context).draft
+        verify = seconds / self.correction.pace - made * self.prices(len(rows), context).draft
         self._verified |= {row: replace(self._verified[row], seconds=verify) for row in rows}
         self._rounds[len(rows), nearest, width] += 1
 

@@ -295,6 +295,51 @@ def test_where_no_round_is_timed_the_table_holds():
     assert lengths[:CHECK_MOST] == [0] * CHECK_MOST and lengths[-1] == MAX_DRAFTS
 
 
+def test_a_machine_that_changes_pace_takes_the_other_lengths_with_it():
+    """Plain rounds alone are made, and take twice as long: what rounds with drafts took before counts twice, too."""
+    costs, seen = table(0.3, 0.2), Correction()
+    right = costs.rounds_at(1, 100)
+    for width in (0,) * 9 + (1,) * 5:
+        seen = seen.after(costs, 1, 100, width, width, right[width])
+    before = seen.prices(costs, 1, 100)
+    for _ in range(9):
+        seen = seen.after(costs, 1, 100, 0, 0, 2 * right[0])
+    after = seen.prices(costs, 1, 100)
+    assert seen.pace == pytest.approx(2.0)
+    assert after.rounds[1] / after.rounds[0] == pytest.approx(before.rounds[1] / before.rounds[0])
+    for _ in range(9):
+        seen = seen.after(costs, 1, 100, 0, 0, right[0])
+    assert seen.pace == pytest.approx(1.0) and seen.prices(costs, 1, 100).rounds == pytest.approx(before.rounds)
+
+
+def test_a_few_late_rounds_are_no_change_of_pace():
+    costs, seen = table(0.3, 0.2), Correction()
+    for number in range(60):
+        late = 4.0 if number % 5 in (0, 1, 2) and number > 9 else 1.0  # three of five
+        seen = seen.after(costs, 1, 100, 0, 0, late)
+    assert seen.pace == 1.0
+
+
+def test_when_rounds_with_drafts_change_plain_ones_are_timed_anew():
+    auto, truth = Auto(table(0.1, 0.1)), table(0.1, 0.1)
+    assert run(auto, truth, 60, 1.0)[-1][0] == MAX_DRAFTS
+    later = [why for _, why in run(auto, truth, 12, 1.0, late=3.0)]
+    assert later.count(CHECK) >= 3, later
+
+
+@pytest.mark.parametrize(("slow", "phase"), [(2.0, 50), (3.0, 35), (0.5, 40)])
+def test_a_machine_that_comes_and_goes(slow, phase):
+    """Busy for a while, then free, and so on: of 32 texts few lose more than 5 %, and most nothing."""
+    traces, clock, found = replay.read_traces(), replay.Clock(0.1, 0.05, 4.0, slow, phase), []
+    for machine in ("cpu-openblas", "m2pro-26b"):
+        truth = replay.read_table(replay.DATA / "costs" / f"{machine}.json")
+        for trace in traces.values():
+            for rows in (1, 2, 4, 8):
+                rounds = replay.against_plain(trace, truth, Auto(truth), rows, 300, clock, rows)
+                found.append(sum(plain for plain, _ in rounds) / sum(seconds for _, seconds in rounds))
+    assert sorted(found)[1] > 0.95 and sorted(found)[len(found) // 2] > 0.985, sorted(found)
+
+
 def test_no_clock_reaches_a_frozen_table():
     costs = table(0.1, 0.1)
     assert run(Auto(costs, frozen=True), costs, 80, 0.7, late=9.0) == run(Auto(costs, frozen=True), costs, 80, 0.7)
