@@ -2,7 +2,8 @@
 
 Sampling: settings of a request on made-up logits over 262,144 tokens, a few of them likely, as a language model's are.
 A place is one position of one row; a round is 8 rows of 5. Each is timed as the loop runs it (sampling/drawing.py, the
-check of the sums included for a round), beside an argmax and a softmax over the same logits of one place.
+check of the sums included for a round), beside an argmax and a softmax over the same logits of one place. Start: see
+vocabulary_start.py.
 
 Calls take turns, each turn beginning with the next one, and a ratio is over the reference's call of the same turn.
 Printed are medians and quartiles, of wall time and of CPU seconds, which is the better figure on a shared machine. A
@@ -57,8 +58,11 @@ MASKED = "default, masked"
 
 def parser() -> argparse.ArgumentParser:
     p = Parser("benchmarks.vocabulary", description=__doc__.splitlines()[0])
-    p.add_argument("--entries", type=int, default=VOCAB, metavar="N", help=f"of the vocabulary (default: {VOCAB})")
-    p.add_argument("--repeats", type=int, default=21, metavar="N", help="turns (default: 21)")
+    p.add_argument("what", nargs="?", choices=("sampling", "start", "all"), default="all")
+    p.add_argument(
+        "--entries", type=int, default=VOCAB, metavar="N", help=f"of sampling's vocabulary (default: {VOCAB})"
+    )
+    p.add_argument("--repeats", type=int, default=21, metavar="N", help="turns; a start takes a quarter (default: 21)")
     p.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line a record to this file")
     return p
 
@@ -70,10 +74,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         check_file("--json", args.json)
     blas.preload()
-    from benchmarks import terminal
+    from benchmarks import terminal, vocabulary_start
 
-    # What else a vocabulary costs, such as reading it, is another function that returns such records.
-    records = [*sampling(args.entries, args.repeats)]
+    records = []
+    if args.what in ("start", "all"):
+        records += vocabulary_start.full_start(max(args.repeats // 4, 1))
+    if args.what in ("sampling", "all"):
+        records += sampling(args.entries, args.repeats)
     about = {"kind": "vocabulary", "entries": args.entries, "load": machine.load(), "machine": machine.facts()}
     about |= {"versions": machine.versions(), "commit": machine.commit()}
     terminal.out.print(shown(records, f"a vocabulary of {args.entries:,}"))

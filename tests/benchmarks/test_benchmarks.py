@@ -426,7 +426,7 @@ def test_vocabulary(tmp_path, capsys):
     from benchmarks import vocabulary
 
     file = tmp_path / "v.jsonl"
-    assert vocabulary.main(["--entries", "10000", "--repeats", "1", "--json", str(file)]) == 0
+    assert vocabulary.main(["sampling", "--entries", "10000", "--repeats", "1", "--json", str(file)]) == 0
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert {each["path"] for each in found} >= {*vocabulary.PLACE, *vocabulary.ROUND, "log-probabilities"}
     limits = {(each["part"], each["path"]): (each["over"], each["limit"]) for each in found}
