@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..ops.fused import compiled, numbers
+from ..ops.fused import compiled, number, numbers
 from ..ops.topk import topk
 from .penalties import NONE, TokenCounts, scattered
 from .rules import Rules
@@ -145,24 +145,32 @@ def _without(logits: mx.array, tokens: mx.array) -> mx.array:
     return logits.reshape(-1).at[index.reshape(-1)].minimum(limit.reshape(-1)).reshape(logits.shape)
 
 
-def filtered(
-    scores: mx.array, rules: Rules, limit: mx.array, left: mx.array | None = None
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Returns the scores, -inf where a filter leaves them out, and what decides: the probability of each token, and
-    that of it and all after it. [B, T, k] each.
+class Filtered(NamedTuple):
+    """scores: [B, T, k], -inf where a filter leaves a token out. near: bool [B, T, k], where a token is so near the
+    border of top-p or min-p that another order of adding might keep it or not.
+    """
 
-    scores: [B, T, k], divided by the temperature, the likeliest first. limit: top-k, [B, 1, 1]. left: [B, T, 1], what
-    all other tokens have of the probability; None for nothing.
+    scores: mx.array
+    near: mx.array
+
+
+def shares(scores: mx.array, limit: mx.array) -> tuple[mx.array, mx.array]:
+    """Returns the scores within top-k, -inf elsewhere, and their probabilities. scores: [B, T, k], divided by the
+    temperature, the likeliest first; limit: top-k, [B, 1, 1].
     """
     scores = _within(scores, numbers(scores.shape[-1]), limit)
-    p = mx.softmax(scores, axis=-1, precise=True)
+    return scores, mx.softmax(scores, axis=-1, precise=True)
+
+
+def filtered(scores: mx.array, p: mx.array, rules: Rules, left: mx.array | None = None) -> Filtered:
+    """Returns what top-p and min-p keep.
+
+    scores, p: from `shares`. left: [B, T, 1], what all other tokens have of the probability; None for nothing.
+    """
     # Summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
-    if left is None:
-        after = mx.cumsum(p, axis=-1, reverse=True)
-    else:
-        p = p * (1 - left)
-        after = mx.cumsum(p, axis=-1, reverse=True) + left
-    return _kept(scores, p, after, rules.rest, rules.min_p, p[..., :1]), p, after
+    after = mx.cumsum(p, axis=-1, reverse=True)
+    left = number(0.0) if left is None else left
+    return Filtered(*_kept(scores, p, after, left, rules.rest, rules.min_p, p[..., :1]))
 
 
 @compiled
@@ -172,7 +180,15 @@ def _within(scores: mx.array, places: mx.array, limit: mx.array) -> mx.array:
 
 @compiled
 def _kept(
-    scores: mx.array, p: mx.array, after: mx.array, rest: mx.array, min_p: mx.array, largest: mx.array
-) -> mx.array:
-    """Returns the scores of what is kept. min-p: a share of the likeliest, the same before and after top-p."""
-    return mx.where((after > rest) & (p >= min_p * largest), scores, -mx.inf)
+    scores: mx.array,
+    p: mx.array,
+    after: mx.array,
+    left: mx.array,
+    rest: mx.array,
+    min_p: mx.array,
+    largest: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Returns the parts of Filtered. min-p: a share of the likeliest, the same before and after top-p."""
+    after, least = after * (1 - left) + left, min_p * largest
+    near = (mx.abs(after - rest) <= 3e-6 + 3e-5 * rest) | ((min_p > 0) & (mx.abs(p - least) <= 1e-5 * least))
+    return mx.where((after > rest) & (p >= least), scores, -mx.inf), near

@@ -17,7 +17,7 @@ from ..ops.bits import expand
 from ..ops.fused import number
 from ..ops.sums import sum_of_exponentials
 from ..ops.topk import topk
-from .candidates import candidates, filtered, scored, soft_cap
+from .candidates import candidates, filtered, scored, shares, soft_cap
 from .noise import gumbel
 from .penalties import TokenCounts, scattered
 from .rules import Rules
@@ -66,7 +66,7 @@ class Distribution:
             best, peak = found.columns[..., 0].astype(mx.int32), found.scores[..., 0] if told else None
             if rules.all_greedy:
                 return cls(best, peak=peak)
-            scores, _, _ = filtered(found.scores / rules.temperature, rules, rules.top_k)
+            scores = filtered(*shares(found.scores / rules.temperature, rules.top_k), rules).scores
             return cls(best, scores, found.columns, peak)
         if rules.suppressed is not None:
             allowed = allowed + _columns(rules.suppressed, ids)
@@ -83,7 +83,8 @@ class Distribution:
         scaled, tokens = scores / rules.temperature, ids
         if rules.filtered:
             columns = _order(allowed, scores, rules)
-            scaled, _, _ = filtered(mx.take_along_axis(scaled, columns, axis=-1), rules, rules.top_k)
+            scaled = mx.take_along_axis(scaled, columns, axis=-1)
+            scaled = filtered(*shares(scaled, rules.top_k), rules).scores
             tokens = columns if ids is None else mx.take_along_axis(ids, columns, axis=-1)
         return cls(_named(best, ids), scaled, tokens, peak)
 

@@ -18,7 +18,7 @@ from ..ops.bits import expand
 from ..ops.fused import compiled
 from ..ops.sums import sum_of_exponentials, with_noise
 from ..ops.topk import topk
-from .candidates import Candidates, candidates, filtered, scored
+from .candidates import Candidates, candidates, filtered, scored, shares
 from .distribution import PART, Distribution
 from .noise import gumbel, gumbel_bound
 from .penalties import TokenCounts
@@ -116,45 +116,46 @@ def _drawn(
 def _of_candidates(found: Candidates, rules: Rules, positions: mx.array, cap: float | None) -> mx.array:
     """Returns a token for each position, drawn from the best candidates."""
     scores, columns = found.best.scores / rules.temperature, found.best.columns
-    limit, left = rules.top_k, None
-    if rules.open is not None:
+    if rules.open is None:
+        kept = filtered(*shares(scores, rules.top_k), rules)
+    else:
         is_open = rules.open[..., None]
-        limit = mx.where(is_open, REACH, limit)
+        scores, p = shares(scores, mx.where(is_open, REACH, rules.top_k))
+        left = None
         if rules.open_top_p:
-            left = mx.where(is_open, _left(found, scores, rules, cap), 0.0)
-    scores, p, after = filtered(scores, rules, limit, left)
-    drawn = mx.argmax(scores + gumbel(rules.keys, positions, columns), axis=-1, keepdims=True)
+            left = mx.where(is_open, _left(found, p[..., :1], rules, cap), 0.0)
+        kept = filtered(scores, p, rules, left)
+    drawn = mx.argmax(kept.scores + gumbel(rules.keys, positions, columns), axis=-1, keepdims=True)
     tokens = mx.take_along_axis(columns, drawn, axis=-1)[..., 0].astype(mx.int32)
     if rules.open is None:
         return tokens
-    # The border is among the candidates, and no sum is so close to it that another order of adding might decide.
-    near = _near(p, after, rules.rest, rules.min_p, p[..., :1])
-    out = scores[..., REACH - 1] == -mx.inf
-    if near.shape[-1] > REACH:
-        near = near[..., :REACH]
-    return mx.where(~rules.open | (out & ~near.any(axis=-1)), tokens, UNDECIDED)
+    # An open row is decided where its border is among the candidates, and no sum is too near to it.
+    near = kept.near if columns.shape[-1] == REACH else kept.near[..., :REACH]
+    return _decided(tokens, rules.open, kept.scores[..., REACH - 1], near.any(axis=-1))
 
 
 @compiled
-def _near(p: mx.array, after: mx.array, rest: mx.array, min_p: mx.array, largest: mx.array) -> mx.array:
-    """Returns where a token is so near the border of top-p or min-p that it may lie on either side."""
-    share = min_p * largest
-    return (mx.abs(after - rest) <= 3e-6 + 3e-5 * rest) | ((min_p > 0) & (mx.abs(p - share) <= 1e-5 * share))
+def _decided(tokens: mx.array, is_open: mx.array, last: mx.array, near: mx.array) -> mx.array:
+    return mx.where(is_open & (near | (last > -mx.inf)), UNDECIDED, tokens)
 
 
-def _left(found: Candidates, scores: mx.array, rules: Rules, cap: float | None) -> mx.array:
-    """Returns which share of the probability is not in the best REACH candidates, [B, T, 1]. scores: of these."""
-    largest = scores[..., :1]
+def _left(found: Candidates, first: mx.array, rules: Rules, cap: float | None) -> mx.array:
+    """Returns which share of the probability is not in the best REACH candidates, [B, T, 1]. first: which share of
+    theirs the likeliest has, [B, T, 1]; all are counted in multiples of the likeliest.
+    """
+    largest = found.best.scores[..., :1] / rules.temperature
     whole, powers = sum_of_exponentials(found.others, cap, found.holes, 1 / rules.temperature, largest)
     rest = whole[..., None] - mx.take_along_axis(powers, found.taken, axis=-1).sum(axis=-1, keepdims=True)
-    here = mx.exp(scores - largest)
-    inside = here[..., :REACH].sum(axis=-1, keepdims=True)
-    if here.shape[-1] > REACH:
-        rest += here[..., REACH:].sum(axis=-1, keepdims=True)
-    if found.left is not None:
-        rest += mx.exp(found.left.scores / rules.temperature - largest).sum(axis=-1, keepdims=True)
-    rest = mx.maximum(rest, 0.0)
-    return rest / (inside + rest)
+    beyond = [found.best.scores[..., REACH:]] if found.best.scores.shape[-1] > REACH else []
+    for scores in beyond + ([] if found.left is None else [found.left.scores]):
+        rest += mx.exp(scores / rules.temperature - largest).sum(axis=-1, keepdims=True)
+    return _share(rest, first)
+
+
+@compiled
+def _share(rest: mx.array, first: mx.array) -> mx.array:
+    rest = mx.maximum(rest, 0.0) * first
+    return rest / (1 + rest)
 
 
 def _of_all(found: Candidates, rules: Rules, positions: mx.array, cap: float | None) -> mx.array:
