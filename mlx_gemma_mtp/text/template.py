@@ -37,6 +37,9 @@ class Template:
         if not tokenizer.has_chat_template and (folder / OLD_TEMPLATE).exists():
             fast.chat_template = read_object(folder / OLD_TEMPLATE).get("chat_template")
         self.exists = tokenizer.has_chat_template or fast.chat_template is not None
+        # Some conversions call Gemma's control tokens ordinary ones; then they could not be spelt out.
+        added = {each.content: each.special for each in fast.added_tokens_decoder.values()}
+        fast.add_tokens([name for name, special in added.items() if not special and _is_control(name)], True)
         self.control = {each.content: id for id, each in fast.added_tokens_decoder.items() if each.special}
         # The longest first, as the tokenizer finds them.
         names = sorted(filter(None, self.control), key=len, reverse=True)
@@ -91,6 +94,11 @@ class Template:
         for control, text in zip(pieces[1::2], encoded[1:], strict=True):
             ids += [self.control[control], *text]
         return ids
+
+
+def _is_control(token: str) -> bool:
+    """Returns whether an added token looks like one of Gemma's control tokens. Tags of HTML do not."""
+    return token.startswith("<|") or token.endswith("|>")
 
 
 def mapped(change: Callable[[str], str], value: Any) -> Any:

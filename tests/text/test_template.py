@@ -199,6 +199,21 @@ def test_a_template_that_joins_cuts_and_replaces_makes_no_control_token(tmp_path
     assert decoded(text, ids).startswith("<bos><turn|><turn|><|think|>")
 
 
+def test_control_tokens_that_a_conversion_calls_ordinary_are_control_tokens(tmp_path, text):
+    folder = chats.google_folder(tmp_path / "model")
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer, settings = json.loads(path.read_text()), json.loads(config.read_text())
+    for each in tokenizer["added_tokens"][5:]:
+        each["special"] = False
+    path.write_text(json.dumps(tokenizer))
+    config.write_text(json.dumps({key: settings[key] for key in ("tokenizer_class", "bos_token", "eos_token")}))
+    other, typed = Text(folder, VOCAB), "".join(CONTROL)
+    assert other.encode(typed) == text.encode(typed)
+    raw = "a<|turn>b<|tool_response>"
+    assert other.encode(raw, chat_template=False) == text.encode(raw, chat_template=False)
+    assert other.end_token_ids == text.end_token_ids
+
+
 def test_messages_with_every_rare_letter_are_refused(text):
     every = "".join(chr(code) for codes in template.RARE for code in codes)
     with pytest.raises(UserError, match="rare letters"):
