@@ -121,6 +121,7 @@ JSON = st.recursive(
 def schemas(draw, depth: int = 1) -> dict:
     made = {"type": draw(st.sampled_from(["string", "array", "object", ["string", "null"]]) | LEAF)}
     made |= {"description": draw(LEAF), "enum": draw(st.lists(LEAF, max_size=2)), "default": draw(JSON)}
+    made["required"] = draw(st.lists(LEAF, max_size=1))
     if depth:
         made["properties"] = draw(st.dictionaries(LEAF, schemas(depth - 1), max_size=2))
         made["items"] = draw(schemas(depth - 1))
@@ -139,7 +140,7 @@ def conversations(draw) -> tuple[list[dict], list[dict]]:
         messages.append(assistant(draw(content), *calls, reasoning=draw(LEAF)))
         messages += [tool(draw(LEAF), id=f"c{i}") for i in range(1, 1 + len(calls))]
     tools = [
-        {"type": "function", "function": {"name": name, "description": draw(LEAF), "parameters": draw(schemas())}}
+        {"type": "function", "function": {"name": name, "description": draw(LEAF), "parameters": draw(schemas(2))}}
         for name in draw(st.lists(NAME, max_size=2))
     ]
     return messages[draw(st.integers(0, 1)) :], tools
@@ -151,6 +152,14 @@ def leaves(value: object) -> list[str]:
     if isinstance(value, dict):
         return [leaf for pair in value.items() for each in pair for leaf in leaves(each)]
     return [leaf for each in value for leaf in leaves(each)] if isinstance(value, list) else []
+
+
+def told_leaves(function: dict) -> list[str]:
+    """The leaves of a function that the template tells, as Google's does: defaults of properties are none of them."""
+    found = [function["name"], function["description"]]
+    for name, schema in function["parameters"]["properties"].items():
+        found += [name, schema["description"], *schema["enum"], *leaves(schema["items"]["default"])]
+    return found
 
 
 @pytest.mark.parametrize("folder", [SMALL, LARGE, "bundled"])
@@ -172,8 +181,8 @@ def test_control_tokens_are_the_templates_own_and_text_survives(texts, folder, c
         parts = [message["content"] if message["role"] == "tool" else message["content"].strip()]
         parts += leaves([call["function"] for call in message.get("tool_calls", [])])
         assert all(part in prompt for part in parts if part not in ("name", "arguments"))
-    known = ("type", "name", "description", "parameters", "function")
-    assert all(leaf in prompt or leaf.upper() in prompt for leaf in leaves(tools) if leaf not in known)
+    told = [leaf for each in tools for leaf in told_leaves(each["function"])]
+    assert all(leaf in prompt or leaf.upper() in prompt for leaf in told)
     for given_message, message in zip(messages, clean, strict=True):
         if given_message["role"] != "assistant":  # whose thoughts are taken out of its text
             content = given_message["content"]
