@@ -345,9 +345,32 @@ def test_what_needs_messages_is_refused_without(text, prompt, name, value):
         text.encode(prompt, chat_template=False, **{name: value})
 
 
-def test_a_tool_with_a_lone_surrogate_is_named(text):
-    with pytest.raises(UserError, match="no character"):
-        text.encode("Hi", tools=[function("f", a={"type": "string", "description": "\udcff"})])
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"tools": [function("f", a={"type": "string", "description": "\udcff"})]}, "the tool 'f' has .* no character"),
+        ({"tools": [function("f", **{"\udcff": {"type": "string"}})]}, "the tool 'f' has .* no character"),
+        ({"tools": [function("\udcff")]}, "the name of a tool has .* no character"),
+        ({"tools": [function("")]}, "the name of a tool is ''"),
+        ({"tools": [{"name": "f"}]}, "a tool is {'name': 'f'}, expected"),
+        ({"tools": ["f"]}, "a tool is 'f', expected"),
+        ({"tools": function("f")}, "tools are .* expected a list"),
+        ({"tools": 5}, "tools are 5, expected a list"),
+        ({"allow_special": "no"}, "allow_special is 'no'"),
+        ({"continue_final_message": 1}, "continue_final_message is 1"),
+    ],
+)
+def test_bad_options_are_named(text, options, named):
+    with pytest.raises(UserError, match=named):
+        text.encode("Hi", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tools": [function("f")]}, {"system_prompt": "Be brief."}], ids=["tools", "system"]
+)
+def test_an_empty_message_is_no_prompt_whatever_is_beside_it(text, options):
+    with pytest.raises(UserError, match="empty"):
+        text.encode([user("")], **options)
 
 
 @pytest.mark.parametrize(
