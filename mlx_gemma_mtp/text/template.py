@@ -15,7 +15,7 @@ from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper
 from .tokenizer_files import OLD_TEMPLATE
 
-WORDS = re.compile("[A-Za-z0-9]+")
+WORDS = re.compile(r"\w+")
 # Letters without case that no template trims, and that Python shows as they are where a template prints a list.
 RARE = (range(0x12000, 0x1239A), range(0x20000, 0x2A6E0))
 

@@ -238,6 +238,7 @@ CALLED = [user("Hello"), assistant("", ("search", {}))]
     "source, messages, tools",
     [
         ("{{ messages[-1]['content'] }}", [user("Hello"), assistant("there"), user("secret")], None),
+        ("{{ messages[-1]['content'] }}", [user("こんにちは"), assistant("there"), user("secret")], None),
         ("{% for m in messages if m['role'] != 'tool' %}{{ m }}{% endfor %}", [*CALLED, tool("secret")], None),
         (CONTENTS, CALLED, None),
         (CONTENTS, [user("Hi")], [function("search")]),
@@ -248,6 +249,16 @@ def test_what_a_template_leaves_out_is_named(tmp_path, source, messages, tools):
     (folder / "chat_template.jinja").write_text(source)
     with pytest.raises(UserError, match="the chat template leaves out the "):
         Text(folder, VOCAB).encode(messages, tools=tools)
+
+
+def test_a_template_may_quote_and_capitalise(tmp_path):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] | upper | tojson }}{% endfor %}"
+    )
+    text = Text(folder, VOCAB)
+    shown = decoded(text, text.encode([user('a "straße"\n<turn|>'), assistant("...")]))
+    assert shown == '<bos>"A \\"STRASSE\\"\\n<TURN|>""..."'
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
