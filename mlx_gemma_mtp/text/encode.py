@@ -173,9 +173,8 @@ class Text:
 
     def _raw(self, prompt: str, system_prompt: str | None, chat_template: bool) -> list[int]:
         if system_prompt:
-            raise UserError(
-                "a system prompt needs the chat template; put it into the prompt, or do not ignore the template"
-            )
+            fix = "do not ignore it" if self.template.exists else "add the folder's, which has none"
+            raise UserError(f"a system prompt needs the chat template; put it into the prompt, or {fix}")
         if chat_template and not self._told:
             self._told = True
             self.notice("this model's folder has no chat template: prompts go to the model as they are")
