@@ -179,7 +179,10 @@ class Text:
             self._told = True
             self.notice("this model's folder has no chat template: prompts go to the model as they are")
         check_unicode("the prompt", prompt)
-        return self._begun(self.tokenizer.encode(prompt, add_special_tokens=self.bos is None)) if prompt else []
+        if not prompt:
+            return []
+        with self.template.lock:
+            return self._begun(self.tokenizer.encode(prompt, add_special_tokens=self.bos is None))
 
     def _begun(self, tokens: list[int]) -> list[int]:
         """Tokens of text, behind one <bos>: Google's tokenizer adds none, and most templates write one."""
