@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import chats
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -41,6 +42,11 @@ def tools_of(case: dict) -> Tools:
     return Tools.of([{"name": name} for name in {call["name"] for call in case["calls"]} | {"another"}])
 
 
+@pytest.fixture(scope="module")
+def google(tmp_path_factory) -> Text:
+    return chats.google_text(tmp_path_factory.mktemp("google") / "model")
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
 def test_what_gemma_writes(case):
     assert whole(case["reply"], tools_of(case)) == expected(case)
@@ -51,9 +57,10 @@ def test_what_gemma_writes(case):
 @given(places=st.lists(st.integers(0, 200), max_size=30))
 @example(places=[])
 @example(places=list(range(200)))
-def test_however_it_is_cut(text, case, places):
-    """The bundled vocabulary, its tokens cut anywhere."""
-    assert split(text.stream((), tools_of(case)), cut(text, case["reply"], places)) == expected(case)
+def test_however_it_is_cut(text, google, case, places):
+    """The bundled vocabulary, and Google's with its token for quotes: their tokens cut anywhere."""
+    for each in (text, google):
+        assert split(each.stream((), tools_of(case)), cut(each, case["reply"], places)) == expected(case)
 
 
 @pytest.mark.parametrize(
