@@ -131,7 +131,7 @@ def _check_complete(rendered: str, messages: Sequence[Message], tools: Sequence[
     """
     said = [(f"the {each['role']} message", each["content"]) for each in messages]
     called = [call["function"]["name"] for each in messages for call in each.get("tool_calls", ())]
-    declared = [str(tool.get("function", tool).get("name", "")) for tool in tools or ()]
+    declared = [tool["function"]["name"] for tool in tools or ()]
     said += [("the tool call", name) for name in called] + [("the tool", name) for name in declared]
     rendered = rendered.casefold()
     for what, text in said:
