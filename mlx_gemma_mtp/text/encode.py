@@ -16,11 +16,12 @@ import numpy as np
 from ..errors import UserError, shown
 from ..sampling.params import check_unicode, flag, whole
 from .messages import Message, checked_tools, is_empty, normalised
-from .stream import TextStream
+from .reply import Controls, Reply
 from .template import Template
 from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper, load
 from .tokenizer_files import check_tokenizer, turn_closers
+from .tools import Tools
 
 BOS, TURN = "<bos>", "<|turn>"
 Ids = Sequence[int] | np.ndarray | mx.array
@@ -48,6 +49,7 @@ class Text:
         self.media_token_ids = frozenset(media_token_ids)
         self.template = Template(self.tokenizer, folder)
         control, eos = self.template.control, self.fast_tokenizer.eos_token_id
+        self._controls = Controls.of(control)
         begins = self.fast_tokenizer.bos_token_id
         self.bos: int | None = control.get(BOS) if begins is None else begins
         closers = [control.get(token) for token in turn_closers(folder)]
@@ -200,9 +202,11 @@ class Text:
         if self.media_token_ids.intersection(tokens):
             raise UserError("the prompt has an image, audio or video token; this package takes text alone")
 
-    def stream(self, stop: Sequence[str]) -> TextStream:
-        """Returns a new TextStream. stop: strings that end the text."""
-        return TextStream(self.tokenizer.detokenizer, stop, self.known)
+    def stream(self, stop: Sequence[str], tools: Tools | None = None, in_thought: bool = False) -> Reply:
+        """Returns a new Reply. stop: strings that end the text. tools: the caller's; without any, calls stay text.
+        in_thought: whether the prompt opened a thought.
+        """
+        return Reply(lambda: self.tokenizer.detokenizer, stop, self.known, self._controls, tools, in_thought)
 
 
 def _plain(prompt: Any) -> str | list[Any]:
