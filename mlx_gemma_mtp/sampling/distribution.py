@@ -201,7 +201,11 @@ def _of_all(
 
 
 def _order(allowed: mx.array, scores: mx.array, rules: Rules) -> mx.array:
-    """Returns the columns, the likeliest first: by score, then by the logit as it came, then by column."""
+    """Returns the columns that filters may keep, the likeliest first: by score, then by the logit as it came, then by
+    column.
+    """
+    if rules.open is None and rules.free is None:  # a shortlist, whose equals may come by column
+        return topk(allowed if rules.reordered is None else scores, rules.widest)[1]
     order = mx.argsort(-allowed, axis=-1)  # MLX leaves equals in their order
     if rules.reordered is None:
         return order
