@@ -20,12 +20,11 @@ from ..ops.sums import sum_of_exponentials, with_noise
 from ..ops.topk import topk
 from .candidates import Candidates, candidates, filtered, scored, shares
 from .distribution import PART, Distribution
-from .noise import gumbel, gumbel_bound
+from .noise import drawn, gumbel_bound
 from .penalties import TokenCounts
 from .rules import REACH, Rules
 
 UNDECIDED = -1  # in place of a token
-LARGEST = 2**31 - 1  # of an int32
 FEW = 8192  # columns of which Distribution looks at all without much ado
 NOISY = 64  # tokens of the largest bounds whose noise is computed, where no filter is
 
@@ -125,8 +124,7 @@ def _of_candidates(found: Candidates, rules: Rules, positions: mx.array, cap: fl
         if rules.open_top_p:
             left = mx.where(is_open, _left(found, p[..., :1], rules, cap), 0.0)
         kept = filtered(scores, p, rules, left)
-    drawn = mx.argmax(kept.scores + gumbel(rules.keys, positions, columns), axis=-1, keepdims=True)
-    tokens = mx.take_along_axis(columns, drawn, axis=-1)[..., 0].astype(mx.int32)
+    tokens, _ = drawn(kept.scores, rules.keys, positions, columns)
     if rules.open is None:
         return tokens
     # An open row is decided where its border is among the candidates, and no sum is too near to it.
@@ -171,10 +169,8 @@ def _of_all(found: Candidates, rules: Rules, positions: mx.array, cap: float | N
     if found.touched is not None:
         columns = mx.concatenate([columns, found.touched.columns], axis=-1)
         scores = mx.concatenate([scores, found.touched.scores / rules.temperature], axis=-1)
-    noisy = scores + gumbel(rules.keys, positions, columns)
-    most = noisy.max(axis=-1, keepdims=True)
-    tokens = mx.where(noisy == most, columns.astype(mx.int32), LARGEST).min(axis=-1)
-    sure = (most[..., 0] >= last) | (last == -mx.inf)
+    tokens, most = drawn(scores, rules.keys, positions, columns)
+    sure = (most >= last) | (last == -mx.inf)
     return mx.where(sure, tokens, UNDECIDED)
 
 

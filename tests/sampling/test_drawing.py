@@ -143,6 +143,28 @@ def test_partners_change_nothing(name):
     assert np.array_equal(both(values, [*EVERY.values(), EVERY[name]])[0][-1], alone[0])
 
 
+@pytest.mark.parametrize("name", ["top-p", "default", "biased"])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-5, 1e-4])
+def test_partners_change_nothing_where_float32_loses_the_noise(name, temperature):
+    """Scores at the cap, so large after the temperature that several tokens have the same sum with their noise."""
+    values, cold = RNG.normal(size=(1, 50, VOCAB)) * 1000 + 500, params(temperature=temperature)
+    alone = both(values, [cold])[1]
+    assert np.array_equal(both(values, [cold, EVERY[name]])[1][0], alone[0])
+
+
+@pytest.mark.parametrize("bias", [1.0, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_no_logit_makes_a_token_that_does_not_exist(bad, bias):
+    """What is drawn is looked up before anybody has read that the logits are not finite."""
+    values, bits = np.zeros((1, 1, VOCAB), np.float32), np.zeros((1, 1, VOCAB // 32), np.uint32)
+    values[..., 3], bits[..., 0] = bad, 15
+    for p in EVERY.values():
+        rules = Rules.of([replace(p, logit_bias={3: bias})], VOCAB)
+        counts = counts_of(1) if rules.penalties else None
+        found = draw(mx.array(values), rules, mx.array([[3]]), token_counts=counts, mask=mx.array(bits))
+        assert UNDECIDED <= found.tokens.item() < VOCAB, p
+
+
 def test_parts_of_a_batch_are_those_of_the_whole(monkeypatch):
     rows = list(EVERY.values())
     whole = both(PEAKED[:, :3], rows)[0]
