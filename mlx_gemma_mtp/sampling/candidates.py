@@ -163,14 +163,15 @@ def shares(scores: mx.array, limit: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def filtered(scores: mx.array, p: mx.array, rules: Rules, left: mx.array | None = None) -> Filtered:
-    """Returns what top-p and min-p keep.
+    """Returns what top-p and min-p keep: the likeliest whatever rounding makes of the sums.
 
     scores, p: from `shares`. left: [B, T, 1], what all other tokens have of the probability; None for nothing.
     """
     # Summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
     after = mx.cumsum(p, axis=-1, reverse=True)
     left = number(0.0) if left is None else left
-    return Filtered(*_kept(scores, p, after, left, rules.rest, rules.min_p, p[..., :1]))
+    places = numbers(scores.shape[-1])
+    return Filtered(*_kept(scores, places, p, after, left, rules.rest, rules.min_p, p[..., :1], scores[..., :1]))
 
 
 @compiled
@@ -181,14 +182,18 @@ def _within(scores: mx.array, places: mx.array, limit: mx.array) -> mx.array:
 @compiled
 def _kept(
     scores: mx.array,
+    places: mx.array,
     p: mx.array,
     after: mx.array,
     left: mx.array,
     rest: mx.array,
     min_p: mx.array,
     largest: mx.array,
+    best: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """Returns the parts of Filtered. min-p: a share of the likeliest, the same before and after top-p."""
     after, least = after * (1 - left) + left, min_p * largest
-    near = (mx.abs(after - rest) <= 3e-6 + 3e-5 * rest) | ((min_p > 0) & (mx.abs(p - least) <= 1e-5 * least))
-    return mx.where((after > rest) & (p >= least), scores, -mx.inf), near
+    rounded = 3e-7 * mx.abs(best)  # of a probability: its exponent is the difference of two such scores
+    near = mx.abs(after - rest) <= 3e-6 + (3e-5 + rounded) * rest
+    near |= (min_p > 0) & (mx.abs(p - least) <= (1e-5 + rounded) * least)
+    return mx.where((places == 0) | ((after > rest) & (p >= least)), scores, -mx.inf), near

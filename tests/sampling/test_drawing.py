@@ -152,6 +152,27 @@ def test_partners_change_nothing_where_float32_loses_the_noise(name, temperature
     assert np.array_equal(both(values, [cold, EVERY[name]])[1][0], alone[0])
 
 
+@pytest.mark.parametrize("vocab", [1023, 12_000])
+def test_the_least_top_p_keeps_the_likeliest(vocab):
+    """Though the sum of all probabilities is below 1 in float32 by more than top-p."""
+    values = RNG.normal(size=(1, 200, vocab)).astype(np.float32)
+    rules, positions = Rules.of([params(top_p=1e-6)], vocab), mx.arange(200)[None]
+    tokens = np.array(settled(mx.array(values), rules, positions, CAP))
+    assert np.array_equal(tokens[0], values[0].argmax(axis=-1))
+
+
+def test_a_border_is_near_as_far_as_scores_are_rounded():
+    """Scores of 10,000,000 after the temperature are right to 1: a border that is nearer is left open."""
+    values = 1e5 + RNG.normal(size=(1, 200, VOCAB)) * 0.01
+    values[..., :60] += 0.08
+    values, positions = mx.array(values.astype(np.float32)), mx.arange(200)[None]
+    rules = Rules.of([params(top_p=0.5, temperature=0.01)], VOCAB)
+    tokens, full = (
+        np.array(each) for each in (draw(values, rules, positions).tokens, settled(values, rules, positions))
+    )
+    assert np.array_equal(tokens, np.where(tokens == UNDECIDED, UNDECIDED, full))
+
+
 @pytest.mark.parametrize("bias", [1.0, -np.inf])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_no_logit_makes_a_token_that_does_not_exist(bad, bias):
