@@ -11,6 +11,8 @@ import pytest
 import tiny
 from constraints import Stairs
 
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.ops import topk as topk_module
 from mlx_gemma_mtp.ops.sums import sum_of_exponentials
 from mlx_gemma_mtp.sampling import drawing
@@ -19,6 +21,9 @@ from mlx_gemma_mtp.sampling.drawing import UNDECIDED, draw, settled
 from mlx_gemma_mtp.sampling.noise import gumbel, gumbel_bound
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
+from mlx_gemma_mtp.speculative.drafting import Drafts, DraftState, Mtp
+from mlx_gemma_mtp.speculative.loop import Speculation
+from mlx_gemma_mtp.speculative.prefill import prefill
 
 VOCAB, CAP, COUNT = 12_000, 30.0, 10
 SUPPRESSED = [3, 5000, 11_999]
@@ -286,25 +291,43 @@ def test_open_places_are_settled_in_the_loop(name, guided, short, monkeypatch):
     assert loop.host_syncs == 25 < loops[0].host_syncs <= 50
 
 
+def loop_of(model: Gemma4, p: SamplingParams, rows: int) -> Speculation:
+    cache = Cache(model.config.kv, rows, 64, 16, mx.float32)
+    hidden = prefill(model, cache, slice(0, rows), tiny.prompts(rows))
+    return Speculation(model, tiny.drafter(model), cache, Rules.of([p] * rows, tiny.VOCAB), hidden)
+
+
 def test_a_settled_token_is_reported(short, monkeypatch):
     """The log-probability is that of the token which was emitted, not of what stood in for it."""
-    model, batch, p = tiny.target("moe"), tiny.prompts(2), replace(IN_THE_LOOP["top-p"], logprobs=3)
+    model, p = tiny.target("moe"), replace(IN_THE_LOOP["top-p"], logprobs=3)
 
-    def reports(drafts: int) -> list:
-        from mlx_gemma_mtp.cache.cache import Cache
-        from mlx_gemma_mtp.speculative.loop import Speculation
-        from mlx_gemma_mtp.speculative.prefill import prefill
-
-        cache = Cache(model.config.kv, 2, 64, 16, mx.float32)
-        hidden = prefill(model, cache, slice(0, 2), batch)
-        loop = Speculation(model, tiny.drafter(model), cache, Rules.of([p] * 2, tiny.VOCAB), hidden)
-        rounds = [loop.start(drafts)] + [loop.step(drafts) for _ in range(12)]
+    def reports() -> list:
+        loop = loop_of(model, p, 2)
+        rounds = [loop.start(0)] + [loop.step(0) for _ in range(12)]
         return [each for done in rounds for each in done.logprobs[0]][:12]
 
-    short_way = reports(0)
+    short_way = reports()
     monkeypatch.setattr(drawing, "FEW", 1 << 30)
-    for ours, want in zip(short_way, reports(0), strict=True):
+    for ours, want in zip(short_way, reports(), strict=True):
         assert ours.token == want.token and ours.logprob == pytest.approx(want.logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "share"), [("top-p", 0.35), ("free", 1.0)])
+def test_drafts_are_made_after_a_guess(name, share, short, monkeypatch):
+    """Where the newest token is open, they are made after the one that it probably is: of top-p the best of 8 tokens
+    here, and the same without filters.
+    """
+    guessed, propose = [], Mtp.propose
+
+    def spied(self, state: DraftState, count: int) -> Drafts:
+        guessed.append(state.newest)
+        return propose(self, state, count)
+
+    monkeypatch.setattr(Mtp, "propose", spied)
+    loop = loop_of(tiny.target("moe"), replace(IN_THE_LOOP[name], temperature=1.5), 3)
+    rounds = [loop.start(1)] + [loop.step(1) for _ in range(20)]
+    right = np.array(mx.stack(guessed)) == [[row[-1] for row in done.tokens] for done in rounds]
+    assert loop.host_syncs - len(rounds) >= 5 and right.mean() >= share
 
 
 def test_the_whole_way_draws_the_same(short):
