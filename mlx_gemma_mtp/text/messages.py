@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from numbers import Integral, Real
 from typing import Any
 
@@ -46,7 +48,31 @@ def normalised(messages: Iterable[Any], thoughts: bool = True) -> list[dict[str,
         else:
             calls, answers = message.get("tool_calls", []), 0
         found.append(message)
-    return found
+    return _identified(found)
+
+
+def _identified(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gives ids to calls that have none of their own.
+
+    Google's template names a response by its id alone: among calls without ids that is the name of the last one.
+    """
+    for at, message in enumerate(messages):
+        calls = message.get("tool_calls", [])
+        known = _by_id(calls)
+        for place, call in enumerate(calls):
+            if call.get("id") not in known:
+                calls[place] = call | {"id": f"call_{at}_{place}"}
+        if len(known) < len(calls):
+            for answer in takewhile(lambda each: each["role"] == "tool", messages[at + 1 :]):
+                if answer.get("tool_call_id") not in known:  # then its name says what it answers
+                    answer.pop("tool_call_id", None)
+    return messages
+
+
+def _by_id(calls: Sequence[Message]) -> dict[str, str]:
+    """The names of calls by their ids. What several have is no id of any."""
+    ids = Counter(call["id"] for call in calls if "id" in call)
+    return {call["id"]: call["function"]["name"] for call in calls if "id" in call and ids[call["id"]] == 1}
 
 
 def checked_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -242,8 +268,8 @@ def _answers_for(message: Message, calls: Sequence[Message], before: int, after:
     if not calls:
         where = f"after {'an' if after == 'assistant' else 'a'} {after} message" if after else "first"
         raise UserError(f"a tool message comes {where}, expected an assistant message with tool_calls before it")
-    known = {call["id"]: call["function"]["name"] for call in calls if "id" in call}
-    if id is not None and known:
+    known = _by_id(calls)
+    if id in known or (id is not None and len(known) == len(calls)):
         if id not in known:
             raise UserError(
                 f"a tool message answers the call {shown(id)}, expected one of those before it: {', '.join(known)}"

@@ -161,6 +161,19 @@ def test_calls_are_answered_by_their_ids_or_in_their_order():
     unnamed = [{"function": {"name": "f"}}, {"function": {"name": "g"}}]
     without_ids = normalised([user("Hi"), assistant("", tool_calls=unnamed), tool("1", id="x"), tool("2", id="y")])
     assert [each["name"] for each in without_ids[2:]] == ["f", "g"]
+    one_of_two = [{"id": "c1", "function": {"name": "f"}}, {"function": {"name": "g"}}]
+    some = normalised([user("Hi"), assistant("", tool_calls=one_of_two), tool("1", name="g"), tool("2", id="c1")])
+    assert [each["name"] for each in some[2:]] == ["g", "f"] and some[3]["tool_call_id"] == "c1"
+
+
+@pytest.mark.parametrize("ids", [(None, None), ("c", "c"), ("c", None), ("", "")])
+def test_templates_find_the_call_of_a_response_whatever_the_ids(ids):
+    """Google's names a response after the last call that has the response's id, or none as it has none."""
+    calls = [{"id": id, "function": {"name": name}} for id, name in zip(ids, "fg", strict=True)]
+    asked, *answers = normalised([assistant("", tool_calls=calls), tool("1", id=ids[0]), tool("2", id=ids[1])])
+    named = {call["id"]: call["function"]["name"] for call in asked["tool_calls"]}
+    assert [named.get(each.get("tool_call_id"), each["name"]) for each in answers] == ["f", "g"]
+    assert len(named) == 2 and asked["tool_calls"] != calls
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,11 @@ def leaves(value: object) -> list[str]:
 
 
 def told_leaves(function: dict) -> list[str]:
-    """The leaves of a function that the template tells, as Google's does: defaults of properties are none of them."""
+    """The leaves of a function that the template tells, as Google's does: those of a property go by its type."""
     found = [function["name"], function["description"]]
     for name, schema in function["parameters"]["properties"].items():
-        found += [name, schema["description"], *schema["enum"], *leaves(schema["items"]["default"])]
+        of_type = {"string": schema["enum"], "array": leaves(schema["items"]["default"])}
+        found += [name, schema["description"], *of_type.get(str(schema["type"]), [])]
     return found
 
 
