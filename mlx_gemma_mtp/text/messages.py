@@ -21,9 +21,14 @@ Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning", "reasoning_content", "thinking")
-TAKEN = {"assistant": ("tool_calls", *REASONING), "tool": ("tool_call_id",)}  # beside role, content and name
+COPIES = ("thinking_blocks", "reasoning_details")  # of litellm and OpenRouter: the reasoning once more, in parts
+# Beside role, content and name.
+TAKEN = {"assistant": ("tool_calls", *REASONING, *COPIES), "tool": ("tool_call_id", "tool_name")}
 # What clients send along or echo, and what says nothing to a model.
-UNSAID = ("id", "type", "index", "status", "annotations", "cache_control", "extra_content", "provider_specific_fields")
+UNSAID = (
+    *("id", "type", "index", "status", "annotations", "cache_control", "extra_content", "provider_specific_fields"),
+    *("metadata", "response_metadata", "usage_metadata", "usage", "model", "timestamp", "created_at"),
+)
 DEEPEST = 64  # levels of arguments and schemas
 THOUGHT = "thought"  # the channel's name, which a newline ends
 CHANNEL = re.compile(f"{re.escape(OPEN)}(.*?){re.escape(CLOSE)}", re.DOTALL)
@@ -132,6 +137,8 @@ def _message(given: Any, thoughts: bool) -> dict[str, Any]:
     for key in ("name", *(("tool_call_id",) if role == "tool" else ())):
         if given.get(key) not in (None, ""):
             message[key] = _word(f"the {key} of {what}", given[key])
+    if role == "tool" and "name" not in message and given.get("tool_name") not in (None, ""):  # as Ollama calls it
+        message["name"] = _word(f"the tool_name of {what}", given["tool_name"])
     if role == "assistant":
         message |= _said(what, message["content"], given, thoughts)
     return message
@@ -183,13 +190,7 @@ def _part(what: str, part: Any) -> str:
 def _said(what: str, content: str, given: Message, thoughts: bool) -> dict[str, Any]:
     """Returns content, reasoning and tool_calls of the assistant's message, as far as there are any."""
     said: dict[str, Any] = {}
-    reasons = []
-    for key in REASONING:
-        reason = given.get(key)
-        if reason is not None and not isinstance(reason, str):
-            raise UserError(f"the {key} of {what} is {shown(reason)}, expected text")
-        if reason and reason not in reasons:  # clients send one thought under two names
-            reasons.append(check_unicode(f"the {key} of {what}", str(reason)))
+    reasons = _reasons(what, given)
     if thoughts and OPEN in content:
         found, said["content"] = without_thoughts(content)
         reasons += [thought for thought in found if thought not in reasons]
@@ -202,6 +203,32 @@ def _said(what: str, content: str, given: Message, thoughts: bool) -> dict[str, 
     if calls:
         said["tool_calls"] = [_call(call) for call in calls]
     return said
+
+
+def _reasons(what: str, given: Message) -> list[str]:
+    """Returns the thoughts that an assistant's message names as such. Clients send one thought under several names."""
+    reasons: list[str] = []
+    for key in REASONING:
+        reason = given.get(key)
+        if reason is not None and not isinstance(reason, str):
+            raise UserError(f"the {key} of {what} is {shown(reason)}, expected text")
+        if reason and reason not in reasons:
+            reasons.append(check_unicode(f"the {key} of {what}", str(reason)))
+    for key in () if reasons else COPIES:
+        parts = given.get(key)
+        if parts is not None and (isinstance(parts, (str, Mapping)) or not isinstance(parts, Sequence)):
+            raise UserError(f"the {key} of {what} are {shown(parts)}, expected a list of parts")
+        found = [_reason(f"the {key} of {what}", part) for part in parts or ()]
+        reasons += [reason for reason in ("".join(found),) if reason and reason not in reasons]
+    return reasons
+
+
+def _reason(what: str, part: Any) -> str:
+    keys = ("thinking", "text", "summary") if isinstance(part, Mapping) else ()
+    text = next((part[key] for key in keys if key in part), None)
+    if not isinstance(text, str):
+        raise UserError(f"{what} have {shown(part)}, expected an object with the thinking or the text")
+    return check_unicode(what, str(text))
 
 
 def without_thoughts(text: str) -> tuple[list[str], str]:
