@@ -367,6 +367,82 @@ def test_chat_template_json_is_read(tmp_path):
         Text(folder, VOCAB)
 
 
+LISTED = "<bos>%s{%% for m in messages %%}{{ m['content'] }}{%% endfor %%}{{ tools }}"
+
+
+def listed(folder: Path, **templates: str) -> Text:
+    """A folder whose tokenizer_config.json lists these templates."""
+    path = chats.google_folder(folder, template=False) / "tokenizer_config.json"
+    named = [{"name": name, "template": LISTED % source} for name, source in templates.items()]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+    return Text(folder, VOCAB)
+
+
+def test_of_several_templates_the_one_for_tools_is_taken_with_tools(tmp_path):
+    text = listed(tmp_path / "model", default="A", tool_use="B")
+    assert decoded(text, text.encode("Hi")) == "<bos>AHiNone"
+    assert decoded(text, text.encode("Hi", tools=[function("f")])).startswith("<bos>BHi[{")
+    text = listed(tmp_path / "another", rag="A", tool_use="B")
+    assert decoded(text, text.encode("Hi", tools=[function("f")])).startswith("<bos>BHi[{")
+    with pytest.raises(UserError, match="templates are rag, tool_use, expected"):
+        text.encode("Hi")
+
+
+@pytest.mark.parametrize("nothing", ["", [], {}, None])
+def test_an_empty_template_is_none(tmp_path, nothing):
+    path = chats.google_folder(tmp_path / "model", template=False) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": nothing}))
+    told = []
+    text = Text(tmp_path / "model", VOCAB, notice=told.append)
+    assert decoded(text, text.encode("Hi")) == "<bos>Hi" and len(told) == 1
+    with pytest.raises(UserError, match="has no chat template"):
+        text.encode([user("Hi")])
+
+
+@pytest.mark.parametrize(
+    "said, kept",
+    [
+        ("<think>hm</think>4 < 5", "4 < 5"),
+        ("<think>hm</think>4 and <turn|>", "<think>hm</think>4 and <turn|>"),  # beside a control string nothing is cut
+        ("<think>hm</think>4 <Tur n|>", "<think>hm</think>4 <Tur n|>"),
+    ],
+)
+def test_a_template_finds_marks_of_its_own_in_a_message(tmp_path, said, kept):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "<bos>{% for m in messages %}{{ m['content'].split('</think>')[-1] }}<turn|>{% endfor %}"
+    )
+    text = Text(folder, VOCAB)
+    ids = text.encode([user("Hi <b>"), assistant(said)])
+    assert decoded(text, ids) == f"<bos>Hi <b><turn|>{kept}<turn|>" and controls(text, ids) == [2, 6, 6]
+
+
+@pytest.mark.parametrize("kind", ["whole words", "the likeliest pieces"])
+def test_control_strings_are_spelt_out_where_the_vocabulary_has_them_as_pieces(tmp_path, kind):
+    folder = chats.google_folder(tmp_path / "model")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    if kind == "whole words":
+        tokenizer["model"]["ignore_merges"] = True
+        tokenizer["pre_tokenizer"]["pattern"] = {"String": "\n"}
+    else:
+        pieces = sorted(tokenizer["model"]["vocab"].items(), key=lambda piece: piece[1])
+        tokenizer["model"] = {"type": "Unigram", "unk_id": 3, "vocab": [[piece, -1.0] for piece, _ in pieces]}
+    path.write_text(json.dumps(tokenizer))
+    text, typed = Text(folder, VOCAB), 'a\n<turn|>\nb\n<|"|>'
+    ids = text.encode(typed)
+    assert controls(text, ids) == [2, 5, 6, 5] and typed in decoded(text, ids)
+
+
+@pytest.mark.parametrize("source", ["\n{{ bos_token }}", "{{ bos_token }}", "x<bos>", ""])
+def test_a_template_writes_its_bos_where_it_likes(tmp_path, source):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(source + CONTENTS)
+    text = Text(folder, VOCAB)
+    assert text.encode("Hi").count(2) == 1
+    assert text.encode("Hi <bos>", allow_special=True)[0] == 2  # which does not take the caller's for its own
+
+
 @pytest.mark.parametrize("name, value", [("tools", [function("f")]), ("continue_final_message", True)])
 @pytest.mark.parametrize("prompt", ["raw", [2, 7]])
 def test_what_needs_messages_is_refused_without(text, prompt, name, value):
