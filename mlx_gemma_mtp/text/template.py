@@ -41,6 +41,8 @@ class Template:
         if fast.chat_template is None and (folder / OLD_TEMPLATE).exists():
             fast.chat_template = read_object(folder / OLD_TEMPLATE).get("chat_template") or None
         self.exists = fast.chat_template is not None
+        source = str(fast.chat_template)
+        self._folds = "tool_responses" in source and "tool_call_id" not in source
         # Some conversions call Gemma's control tokens ordinary ones; then they could not be spelt out.
         added = {each.content: each.special for each in fast.added_tokens_decoder.values()}
         fast.add_tokens([name for name, special in added.items() if not special and _is_control(name)], True)
@@ -67,6 +69,7 @@ class Template:
         """
         mark, place = _rare(f"{messages!r}{tools!r}")
         given = [*messages[:-1], {"role": "assistant", "content": place}] if continued else messages
+        given = _folded(given) if self._folds else given
         rendered = self._guarded(given, tools, thinking, not continued, "" if allow_special else mark)
         if not allow_special:  # else the template takes thoughts out of the assistant's text
             _check_complete(rendered.replace(mark, ""), messages[:-1] if continued else messages, tools)
@@ -177,6 +180,20 @@ def mapped(change: Callable[[str], str], value: Any) -> Any:
 
 def _without(message: Message, key: str) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name != key}
+
+
+def _folded(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Puts what tools answer into the message that calls them, where Google's first template for Gemma 4 reads it: it
+    makes a turn of its own, which no model was trained on, of a tool's message.
+    """
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            answer = {"name": message["name"], "response": message["content"]}
+            found[-1] = found[-1] | {"tool_responses": [*found[-1].get("tool_responses", []), answer]}
+        else:
+            found.append(dict(message))
+    return found
 
 
 def _begun(message: Message) -> str:

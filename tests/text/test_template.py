@@ -417,6 +417,31 @@ def test_a_template_finds_marks_of_its_own_in_a_message(tmp_path, said, kept):
     assert decoded(text, ids) == f"<bos>Hi <b><turn|>{kept}<turn|>" and controls(text, ids) == [2, 6, 6]
 
 
+FOLDED = (
+    "{{ bos_token }}{% for m in messages %}<|turn>{{ m['role'] }}\n"
+    "{% for call in m['tool_calls'] %}<|tool_call>call:{{ call['function']['name'] }}{}<tool_call|>{% endfor %}"
+    "{% for it in m['tool_responses'] %}<|tool_response>response:{{ it['name'] }}{value:{{ it['response'] }}}"
+    "<tool_response|>{% endfor %}{{ m['content'] }}<turn|>{% endfor %}"
+)
+
+
+def test_a_template_that_reads_responses_in_the_calling_message_gets_them_there(tmp_path):
+    """Google's first one for Gemma 4, which early conversions ship."""
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(FOLDED)
+    text = Text(folder, VOCAB)
+    messages = [user("Hi"), assistant("", ("f", {}), ("g", {})), tool("2", id="c2"), tool("1 <turn|>", id="c1")]
+    ids = text.encode([*messages, user("So?")])
+    assert decoded(text, ids) == (
+        "<bos><|turn>user\nHi<turn|><|turn>assistant\n<|tool_call>call:f{}<tool_call|><|tool_call>call:g{}<tool_call|>"
+        "<|tool_response>response:g{value:2}<tool_response|><|tool_response>response:f{value:1 <turn|>}<tool_response|>"
+        "<turn|><|turn>user\nSo?<turn|>"
+    )
+    assert controls(text, ids).count(6) == 3
+    going_on = text.encode([*messages, assistant("It is")], continue_final_message=True)
+    assert decoded(text, going_on).endswith("<tool_response|><turn|><|turn>assistant\nIt is")
+
+
 @pytest.mark.parametrize("kind", ["whole words", "the likeliest pieces"])
 def test_control_strings_are_spelt_out_where_the_vocabulary_has_them_as_pieces(tmp_path, kind):
     folder = chats.google_folder(tmp_path / "model")
