@@ -5,10 +5,9 @@ from functools import cached_property
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.files.safetensors import Tensor, read_object
 
 from . import names, quantize, source
-from .blocks import DTYPES
+from .blocks import DTYPES, Source
 from .config import is_drafter, loadable, refuse_quantised, text_config
 from .names import MEDIA, Entry
 from .quantize import Format
@@ -27,10 +26,10 @@ class Checkpoint:
     raw: dict
     text: dict
     entries: list[Entry]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Source]
 
     @classmethod
-    def read(cls, where: str, config: dict, tensors: dict[str, Tensor]) -> "Checkpoint":
+    def read(cls, where: str, config: dict, tensors: dict[str, Source]) -> "Checkpoint":
         """Returns the checkpoint of a config and headers.
 
         Raises UserError for a config.json that is not a Gemma 4 one, or that the loader would refuse.
@@ -46,9 +45,7 @@ class Checkpoint:
 
         Raises UserError.
         """
-        config = read_object(folder / "config.json")
-        is_drafter(config)  # another model is told by its name, not by its files
-        return cls.read(str(folder), config, source.tensors(folder))
+        return cls.read(str(folder), *source.read(folder))
 
     def check_source(self) -> None:
         """Raises UserError unless this is a complete, unquantised Hugging Face checkpoint."""

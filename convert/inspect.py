@@ -11,6 +11,7 @@ from mlx_gemma_mtp.cache.spec import kv_bytes
 from mlx_gemma_mtp.cli.command import Parser
 
 from . import config, names, source
+from .blocks import stored_as
 from .checkpoint import Checkpoint
 from .names import Entry, is_integer
 from .writer import parts
@@ -70,7 +71,7 @@ def _modules(model: Checkpoint) -> list[dict]:
     for entry in model.entries:
         form, name = model.format(entry), model.name(entry)
         tensor = model.tensors.get(name)
-        stored = str(form) if form else tensor.dtype if tensor else "missing"
+        stored = str(form) if form else stored_as(tensor) if tensor else "missing"
         group = names.group(entry)
         module = modules.setdefault(
             (group, stored), {"kind": group, "format": stored, "tensors": 0, "parameters": 0, "bytes": 0}

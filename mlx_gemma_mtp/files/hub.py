@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, list_repo_files, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, shown
+from . import foreign
 from .folder import SINGLE, read_index
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -87,11 +89,14 @@ def find(model: str, revision: str | None = None) -> Path:
     if os.path.isdir(folder):
         return folder.resolve()
     if os.path.exists(folder):
-        raise UserError(f"{model} is a file; expected a model folder (with config.json) or a hub id such as org/name")
+        raise foreign.file_refusal(folder)
     if os.path.islink(folder):
         raise UserError(f"{model} is a link to {os.readlink(folder)}, where nothing is; expected a model folder")
     if not is_hub_id(model):
-        raise NotFound(f"there is no model {shown(model, 300)}: no such folder, and no hub id of the form org/name")
+        hint = foreign.of_name(model)
+        raise NotFound(
+            f"there is no model {shown(model, 300)}: no such folder, and no hub id of the form org/name{hint}"
+        )
     if revision is not None and not REVISION.fullmatch(revision):
         raise NotFound(f"the revision {shown(revision)} of {model!r} is no name; expected a branch, a tag or a commit")
     try:
@@ -103,8 +108,20 @@ def find(model: str, revision: str | None = None) -> Path:
             return cached  # the client itself goes by its cache where nothing answers, but not where a web page does
         raise refusal(model, error, revision, missing) from None
     if missing := missing_files(folder):  # offline, the hub's client may hand out part of a model
-        raise _unreachable(model, revision, missing, "that is all that the hub gave")
+        raise foreign_repo(model, revision) or _unreachable(model, revision, missing, "that is all that the hub gave")
     return folder
+
+
+def foreign_repo(model: str, revision: str | None = None) -> UserError | None:
+    """Returns the error for a repository whose files make no model in safetensors: GGUF, an adapter.
+
+    None where the hub does not tell.
+    """
+    try:
+        names = list_repo_files(model, revision=revision)
+    except Exception:  # as in find; what is missing was told already
+        return None
+    return foreign.of_names(names, model)
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -160,7 +177,7 @@ def _unreachable(model: str, revision: str | None, missing: Sequence[str], why: 
     """What exactly cannot be had: the files that a cached part lacks, or all of the model."""
     has = f"is in the hub's cache without {', '.join(missing)}" if missing else "is no folder, nor in the hub's cache"
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why
-    command = f"hf download {model}" + (f" --revision {revision}" if revision else "")
+    command = shlex.join(["hf", "download", model, *(["--revision", revision] if revision else [])])
     return Unreachable(f"{model!r} {has}, and {why}; check the name, or connect and run: {command}")
 
 

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from ..errors import UserError
 from ..files.files import content
 from ..files.folder import INDEX, read_config, read_index, weight_files
+from ..files.foreign import convert_command
 from ..files.progress import Progress, no_progress
 from ..files.safetensors import read_header
 from . import gemma4
@@ -97,8 +98,7 @@ def open_target(folder: Path, dtype: mx.Dtype | None = None) -> gemma4.Gemma4:
     prefix = next((p for p in ("language_model.model.", "model.") if f"{p}embed_tokens.weight" in tensors), None)
     if prefix is None or any(".experts.gate_up_proj" in name for name in tensors):
         raise UserError(
-            f"{folder} has Hugging Face tensor names; convert it first: "
-            f"python -m convert --hf-path {folder} --mlx-path {folder.name}-mlx"
+            f"{folder} has Hugging Face tensor names; convert it first: {convert_command(folder, f'{folder.name}-mlx')}"
         )
     unused = _unused_tensors(config, prefix)
     tensors = {k: v for k, v in tensors.items() if not _is_media(k) and k.rsplit(".", 1)[0] not in unused}
