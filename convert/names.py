@@ -103,7 +103,7 @@ def check(entries: list[Entry], found: dict[str, Tensor], text: dict, kind: str)
                 f"tensor {name!r} has shape {list(found[name].shape)}; expected {list(shape)} by"
                 " config.json; use the config.json of these weights"
             )
-    unused = _unused_kv(text, kind)
+    unused = unused_kv(text, kind)
     for name in sorted(found.keys() - expected.keys()):
         if name not in unused and not name.startswith(MULTIMODAL):
             raise UserError(
@@ -189,8 +189,8 @@ def _moved(name: str, shape: Shape, source: str, prefix: str) -> list[Entry]:
     return [Entry(prefix + name, shape, source, shape)]
 
 
-def _unused_kv(text: dict, kind: str) -> set[str]:
-    """K/V tensors that E2B and E4B files hold for layers that read another layer's K/V."""
+def unused_kv(text: dict, kind: str) -> set[str]:
+    """Returns the K/V tensors that E2B and E4B files hold for layers that read another layer's K/V."""
     if kind not in TARGETS:
         return set()
     layers = text["num_hidden_layers"]
