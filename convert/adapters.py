@@ -30,6 +30,7 @@ TENSOR = re.compile(
     r"(?P<path>.+?)(?:\.lora_(?P<mlx>[ab])|\.lora_(?P<peft>embedding_[AB]|[AB])(?:\.default)?(?:\.weight)?)"
 )
 EXPERTS = re.compile(r"(?P<experts>layers\.\d+\.experts)(\.base_layer)?")
+PARAMETERS = (("switch_glu.gate_proj", "switch_glu.up_proj"), ("switch_glu.down_proj",))  # gate_up_proj, down_proj
 FACTORS = {"a": "a", "b": "b", "A": "a", "B": "b", "embedding_A": "a", "embedding_B": "b"}
 # Settings of PEFT that change what an adapter computes, and their values that do not.
 INNOCENT = {
@@ -152,20 +153,24 @@ class Adapter:
 
     def _of_experts(self, pair: Pair, experts: str, entries: list[Entry]) -> dict[str, Delta]:
         """PEFT's adapter of a parameter that holds all experts. Its name does not tell which: the shapes do."""
-        halves = [entry for entry in entries if path_of(entry.name).startswith(f"{experts}.")]
-        fits = []
-        for source in dict.fromkeys(entry.source for entry in halves):
-            whole = [entry for entry in halves if entry.source == source]
-            layouts = _of_parameter(*whole[0].source_shape)
+        parts = {path_of(e.name).removeprefix(f"{experts}."): e for e in entries if f".{experts}." in f".{e.name}"}
+        wholes = [[parts[name] for name in names if name in parts] for names in PARAMETERS]
+        fits, known = [], []
+        for whole in filter(None, wholes):
+            layouts = _of_parameter(whole)
+            known += layouts
             fits += [(layout, whole) for layout in layouts if layout.rank(pair.a, pair.b)]
         if len(fits) > 1:
             raise self._refused(pair, f"fits more than one parameter of {experts}; expected one of other shapes")
         if not fits:
-            layouts = [each for entry in halves for each in _of_parameter(*entry.source_shape)]
-            return self._deltas(pair, layouts, halves)
+            return self._deltas(pair, known, [])
         layout, whole = fits[0]
-        first = {entry.name: entry.rows[0] if entry.rows else 0 for entry in whole}
-        return {n: replace(delta, first=first[n]) for n, delta in self._deltas(pair, [layout], whole).items()}
+        first, found = 0, {}
+        for entry in whole:
+            (delta,) = self._deltas(pair, [layout], [entry]).values()
+            found[entry.name] = replace(delta, first=first)
+            first += entry.shape[-2]
+        return found
 
     def _deltas(self, pair: Pair, layouts: list[Layout], entries: list[Entry]) -> dict[str, Delta]:
         """What a pair, stored in one of the layouts, adds to the entries, which share a source.
@@ -328,8 +333,13 @@ def _layouts(path: str, kind: str, entry: Entry) -> list[Layout]:
     ]  # of experts: nobody writes it
 
 
-def _of_parameter(experts: int, rows: int, columns: int) -> list[Layout]:
-    """PEFT's layouts of a parameter of all experts: versions differ in which axis they take for the input."""
+def _of_parameter(whole: list[Entry]) -> list[Layout]:
+    """PEFT's layouts of a parameter of all experts, which is written as `whole`, one above the other.
+
+    Versions differ in which axis they take for the input.
+    """
+    experts, _, columns = whole[0].shape
+    rows = sum(entry.shape[-2] for entry in whole)
     return [
         Layout((-experts, columns), (rows, -experts), partial(_ranks, experts)),
         Layout((-experts, rows), (columns, -experts), partial(_ranks_turned, experts)),

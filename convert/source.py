@@ -29,7 +29,7 @@ def find(source: str) -> Path:
     """
     from mlx_gemma_mtp.files import hub  # as above
 
-    return hub.find(source)
+    return hub.find(source, converting=True)
 
 
 def read(folder: Path) -> tuple[dict, dict[str, Source]]:

@@ -132,7 +132,7 @@ def _license(base: str | None) -> dict[str, str]:
 
 
 def _again(left: dict[Path, str]) -> str:
-    return " && ".join(f"hf upload {repo} {shlex.quote(str(folder))}" for folder, repo in left.items())
+    return " && ".join(shlex.join(["hf", "upload", repo, str(folder)]) for folder, repo in left.items())
 
 
 def _reason(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import UserError, shown
 from . import foreign
 from .folder import SINGLE, read_index
+from .safetensors import read_object
 
 DEMO = Path(__file__).parents[1] / "demo"
 PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
@@ -78,10 +79,11 @@ def find_pair(model: str | None, draft_model: str, revision: str | None = None) 
     return Pair(target, drafter, None)
 
 
-def find(model: str, revision: str | None = None) -> Path:
+def find(model: str, revision: str | None = None, converting: bool = False) -> Path:
     """Returns the local folder of a model; downloads a hub id that is not cached, with a progress bar.
 
-    Raises UserError for a name that is neither, and for a model that cannot be had.
+    converting: formats of others that convert dequantises are downloaded, too. Raises UserError for a name that is
+    neither, for a model that cannot be had, and, before its weights are downloaded, for one in another format.
     """
     if not model:  # as a path it would be the current folder
         raise UserError("the name of a model is empty; expected a model folder or a hub id such as org/name")
@@ -100,7 +102,11 @@ def find(model: str, revision: str | None = None) -> Path:
     if revision is not None and not REVISION.fullmatch(revision):
         raise NotFound(f"the revision {shown(revision)} of {model!r} is no name; expected a branch, a tag or a commit")
     try:
+        if _cached_folder(model, revision) is None:
+            _check_format(model, revision, converting)
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED))
+    except UserError:
+        raise
     except Exception as error:  # the client's errors, and those of what it uses, have no common base
         cached = _cached_folder(model, revision)
         missing = missing_files(cached) if cached else []
@@ -110,6 +116,15 @@ def find(model: str, revision: str | None = None) -> Path:
     if missing := missing_files(folder):  # offline, the hub's client may hand out part of a model
         raise foreign_repo(model, revision) or _unreachable(model, revision, missing, "that is all that the hub gave")
     return folder
+
+
+def _check_format(model: str, revision: str | None, converting: bool) -> None:
+    """Raises UserError for a repository whose config.json tells of a format that is not read. Downloads no more."""
+    folder = Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", foreign.MODELOPT]))
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    found = foreign.of_folder(folder, config)
+    if found and not (converting and found.plain):
+        raise found.refusal(model, converting)
 
 
 def foreign_repo(model: str, revision: str | None = None) -> UserError | None:

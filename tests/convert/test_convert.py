@@ -750,7 +750,8 @@ def test_hub_ids_are_downloaded_and_failures_are_one_line(moe, tmp_path, capsys,
     code = main(["--hf-path", "org/absent", "--mlx-path", str(tmp_path / "out")])
     assert_fails(capsys, tmp_path, code, "the hub cannot be reached (404 not found)")
     assert main(["--hf-path", "org/model", "--mlx-path", str(tmp_path / "out")]) == 0
-    assert asked[1][0] == "org/model" and "*.safetensors" in asked[1][1]
+    assert asked[1] == ("org/model", ["config.json", "hf_quant_config.json"])  # tells of other formats
+    assert asked[2][0] == "org/model" and "*.safetensors" in asked[2][1]
 
 
 def test_command_line_of_the_checkout(moe, tmp_path):

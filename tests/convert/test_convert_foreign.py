@@ -349,6 +349,25 @@ def test_hub_repositories_of_others(tmp_path, monkeypatch, capsys, unread):
         load(name, "none")
 
 
+@pytest.mark.parametrize(("table", "converts"), [(REFUSED["AWQ"][0], False), (PLAIN["W4A16"][0], True)])
+def test_a_hub_repository_is_refused_before_its_download(tmp_path, monkeypatch, capsys, table, converts):
+    """By config.json, which is downloaded first; convert goes on where it dequantises."""
+    snapshot, asked = with_table(tmp_path / "snapshot", table), []
+
+    def download(name, allow_patterns, **more):
+        asked.append("*.safetensors" in allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    name = "org/gemma-4-31B-it-x"
+    with pytest.raises(UserError, match=rf"^{name} holds .* weights"):
+        load(name, "none")
+    assert asked == [False]
+    assert main(["--hf-path", name, "--mlx-path", str(tmp_path / "out")]) == (0 if converts else 2)
+    said = capsys.readouterr().err
+    assert asked == [False, False] + [True] * converts and ("AWQ weights" in said) != converts, said
+
+
 def test_names_of_ollama(tmp_path, capsys, unread, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"'gemma4:31b'.* Ollama"):
