@@ -121,14 +121,14 @@ def _planned(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str) 
 def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str) -> Conversion:
     folder = source.find(hf_path)
     model = Checkpoint.open(folder)
-    model.check_source()
+    entries = model.sources()
     _check_copied(folder)
     written = configs.written(model.raw, model.text, dtype)
-    formats = recipe.choose_all(model.entries, model.text) if recipe else {}
+    formats = recipe.choose_all(entries, model.text) if recipe else {}
     if recipe:
         written["quantization"] = quantize.record(formats, recipe.default)
         written["quantization_config"] = written["quantization"]
-    jobs = [writer.plan(e, model.tensors[e.source], dtype, formats.get(e.name)) for e in model.entries]
+    jobs = [writer.plan(e, model.tensors[e.source], dtype, formats.get(e.name)) for e in entries]
     return Conversion(folder, out, written, jobs)
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.files.folder import INDEX, read_index, weight_files
-from mlx_gemma_mtp.files.safetensors import Tensor, read_header, read_object
+from mlx_gemma_mtp.files.headers import read_headers
+from mlx_gemma_mtp.files.safetensors import Tensor, read_object
 
 CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
 
@@ -40,7 +40,7 @@ def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
         files = get_safetensors_metadata(repo).files_metadata
     except Exception as error:  # the client's errors have no common base; all mean "no headers"
         if folder := find(repo) if constants.HF_HUB_OFFLINE else _cached(repo):
-            return read_object(folder / "config.json"), tensors(folder)
+            return read_object(folder / "config.json"), read_headers(folder)
         raise hub.refusal(repo, error) from error
     return read_object(config), {
         name: Tensor(Path(file), info.dtype, tuple(info.shape), begin, end - begin)
@@ -69,21 +69,3 @@ def check_inside(file: Path) -> None:
     root = file.parent.parent.parent if file.parent.parent.name == "snapshots" else file.parent
     if not file.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{file} is a link to {file.resolve()}; expected a file of the checkpoint; copy it there")
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns name -> Tensor over all shards. Raises UserError unless the index and the shards agree exactly."""
-    weight_map, found = read_index(folder), {}
-    for file in weight_files(folder):
-        for name, tensor in read_header(file).items():
-            if weight_map and weight_map.get(name) != file.name:
-                raise UserError(
-                    f"{file}: tensor {name!r}; expected in {weight_map.get(name)} by {INDEX}; download both again"
-                )
-            found[name] = tensor
-    if missing := sorted(weight_map.keys() - found.keys()):
-        raise UserError(
-            f"{folder / weight_map[missing[0]]}: no tensor {missing[0]!r}, which {INDEX} puts"
-            " there; download both again"
-        )
-    return found
