@@ -17,6 +17,7 @@ from checkpoints import target as target_of
 from folder_shapes import FOUR, GOOGLE, OPENS, REFUSED, Shape, draft, head, inv_freq, per_layer_config
 
 from convert.cli import main as convert
+from mlx_gemma_mtp import load
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files.folder import read_config
 from mlx_gemma_mtp.models import loading
@@ -258,6 +259,13 @@ def test_what_mlx_wrote_in_bf16_is_quantised(tmp_path):
     source = target_of("26B-A4B").save(tmp_path / "hf")
     assert convert(["--hf-path", str(source), "--mlx-path", str(tmp_path / "direct"), "-q"]) == 0
     np.testing.assert_array_equal(numbers(tmp_path / "out"), numbers(tmp_path / "direct"))
+
+
+def test_a_12b_loads_without_a_word_of_transformers(tmp_path, capfd):
+    """Where its tokenizers find a config.json, they say that the model_type is not the one that they make."""
+    load(str(target_of("12B").save(tmp_path / "model")), "none", num_draft_tokens=0)
+    out, err = capfd.readouterr()
+    assert "model of type" not in out + err and err == ""
 
 
 # ---- types ---------------------------------------------------------------------------------------------------------
