@@ -210,12 +210,13 @@ class _Reading:
 
     def _stored(self, name: str) -> str:
         """The name of a tensor in this folder; of one that is not there, the name that it would have."""
-        held = any(".experts.switch_glu." in known for known in self.names)
-        source = None if held else fused(name, self.shapes.get(name, (1, 1, 1)))
         if name in self.names:
             return self.names[name]
-        bare = isinstance(self.config, DrafterConfig) and name.startswith(HEADS)
-        return ("" if bare else self.prefix) + (source[0] if source else name)
+        if isinstance(self.config, DrafterConfig) and name.startswith(HEADS):
+            return name
+        split = any(".experts.switch_glu." in known for known in self.names)
+        source = fused(name, self.shapes[name]) if name in self.shapes and not split else None
+        return self.prefix + (source[0] if source else name)
 
     def _holds(self, name: str, shape: Shape) -> bool:
         source = fused(name, shape)
