@@ -19,13 +19,15 @@ import mlx.core as mx
 from mlx_gemma_mtp.errors import UserError, clipped, shown
 from mlx_gemma_mtp.files.foreign import ADAPTER
 from mlx_gemma_mtp.files.safetensors import Tensor, read_header, read_object
+from mlx_gemma_mtp.models.contents import MEDIA
+from mlx_gemma_mtp.models.quantization import plain
 
 from .blocks import DTYPES, read, row_count
-from .names import MEDIA, Entry
+from .names import Entry
 
 MLX_FILE, PEFT_FILE = "adapters.safetensors", "adapter_model.safetensors"
 FILES = (ADAPTER, MLX_FILE, PEFT_FILE)
-PREFIX = re.compile(r"(base_model\.model\.)?(model\.)?(language_model\.)?(model\.)?")
+ROOT = "base_model.model."
 TENSOR = re.compile(
     r"(?P<path>.+?)(?:\.lora_(?P<mlx>[ab])|\.lora_(?P<peft>embedding_[AB]|[AB])(?:\.default)?(?:\.weight)?)"
 )
@@ -121,16 +123,15 @@ class Adapter:
     def deltas(self, entries: list[Entry], unused: set[str]) -> tuple[dict[str, Delta], int]:
         """Returns (written name -> what is added to it, how many modules are left out).
 
-        unused: source names of tensors that the model has no use for: K/V of layers that read another layer's. They are
-        left out, as are the towers of vision and audio. Raises UserError, naming the tensor, where one finds no matrix,
+        unused: paths of modules that the model has no use for: K/V of layers that read another layer's. They are left
+        out, as are the towers of vision and audio. Raises UserError, naming the tensor, where one finds no matrix,
         or one of another shape.
         """
         matrices = {path_of(entry.name): entry for entry in entries if len(entry.shape) >= 2}
-        skipped = {path_of(name) for name in unused}
         found: dict[str, Delta] = {}
         left_out = 0
         for path, pair in self.pairs.items():
-            if path in skipped or path.startswith(MEDIA):
+            if path in unused or path.startswith(MEDIA):
                 left_out += 1
             elif path in matrices:
                 found |= self._of_matrix(path, pair, matrices[path])
@@ -194,7 +195,7 @@ class Adapter:
 
 def path_of(name: str) -> str:
     """Returns a module's path without the prefixes by which the published, the MLX and PEFT's layout differ."""
-    return PREFIX.sub("", name, count=1).removesuffix(".weight")
+    return plain(name.removeprefix(ROOT)).removesuffix(".weight")
 
 
 def find(adapter_path: str) -> Path:
@@ -252,7 +253,7 @@ def _pairs(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Pair]:
             raise UserError(
                 f"{folder}: tensor {clipped(name)!r} {says}; expected two for each matrix; download it again"
             )
-        module = module.removeprefix("base_model.model.")
+        module = module.removeprefix(ROOT)
         pairs[path] = Pair(module, kind, tensors[names["a"]], tensors[names["b"]], name)
     if not pairs:
         raise UserError(f"{folder}: the adapter has no tensors; expected LoRA's factors; download it again")

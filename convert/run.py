@@ -16,7 +16,6 @@ from .checkpoint import Checkpoint
 from .conversion import Conversion
 from .destination import Destination
 from .interruption import Interruption
-from .names import unused_kv
 from .quantize import Recipe
 
 COPIED = (
@@ -128,24 +127,24 @@ def _planned(
 def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str, adapter_path: str | None = None) -> Conversion:
     folder = source.find(hf_path)
     model = Checkpoint.open(folder)
-    model.check_source()
+    entries = model.sources()
     _check_copied(folder)
     written = configs.written(model.raw, model.text, dtype)
-    formats = recipe.choose_all(model.entries, model.text) if recipe else {}
+    formats = recipe.choose_all(entries, model.text) if recipe else {}
     if recipe:
         written["quantization"] = quantize.record(formats, recipe.default)
         written["quantization_config"] = written["quantization"]
     deltas, fused = _fused(model, adapter_path) if adapter_path is not None else ({}, "")
-    jobs = [
-        writer.plan(e, model.tensors[e.source], dtype, formats.get(e.name), deltas.get(e.name)) for e in model.entries
-    ]
+    jobs = [writer.plan(e, model.tensors[e.source], dtype, formats.get(e.name), deltas.get(e.name)) for e in entries]
     return Conversion(folder, out, written, jobs, fused)
 
 
 def _fused(model: Checkpoint, adapter_path: str) -> tuple[dict[str, adapters.Delta], str]:
     """(written name -> what an adapter adds to it, what happened in words)."""
     adapter = adapters.read_adapter(adapter_path)
-    deltas, left_out = adapter.deltas(model.entries, unused_kv(model.text, model.raw["model_type"]))
+    shared = [] if model.drafter else [i for i, layer in enumerate(model.config.layers) if not layer.owns_kv]
+    unused = {f"layers.{i}.self_attn.{part}" for i in shared for part in ("k_proj", "v_proj")}
+    deltas, left_out = adapter.deltas(model.entries, unused)
     rest = f" ({left_out} adapters of unused parts left out)" if left_out else ""
     return deltas, f", {adapter.folder} fused into {len(deltas)} matrices{rest}"
 

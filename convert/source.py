@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import foreign
-from mlx_gemma_mtp.files.folder import INDEX, read_index, weight_files
-from mlx_gemma_mtp.files.safetensors import Tensor, read_header, read_object
+from mlx_gemma_mtp.files.headers import read_headers
+from mlx_gemma_mtp.files.safetensors import Tensor, read_object
 
 from . import dequantize
 from .blocks import Source
@@ -43,7 +43,7 @@ def read(folder: Path) -> tuple[dict, dict[str, Source]]:
     found = foreign.check_folder(folder, config, converting=True)
     config = read_object(path) if config is None else config  # says that there is none
     is_drafter(config)  # another model is told by its name, not by its files
-    return _seen(folder, config, found, tensors(folder), local=True)
+    return _seen(folder, config, found, read_headers(folder), local=True)
 
 
 def _seen(
@@ -105,21 +105,3 @@ def check_inside(file: Path) -> None:
     root = file.parent.parent.parent if file.parent.parent.name == "snapshots" else file.parent
     if not file.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{file} is a link to {file.resolve()}; expected a file of the checkpoint; copy it there")
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns name -> Tensor over all shards. Raises UserError unless the index and the shards agree exactly."""
-    weight_map, found = read_index(folder), {}
-    for file in weight_files(folder):
-        for name, tensor in read_header(file).items():
-            if weight_map and weight_map.get(name) != file.name:
-                raise UserError(
-                    f"{file}: tensor {name!r}; expected in {weight_map.get(name)} by {INDEX}; download both again"
-                )
-            found[name] = tensor
-    if missing := sorted(weight_map.keys() - found.keys()):
-        raise UserError(
-            f"{folder / weight_map[missing[0]]}: no tensor {missing[0]!r}, which {INDEX} puts"
-            " there; download both again"
-        )
-    return found

@@ -64,8 +64,8 @@ def find_pair(model: str | None, draft_model: str, revision: str | None = None) 
 
     model: a folder, a hub id, or None for the bundled pair; draft_model: a folder, a hub id, 'auto' or 'none';
     revision: of `model` on the hub. 'auto' looks beside the target's folder, in the hub's cache, and, for a target that
-    is a hub id, on the hub. Raises UserError where a model that was named cannot be had, or where the names tell that
-    one of the two is a base model and the other is not.
+    is a hub id, on the hub. Raises UserError where a model that was named cannot be had, or where a base model is given
+    the drafter of an instruction-tuned one.
     """
     target = DEMO / "target" if model is None else find(model, revision)
     if draft_model == "none":
@@ -75,7 +75,7 @@ def find_pair(model: str | None, draft_model: str, revision: str | None = None) 
     drafter = find(draft_model)
     for name in _names(model or str(target), target):
         for other in _names(draft_model, drafter):
-            _check_kinds(name, other)
+            _check_kinds(name, other, is_tuned(target))
     return Pair(target, drafter, None)
 
 
@@ -249,12 +249,13 @@ def is_hub_id(model: str) -> bool:
 def _auto(model: str | None, target: Path) -> Pair:
     local = model is None or os.path.isdir(_given(model))
     places = spellings(_given(model)) if model is not None and local else [target]
-    siblings = list(dict.fromkeys(sibling for place in places for sibling in _siblings(place)))
+    tuned = is_tuned(target)
+    siblings = list(dict.fromkeys(sibling for place in places for sibling in _siblings(place, tuned)))
     beside = next((folder for folder in siblings if (folder / "config.json").is_file()), None)
     if beside is not None:
         return Pair(target, beside, None)
     names = [] if model is None else _names(model, target)
-    ids = list(dict.fromkeys(name for each in names for name in _drafter_ids(each)))
+    ids = list(dict.fromkeys(name for each in names for name in _drafter_ids(each, tuned)))
     for name in ids:
         cached = _cached_folder(name)
         if cached is not None and not missing_files(cached):
@@ -298,30 +299,45 @@ def _stems(name: str) -> list[str]:
     return list(dict.fromkeys((name, base)))
 
 
-def _siblings(target: Path) -> list[Path]:
+def is_tuned(folder: Path) -> bool:
+    """Returns whether a folder has a chat template: instruction-tuned targets have one, base models have none."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(read_object(folder / "tokenizer_config.json").get("chat_template"))
+    except UserError:
+        return False
+
+
+def _siblings(target: Path, tuned: bool) -> list[Path]:
     names = [f"{stem}-assistant{end}" for stem in _stems(target.name) for end in ("", "-bf16", "-mlx")]
-    names += [name.rpartition("/")[2] for name in _drafter_ids(target.name)]  # mlx-community spells the two unlike
+    names += [name.rpartition("/")[2] for name in _drafter_ids(target.name, tuned)]  # mlx-community spells them unlike
     return [target.parent / name for name in dict.fromkeys((*names, "drafter"))]
 
 
-def _drafter_ids(name: str) -> list[str]:
-    """Hub ids of the drafter of a target named `name`: its owner's, then Google's and mlx-community's."""
+def _drafter_ids(name: str, tuned: bool) -> list[str]:
+    """Hub ids of the drafter of a target named `name`: its owner's, then Google's and mlx-community's.
+
+    tuned: whether the target is instruction-tuned, whatever its name says: many leave out the `-it`.
+    """
     owner, _, base = name.rpartition("/")
     ids = [f"{owner}/{stem}-assistant" for stem in _stems(base)] if owner else []
     if published := PUBLISHED.search(base):
-        size, it = SIZES[published["size"].lower()], "-it" if published["it"] else ""
+        size, it = SIZES[published["size"].lower()], "-it" if published["it"] or tuned else ""
         if published["qat"]:
             ids.append(f"google/gemma-4-{size}{it}-qat-q4_0-unquantized-assistant")
         ids += [f"google/gemma-4-{size}{it}-assistant", f"mlx-community/gemma-4-{size}{it}-assistant-bf16"]
     return list(dict.fromkeys(filter(is_hub_id, ids)))  # with its end, a long name may be none
 
 
-def _check_kinds(target: str, drafter: str) -> None:
-    """Refuses the drafter of an instruction-tuned model for a base model, and the reverse, where both names tell."""
+def _check_kinds(target: str, drafter: str, tuned: bool) -> None:
+    """Refuses the drafter of an instruction-tuned model for a base model: one that is named so and has no template.
+
+    A drafter has no template of its own, and its name may leave out the `-it`.
+    """
     theirs, its = PUBLISHED.search(target), PUBLISHED.search(drafter)
-    if theirs and its and bool(theirs["it"]) != bool(its["it"]):
-        kinds = {False: "a base model", True: "an instruction-tuned model"}
+    if theirs and its and its["it"] and not theirs["it"] and not tuned:
         raise UserError(
-            f"{target} is {kinds[bool(theirs['it'])]}, and {drafter} is the drafter of {kinds[bool(its['it'])]}; "
-            "give the '-assistant' of the same model, or --draft-model none"
+            f"{target} is a base model (it has no chat template), and {drafter} is the drafter of an instruction-tuned "
+            "model; give the '-assistant' of the same model, or --draft-model none"
         )

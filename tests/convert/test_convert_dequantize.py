@@ -311,6 +311,28 @@ def test_broken_fp8(tmp_path, capsys, fault):
     assert FP8_FAULTS[fault] in said and name in said and said.count("\n") == 1, said
 
 
+@pytest.mark.parametrize("quantised", ["head", "table"])
+def test_a_head_of_its_own(tmp_path, capsys, quantised):
+    """Beside floats a saved head is compared with the table; what is quantised differs by its nature."""
+    checkpoint = make_unified(tmp_path / "hf")
+    names = {"table": "model.language_model.embed_tokens.weight", "head": "lm_head.weight"}
+    table = checkpoint.weights[names["table"]]
+    checkpoint.weights["lm_head.weight"] = table
+    as_packed(checkpoint, 4, 32, True)
+    stored = {n: v for n, v in checkpoint.weights.items() if not isinstance(v, np.ndarray)}
+    checkpoint.weights = stored
+    checkpoint.save()
+    assert run(checkpoint, tmp_path / "out") == 0
+    parts, _ = packed(np.array(table.astype(mx.float32), np.float64), 4, 32, True)
+    stored.pop(names[quantised])
+    stored |= {names[quantised].removesuffix("weight") + end: value for end, value in parts.items()}
+    checkpoint.save()
+    capsys.readouterr()
+    assert run(checkpoint, tmp_path / "new") == 2
+    said = capsys.readouterr().err
+    assert "lm_head.weight repeats" in said and "one of them is quantised" in said and said.count("\n") == 1, said
+
+
 PACKED_FAULTS = {
     "shape": (lambda w, p: w.update({p + "_shape": mx.array([128, 96], mx.int64)}), "by 'model."),
     "no shape's sense": (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from test_convert import Checkpoint, make_drafter, make_moe, run
+from test_convert import make_drafter, make_moe, run
 
 from convert import blocks
 from convert.cli import _parser, main
@@ -283,13 +283,14 @@ def test_tensors_that_the_config_does_not_tell_of(tmp_path, capsys, unread, end,
     path = "model.language_model.layers.0.self_attn.q_proj"
     checkpoint.weights[path + end] = checkpoint.weights.pop(f"{path}.weight")
     checkpoint.save()
-    for argv in (
-        ["--hf-path", str(tmp_path / "m"), "--mlx-path", str(tmp_path / "out")],
-        ["inspect", str(tmp_path / "m")],
-    ):
+    with pytest.raises(UserError) as error:
+        loading.load_target(tmp_path / "m")
+    said = [str(error.value)]
+    for argv in (["--hf-path", f"{tmp_path}/m", "--mlx-path", f"{tmp_path}/out"], ["inspect", f"{tmp_path}/m"]):
         assert main(argv) == 2
-        said = capsys.readouterr().err
-        assert name in said and path in said and said.count("\n") == 1
+        said.append(capsys.readouterr().err.rstrip("\n"))
+    for each in said:
+        assert name in each and path in each and "unquantised original" in each and "\n" not in each
 
 
 def test_a_drafter(tmp_path, capsys, unread):
@@ -393,17 +394,6 @@ def test_commands_are_quoted_for_a_shell(tmp_path, capsys, unread):
     words = shlex.split(str(error.value).partition("base: ")[2])
     args = _parser().parse_args(words[2:])
     assert (args.hf_path, args.adapter_path) == (ODD, str(adapter))
-
-
-def test_the_command_for_a_published_folder_is_quoted(tmp_path):
-    checkpoint: Checkpoint = make_moe(tmp_path / ODD)
-    checkpoint.save()
-    with pytest.raises(UserError, match="convert it first") as error:
-        loading.load_target(checkpoint.folder)
-    words = shlex.split(str(error.value).partition("first: ")[2])
-    args = _parser().parse_args(words[2:])
-    assert (args.hf_path, args.mlx_path) == (str(checkpoint.folder), f"{ODD}-mlx")
-    assert main([*words[2:3], words[3], "--mlx-path", str(tmp_path / "out")]) == 0
 
 
 def test_a_name_that_looks_like_a_flag():
