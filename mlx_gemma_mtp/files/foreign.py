@@ -232,7 +232,7 @@ def file_refusal(path: Path) -> UserError:
     if path.name.endswith((".safetensors", ".json")) and (folder / "config.json").is_file():
         return UserError(f"{path} is a file; expected a model folder: give its folder, {shlex.quote(str(folder))}")
     if path.name in ADAPTERS or path.name == ADAPTER:
-        return _adapter(folder, {path.name})
+        return _adapter(folder, set(_files(folder)))
     if path.name.endswith(PICKLES):
         return _pickle(path, "is a file")
     return UserError(f"{path} is a file; expected a model folder (with config.json) or a hub id such as org/name")
@@ -275,7 +275,9 @@ def _adapter(where: Path | str, names: set[str]) -> UserError:
             f"{says}; expected a model or a LoRA adapter; merge it into {base} with PEFT, save it, and convert that"
         )
     command = convert_command(base, f"{_stem(where)}-4bit", *_flag("--adapter-path", _called(where)), "-q")
-    return UserError(f"{says}; expected a model; fuse it into its unquantised base: {command}")
+    pickled = not any(name.endswith(".safetensors") for name in names & set(ADAPTERS))
+    first = "download or save its tensors as safetensors, then " if pickled else ""
+    return UserError(f"{says}; expected a model; {first}fuse it into its unquantised base: {command}")
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -307,7 +309,7 @@ def _of_table(key: str, table: object) -> Foreign | None:
     if method is None and ("bits" in table or "group_size" in table):
         return None  # MLX's own
     if not isinstance(method, str):
-        return Foreign("unknown quantised", f"quant_method {shown(method)} in {key}, which nobody here knows")
+        return Foreign("unknown quantised", f"quant_method {shown(method)} in {key}, which is not known here")
     spelled = re.sub(r"[_ ]", "-", method.lower())
     spelled = ALIASES.get(spelled, spelled)
     if spelled == "mlx" or spelled.startswith("mlx-"):

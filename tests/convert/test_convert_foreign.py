@@ -64,7 +64,7 @@ REFUSED = {
     "nobody's": ({"quant_method": "frobnicate"}, "quant_method 'frobnicate'"),
     "a number": ({"quant_method": 7, "bits": 4}, "quant_method 7"),
     "a list": ([1], "is [1]"),
-    "another table": ({"scheme": "?"}, "which nobody here knows"),
+    "another table": ({"scheme": "?"}, "which is not known here"),
 }
 PLAIN = {
     "FP8 in blocks": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8 (blocks of 128 x 128)"),
@@ -221,6 +221,20 @@ def test_an_adapter_is_no_model(tmp_path, capsys, unread, case):
         (words,) = commands(said)
         args = _parser().parse_args(words[2:])
         assert (args.hf_path, args.adapter_path) == ("google/gemma-4-31B-it", str(folder))
+
+
+def test_a_file_of_an_adapter_and_one_that_is_a_pickle(tmp_path, capsys, unread):
+    config, file = ADAPTERS["mlx-lm"]
+    for name in ("adapter_config.json", file):
+        (tmp_path / name).write_text(json.dumps(config))
+    for name in ("adapter_config.json", file):
+        for said in refusals(tmp_path / name, tmp_path / "out", capsys):
+            assert "LoRA adapter (mlx-lm)" in said and "; fuse it" in said
+    (tmp_path / file).unlink()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTERS["PEFT"][0]))
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    for said in refusals(tmp_path, tmp_path / "out", capsys):
+        assert "LoRA adapter (PEFT)" in said and "its tensors as safetensors, then fuse it" in said
 
 
 def test_other_adapters_and_those_without_a_config(tmp_path, capsys, unread):
