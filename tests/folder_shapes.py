@@ -348,7 +348,7 @@ REFUSED = {
     ),
     "a format that MLX has not": Shape(
         "12B", FOUR, edit=lambda config, _: config["quantization"].update({f"{MLX}layers.0.mlp.up_proj": {"bits": 7}}),
-        says=("layers.0.mlp.up_proj", "7 bits"),
+        says=("layers.0.mlp.up_proj", "bits 7, mode affine, is no format of MLX"),
     ),
     "no table": Shape("12B", FOUR, edit=top(quantization=..., quantization_config=...), says=("does not say so",)),
     "another default": Shape(

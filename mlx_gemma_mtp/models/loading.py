@@ -69,7 +69,8 @@ def check_pair(target: Path, drafter: Path | None) -> None:
 def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress = no_progress) -> gemma4.Gemma4:
     """Returns the target in `folder` with its weights read.
 
-    dtype: of everything that is not quantised; None keeps the file's, or where it has several that of most values.
+    dtype: of everything that is not quantised; None keeps the file's, or where it has several that of most values (of
+    equally many bfloat16, then float16).
     progress: called with the parts read and all parts. Raises UserError for a tensor that is missing, left over, broken
     or of another shape.
     """

@@ -26,6 +26,7 @@ USUAL = {
     "affine": (64, 4),
     **{mode: (groups[0], bits[0]) for mode, (groups, bits) in MODES.items() if mode != "affine"},
 }
+KEYS = {"group_size", "bits", "mode"}
 FLOATS = ("BF16", "F16", "F32")
 ROOTS = re.compile(r"^(?:(?:model|language_model)\.)+")
 # What may be quantised, under its name without the text model's prefix: also what some layers of some models lack.
@@ -120,7 +121,7 @@ class QuantizationSpec:
         default, *_ = _formats(table, None)
         overrides: dict[str, Override] = {}
         for name, value in table.raw.items():
-            setting = value.keys() & {"group_size", "bits", "mode"} if isinstance(value, dict) else ()
+            setting = value.keys() & KEYS if isinstance(value, dict) else ()
             if setting:
                 override = Override(name, _formats(Reader(value, f"{table.where}: {name!r}"), default))
             elif value is False:
@@ -203,9 +204,10 @@ def _formats(reader: Reader, default: Format | None) -> tuple[Format, ...]:
         widths = [given["bits"]] if "bits" in given else [default.bits, bits]
         found += [Format(b, g, mode) for g in groups for b in widths if g in MODES[mode][0] and b in MODES[mode][1]]
     if not found:
+        said = " and ".join(f"{key} {shown(value)}" for key, value in given.items() if key in KEYS - {"mode"})
         raise UserError(
-            f"{reader.where}: {shown(given.get('bits'))} bits, groups of {shown(given.get('group_size'))}, mode "
-            f"{shown(modes[0])}; expected a format of MLX, convert the original again"
+            f"{reader.where}: {said}, mode {modes[0]}, is no format of MLX; expected bits and groups of "
+            f"{', '.join(MODES)}; convert the original again"
         )
     return tuple(dict.fromkeys(found))
 
