@@ -55,6 +55,7 @@ class Reader:
         return UserError(f"{self.where}: {key} is {shown(value)}, expected {expected}")
 
     def get(self, key: str, kinds: tuple[type, ...], expected: str) -> Any:
+        """Returns the value of a key. Raises UserError where it is missing or of another type."""
         if key not in self.raw:
             raise UserError(f"{self.where} has no {key!r}; expected {expected}. Is this a complete Gemma 4 folder?")
         value = self.raw[key]
@@ -95,10 +96,9 @@ def text_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """
     drafter = raw.get("model_type") in DRAFTER_TYPES
     where = "the drafter's config.json, text_config" if drafter else "config.json"
-    nested = drafter or "text_config" in raw
-    text = (
-        Reader(raw.get("text_config", {}), f"{where.removesuffix(', text_config')}, text_config").raw if nested else raw
-    )
+    text = raw
+    if drafter or "text_config" in raw:
+        text = Reader(raw.get("text_config", {}), where if drafter else f"{where}, text_config").raw
     text = {key: value for key, value in text.items() if key not in ("architectures", "transformers_version")}
     text = {key: value for key, value in text.items() if value is not None or key not in NULL_IS_UNSET}
     unified = str(raw.get("model_type")).startswith("gemma4_unified")
