@@ -30,4 +30,5 @@ class Stairs:
 
 
 def thinking(budget, reply=None, **state) -> Thinking:
-    return Thinking(OPEN, CLOSE, VOCAB, budget, reply, (END,), **state)
+    """One as the engine makes it: a thought before a bound reply cannot end the text."""
+    return Thinking(OPEN, CLOSE, VOCAB, budget, reply, (END,) if reply is not None else (), **state)

@@ -201,7 +201,8 @@ class Engine:
         if not params.thinking or (reply is None and params.thinking_budget is None):
             return reply
         opening, closing = (self.text.token_id(name) for name in (OPEN, CLOSE))
-        return Thinking(opening, closing, vocab, params.thinking_budget, reply, tuple(self.end_tokens))
+        barred = tuple(self.end_tokens) if reply is not None else ()
+        return Thinking(opening, closing, vocab, params.thinking_budget, reply, barred)
 
     def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
         """Returns who chooses the draft length. Costs are measured or read once, when they are first needed."""
