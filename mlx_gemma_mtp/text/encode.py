@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import UserError, in_a_line, shown
 from ..sampling.params import check_unicode, whole
 from .stream import TextStream
+from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper, load
 from .tokenizer_files import check_tokenizer
 
@@ -92,11 +93,17 @@ class Text:
         system_prompt: str | None = None,
         chat_template: bool = True,
         thinking: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        allow_special: bool = False,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Returns the token ids of a prompt.
 
         prompt: text, chat messages, or ids, which are only checked. chat_template: renders text as a user turn; False
-        takes it raw. thinking: the template's switch. Raises UserError for an empty prompt, for image, audio or video
+        takes it raw. thinking: the template's switch. tools: OpenAI's objects of type function, for the template.
+        allow_special: lets control strings inside messages become control tokens. continue_final_message: goes on with
+        the last message, which is the assistant's. Raises UserError for an empty prompt, for image, audio or video
         parts, and for ids that the model or the tokenizer does not have.
         """
         if system_prompt is not None and not isinstance(system_prompt, str):
@@ -106,7 +113,7 @@ class Text:
         if isinstance(prompt, str) and not (chat_template and self.tokenizer.has_chat_template):
             tokens = self._raw(check_unicode("the prompt", prompt), system_prompt)
         elif isinstance(prompt, str) or any(isinstance(part, Mapping) for part in prompt):
-            tokens = self._chat(prompt, system_prompt, thinking)
+            tokens = self._chat(prompt, system_prompt, thinking, tools)
         else:
             tokens = self._as_they_are(prompt, system_prompt)
         self._check(prompt, tokens)
@@ -124,14 +131,29 @@ class Text:
             )
         return self.tokenizer.encode(prompt) if prompt else []
 
-    def _chat(self, prompt: str | Sequence[Message], system_prompt: str | None, thinking: bool) -> list[int]:
+    def opens_thought(self, ids: Sequence[int]) -> bool:
+        """Returns whether a prompt ends within an open thought: the reply goes on with it."""
+        vocabulary = self.tokenizer.get_vocab()
+        opening, closing = vocabulary.get(OPEN), vocabulary.get(CLOSE)
+        marks = [token for token in ids if token in (opening, closing)]
+        return bool(marks) and marks[-1] == opening
+
+    def _chat(
+        self,
+        prompt: str | Sequence[Message],
+        system_prompt: str | None,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> list[int]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not any([_words(message) for message in messages]):  # each is checked
             return []
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking
+            )
         except Exception as error:  # jinja's, whatever the template's own code raises, or transformers' without one
             raise UserError(f"the chat template cannot render the messages ({in_a_line(error)}); mend them") from None
 
