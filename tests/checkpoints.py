@@ -385,9 +385,7 @@ def _bf16(value: np.ndarray) -> mx.array:
 def _save_tokenizer(folder: Path, drafter: bool) -> None:
     """The bundled tokenizer (4,096 tokens); targets also have a template in its own file and a processor."""
     shutil.copyfile(TOKENIZER / "tokenizer.json", folder / "tokenizer.json")
-    config = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
-    config.pop("chat_template")
-    _write(folder / "tokenizer_config.json", config)
+    shutil.copyfile(TOKENIZER / "tokenizer_config.json", folder / "tokenizer_config.json")
     if not drafter:
         shutil.copyfile(TOKENIZER / "chat_template.jinja", folder / "chat_template.jinja")
         _write(folder / "processor_config.json", {"processor_class": "Gemma4Processor", "image_seq_length": 280})

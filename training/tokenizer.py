@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from mlx_gemma_mtp.files import hub
 
 VOCAB = 4096
 PAD, EOS, BOS, UNK, TURN, END_OF_TURN = 0, 1, 2, 3, 5, 6
@@ -21,12 +24,7 @@ SPACE = "\u2581"  # as SentencePiece writes a space
 WORDS = Regex(
     r"\u2581?[A-Za-z]+|\u2581?_+[A-Za-z]*|[0-9]|\n+\u2581*|\u2581+(?=\u2581)|\u2581?[^\sA-Za-z0-9\u2581]+|\u2581+|\s+"
 )
-TEMPLATE = (
-    "{{ bos_token }}{%- for m in messages -%}{%- set role = 'model' if m['role'] == 'assistant' else m['role'] -%}"
-    "{{ '<|turn>' + role + '\n' }}{%- if m['content'] is string -%}{{ m['content'] | trim }}{%- else -%}"
-    "{%- for c in m['content'] -%}{%- if c['type'] == 'text' -%}{{ c['text'] | trim }}{%- endif -%}{%- endfor -%}"
-    "{%- endif -%}{{ '<turn|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|turn>model\n' }}{%- endif -%}"
-)
+TEMPLATE = hub.DEMO / "target" / "chat_template.jinja"
 SETTINGS = {
     "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>",
     "unk_token": "<unk>", "mask_token": "<mask>", "clean_up_tokenization_spaces": False, "padding_side": "left",
@@ -64,9 +62,9 @@ def save(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """Write the three files that transformers and mlx-lm read."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = SETTINGS | {"model_max_length": max_length, "chat_template": TEMPLATE}
+    settings = SETTINGS | {"model_max_length": max_length}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    shutil.copyfile(TEMPLATE, folder / "chat_template.jinja")
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:

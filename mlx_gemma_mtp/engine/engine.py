@@ -74,7 +74,7 @@ class Engine:
         # Reentrant: a stream that is forgotten may be closed by the garbage collector amid another one's round.
         self._lock, self._process = threading.RLock(), os.getpid()
         self._no_drafter_reason = no_drafter_reason
-        self.end_tokens = frozenset((*defaults.eos_token_ids, *target.config.eos_token_ids))
+        self.end_tokens = text.end_token_ids.union(defaults.eos_token_ids, target.config.eos_token_ids)
         self._grammars: Grammars | None = None
         self._target_bytes = step_bytes(target)
         self._draft_bytes = step_bytes(drafter) if drafter else 0

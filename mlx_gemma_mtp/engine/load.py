@@ -203,7 +203,7 @@ def _open(pair: hub.Pair, wanted: _Wanted, prefill_chunk: int, listeners: _Liste
 def _make_ready(pair: hub.Pair, target: Gemma4, drafter: Drafter | None, max_rows: int, listeners: _Listeners) -> Text:
     """Returns the tokenizer. Meanwhile the models run for the first time."""
     listeners.stage(making_ready(target))
-    text = _load_text(pair.target, target, drafter, max_rows)
+    text = _load_text(pair.target, target, drafter, max_rows, listeners.notice)
     listeners.stage("")
     return text
 
@@ -224,7 +224,9 @@ def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) 
         mx.random.seed(high << 32 | low)
 
 
-def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: int) -> Text:
+def _load_text(
+    folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: int, notice: Callable[[str], None]
+) -> Text:
     """Returns the tokenizer. Its libraries take seconds to import; meanwhile the models run for the first time.
 
     The other thread imports nothing that touches MLX. A thread in which MLX computed or compiled takes the
@@ -235,7 +237,7 @@ def _load_text(folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: 
         warm_up(target, drafter, max_rows)
         importing.result()
     text = import_module("..text.encode", __package__)
-    return text.Text(folder, target.config.vocab_size, target.config.media_token_ids)
+    return text.Text(folder, target.config.vocab_size, target.config.media_token_ids, notice)
 
 
 def _import_transformers() -> None:

@@ -5,7 +5,7 @@ The tokenizer, its template and the streaming detokenizer are mlx-lm's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UserError, in_a_line, shown
+from ..errors import UserError, shown
 from ..sampling.params import check_unicode, whole
+from .messages import Message, is_empty, normalised, plain
 from .stream import TextStream
+from .template import Template
 from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper, load
-from .tokenizer_files import check_tokenizer
+from .tokenizer_files import check_tokenizer, turn_closers
 
-Message = Mapping[str, Any]
+BOS, TURN = "<bos>", "<|turn>"
 Ids = Sequence[int] | np.ndarray | mx.array
 Prompt = str | Message | Sequence[Message] | Ids
 
@@ -29,10 +31,17 @@ class Text:
     """The tokenizer and the chat template of a model folder.
 
     vocab_size: the model's; the tokenizer may have more tokens or fewer. media_token_ids: image, audio and video
-    placeholders, which prompts may not hold.
+    placeholders, which prompts may not hold. notice: told, once, that there is no template. end_token_ids: the
+    tokenizer's own end of text, and what closes a turn. bos: the id that begins every text, or None.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, media_token_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        media_token_ids: Sequence[int] = (),
+        notice: Callable[[str], None] = lambda message: None,
+    ):
         check_tokenizer(folder)
         self.tokenizer: TokenizerWrapper = load(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
@@ -43,6 +52,13 @@ class Text:
                 "download or convert the folder again"
             )
         self.media_token_ids = frozenset(media_token_ids)
+        self.template = Template(self.tokenizer, folder)
+        control, eos = self.template.control, self.fast_tokenizer.eos_token_id
+        begins = self.fast_tokenizer.bos_token_id
+        self.bos: int | None = control.get(BOS) if begins is None else begins
+        closers = [control.get(token) for token in turn_closers(folder)]
+        self.end_token_ids = frozenset(id for id in (eos, *closers) if id is not None and id < vocab_size)
+        self.notice, self._told = notice, False
 
     @property
     def fast_tokenizer(self) -> Any:
@@ -85,6 +101,11 @@ class Text:
         prompt = _plain(prompt)
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], (Mapping, Number))):
             return [prompt], True
+        if message := next((each for each in prompt if isinstance(each, Mapping)), None):
+            raise UserError(
+                f"a list begins with {shown(prompt[0])} and has the message {shown(dict(message))}, expected messages "
+                "alone, or a list of prompts: put the messages of each into a list of their own"
+            )
         return [_plain(each) for each in prompt], False
 
     def encode(
@@ -98,64 +119,70 @@ class Text:
         allow_special: bool = False,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Returns the token ids of a prompt.
+        """Returns the token ids of a prompt. Text begins with one <bos>, whether it was written there or not.
 
         prompt: text, chat messages, or ids, which are only checked. chat_template: renders text as a user turn; False
-        takes it raw. thinking: the template's switch. tools: OpenAI's objects of type function, for the template.
-        allow_special: lets control strings inside messages become control tokens. continue_final_message: goes on with
-        the last message, which is the assistant's. Raises UserError for an empty prompt, for image, audio or video
-        parts, and for ids that the model or the tokenizer does not have.
+        takes it raw, with the control tokens that it spells, and so does a folder without a template. thinking: the
+        template's switch. tools: OpenAI's objects of type function, for the template. allow_special: takes control
+        strings in messages and tools for control tokens, too; otherwise they are text. continue_final_message: the
+        reply goes on with the last message, which is the assistant's. Raises UserError for an empty prompt, for
+        messages that the template cannot render or that hold anything but text, and for ids that the model or the
+        tokenizer does not have.
         """
         if system_prompt is not None and not isinstance(system_prompt, str):
             raise UserError(f"system_prompt is {shown(system_prompt)}, expected text")
         system_prompt = system_prompt and check_unicode("the system prompt", system_prompt)
         prompt = _plain(prompt)
-        if isinstance(prompt, str) and not (chat_template and self.tokenizer.has_chat_template):
-            tokens = self._raw(check_unicode("the prompt", prompt), system_prompt)
-        elif isinstance(prompt, str) or any(isinstance(part, Mapping) for part in prompt):
-            tokens = self._chat(prompt, system_prompt, thinking, tools)
+        are_messages = not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt)
+        if are_messages or (isinstance(prompt, str) and chat_template and self.template.exists):
+            messages = self._messages(prompt, system_prompt, allow_special)
+            if continue_final_message:
+                _check_continues(messages)
+            said = not is_empty(messages) or bool(tools)
+            tools = None if tools is None else [plain("a tool", tool) for tool in tools]
+            render = self.template.encode
+            tokens = render(messages, tools, thinking, allow_special, continue_final_message) if said else []
         else:
-            tokens = self._as_they_are(prompt, system_prompt)
+            for name, given in (("tools", tools), ("continue_final_message", continue_final_message)):
+                if given:
+                    raise UserError(f"{name} is given without messages; expected them, and a chat template")
+            raw = isinstance(prompt, str)
+            tokens = self._raw(prompt, system_prompt, chat_template) if raw else _ids(prompt, system_prompt)
+        if are_messages or isinstance(prompt, str):
+            tokens = self._begun(tokens)
         self._check(prompt, tokens)
         return tokens
 
-    def _as_they_are(self, prompt: Sequence[Any], system_prompt: str | None) -> list[int]:
-        if system_prompt:
-            raise UserError("a system prompt comes with token ids, expected text or messages; put its ids before them")
-        return [whole("a token id of the prompt", each, lambda _: True, "a whole number") for each in prompt]
+    def _messages(self, prompt: str | Sequence[Any], system_prompt: str | None, allow_special: bool) -> list[Message]:
+        if not self.template.exists:
+            raise UserError(
+                "this model's folder has no chat template, which messages need; give text, or put the template of its "
+                "model into the folder as chat_template.jinja"
+            )
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        return [*system, *normalised(given, thoughts=not allow_special)]
 
-    def _raw(self, prompt: str, system_prompt: str | None) -> list[int]:
+    def _raw(self, prompt: str, system_prompt: str | None, chat_template: bool) -> list[int]:
         if system_prompt:
             raise UserError(
                 "a system prompt needs the chat template; put it into the prompt, or do not ignore the template"
             )
-        return self.tokenizer.encode(prompt) if prompt else []
+        if chat_template and not self._told:
+            self._told = True
+            self.notice("this model's folder has no chat template: prompts go to the model as they are")
+        check_unicode("the prompt", prompt)
+        return self.tokenizer.encode(prompt, add_special_tokens=self.bos is None) if prompt else []
+
+    def _begun(self, tokens: list[int]) -> list[int]:
+        """Tokens of text, behind one <bos>: Google's tokenizer adds none, and most templates write one."""
+        return tokens if not tokens or self.bos is None or tokens[0] == self.bos else [self.bos, *tokens]
 
     def opens_thought(self, ids: Sequence[int]) -> bool:
         """Returns whether a prompt ends within an open thought: the reply goes on with it."""
-        vocabulary = self.tokenizer.get_vocab()
-        opening, closing = vocabulary.get(OPEN), vocabulary.get(CLOSE)
-        marks = [token for token in ids if token in (opening, closing)]
-        return bool(marks) and marks[-1] == opening
-
-    def _chat(
-        self,
-        prompt: str | Sequence[Message],
-        system_prompt: str | None,
-        thinking: bool,
-        tools: Sequence[Mapping[str, Any]] | None,
-    ) -> list[int]:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if not any([_words(message) for message in messages]):  # each is checked
-            return []
-        if system_prompt:
-            messages = [{"role": "system", "content": system_prompt}, *messages]
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking
-            )
-        except Exception as error:  # jinja's, whatever the template's own code raises, or transformers' without one
-            raise UserError(f"the chat template cannot render the messages ({in_a_line(error)}); mend them") from None
+        opening = self.template.control.get(OPEN)
+        marks = {opening, *self.end_token_ids, *map(self.template.control.get, (CLOSE, TURN))}
+        return next((token == opening for token in reversed(ids) if token in marks), False)
 
     def _check(self, prompt: Prompt, tokens: list[int]) -> None:
         if not tokens:
@@ -183,28 +210,25 @@ def _plain(prompt: Any) -> str | list[Any]:
     if isinstance(prompt, (np.ndarray, mx.array)) and prompt.ndim:
         return prompt.tolist()
     if isinstance(prompt, (Sequence, Iterator)) and not isinstance(prompt, (bytes, bytearray, memoryview)):
-        return list(prompt)
+        return [each.item() if isinstance(each, (np.ndarray, mx.array)) and not each.ndim else each for each in prompt]
     raise UserError(f"a prompt is {shown(prompt)}, expected text, chat messages or token ids")
 
 
-def _words(message: Any) -> str:
-    """The text of a chat message. Raises UserError for what is no message and for parts that are not text."""
-    if not isinstance(message, Mapping):
-        raise UserError(f"a message is {shown(message)}, expected an object with role and content")
-    if not isinstance(message.get("role"), str):
-        raise UserError(f"a message has the role {shown(message.get('role'))}, expected text such as 'user'")
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return check_unicode("the prompt", content)
-    if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise UserError(f"a message's content is {shown(content)}, expected text or a list of text parts")
-    return "".join(map(_part, content))
+def _check_continues(messages: Sequence[Message]) -> None:
+    """Raises UserError where a reply cannot go on with the last message."""
+    last = messages[-1] if messages else {"role": None}
+    if last["role"] != "assistant":
+        raise UserError(
+            f"continue_final_message is given and the last message has the role {shown(last['role'])}, expected "
+            "'assistant', whose message the reply goes on with"
+        )
+    if "tool_calls" in last:
+        raise UserError(
+            "continue_final_message is given and the last message has tool_calls, expected text alone: calls are whole"
+        )
 
 
-def _part(part: Any) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        kind = shown(part.get("type") if isinstance(part, Mapping) else part)
-        raise UserError(f"a message has a part of type {kind}, expected text, which alone this package takes")
-    if not isinstance(part.get("text"), str):
-        raise UserError(f"a text part of a message has the text {shown(part.get('text'))}, expected a string")
-    return check_unicode("the prompt", part["text"])
+def _ids(prompt: Sequence[Any], system_prompt: str | None) -> list[int]:
+    if system_prompt:
+        raise UserError("a system prompt comes with token ids, expected text or messages; put its ids before them")
+    return [whole("a token id of the prompt", each, lambda _: True, "a whole number") for each in prompt]

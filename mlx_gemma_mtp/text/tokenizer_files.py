@@ -12,8 +12,10 @@ from ..files.folder import LARGE, TOKENIZER_EXTRAS, check_text_files
 from ..files.safetensors import read_object
 
 TOKENIZER = "tokenizer.json"
+OLD_TEMPLATE = "chat_template.json"  # where processors kept theirs
 # All that a tokenizer is made of. config.json is not: transformers would refuse a folder for keys that nobody uses.
 FILES = (TOKENIZER, *TOKENIZER_EXTRAS, "chat_template.jinja", "additional_chat_templates")
+CLOSERS = {"eot_token": "<turn|>", "str_token": "<|tool_response>"}
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -25,11 +27,28 @@ def check_tokenizer(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if os.path.lexists(folder / name):
             _check_settings(folder / name)
+    if os.path.lexists(folder / OLD_TEMPLATE):
+        template = read_object(folder / OLD_TEMPLATE).get("chat_template")
+        if template is not None and not isinstance(template, str):
+            raise UserError(
+                f"{folder / OLD_TEMPLATE}: chat_template is {shown(template)}, expected a template's text; correct it"
+            )
     added = folder / "added_tokens.json"
     if os.path.lexists(added):
         _check_ids(added, read_object(added).items())
     if (folder / TOKENIZER).stat().st_size <= LARGE:
         check_vocabulary(folder)
+
+
+def turn_closers(folder: Path) -> list[str]:
+    """Returns the tokens that end the model's turn: of a reply, and before the result of a tool's call.
+
+    tokenizer_config.json names them, where it was not saved anew without.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = read_object(path) if os.path.lexists(path) else {}
+    named = [settings.get(key) or usual for key, usual in CLOSERS.items()]
+    return [token["content"] if isinstance(token, dict) else token for token in named]
 
 
 def check_vocabulary(folder: Path) -> None:
@@ -91,7 +110,7 @@ def _is_side(value: Any) -> bool:
 
 Check = tuple[Callable[[Any], bool], str]
 SETTINGS: dict[str, Check] = {
-    **dict.fromkeys(SPECIAL, (_is_token, "a token's text, or an object with its content")),
+    **dict.fromkeys((*SPECIAL, *CLOSERS), (_is_token, "a token's text, or an object with its content")),
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (_are_tokens, "a list of tokens")),
     **dict.fromkeys(("padding_side", "truncation_side"), (_is_side, "'left' or 'right'")),
     "model_specific_special_tokens": (_are_tokens, "an object of names and tokens"),

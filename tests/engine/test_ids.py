@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -105,9 +106,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     engine = load(folder, DRAFTER, num_draft_tokens=2)
     usual = engine.generate("hello", SHORT).tokens
     assert len(usual) == 4
-    for prompt in ("a<extra0>b", [{"role": "user", "content": "<extra1>"}], [2, VOCAB], ["hello", "<extra1>"]):
-        refused(lambda prompt=prompt: engine.generate(prompt, SHORT), "<extra", f"expected 0 to {VOCAB - 1}")
-    refused(lambda: engine.generate("x", SHORT, system_prompt="<extra0>"), "'<extra0>', token 4096")
+    for prompt in ("a<extra0>b", [2, VOCAB], ["hello", "<extra1>"]):
+        raw = partial(engine.generate, prompt, SHORT, chat_template=False)
+        refused(raw, "<extra", f"expected 0 to {VOCAB - 1}")
+    message = [{"role": "user", "content": "<extra0>"}]
+    refused(lambda: engine.text.encode(message, allow_special=True), "'<extra0>', token 4096")
+    assert len(engine.generate(message, SHORT).tokens) == 4  # in a message it is text
     constrained = SamplingParams(max_tokens=4, regex="[ab]{3}", temperature=0.0)
     refused(lambda: engine.generate("x", constrained), "the tokenizer has 4098 tokens and the model 4096")
 

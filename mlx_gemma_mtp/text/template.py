@@ -1,0 +1,121 @@
+"""The chat template: messages in, token ids out, and text in messages stays text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, in_a_line
+from ..files.safetensors import read_object
+from .messages import THOUGHT, Message
+from .thinking import CLOSE, OPEN
+from .tokenizer import TokenizerWrapper
+from .tokenizer_files import OLD_TEMPLATE
+
+# Letters without case that no template trims, and that Python shows as they are where a template prints a list.
+RARE = (range(0x12000, 0x1239A), range(0x20000, 0x2A6E0))
+
+
+class Template:
+    """A folder's chat template and the control tokens of its vocabulary.
+
+    Text is data: a control string in a message, a name, a schema or a result is spelt out in ordinary tokens; control
+    tokens are those that the template itself writes. So before it renders, a mark that occurs nowhere is put after
+    each character with which control strings begin, wherever a caller's text has one. No control string begins in that
+    text then, whatever the template trims, joins or writes in capitals. What was rendered is split at the control
+    strings that are left, the marks are taken out, and each piece of text is encoded as a whole.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, folder: Path):
+        """folder: its chat_template.json is the template where the tokenizer's own files have none."""
+        self.tokenizer = tokenizer
+        fast = tokenizer._tokenizer
+        if not tokenizer.has_chat_template and (folder / OLD_TEMPLATE).exists():
+            fast.chat_template = read_object(folder / OLD_TEMPLATE).get("chat_template")
+        self.exists = tokenizer.has_chat_template or fast.chat_template is not None
+        self.control = {each.content: id for id, each in fast.added_tokens_decoder.items() if each.special}
+        # The longest first, as the tokenizer finds them.
+        names = sorted(filter(None, self.control), key=len, reverse=True)
+        self._control = re.compile("(" + ("|".join(map(re.escape, names)) or "(?!)") + ")")
+        firsts = sorted({name[0] for name in names if not name[0].isalnum()})
+        self._firsts = re.compile("|".join(map(re.escape, firsts)) or "(?!)")
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: bool,
+        allow_special: bool,
+        continued: bool,
+    ) -> list[int]:
+        """Returns the token ids of normalised messages and tools.
+
+        allow_special: lets control strings in them become control tokens. continued: ends within the last message, the
+        assistant's. Raises UserError where the template raises anything.
+        """
+        mark, place = _rare(f"{messages!r}{tools!r}")
+        guard = (lambda text: text) if allow_special else (lambda text: self._firsts.sub(rf"\g<0>{mark}", text))
+        guarded = [{"role": each["role"]} | mapped(guard, _without(each, "role")) for each in messages]
+        last = guarded[-1]
+        if continued:
+            guarded[-1] = {"role": last["role"], "content": place}
+        rendered = self._render(guarded, mapped(guard, tools), thinking, not continued)
+        if continued:
+            head, found, _ = rendered.rpartition(place)
+            if not found:
+                raise UserError("the chat template leaves out the assistant's last message; expected one that goes on")
+            rendered = head + _begun(last)
+        return self._tokens(rendered, mark)
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinking: bool, reply: bool
+    ) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=reply, enable_thinking=thinking
+            )
+        except Exception as error:  # jinja's, or whatever the template's own code raises
+            raise UserError(f"the chat template cannot render the messages ({in_a_line(error)}); mend them") from None
+
+    def _tokens(self, rendered: str, mark: str) -> list[int]:
+        pieces = self._control.split(rendered)  # text, control string, text, ...
+        texts = [text.replace(mark, "") for text in pieces[::2]]
+        encoded = self.tokenizer._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = list(encoded[0])
+        for control, text in zip(pieces[1::2], encoded[1:], strict=True):
+            ids += [self.control[control], *text]
+        return ids
+
+
+def mapped(change: Callable[[str], str], value: Any) -> Any:
+    """Returns a copy of a JSON value with every text in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): mapped(change, each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [mapped(change, each) for each in value]
+    return value
+
+
+def _without(message: Message, key: str) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != key}
+
+
+def _begun(message: Message) -> str:
+    """The assistant's last message as far as it goes: a thought without an answer is still open."""
+    reasoning, content = message.get("reasoning"), message["content"].lstrip()
+    if not reasoning:
+        return content
+    return f"{OPEN}{THOUGHT}\n{reasoning}" + (f"\n{CLOSE}{content}" if content else "")
+
+
+def _rare(text: str) -> list[str]:
+    """Returns two letters that do not occur in a text."""
+    free = list(islice((letter for letter in map(chr, chain(*RARE)) if letter not in text), 2))
+    if len(free) < 2:
+        raise UserError("the messages have all of 43,000 rare letters; expected two that they do without: shorten them")
+    return free
