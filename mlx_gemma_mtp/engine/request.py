@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from ..errors import in_a_line
 from ..sampling.params import SamplingParams
 from ..speculative.guide import Constraint
 from ..speculative.loop import TokenLogprob
+from ..text.reply import NOTHING, Piece, Reply
+from ..text.tools import ToolCall
 from .stats import Stats
-
-if TYPE_CHECKING:
-    from ..text.stream import TextStream
 
 
 @dataclass(frozen=True)
 class Result:
     """The answer to one prompt.
 
-    text: the generated text. tokens: the generated ids without an end token; a stop string's tokens are kept.
-    finish_reason: 'stop' (an end token or a stop string), 'length' (max_tokens, or the context is full), 'cancelled' or
-    'error'. stats: figures, complete once the whole batch is done. logprobs: one entry for each token, where the
-    request asked for them. error: why the text could not go on, in one line, with finish_reason 'error'; text and
-    tokens hold what came before.
+    text: the generated text, without thoughts and calls. tokens: all generated ids but the end token; a stop string's
+    tokens are kept. finish_reason: 'stop' (an end token or a stop string), 'tool_calls' (the same, after calls of
+    tools), 'length' (max_tokens, or the context is full), 'cancelled' or 'error'. stats: figures, complete once the
+    whole batch is done. logprobs: one entry for each token, where the request asked for them. error: why the text could
+    not go on, in one line, with finish_reason 'error'; text and tokens hold what came before. reasoning: the thoughts.
+    tool_calls: the calls of tools, where the request has tools. end_token: the end token that came, None where another
+    thing ended the text.
     """
 
     text: str
@@ -33,6 +33,9 @@ class Result:
     stats: Stats
     logprobs: list[TokenLogprob] | None = None
     error: str | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    end_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Chunk:
     """A piece of the answer to one prompt.
 
     index: the prompt's number in its call. text, tokens: the piece. result: the whole answer, in the last chunk alone.
-    logprobs: one entry for each token of the piece, where the request asked for them.
+    logprobs: one entry for each token of the piece, where the request asked for them. reasoning: the piece of a
+    thought. tool_calls: the calls that are complete with this piece. What is held back of text, thoughts and calls
+    comes in a later chunk than its tokens.
     """
 
     index: int
@@ -48,6 +53,8 @@ class Chunk:
     tokens: list[int]
     result: Result | None = None
     logprobs: list[TokenLogprob] | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass
@@ -62,16 +69,17 @@ class Request:
     index: int
     prompt: list[int]
     params: SamplingParams
-    stream: TextStream
+    stream: Reply
     end_tokens: frozenset[int]
     limit: int
     stats: Stats
     constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    end_token: int | None = None
 
     @property
     def remaining(self) -> int:
@@ -95,7 +103,7 @@ class Request:
         before, pieces, used = len(self.tokens), [], 0
         for used, token in enumerate(emitted, 1):  # noqa: B007
             if token in self.end_tokens:
-                self.finish_reason = "stop"
+                self.finish_reason, self.end_token = "stop", token
             else:
                 self.tokens.append(token)
                 pieces.append(self._safely(self.stream.push, token))
@@ -119,22 +127,45 @@ class Request:
         self.finish_reason = "cancelled"
         return self._chunk([], len(self.tokens))
 
-    def _chunk(self, pieces: list[str], start: int) -> Chunk:
+    def _chunk(self, pieces: list[Piece], start: int) -> Chunk:
         """What was added since token `start`."""
         result, logprobs = None, None if self.params.logprobs is None else self.logprobs
         if self.finish_reason:
             pieces.append(self._safely(self.stream.finish))
         self.pieces += pieces
         if self.finish_reason:
-            text = "".join(self.pieces)
-            result = Result(text, self.tokens, self.finish_reason, self.stats, logprobs, self.error)
-        return Chunk(self.index, "".join(pieces), self.tokens[start:], result, logprobs and logprobs[start:])
+            result = self._result(logprobs)
+        text, reasoning, calls = _joined(pieces)
+        tokens, logprobs = self.tokens[start:], logprobs and logprobs[start:]
+        return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls)
 
-    def _safely(self, call: Callable[..., str], *args: int) -> str:
-        """The text that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
+    def _result(self, logprobs: list[TokenLogprob] | None) -> Result:
+        text, reasoning, calls = _joined(self.pieces)
+        if calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        return Result(
+            text,
+            self.tokens,
+            self.finish_reason,
+            self.stats,
+            logprobs,
+            self.error,
+            reasoning,
+            calls,
+            self.end_token,
+        )
+
+    def _safely(self, call: Callable[..., Piece], *args: int) -> Piece:
+        """The piece that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
         try:
             return call(*args)
         except Exception as error:
             if self.error is None:
                 self.finish_reason, self.error = "error", in_a_line(error)
-            return ""
+            return NOTHING
+
+
+def _joined(pieces: Sequence[Piece]) -> tuple[str, str, list[ToolCall]]:
+    """The text, the thoughts and the calls of pieces in order."""
+    calls = [call for piece in pieces for call in piece.tool_calls]
+    return "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces), calls

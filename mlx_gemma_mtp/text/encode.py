@@ -16,11 +16,12 @@ import numpy as np
 from ..errors import UserError, shown
 from ..sampling.params import check_unicode, whole
 from .messages import Message, is_empty, normalised, plain
-from .stream import TextStream
+from .reply import Controls, Reply
 from .template import Template
 from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper, load
 from .tokenizer_files import check_tokenizer, turn_closers
+from .tools import Tools
 
 BOS, TURN = "<bos>", "<|turn>"
 Ids = Sequence[int] | np.ndarray | mx.array
@@ -45,7 +46,9 @@ class Text:
         check_tokenizer(folder)
         self.tokenizer: TokenizerWrapper = load(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
-        last = max(self.tokenizer.get_vocab().values(), default=-1)
+        vocabulary = self.tokenizer.get_vocab()
+        self._controls = Controls.of(vocabulary)
+        last = max(vocabulary.values(), default=-1)
         if last >= self.known:
             raise UserError(
                 f"the tokenizer in {folder} has {self.known} tokens and the id {last}; expected ids without gaps: "
@@ -196,9 +199,11 @@ class Text:
         if self.media_token_ids.intersection(tokens):
             raise UserError("the prompt has an image, audio or video token; this package takes text alone")
 
-    def stream(self, stop: Sequence[str]) -> TextStream:
-        """Returns a new TextStream. stop: strings that end the text."""
-        return TextStream(self.tokenizer.detokenizer, stop, self.known)
+    def stream(self, stop: Sequence[str], tools: Tools | None = None, in_thought: bool = False) -> Reply:
+        """Returns a new Reply. stop: strings that end the text. tools: the caller's; without any, calls stay text.
+        in_thought: whether the prompt opened a thought.
+        """
+        return Reply(lambda: self.tokenizer.detokenizer, stop, self.known, self._controls, tools, in_thought)
 
 
 def _plain(prompt: Any) -> str | list[Any]:

@@ -2,54 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 
-class TextStream:
-    """The text of one request, released as its tokens come: whole characters, and nothing that may begin a stop string.
+class Characters:
+    """The text of a run of tokens, as it comes: whole characters.
 
-    known: how many tokens the tokenizer has. Ids beyond it, which a model can emit, give no text.
+    detokenizer: makes a new one of mlx-lm's. known: how many tokens the tokenizer has. Ids beyond it, which a model can
+    emit, give no text.
     """
 
-    def __init__(self, detokenizer: StreamingDetokenizer, stop: Sequence[str], known: int):
-        self._detokenizer, self._stop, self._known = detokenizer, tuple(stop), known
-        self._longest_stop = max(map(len, self._stop), default=0)
-        self._given = 0
-        self.stopped = False
+    def __init__(self, detokenizer: Callable[[], StreamingDetokenizer], known: int):
+        self._detokenizer, self._known = detokenizer(), known
 
     def push(self, token: int) -> str:
-        """Returns the text that `token` releases. Sets `stopped` when a stop string is complete; the text ends before
+        """Returns the characters that `token` completes."""
+        if token >= self._known:
+            return ""
+        self._detokenizer.add_token(token)
+        return self._detokenizer.last_segment
+
+    def end(self) -> str:
+        """Returns what was held back of a character, and begins a new run."""
+        self._detokenizer.finalize()
+        rest = self._detokenizer.last_segment
+        self._detokenizer.reset()
+        return rest
+
+
+class Stops:
+    """A text that ends before the first of some strings; nothing that may begin one of them is given away."""
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Returns the text that may be shown. Sets `stopped` when a stop string is complete; the text ends before
         it.
         """
-        if token < self._known:
-            self._detokenizer.add_token(token)
-        return self._release(final=False)
-
-    def finish(self) -> str:
-        """Returns the text that was held back, now that no token follows."""
+        if not self._stop:
+            return text
         if self.stopped:
             return ""
-        self._detokenizer.finalize()
-        return self._release(final=True)
+        text = self._held + text
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        self.stopped = bool(found)
+        end = min(found) if found else len(text) - self._begun(text)
+        self._held = "" if found else text[end:]
+        return text[:end]
 
-    def _release(self, final: bool) -> str:
-        text = self._detokenizer.text
-        # A stop string that is only now complete starts after what was given.
-        found = [at for at in (text.find(stop, self._given) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, end = True, min(found)
-        else:
-            end = len(text) if final else len(text) - self._held(text)
-        piece, self._given = text[self._given : end], max(self._given, end)
-        return piece
+    def finish(self) -> str:
+        """Returns what was held back, now that no text follows."""
+        held, self._held = self._held, ""
+        return held
 
-    def _held(self, text: str) -> int:
+    def _begun(self, text: str) -> int:
         """How many characters at the end could begin a stop string."""
-        for size in range(min(self._longest_stop - 1, len(text) - self._given), 0, -1):
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stop):
                 return size
         return 0

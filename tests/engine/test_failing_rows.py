@@ -27,7 +27,7 @@ from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.guide import guide
 from mlx_gemma_mtp.speculative.loop import NOT_FINITE, NOTHING_ALLOWED, Speculation, compact, sound
 from mlx_gemma_mtp.speculative.prefill import prefill
-from mlx_gemma_mtp.text.stream import TextStream
+from mlx_gemma_mtp.text.reply import Reply
 
 PROMPTS = ["Describe the function open().", "def area(width, height):", "What is a list?"]
 FREE = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -172,14 +172,14 @@ def test_a_constraint_that_raises(where, after, kept, num_draft, accept):
 
 @pytest.mark.parametrize("method", ["push", "finish"])
 def test_a_text_stream_that_raises(engine, alone, method, monkeypatch):
-    usual, calls = getattr(TextStream, method), []
+    usual, calls = getattr(Reply, method), []
 
     def broken(self, *token):
-        if self._stop == ("never",) and (method == "finish" or calls.append(0) or len(calls) == 7):
+        if self._answer._stops._stop == ("never",) and (method == "finish" or calls.append(0) or len(calls) == 7):
             raise UnicodeError("half a\ncharacter")
         return usual(self, *token)
 
-    monkeypatch.setattr(TextStream, method, broken)
+    monkeypatch.setattr(Reply, method, broken)
     result = among_good_ones(engine, alone, replace(FREE, stop=("never",), max_tokens=12), 1)
     assert (result.finish_reason, result.error) == ("error", "UnicodeError: half a character")
     assert result.tokens == alone[1][: 7 if method == "push" else 12]

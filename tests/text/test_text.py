@@ -19,10 +19,10 @@ def text() -> Text:
 def pieces(text: Text, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
     stream, out = text.stream(stop), []
     for token in tokens:
-        out.append(stream.push(token))
+        out.append(stream.push(token).text)
         if stream.stopped:
             break
-    return [*out, stream.finish()], stream.stopped
+    return [*out, stream.finish().text], stream.stopped
 
 
 WORDS = st.text(alphabet=st.sampled_from("ab \n_()é漢😀\t"), min_size=1, max_size=40)

@@ -1,0 +1,341 @@
+"""Calls as Gemma writes them, read: `call:NAME{key:value,...}`, strings between `<|"|>`.
+
+Inside a string every character stands for itself, backslashes too. What is not the trained form is read where only one
+reading is likely, and it is said; anything else is no call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from json.decoder import scanstring
+from typing import Any
+
+from .schemas import Bare, Notes, settled
+from .tools import ToolCall, Tools
+
+CALL_OPEN, CALL_CLOSE, QUOTE, BARE = "<|tool_call>", "<tool_call|>", '<|"|>', "call:"
+DEEPEST = 64  # of objects and arrays in each other
+MOST_ATTEMPTS = 8  # at reading a call without its tokens
+
+_MARKS = re.compile(r'<\|"\|>|[{}]')
+_BLANKS = re.compile(r"\s*")
+_NAME = re.compile(r"""(call\s*:\s*)?([^\s{}()\[\]<>"'`,;=|]+)\s*""")
+_KEY = re.compile(r"""[^\s:=,{}\[\]"'<>]+(?:[ \t]+[^\s:=,{}\[\]"'<>]+)*""")
+_NEXT_KEY = re.compile(r"""\s*(?:<\|"\|>|["'])?[\w$@.\-]+(?:<\|"\|>|["'])?\s*[:=](?!//)""")
+_AFTER_VALUE = re.compile(r"\s*[,}\]]")
+_END_OF_QUOTED = {quote: re.compile(quote + r"(?=\s*[,}\]])") for quote in "\"'"}
+_BRACKETS = re.compile(r'[{}\[\],]|<\|"\|>')
+_CLOSERS = {"{": "}", "[": "]"}
+
+
+class Body:
+    """The characters of a call as they come.
+
+    bare: whether it came without its tokens, so that its braces end it. in_string: whether a string is open. later: the
+    tokens from the first control token within a string on; first: the characters before it. hopeless: whether its
+    braces closed too often without making it a call.
+    """
+
+    def __init__(self, bare: bool):
+        self.bare, self.in_string, self.hopeless = bare, False, False
+        self.later: list[int] = []
+        self.first = ""
+        self._parts: list[str] = []
+        self._tail = ""  # not looked at yet: it may begin a quote
+        self._size = self._depth = self._closed = 0
+
+    @property
+    def text(self) -> str:
+        """All characters."""
+        return "".join(self._parts)
+
+    def push(self, text: str) -> Iterator[int]:
+        """Takes in characters, and returns the places where the braces close."""
+        self._parts.append(text)
+        seen = self._tail + text
+        held = next((size for size in range(len(QUOTE) - 1, 0, -1) if seen.endswith(QUOTE[:size])), 0)
+        self._tail = seen[len(seen) - held :]
+        ends = [self._size + end for end in self._ends(seen[: len(seen) - held])]
+        self._size += len(seen) - held
+        self._closed += len(ends)
+        self.hopeless = self._closed >= MOST_ATTEMPTS
+        return iter(ends)
+
+    def interrupt(self, token: int) -> None:
+        """Notes a control token within a string."""
+        if not self.later:
+            self.first, self.later = self.text, [token]
+
+    def _ends(self, text: str) -> Iterator[int]:
+        for mark in _MARKS.finditer(text):
+            if mark[0] == QUOTE:
+                self.in_string = not self.in_string
+            elif not self.in_string:
+                self._depth += 1 if mark[0] == "{" else -1
+                if self._depth <= 0:
+                    yield mark.end()
+
+
+def read(text: str, tools: Tools, closed: bool) -> list[ToolCall] | None:
+    """Returns the calls in the characters between the tokens of a call, None where they are no calls.
+
+    closed: whether the closing token came, so that nothing was cut off and a missing end may be mended.
+    """
+    reader = Reader(text, closed)
+    try:
+        found = list(reader.calls())
+    except Unreadable:
+        return None
+    return [_call(name, arguments, notes, tools) for name, arguments, notes in found]
+
+
+def _call(name: str, arguments: dict[str, Any], notes: list[str], tools: Tools) -> ToolCall:
+    """The call with arguments that fit the tool's schema as far as they can."""
+    said = Notes(notes, [])
+    if name in tools.names:
+        arguments = settled(arguments, tools.parameters(name), said)
+    else:
+        arguments = settled(arguments, {}, said)
+        said.faults.append(f"there is no tool {name!r}")
+    return ToolCall(name, arguments, tuple(dict.fromkeys(said.repaired)), tuple(dict.fromkeys(said.faults)))
+
+
+class Unreadable(ValueError):
+    """The characters are no call."""
+
+
+@dataclass
+class Reader:
+    """Reads calls and values from a text, from the left, in time linear in its length.
+
+    closed: whether the text is whole, so that closing brackets may be missing. at: the next character. notes: what was
+    mended, in words. Its methods raise Unreadable where the text is none of what they read.
+    """
+
+    text: str
+    closed: bool
+    at: int = 0
+    notes: list[str] = field(default_factory=list)
+    _open: list[str] = field(default_factory=list)  # the brackets that must still close
+
+    def calls(self) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+        """Yields name, arguments and what was mended of each call, up to the text's end."""
+        self._blanks()
+        while True:
+            self.notes = []
+            name = self._name()
+            arguments = self._arguments()
+            if self._skip("}") or self._skip(")"):
+                self._note("there was a bracket too many at the end")
+                while self._skip("}") or self._skip(")"):
+                    pass
+            yield name, arguments, self.notes
+            if self._skip(",") or self._skip(";"):
+                self._blanks()
+            if self.at == len(self.text):
+                return
+
+    def value(self, array: bool = False) -> Any:
+        """Returns the value that begins here: JSON values, Bare for a word without quotes."""
+        if self.text.startswith(QUOTE, self.at):
+            return self._string()
+        first = self.text[self.at : self.at + 1]
+        if first and first in "\"'":
+            return self._quoted(first)
+        if first == "{":
+            return self._object()
+        return self._array() if first == "[" else self._word(array)
+
+    def _name(self) -> str:
+        if self.text.startswith("{", self.at):
+            raise Unreadable
+        found = _NAME.match(self.text, self.at)
+        if not found:
+            raise Unreadable
+        if not found[1]:
+            self._note("'call:' was missing")
+        self.at = found.end()
+        return found[2]
+
+    def _arguments(self) -> dict[str, Any]:
+        if self.text.startswith("{", self.at):
+            arguments = self._object()
+            self._blanks()
+            return arguments
+        if self.at == len(self.text) and self.closed and not self.notes:
+            self._note("the braces were missing")
+            return {}
+        raise Unreadable
+
+    def _object(self) -> dict[str, Any]:
+        self._enter("{")
+        found: dict[str, Any] = {}
+        while not self._left("}"):
+            key = self._key()
+            if key in found:
+                self._note(f"{key!r} was there twice, the last one counts")
+            found[key] = self._member()
+            self._separator("}")
+        return found
+
+    def _array(self) -> list[Any]:
+        self._enter("[")
+        found = []
+        while not self._left("]"):
+            found.append(self.value(array=True))
+            self._separator("]")
+        return found
+
+    def _enter(self, bracket: str) -> None:
+        self._open.append(_CLOSERS[bracket])
+        if len(self._open) > DEEPEST:
+            raise Unreadable
+        self.at += 1
+        self._blanks()
+
+    def _left(self, closer: str) -> bool:
+        """Whether the bracket closes here."""
+        if self.at == len(self.text) and self.closed:
+            self._note("closing brackets were missing")
+        elif not self.text.startswith(closer, self.at):
+            return False
+        else:
+            self.at += 1
+        self._open.pop()
+        return True
+
+    def _separator(self, closer: str) -> None:
+        """The comma between two members, or nothing before the closing bracket."""
+        before = self.at
+        self._blanks()
+        if self._skip(","):
+            self._blanks()
+            if self.text.startswith(closer, self.at):
+                self._note("there was a comma too many")
+        elif not self.text.startswith(closer, self.at) and self.at < len(self.text):
+            if before == self.at or closer == "]" or not _NEXT_KEY.match(self.text, self.at):
+                raise Unreadable
+            self._note("a comma was missing")
+        elif self.at == len(self.text) and not self.closed:
+            raise Unreadable
+
+    def _key(self) -> str:
+        if self.text.startswith(QUOTE, self.at):
+            key = self._string(key=True)
+        elif self.text[self.at : self.at + 1] in ('"', "'"):
+            quote = self.text[self.at]
+            end = self.text.find(quote, self.at + 1)
+            if end < 0:
+                raise Unreadable
+            key, self.at = self.text[self.at + 1 : end], end + 1
+            self._note("keys were in quotes")
+        else:
+            found = _KEY.match(self.text, self.at)
+            if not found:
+                raise Unreadable
+            key, self.at = found[0], found.end()
+        self._blanks()
+        if self._skip("="):
+            self._note("'=' stood for ':'")
+        elif not self._skip(":"):
+            raise Unreadable
+        self._blanks()
+        return key
+
+    def _member(self) -> Any:
+        if self.text[self.at : self.at + 1] in (",", "}"):
+            self._note("a value was missing, it is empty now")
+            return ""
+        return self.value()
+
+    def _string(self, key: bool = False) -> str:
+        start = self.at + len(QUOTE)
+        end = self.text.find(QUOTE, start)
+        if end >= 0:
+            self.at = end + len(QUOTE)
+            return self.text[start:end]
+        if not self.closed or key:
+            raise Unreadable
+        return self._unended(start)
+
+    def _unended(self, start: int) -> str:
+        """A last string whose closing quote is missing: all up to the closing brackets, every one of which must stand
+        there.
+        """
+        end = len(self.text)
+        for closer in self._open:
+            while end > start and self.text[end - 1].isspace():
+                end -= 1
+            if end <= start or self.text[end - 1] != closer:
+                raise Unreadable
+            end -= 1
+        self._note("the last string was not closed")
+        self.at = end
+        return self.text[start:end]
+
+    def _quoted(self, quote: str) -> str:
+        """A string in quotes of another kind."""
+        start = self.at + 1
+        self._note("a string was in other quotes")
+        if quote == '"':
+            try:
+                string, end = scanstring(self.text, start, False)
+                string.encode()  # an escape may have made half a character
+                if _AFTER_VALUE.match(self.text, end):
+                    self.at = end
+                    return string
+            except ValueError:
+                pass  # quotes or backslashes that are no JSON: then they stand for themselves
+        found = _END_OF_QUOTED[quote].search(self.text, start)
+        if not found:
+            raise Unreadable
+        self.at = found.end()
+        return self.text[start : found.start()]
+
+    def _word(self, array: bool) -> Bare:
+        """A number, a constant, or words without quotes. In an object they may have commas that no key follows."""
+        depth, start = 0, self.at
+        for mark in _BRACKETS.finditer(self.text, start):
+            what, at = mark[0], mark.start()
+            if what == QUOTE:
+                raise Unreadable
+            if what in "{[":
+                depth += 1
+            elif what in "}]" and depth:
+                depth -= 1
+            elif what in "}]":
+                if what != self._open[-1]:
+                    raise Unreadable
+                return self._bare(start, at)
+            elif not depth and (array or _ends_member(self.text, at + 1)):
+                return self._bare(start, at)
+        if depth or not self.closed:
+            raise Unreadable
+        return self._bare(start, len(self.text))
+
+    def _bare(self, start: int, end: int) -> Bare:
+        word, self.at = self.text[start:end].strip(), end
+        if not word:
+            raise Unreadable
+        return Bare(word)
+
+    def _blanks(self) -> None:
+        self.at = _BLANKS.match(self.text, self.at).end()
+
+    def _skip(self, character: str) -> bool:
+        """Whether the character stands here; then it is passed, with the white space after it."""
+        if not self.text.startswith(character, self.at):
+            return False
+        self.at += len(character)
+        self._blanks()
+        return True
+
+    def _note(self, what: str) -> None:
+        self.notes.append(what)
+
+
+def _ends_member(text: str, at: int) -> bool:
+    """Whether the comma before `at` ends a member of an object: a key follows, or the closing brace."""
+    return bool(_NEXT_KEY.match(text, at)) or text.startswith("}", _BLANKS.match(text, at).end())
