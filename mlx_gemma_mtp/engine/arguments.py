@@ -1,4 +1,4 @@
-"""What a caller gives, checked once: the draft length, the settings of each prompt, an event, who is told."""
+"""What a caller gives, checked once: the draft length, the settings of each prompt, tools, an event, who is told."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import UserError, shown
-from ..sampling.params import LARGEST_COUNT, SamplingParams, listed, whole
+from ..sampling.params import LARGEST_COUNT, SamplingParams, flag, listed, whole
 from ..speculative.depth import AUTO
+from ..text.tool_choice import ToolChoice
+from ..text.tools import Tools
 
 
 @runtime_checkable
@@ -50,6 +52,14 @@ def settings_of(params: SamplingParams | Sequence[SamplingParams | None] | None,
             f"{prompts} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
         )
     return every
+
+
+def tools_of(tools: Any, choice: Any, several: Any) -> tuple[Tools | None, ToolChoice]:
+    """Returns the tools, None where there are none, and what may be called. Raises UserError."""
+    found = None if tools is None else tools if isinstance(tools, Tools) else Tools.of(tools)
+    found = found if found is not None and found.names else None
+    several = flag("parallel_tool_calls", several)
+    return found, ToolChoice.of(choice, found.names if found is not None else (), several)
 
 
 def told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:

@@ -10,6 +10,21 @@ import numpy as np
 from ..speculative.guide import Constraint, only
 
 
+class Free:
+    """A Constraint that allows everything."""
+
+    def copy(self) -> Free:
+        """Returns itself: there is no state."""
+        return self
+
+    def mask(self) -> None:
+        """Returns None: every token is allowed."""
+        return None
+
+    def advance(self, token: int) -> None:
+        """Takes in an emitted token."""
+
+
 @dataclass
 class Calling:
     """A Constraint on the calls of a reply, and on the text beside them.

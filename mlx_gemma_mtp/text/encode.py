@@ -68,15 +68,15 @@ class Text:
         """The transformers tokenizer below mlx-lm's wrapper."""
         return self.tokenizer._tokenizer
 
-    def token_id(self, token: str) -> int:
-        """Returns the id of a special token. Raises UserError where the vocabulary has no such token."""
+    def token_id(self, token: str, what: str) -> int:
+        """Returns the id of a special token. what: needs it, in messages. Raises UserError where the vocabulary has no
+        such token.
+        """
         found = self.tokenizer.get_vocab().get(token)
         if found is None:
-            raise UserError(
-                f"the tokenizer has no token {token!r}, which a thinking budget needs; leave out the budget"
-            )
+            raise UserError(f"the tokenizer has no token {token!r}, which {what} needs; leave that out")
         if found >= self.vocab_size:
-            raise self._beyond(found, "a thinking budget")
+            raise self._beyond(found, what)
         return found
 
     def check_grammar_fits(self) -> None:
@@ -126,7 +126,8 @@ class Text:
 
         prompt: text, chat messages, or ids, which are only checked. chat_template: renders text as a user turn; False
         takes it raw, with the control tokens that it spells, and so does a folder without a template. thinking: the
-        template's switch. tools: OpenAI's objects of type function, for the template. allow_special: takes control
+        template's switch. tools: OpenAI's objects of type function, for the template; ids are taken as if they held
+        them. allow_special: takes control
         strings in messages and tools for control tokens, too; otherwise they are text. continue_final_message: the
         reply goes on with the last message, which is the assistant's. Raises UserError for an empty prompt, for
         messages that the template cannot render or that hold anything but text, and for ids that the model or the
@@ -146,10 +147,10 @@ class Text:
             render = self.template.encode
             tokens = render(messages, tools, thinking, allow_special, continue_final_message) if said else []
         else:
-            for name, given in (("tools", tools), ("continue_final_message", continue_final_message)):
+            raw = isinstance(prompt, str)
+            for name, given in (("tools", tools and raw), ("continue_final_message", continue_final_message)):
                 if given:
                     raise UserError(f"{name} is given without messages; expected them, and a chat template")
-            raw = isinstance(prompt, str)
             tokens = self._raw(prompt, system_prompt, chat_template) if raw else _ids(prompt, system_prompt)
         if are_messages or isinstance(prompt, str):
             tokens = self._begun(tokens)

@@ -36,15 +36,15 @@ class ToolChoice:
             return cls(barred=True)
         if choice is None or (isinstance(choice, str) and choice == AUTO):
             return cls(tuple(names), several=several)
-        if isinstance(choice, str) and choice == REQUIRED:
-            chosen = tuple(names)
-        else:
-            chosen = (_named(choice),)
+        required = isinstance(choice, str) and choice == REQUIRED
+        chosen = tuple(names) if required else (_named(choice),)
         if not names:
             raise UserError(f"tool_choice is {shown(choice)} without tools; give tools, or leave it out")
         if unknown := set(chosen) - set(names):
             given = clipped(", ".join(map(repr, names)))
-            raise UserError(f"tool_choice names {shown(unknown.pop())}, expected 'auto', 'none', 'required', or {given}")
+            raise UserError(
+                f"tool_choice names {shown(unknown.pop())}, expected 'auto', 'none', 'required', or {given}"
+            )
         return cls(chosen, forced=True, several=several)
 
 

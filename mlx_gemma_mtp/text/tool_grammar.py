@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import UserError, clipped, shown
+from .tool_calls import QUOTE
 
-CALL, CALL_END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 # Keywords that no grammar here can say.
 UNSAID = (
     *("not", "if", "patternProperties", "propertyNames", "minProperties", "maxProperties", "dependentRequired"),
@@ -30,7 +30,7 @@ KINDS = {  # of a schema without a type: what its keywords are about
     "string": ("pattern", "minLength", "maxLength"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
-KEY = r"""/[^\s:,=|{}\[\]<>"']+/"""  # of an object whose keys the schema does not name
+KEY = r"""[^\s:,=|{}\[\]<>"']+"""  # a key that needs no quotes
 MOST_REFS = 100  # from one to the next, without anything between
 
 
@@ -116,7 +116,15 @@ class Lark:
     def pair(self, value: str, others: Sequence[str] = ()) -> str:
         """Returns the rule of a key and its value. others: keys that it is not."""
         but = f" & ~/{'|'.join(map(slashed, map(re.escape, others)))}/" if others else ""
-        return self.rule(f'{self.terminal(KEY + but)} ":" {value}')
+        return self.rule(f'{self.terminal(f"/{KEY}/{but}")} ":" {value}')
+
+    def key(self, key: str) -> str:
+        """Returns a key that the schema names, and its colon. One that cannot stand alone is quoted."""
+        return literal(f"{key}:") if re.fullmatch(KEY, key) else f'{self.text(key)} ":"'
+
+    def text(self, text: str) -> str:
+        """Returns a string that the schema names, between its quotes."""
+        return " ".join([self.quote, *([literal(text)] if text else []), self.quote])
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """Returns the rule of what llguidance itself knows: JSON values that are no strings, lists or objects."""
@@ -259,11 +267,11 @@ class Parameters:
     def _literal(self, value: Any) -> str:
         """A value as the template writes it."""
         if isinstance(value, str):
-            return f"{self.lark.quote} {literal(value)} {self.lark.quote}" if value else f"{self.lark.quote} " * 2
+            return self.lark.text(value)
         if isinstance(value, list):
             return " ".join(['"["', *_joined([self._literal(each) for each in value]), '"]"'])
         if isinstance(value, Mapping):
-            pairs = [f"{literal(f'{key}:')} {self._literal(value[key])}" for key in ordered(value)]
+            pairs = [f"{self.lark.key(key)} {self._literal(value[key])}" for key in ordered(value)]
             return " ".join(['"{"', *_joined(pairs), '"}"'])
         return literal(json.dumps(value))
 
@@ -281,7 +289,7 @@ class Parameters:
         least, most = self._bounds(schema, "Length", at)
         plain, text = f"{self.lark.char}{{{max(least, 1)},{most}}}", f"/{self.lark.char}+/"
         if most == "0":
-            return self.lark.rule(f"{self.lark.quote} {self.lark.quote}")
+            return self.lark.text("")
         if least > 0 or most:
             text = f"/{plain}/"
         pattern = schema.get("pattern")
@@ -342,7 +350,7 @@ class Parameters:
             if properties[key] is False:
                 continue
             value = self.value(properties[key], f"{at}.{key}")
-            pair, optional = f"{literal(f'{key}:')} {value}", key not in required
+            pair, optional = f"{self.lark.key(key)} {value}", key not in required
             first = self.lark.rule(f"{pair} {more}" + (f" | {first}" if optional else ""))
             more = self.lark.rule(f'"," {pair} {more}' + (f" | {more}" if optional else ""))
         return self.lark.rule(f'"{{" {first} "}}"')

@@ -13,7 +13,10 @@ from mlx_gemma_mtp import UserError
 from mlx_gemma_mtp.files.hub import DEMO
 from mlx_gemma_mtp.speculative.guide import allows
 from mlx_gemma_mtp.text.grammar import Grammars
-from mlx_gemma_mtp.text.tool_grammar import CALL, CALL_END, QUOTE, Marks, Tool
+from mlx_gemma_mtp.text.tool_calls import CALL_CLOSE as CALL_END
+from mlx_gemma_mtp.text.tool_calls import CALL_OPEN as CALL
+from mlx_gemma_mtp.text.tool_calls import QUOTE
+from mlx_gemma_mtp.text.tool_grammar import Marks, Tool
 
 ENDS, VOCAB = [1, 6], 4160
 
@@ -132,7 +135,11 @@ SCHEMAS = {
         ["{a:1,my-x:'y'}", "{b:'y',c:'z'}", "{}"],
         ["{a:'y'}", "{b:1}", "{a:1,a:'x'}"],
     ),
-    "odd keys": (thing(**{"my key/ä": {"type": "integer"}}), ["{my key/ä:1}"], ["{my:1}"]),
+    "odd keys": (
+        thing(**{"my key": {"type": "integer"}, "a:b": {}, "x/ä": {}}),
+        ["{'a:b':1,'my key':1,x/ä:2}"],
+        ["{my key:1}", "{a:b:1}", "{'x/ä':2}"],
+    ),
     "references": (
         thing(n={"$ref": "#/$defs/node"}) | {"$defs": {"node": NODE}},
         ["{n:{}}", "{n:{next:{next:{v:3},v:2},v:1}}"],
