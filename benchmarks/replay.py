@@ -100,15 +100,20 @@ def read_table(path: Path) -> CostTable:
 
 @dataclass(frozen=True)
 class Clock:
-    """What times look like when they are observed: a lognormal factor of this sigma, and now and then an outlier."""
+    """What times look like when they are observed: a lognormal factor of this sigma, now and then an outlier, and a
+    machine that is slow for some rounds and fast for as many.
+    """
 
     sigma: float = 0.0
     outliers: float = 0.0  # share of rounds
     longer: float = 4.0  # times, an outlier
+    slow: float = 1.0  # times, while the machine is slow
+    phase: int = 1  # rounds until that changes
 
-    def observe(self, seconds: float, draws: np.random.Generator) -> float:
+    def observe(self, seconds: float, draws: np.random.Generator, rounds: int) -> float:
         late = self.longer if draws.random() < self.outliers else 1.0
-        return seconds * late * math.exp(self.sigma * draws.standard_normal())
+        pace = self.slow if rounds // self.phase % 2 else 1.0
+        return seconds * late * pace * math.exp(self.sigma * draws.standard_normal())
 
 
 EXACT = Clock()
@@ -128,7 +133,7 @@ def replay(trace: Trace, table: CostTable, depth: Fixed | Auto, clock: Clock = E
         kept = min(width, int(trace.accepted[at]))
         rounds.append(Step(at, at + kept + 1, made, width, verify[width] + made * draft))
         made = depth.draft([0], CONTEXT, [FAST])
-        depth.timed([0], CONTEXT, clock.observe(verify[width] + made * draft, draws))
+        depth.timed([0], CONTEXT, clock.observe(verify[width] + made * draft, draws, len(rounds)))
         depth.observe({0: kept})
         at += kept + 1
     return Run(rounds)
@@ -161,7 +166,7 @@ def against_plain(
         verify, draft = truth.verify_at(rows, context), truth.draft_at(rows)
         found.append((verify[0] * (1 + sum(kept) / rows), verify[width] + made * draft))
         made = depth.draft(ids, context, room)
-        depth.timed(ids, context, clock.observe(verify[width] + made * draft, draws))
+        depth.timed(ids, context, clock.observe(verify[width] + made * draft, draws, len(found)))
         depth.observe(dict(zip(ids, kept, strict=True)))
         at = [place + each + 1 for place, each in zip(at, kept, strict=True)]
         context = start + int(sum(each[0] / verify[0] for each in found))

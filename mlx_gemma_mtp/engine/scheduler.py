@@ -69,13 +69,18 @@ class Batch:
 
     def _rounds(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
         loop = self._loop = self._prefill(cancel, progress)
-        emitted = loop.start(self.depth.draft(*self._rows(2)))
+        emitted, seconds = loop.start(self.depth.draft(*self._rows(2))), None
         for rounds in count():
+            due = self._rows(0)[:2], self._kept(emitted), seconds
             chunks = self._take(emitted, loop, cancel.is_set())
             if not self.live:
+                self._count(*due)
                 yield from chunks
                 break
             launched = time.perf_counter()
+            if not loop.waiting:  # nothing to choose: the host counts while the device works
+                loop.launch()
+            self._count(*due)
             width = self.depth.verify(*self._rows(1), loop.confidences, loop.waiting)
             loop.launch(width)  # works while the caller reads
             if metal_available() and rounds % CLEAR_EVERY == 0:
@@ -85,8 +90,21 @@ class Batch:
             away = time.perf_counter() - yielded
             emitted = loop.step(self.depth.draft(*self._rows(2)))
             seconds = time.perf_counter() - launched
-            if away < PROMPT_CALLER * seconds:  # else the round is hidden behind the caller's own work
-                self.depth.timed(*self._rows(0)[:2], seconds)
+            if away >= PROMPT_CALLER * seconds:  # the round is hidden behind the caller's own work
+                seconds = None
+
+    def _kept(self, emitted: Round) -> dict[int, int] | None:
+        """Returns how many drafts each request kept in a round; None for the first round, which verifies none."""
+        if emitted.drafted is None:
+            return None
+        return {request.id: max(len(tokens) - 1, 0) for request, tokens in zip(self.live, emitted.tokens, strict=True)}
+
+    def _count(self, rows: tuple[list[int], int], kept: dict[int, int] | None, seconds: float | None) -> None:
+        """Tells the draft length what a round took and kept. rows: the ids of its requests, and their context."""
+        if seconds is not None:
+            self.depth.timed(*rows, seconds)
+        if kept is not None:
+            self.depth.observe(kept)
 
     def _prefill(self, cancel: threading.Event, progress: Progress) -> Speculation:
         def told(done: int) -> None:
@@ -122,8 +140,7 @@ class Batch:
         now = time.perf_counter()
         chunks, reason = [], ""
         if emitted.drafted is not None:
-            accepted = [max(len(tokens) - 1, 0) for tokens in emitted.tokens]
-            reason = self.depth.observe(dict(zip((r.id for r in self.live), accepted, strict=True)))
+            reason = self.depth.reason(self.live[0].id)
         reports = emitted.logprobs or [None] * len(self.live)
         rows = zip(self.live, emitted.tokens, reports, emitted.errors, strict=True)
         for request, tokens, report, error in rows:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import median_low
 
@@ -18,6 +18,7 @@ from .costs import MAX_DRAFTS, CostTable
 
 KEEP = 9  # times of a cell
 SURE = 4  # times, from which a cell stands for itself
+OFF, OFF_MOST, OFF_OF = 1.35, 4, 5  # the pace has changed when 4 of 5 rounds are off by more than this
 LIKE = 1.25  # times within this factor may be equal but for noise
 PLAIN_FIRST = 3  # plain rounds that are timed before anything is compared with them
 NEAR = 1.0  # in powers of two: rows that are alike enough for a length that was tried there to count as tried here
@@ -59,29 +60,58 @@ class Prices:
 class Correction:
     """The ratios of the last measured times to the table's, oldest first.
 
-    rounds: by (rows, K), of rounds that make and verify K drafts. drafts: by rows, of one draft.
+    rounds: by (rows, K), of rounds that make and verify K drafts. drafts: by rows, of one draft. pace: by how much the
+    machine is slower than it was at first; ratios are without it. plain_off, draft_off: by how much the last rounds
+    without and with drafts were off from their cells.
+
+    A cell does not change by itself, but a machine does: it is busy, or hot, or no longer. When most of the last plain
+    rounds are off together, the pace has changed, and old times of rounds with drafts change with it. When rounds with
+    drafts are, old plain times are forgotten, since a plain round can be timed at once.
     """
 
     rounds: Mapping[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
     drafts: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    pace: float = 1.0
+    plain_off: tuple[float, ...] = ()
+    draft_off: tuple[float, ...] = ()
 
     def after(self, table: CostTable, rows: int, context: int, width: int, made: int, seconds: float) -> Correction:
         """Returns the correction with the time of one more round.
 
         width: drafts that it verified. made: drafts that it made. seconds: its time.
         """
-        whole, draft = table.rounds_at(rows, context)[width], table.draft_at(rows)
+        whole, draft, seconds = table.rounds_at(rows, context)[width], table.draft_at(rows), seconds / self.pace
         plain = self.rounds.get((rows, 0))
         if made and not width and plain:  # the difference to a plain round is the drafts'
             scale = middle(plain)
             ratio = (seconds - scale * whole) / (made * draft)
             ratio = max(DRAFT_LEAST * scale, min(ratio, scale * whole / draft))  # a draft is no dearer than a round
-            return Correction(self.rounds, {**self.drafts, rows: (*self.drafts.get(rows, ()), ratio)[-KEEP:]})
+            return replace(self, drafts={**self.drafts, rows: (*self.drafts.get(rows, ()), ratio)[-KEEP:]})
         ratio = (seconds + (width - made) * self.draft(table, rows, context)) / whole
         if ratio <= 0:
             return self
-        times = (*self.rounds.get((rows, width), ()), ratio)[-KEEP:]
-        return Correction({**self.rounds, (rows, width): times}, self.drafts)
+        times = self.rounds.get((rows, width), ())
+        off = (ratio / median_low(times),) if len(times) >= SURE else ()
+        found = replace(self, rounds={**self.rounds, (rows, width): (*times, ratio)[-KEEP:]})
+        return found._drafted(rows, off) if width else found._plain(rows, off)
+
+    def _plain(self, rows: int, off: tuple[float, ...]) -> Correction:
+        """Returns the correction after a plain round that was off by this factor."""
+        plain_off = (*self.plain_off, *off)[-OFF_OF:]
+        change = _common(plain_off)
+        if change == 1:
+            return replace(self, plain_off=plain_off)
+        times = self.rounds[rows, 0]
+        times = (*times[:-OFF_OF], *(each / change for each in times[-OFF_OF:]))
+        return replace(self, rounds={**self.rounds, (rows, 0): times}, pace=self.pace * change, plain_off=())
+
+    def _drafted(self, rows: int, off: tuple[float, ...]) -> Correction:
+        """Returns the correction after a round with drafts that was off by this factor."""
+        draft_off = (*self.draft_off, *off)[-OFF_OF:]
+        if _common(draft_off) == 1:
+            return replace(self, draft_off=draft_off)
+        rounds = {cell: times for cell, times in self.rounds.items() if cell != (rows, 0)}
+        return replace(self, rounds=rounds, draft_off=())
 
     def says_the_same(self, before: Correction, cell: tuple[int, int]) -> bool:
         """Returns whether prices are what they were before the last time came. cell: (rows, drafts) of that time."""
@@ -115,7 +145,7 @@ class Correction:
         """
         draft, plain = table.draft_at(rows), self.rounds.get((rows, 0))
         scale = middle(plain) if plain else math.exp(self.factors(rows)[0])
-        guess = max(draft, DRAFT_GUESS * table.verify_at(rows, context)[0]) * scale
+        guess = max(draft, DRAFT_GUESS * table.rounds_at(rows, context)[0]) * scale
         times = self.drafts.get(rows, ())
         known = median_low(times) * draft * len(times) if times else 0.0
         return (known + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)
@@ -150,6 +180,12 @@ class Correction:
 def middle(times: Sequence[float]) -> float:
     """Returns the lower tercile of the times (the least of three): noise mostly adds to a time."""
     return sorted(times)[(len(times) - 1) // 3]
+
+
+def _common(off: Sequence[float]) -> float:
+    """Returns the factor by which most of these rounds are off together, or 1."""
+    up, down = (sum(each > OFF for each in off), sum(each * OFF < 1 for each in off))
+    return median_low(off) if max(up, down) >= OFF_MOST else 1.0
 
 
 def _spread(known: Mapping[int, float]) -> list[float]:

@@ -10,7 +10,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -75,24 +75,28 @@ class CostTable:
 
         Times are linear between grid points and continue with the last slope beyond them.
         """
-        return _verify_at(self, rows, context)
+        widths = range(MAX_DRAFTS + 1)
+        planes = [[_line(rows, ROWS, [line[width] for line in plane]) for width in widths] for plane in self.verify]
+        return [_line(context, self.contexts, [plane[width] for plane in planes]) for width in widths]
 
     def draft_at(self, rows: int) -> float:
         """Returns the seconds of one draft with this number of rows."""
         return _line(rows, ROWS, self.draft)
 
-    def rounds_at(self, rows: int, context: int) -> list[float]:
-        """Returns the seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts."""
-        draft = self.draft_at(rows)
-        return [verify + width * draft for width, verify in enumerate(self.verify_at(rows, context))]
+    def rounds_at(self, rows: int, context: int) -> tuple[float, ...]:
+        """Returns the seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts.
 
+        It is remembered, since every round asks.
+        """
+        if (rows, context) not in self._rounds:
+            draft, verify = self.draft_at(rows), self.verify_at(rows, context)
+            self._rounds[rows, context] = tuple(seconds + width * draft for width, seconds in enumerate(verify))
+        return self._rounds[rows, context]
 
-@lru_cache(maxsize=1024)
-def _verify_at(table: CostTable, rows: int, context: int) -> list[float]:
-    """Returns what CostTable.verify_at does. Cached, since every round asks."""
-    widths = range(MAX_DRAFTS + 1)
-    planes = [[_line(rows, ROWS, [line[width] for line in plane]) for width in widths] for plane in table.verify]
-    return [_line(context, table.contexts, [plane[width] for plane in planes]) for width in widths]
+    @cached_property
+    def _rounds(self) -> dict[tuple[int, int], tuple[float, ...]]:
+        """What `rounds_at` was asked so far; by the hash of the table it would take longer to find than to compute."""
+        return {}
 
 
 def rising(values: Sequence[float]) -> list[float]:

@@ -80,9 +80,12 @@ class Fixed:
         """Returns None: all drafts that were made are verified."""
         return None
 
-    def observe(self, accepted: Mapping[int, int]) -> str:
+    def reason(self, row: int) -> str:
         """Returns the code of the reason for the length."""
         return FIXED
+
+    def observe(self, accepted: Mapping[int, int]) -> None:
+        """Does nothing: a fixed length needs no counts."""
 
     def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
         """Does nothing: a fixed length needs no times."""
@@ -149,7 +152,7 @@ class Auto:
         left, the most in any row.
         """
         choice, width = self._drafted[rows[0]], allowed
-        if self.confident:
+        if self.confident and allowed > 1:
             left = [row[:allowed] for row in confidences]
             width = worthwhile(self.prices(len(rows), context), self.trust, left, useful, choice.rate)
         self._verified |= {
@@ -158,9 +161,12 @@ class Auto:
         }
         return width
 
-    def observe(self, accepted: Mapping[int, int]) -> str:
-        """Takes in how many drafts each request kept in the last verified round. Returns the code of the reason for
-        that round's length.
+    def reason(self, row: int) -> str:
+        """Returns the code of the reason for the last verified length. row: the id of one of the round's requests."""
+        return self._verified[row].reason
+
+    def observe(self, accepted: Mapping[int, int]) -> None:
+        """Takes in how many drafts each request kept in the last verified round.
 
         accepted: request id -> drafts kept.
         """
@@ -175,7 +181,6 @@ class Auto:
         if verified.choice.reason == PROBE:
             self.pause = self.pause.probed(sum(accepted.values()))
         self._untimed += 1
-        return verified.reason
 
     def _earned(self, verified: Verified, kept: float, rows: int) -> float:
         """Returns what a round's drafts earned against plain decoding, in plain rounds. kept: a row."""
@@ -198,14 +203,16 @@ class Auto:
             return
         made, width = self._drafted[rows[0]].drafts, self._verified[rows[0]].width
         before = self.correction
-        self.correction = before.after(self.table, len(rows), context, width, made, seconds)
+        self.correction = before.after(self.table, len(rows), _step(context), width, made, seconds)
         if not self.correction.says_the_same(before, (len(rows), width)):
             self._prices.clear()
+        if (len(rows), 0) in before.rounds and (len(rows), 0) not in self.correction.rounds:
+            self.pause = replace(self.pause, checks=0)  # plain rounds are to be timed anew
         self._untimed = 0
         if not made and not self._verified[rows[0]].choice.drafts:
             return  # what a plain round took is asked for nowhere else
         nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
-        verify = seconds - made * self.prices(len(rows), context).draft
+        verify = seconds / self.correction.pace - made * self.prices(len(rows), context).draft
         self._verified |= {row: replace(self._verified[row], seconds=verify) for row in rows}
         self._rounds[len(rows), nearest, width] += 1
 
@@ -228,12 +235,17 @@ class Auto:
         row.
         """
         trusted = self.frozen or (self._untimed >= UNTIMED and not self.correction.rounds)
-        context = -(-context // CONTEXT_STEP) * CONTEXT_STEP  # the same for some rounds
+        context = _step(context)
         if (rows, context, trusted) not in self._prices:
             if trusted:
-                rounds = tuple(self.table.rounds_at(rows, context))
+                rounds = self.table.rounds_at(rows, context)
                 found = Prices(rounds, self.table.draft_at(rows), rounds)
             else:
                 found = self.correction.prices(self.table, rows, context)
             self._prices[rows, context, trusted] = found
         return self._prices[rows, context, trusted]
+
+
+def _step(context: int) -> int:
+    """Returns the next multiple of CONTEXT_STEP: the same for many rounds, so that prices stay."""
+    return -(-context // CONTEXT_STEP) * CONTEXT_STEP
