@@ -46,9 +46,7 @@ class Text:
         check_tokenizer(folder)
         self.tokenizer: TokenizerWrapper = load(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
-        vocabulary = self.tokenizer.get_vocab()
-        self._controls = Controls.of(vocabulary)
-        last = max(vocabulary.values(), default=-1)
+        last = max(self.tokenizer.get_vocab().values(), default=-1)
         if last >= self.known:
             raise UserError(
                 f"the tokenizer in {folder} has {self.known} tokens and the id {last}; expected ids without gaps: "
@@ -57,6 +55,7 @@ class Text:
         self.media_token_ids = frozenset(media_token_ids)
         self.template = Template(self.tokenizer, folder)
         control, eos = self.template.control, self.fast_tokenizer.eos_token_id
+        self._controls = Controls.of(control)
         begins = self.fast_tokenizer.bos_token_id
         self.bos: int | None = control.get(BOS) if begins is None else begins
         closers = [control.get(token) for token in turn_closers(folder)]

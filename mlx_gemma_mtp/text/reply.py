@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from .stream import Characters, Stops
 from .thinking import CLOSE, OPEN
-from .tool_calls import BARE, CALL_CLOSE, CALL_OPEN, Body, read
+from .tool_calls import BARE, CALL_CLOSE, CALL_OPEN, MARK, QUOTE, Body, read, spelled
 from .tools import ToolCall, Tools
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 HEADER = "thought\n"  # what a thought begins with
+MOST_ATTEMPTS = 8  # at reading a call without its tokens, one each time its braces close
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,18 @@ NOTHING = Piece()
 
 @dataclass(frozen=True)
 class Controls:
-    """The ids of the tokens around thoughts and calls; None where the vocabulary has none."""
+    """The ids of the tokens around thoughts, calls, and the strings of calls; None where the vocabulary has none."""
 
     open_thought: int | None
     close_thought: int | None
     open_call: int | None
     close_call: int | None
+    quote: int | None = None
 
     @classmethod
     def of(cls, vocabulary: Mapping[str, int]) -> Controls:
         """Returns the ids of a vocabulary, by its tokens."""
-        return cls(*map(vocabulary.get, (OPEN, CLOSE, CALL_OPEN, CALL_CLOSE)))
+        return cls(*map(vocabulary.get, (OPEN, CLOSE, CALL_OPEN, CALL_CLOSE, QUOTE)))
 
 
 class Thought:
@@ -188,10 +190,12 @@ class Reply:
         kinds = {controls.open_thought: OPEN, controls.close_thought: CLOSE}
         if tools is not None:
             kinds |= {controls.open_call: CALL_OPEN, controls.close_call: CALL_CLOSE}
+        self._quote = controls.quote
         self._kinds = {token: kind for token, kind in kinds.items() if token is not None}
         self._answer = Answer(stop, tools is not None)
         self._thought = Thought(opened=False) if in_thought else None
         self._body: Body | None = None
+        self._attempts = 0  # at reading a call without its tokens
         self._start = None if tools is None else Start("", tools.names)
         self._tokens: deque[int] = deque()  # to be taken in
         self._text: list[str] = []
@@ -224,11 +228,10 @@ class Reply:
         return self._released()
 
     def _released(self) -> Piece:
-        if not (self._text or self._reasoning or self._calls):
-            return NOTHING
-        piece = Piece("".join(self._text), "".join(self._reasoning), tuple(self._calls))
-        self._text, self._reasoning, self._calls = [], [], []
-        return piece
+        text, reasoning, calls = "".join(self._text), "".join(self._reasoning), tuple(self._calls)
+        for channel in (self._text, self._reasoning, self._calls):
+            channel.clear()
+        return Piece(text, reasoning, calls) if text or reasoning or calls else NOTHING
 
     def _drain(self) -> None:
         while self._tokens and not self.stopped:
@@ -260,7 +263,7 @@ class Reply:
         if self._start is not None:
             text = self._start.push(text)
             if self._start.call:
-                self._body, self._start = Body(bare=True), None
+                self._body, self._start, self._attempts = Body(bare=True), None, 0
                 self._extend(text)
                 return
             if self._start.done:
@@ -293,12 +296,14 @@ class Reply:
         body = self._body
         if body.later:
             body.later.append(token)
-        if kind is None:
+        if kind is None and token != self._quote:
             self._feed(self._characters.push(token))
             return
         self._feed(self._characters.end())
         if self._body is not body:  # the last characters ended it
             self._tokens.appendleft(token)
+        elif kind is None:
+            self._extend(MARK)
         elif body.in_string:
             body.interrupt(token)
             self._feed(self._characters.push(token) + self._characters.end())
@@ -308,14 +313,17 @@ class Reply:
     def _extend(self, text: str) -> None:
         """Takes in characters of a call. One without its tokens ends with its braces."""
         body = self._body
-        for end in body.push(text):
-            if body.bare and (calls := read(body.text[:end], self._tools, closed=False)):
-                rest, self._body = body.text[end:], None
+        ends = body.push(text)
+        for end in ends if body.bare else ():
+            self._attempts += 1
+            if calls := read(body.text[:end], self._tools, closed=False):
+                rest = body.text[end:]
                 self._deliver(calls)
-                self._say(rest)
+                self._say(spelled(rest))
                 return
-        if body.bare and body.hopeless:
-            self._give_back(body.text)
+            if self._attempts == MOST_ATTEMPTS:
+                self._give_back(spelled(body.text))
+                return
 
     def _end_call(self, token: int | None) -> None:
         """The call ends, with the token that follows it; None is the end of the reply."""
@@ -333,6 +341,7 @@ class Reply:
         if calls:
             self._deliver(calls)
         else:
+            whole = spelled(whole)
             self._give_back(whole if body.bare else CALL_OPEN + whole + mark)
 
     def _deliver(self, calls: Sequence[ToolCall]) -> None:

@@ -8,13 +8,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, in_a_line
+from ..errors import UserError, in_a_line, shown
 from ..files.safetensors import read_object
 from .messages import THOUGHT, Message
 from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper
 from .tokenizer_files import OLD_TEMPLATE
 
+WORDS = re.compile("[A-Za-z0-9]+")
 # Letters without case that no template trims, and that Python shows as they are where a template prints a list.
 RARE = (range(0x12000, 0x1239A), range(0x20000, 0x2A6E0))
 
@@ -36,6 +37,9 @@ class Template:
         if not tokenizer.has_chat_template and (folder / OLD_TEMPLATE).exists():
             fast.chat_template = read_object(folder / OLD_TEMPLATE).get("chat_template")
         self.exists = tokenizer.has_chat_template or fast.chat_template is not None
+        # Some conversions call Gemma's control tokens ordinary ones; then they could not be spelt out.
+        added = {each.content: each.special for each in fast.added_tokens_decoder.values()}
+        fast.add_tokens([name for name, special in added.items() if not special and _is_control(name)], True)
         self.control = {each.content: id for id, each in fast.added_tokens_decoder.items() if each.special}
         # The longest first, as the tokenizer finds them.
         names = sorted(filter(None, self.control), key=len, reverse=True)
@@ -63,6 +67,8 @@ class Template:
         if continued:
             guarded[-1] = {"role": last["role"], "content": place}
         rendered = self._render(guarded, mapped(guard, tools), thinking, not continued)
+        if not allow_special:  # else the template takes thoughts out of the assistant's text
+            _check_complete(rendered.replace(mark, ""), messages[:-1] if continued else messages, tools)
         if continued:
             head, found, _ = rendered.rpartition(place)
             if not found:
@@ -90,6 +96,11 @@ class Template:
         return ids
 
 
+def _is_control(token: str) -> bool:
+    """Returns whether an added token looks like one of Gemma's control tokens. Tags of HTML do not."""
+    return token.startswith("<|") or token.endswith("|>")
+
+
 def mapped(change: Callable[[str], str], value: Any) -> Any:
     """Returns a copy of a JSON value with every text in it changed, keys included."""
     if isinstance(value, str):
@@ -111,6 +122,25 @@ def _begun(message: Message) -> str:
     if not reasoning:
         return content
     return f"{OPEN}{THOUGHT}\n{reasoning}" + (f"\n{CLOSE}{content}" if content else "")
+
+
+def _check_complete(rendered: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
+    """Raises UserError where a template leaves out what a message says, a call or a tool: its longest word is nowhere.
+
+    Templates for other purposes do, without a word. What they trim, quote or write in capitals is still there.
+    """
+    said = [(f"the {each['role']} message", each["content"]) for each in messages]
+    called = [call["function"]["name"] for each in messages for call in each.get("tool_calls", ())]
+    declared = [str(tool.get("function", tool).get("name", "")) for tool in tools or ()]
+    said += [("the tool call", name) for name in called] + [("the tool", name) for name in declared]
+    rendered = rendered.casefold()
+    for what, text in said:
+        word = max(WORDS.findall(text), key=len, default="")
+        if word.casefold() not in rendered:
+            raise UserError(
+                f"the chat template leaves out {what} {shown(text)}; leave it out, or give the model's folder a "
+                "chat_template.jinja that renders it"
+            )
 
 
 def _rare(text: str) -> list[str]:

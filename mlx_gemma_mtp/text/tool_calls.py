@@ -7,21 +7,22 @@ reading is likely, and it is said; anything else is no call.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from json.decoder import scanstring
 from typing import Any
 
-from .schemas import Bare, Notes, settled
-from .tools import ToolCall, Tools
+from .fitting import Bare, Fitting, Notes
+from .tools import NAME, ToolCall, Tools
 
 CALL_OPEN, CALL_CLOSE, QUOTE, BARE = "<|tool_call>", "<tool_call|>", '<|"|>', "call:"
+# Half a character each, which no tokens spell: a quote that is a token, and a quote's text amid a string.
+MARK, SPELLED = "\udc00", "\udc01"
 DEEPEST = 64  # of objects and arrays in each other
-MOST_ATTEMPTS = 8  # at reading a call without its tokens
 
-_MARKS = re.compile(r'<\|"\|>|[{}]')
+_MARKS = re.compile(rf'<\|"\|>|[{MARK}{{}}]')
 _BLANKS = re.compile(r"\s*")
-_NAME = re.compile(r"""(call\s*:\s*)?([^\s{}()\[\]<>"'`,;=|]+)\s*""")
+_NAME = re.compile(rf"(call\s*:\s*)?({NAME})\s*")
 _KEY = re.compile(r"""[^\s:=,{}\[\]"'<>]+(?:[ \t]+[^\s:=,{}\[\]"'<>]+)*""")
 _NEXT_KEY = re.compile(r"""\s*(?:<\|"\|>|["'])?[\w$@.\-]+(?:<\|"\|>|["'])?\s*[:=](?!//)""")
 _AFTER_VALUE = re.compile(r"\s*[,}\]]")
@@ -34,24 +35,24 @@ class Body:
     """The characters of a call as they come.
 
     bare: whether it came without its tokens, so that its braces end it. in_string: whether a string is open. later: the
-    tokens from the first control token within a string on; first: the characters before it. hopeless: whether its
-    braces closed too often without making it a call.
+    tokens from the first control token within a string on; first: the characters before it.
     """
 
     def __init__(self, bare: bool):
-        self.bare, self.in_string, self.hopeless = bare, False, False
+        self.bare, self.in_string = bare, False
         self.later: list[int] = []
         self.first = ""
         self._parts: list[str] = []
+        self._marked = False  # whether quotes are tokens, so that their text is text
         self._tail = ""  # not looked at yet: it may begin a quote
-        self._size = self._depth = self._closed = 0
+        self._size = self._depth = 0
 
     @property
     def text(self) -> str:
         """All characters."""
         return "".join(self._parts)
 
-    def push(self, text: str) -> Iterator[int]:
+    def push(self, text: str) -> list[int]:
         """Takes in characters, and returns the places where the braces close."""
         self._parts.append(text)
         seen = self._tail + text
@@ -59,9 +60,7 @@ class Body:
         self._tail = seen[len(seen) - held :]
         ends = [self._size + end for end in self._ends(seen[: len(seen) - held])]
         self._size += len(seen) - held
-        self._closed += len(ends)
-        self.hopeless = self._closed >= MOST_ATTEMPTS
-        return iter(ends)
+        return ends
 
     def interrupt(self, token: int) -> None:
         """Notes a control token within a string."""
@@ -70,8 +69,10 @@ class Body:
 
     def _ends(self, text: str) -> Iterator[int]:
         for mark in _MARKS.finditer(text):
-            if mark[0] == QUOTE:
-                self.in_string = not self.in_string
+            if mark[0] in (QUOTE, MARK):
+                self._marked = self._marked or mark[0] == MARK
+                if mark[0] == MARK or not self._marked:
+                    self.in_string = not self.in_string
             elif not self.in_string:
                 self._depth += 1 if mark[0] == "{" else -1
                 if self._depth <= 0:
@@ -83,23 +84,49 @@ def read(text: str, tools: Tools, closed: bool) -> list[ToolCall] | None:
 
     closed: whether the closing token came, so that nothing was cut off and a missing end may be mended.
     """
-    reader = Reader(text, closed)
-    try:
-        found = list(reader.calls())
-    except Unreadable:
-        return None
-    return [_call(name, arguments, notes, tools) for name, arguments, notes in found]
+    plain = spelled(text)
+    marked = [text.replace(QUOTE, SPELLED).replace(MARK, QUOTE)] if MARK in text and QUOTE in text else []
+    for each in (*marked, plain):
+        try:
+            found = list(Reader(each, closed, tools.names).calls())
+        except Unreadable:
+            continue
+        return [_call(name, arguments, notes, tools) for name, arguments, notes in found]
+    return None
 
 
-def _call(name: str, arguments: dict[str, Any], notes: list[str], tools: Tools) -> ToolCall:
+def spelled(text: str) -> str:
+    """Returns the characters of a call as the vocabulary spells them."""
+    return text.replace(MARK, QUOTE)
+
+
+def _call(name: str, arguments: dict[str, Any], repaired: list[str], tools: Tools) -> ToolCall:
     """The call with arguments that fit the tool's schema as far as they can."""
-    said = Notes(notes, [])
-    if name in tools.names:
-        arguments = settled(arguments, tools.parameters(name), said)
-    else:
-        arguments = settled(arguments, {}, said)
-        said.faults.append(f"there is no tool {name!r}")
-    return ToolCall(name, arguments, tuple(dict.fromkeys(said.repaired)), tuple(dict.fromkeys(said.faults)))
+    notes, known = Notes(repaired), name in tools.names
+    arguments = Fitting(notes, _value).fit(_unspelled(arguments), tools.parameters(name) if known else {}, "")
+    if not known:
+        notes.faults.append(f"there is no tool {name!r}")
+    return ToolCall(name, arguments, tuple(dict.fromkeys(notes.repaired)), tuple(dict.fromkeys(notes.faults)))
+
+
+def _unspelled(value: Any) -> Any:
+    """The value with the text of quotes in its strings."""
+    if isinstance(value, str):
+        return value.replace(SPELLED, QUOTE)
+    if isinstance(value, Bare):
+        return Bare(value.word.replace(SPELLED, QUOTE))
+    if isinstance(value, dict):
+        return {_unspelled(key): _unspelled(each) for key, each in value.items()}
+    return [_unspelled(each) for each in value] if isinstance(value, list) else value
+
+
+def _value(text: str) -> Any:
+    """The object or array that a text is. Raises ValueError for anything else."""
+    reader = Reader(text, closed=False)
+    value = reader.value()
+    if reader.at != len(text):
+        raise Unreadable
+    return value
 
 
 class Unreadable(ValueError):
@@ -110,12 +137,14 @@ class Unreadable(ValueError):
 class Reader:
     """Reads calls and values from a text, from the left, in time linear in its length.
 
-    closed: whether the text is whole, so that closing brackets may be missing. at: the next character. notes: what was
-    mended, in words. Its methods raise Unreadable where the text is none of what they read.
+    closed: whether the text is whole, so that closing brackets may be missing. names: of the tools that are called
+    even without 'call:'. at: the next character. notes: what was mended, in words. Its methods raise Unreadable where
+    the text is none of what they read.
     """
 
     text: str
     closed: bool
+    names: Sequence[str] = ()
     at: int = 0
     notes: list[str] = field(default_factory=list)
     _open: list[str] = field(default_factory=list)  # the brackets that must still close
@@ -125,8 +154,8 @@ class Reader:
         self._blanks()
         while True:
             self.notes = []
-            name = self._name()
-            arguments = self._arguments()
+            name, arguments = self._json() if self.text.startswith("{", self.at) else self._call()
+            self._blanks()
             if self._skip("}") or self._skip(")"):
                 self._note("there was a bracket too many at the end")
                 while self._skip("}") or self._skip(")"):
@@ -148,26 +177,31 @@ class Reader:
             return self._object()
         return self._array() if first == "[" else self._word(array)
 
-    def _name(self) -> str:
-        if self.text.startswith("{", self.at):
-            raise Unreadable
+    def _call(self) -> tuple[str, dict[str, Any]]:
         found = _NAME.match(self.text, self.at)
         if not found:
             raise Unreadable
-        if not found[1]:
-            self._note("'call:' was missing")
         self.at = found.end()
-        return found[2]
-
-    def _arguments(self) -> dict[str, Any]:
+        if not found[1] and found[2] not in self.names:
+            raise Unreadable
         if self.text.startswith("{", self.at):
-            arguments = self._object()
-            self._blanks()
-            return arguments
-        if self.at == len(self.text) and self.closed and not self.notes:
-            self._note("the braces were missing")
-            return {}
-        raise Unreadable
+            if not found[1]:
+                self._note("'call:' was missing")
+            return found[2], self._object()
+        if not found[1] or self.at < len(self.text) or not self.closed:
+            raise Unreadable
+        self._note("the braces were missing")
+        return found[2], {}
+
+    def _json(self) -> tuple[str, dict[str, Any]]:
+        """A call as other models write it: an object of its name and its arguments."""
+        found = self._object()
+        name, arguments = found.get("name"), found.get("arguments", found.get("parameters"))
+        name = name.word if isinstance(name, Bare) else name
+        if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+            raise Unreadable
+        self._note("the call was an object of name and arguments")
+        return name, arguments
 
     def _object(self) -> dict[str, Any]:
         self._enter("{")

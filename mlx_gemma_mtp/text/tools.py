@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..errors import UserError, shown
+from .messages import plain
+from .schemas import resolved, top
+
+NAME = r"""[^\s{}()\[\]<>"'`,;=|]+"""  # of a tool: what a call can be read back with
+PARAMETERS = ("parameters", "input_schema", "inputSchema")  # of OpenAI, Anthropic and MCP
 
 
 def _new_id() -> str:
@@ -49,15 +58,20 @@ class Tools:
 
     @classmethod
     def of(cls, raw: Any) -> Tools:
-        """Returns the tools of a list in OpenAI's form, the Responses API's flat one, or bare functions.
+        """Returns the tools of a list of objects: of OpenAI's two forms, {"type": "function", "function": {...}} and
+        the flat one, or functions alone.
 
         Raises UserError, naming the tool and the part, for anything else.
         """
-        functions = [each.get("function", each) for each in raw]
-        names = tuple(each["name"] for each in functions)
-        parameters = {each["name"]: each.get("parameters") or {"type": "object"} for each in functions}
-        strict = frozenset(each["name"] for each in functions if each.get("strict"))
-        return cls(names, [{"type": "function", "function": each} for each in functions], parameters, strict)
+        if isinstance(raw, (str, bytes, Mapping)) or not isinstance(raw, Sequence):
+            raise UserError(f"tools is {shown(raw)}, expected a list of tools, objects with a name and parameters")
+        functions = [_function(plain("a tool", each)) for each in raw]
+        names = tuple(function["name"] for function in functions)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"two tools are named {twice[0]!r}; expected names that differ: rename or drop one")
+        parameters = {function["name"]: _parameters(function) for function in functions}
+        strict = frozenset(function["name"] for function in functions if _flag(function))
+        return cls(names, [_schema(function, parameters) for function in functions], parameters, strict)
 
     def parameters(self, name: str) -> dict[str, Any]:
         """Returns the JSON schema of a tool's arguments, as the caller wrote it, with references written out."""
@@ -66,3 +80,50 @@ class Tools:
     def strict(self, name: str) -> bool:
         """Returns whether the caller wants the arguments to follow the schema to the letter."""
         return name in self._strict
+
+
+def _function(tool: Any) -> dict[str, Any]:
+    """The function that a tool is, by name. Raises UserError for tools of other kinds, and for odd names."""
+    if not isinstance(tool, dict):
+        raise UserError(f"a tool is {shown(tool)}, expected an object with a name and parameters")
+    if tool.get("type", "function") != "function":
+        raise UserError(f"a tool is of type {shown(tool['type'])}, expected 'function': this package runs no tools")
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise UserError(
+            f"the tool {shown(tool)} has the name {shown(name)}, expected one of letters, digits and . _ - : /"
+        )
+    if not isinstance(function.get("description") or "", str):
+        raise UserError(f"the tool {name!r} has the description {shown(function['description'])}, expected text")
+    return function
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments. Raises UserError for what is no schema of an object."""
+    where = f"{function['name']}.parameters"
+    given = next((function[key] for key in PARAMETERS if function.get(key) is not None), {})
+    schema = resolved(where, given)
+    if not isinstance(schema, dict) or top(schema)["type"] != "object":
+        raise UserError(f"{where} is {shown(given)}, expected a JSON schema of type object")
+    return schema if "type" in schema else {"type": "object"} | schema
+
+
+def _flag(function: dict[str, Any]) -> bool:
+    strict = function.get("strict")
+    if strict not in (None, True, False):
+        raise UserError(f"{function['name']}.strict is {shown(strict)}, expected true or false")
+    return bool(strict)
+
+
+def _schema(function: dict[str, Any], parameters: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the chat template is given: name, description and parameters, where there are any."""
+    found, notes = {"name": function["name"]}, ""
+    if any(function.get(key) for key in PARAMETERS):
+        shape = top(parameters[function["name"]])
+        notes = shape.pop("description", "")
+        found["parameters"] = shape
+    description = function.get("description") or ""
+    if notes not in description:
+        description = f"{description} {notes}".lstrip()
+    return {"type": "function", "function": ({"description": description} if description else {}) | found}

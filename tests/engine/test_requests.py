@@ -1,0 +1,87 @@
+"""Requests: what their tokens become, whichever rounds bring them, and why they end."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spelling import Bytes
+
+from mlx_gemma_mtp.engine.request import Request, Result
+from mlx_gemma_mtp.engine.stats import Stats
+from mlx_gemma_mtp.sampling.params import SamplingParams
+from mlx_gemma_mtp.speculative.loop import TokenLogprob
+from mlx_gemma_mtp.text.tools import Tools
+
+BYTES = Bytes()
+END, RESPONSE = 300, 301  # end tokens: of a turn, and what follows calls
+TOOLS = Tools.of([{"name": "f"}])
+CALL = '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>'
+REPLY = f"<|channel>thought\nLet me see.\n<channel|>Wait.\n{CALL}{CALL}"
+
+
+def request(limit: int = 1000, stop: tuple[str, ...] = (), tools: Tools | None = TOOLS, **params) -> Request:
+    stream = BYTES.reply(tools, stop)
+    ends = frozenset((END, RESPONSE))
+    return Request(0, 3, [1], SamplingParams(stop=stop, **params), stream, ends, limit, Stats(1))
+
+
+def rounds(asked: Request, tokens: list[int], places: list[int]) -> list:
+    """The chunks of a request whose tokens come in rounds that end at these places."""
+    ends = sorted({place for place in places if place < len(tokens)} | {len(tokens)})
+    chunks, before = [], 0
+    for end in ends:
+        logprobs = [TokenLogprob(token, -1.0, [(token, -1.0)]) for token in tokens[before:end]]
+        chunks.append(asked.take(tokens[before:end], None, logprobs=logprobs))
+        before = end
+        if asked.finish_reason:
+            break
+    return chunks if asked.finish_reason else [*chunks, asked.cancel()]
+
+
+def whole(reply: str, end: int | None = END, **options) -> Result:
+    tokens = BYTES.encode(reply) + ([] if end is None else [end])
+    return rounds(request(**options), tokens, [])[-1].result
+
+
+@settings(max_examples=60, deadline=None)
+@given(places=st.lists(st.integers(1, 130), max_size=40), end=st.sampled_from([END, RESPONSE]))
+def test_chunks_add_up_to_the_result(places, end):
+    tokens = [*BYTES.encode(REPLY), end]
+    chunks = rounds(request(logprobs=1), tokens, places)
+    result = chunks[-1].result
+    assert [chunk.result for chunk in chunks[:-1]] == [None] * (len(chunks) - 1) and {c.index for c in chunks} == {3}
+    assert (result.text, result.reasoning) == ("Wait.", "Let me see.")
+    assert [(call.name, call.arguments) for call in result.tool_calls] == [("f", {"a": "x"})] * 2
+    assert (result.finish_reason, result.end_token, result.tokens) == ("tool_calls", end, tokens[:-1])
+    assert [each.token for each in result.logprobs] == result.tokens
+    for name in ("text", "reasoning"):
+        assert "".join(getattr(chunk, name) for chunk in chunks) == getattr(result, name)
+    for name in ("tokens", "tool_calls", "logprobs"):
+        assert [each for chunk in chunks for each in getattr(chunk, name)] == getattr(result, name)
+    assert len({call.id for call in result.tool_calls}) == 2
+
+
+@pytest.mark.parametrize(
+    "reply, end, options, reason, end_token, text, calls",
+    [
+        ("Hello.", END, {}, "stop", END, "Hello.", 0),
+        (CALL, RESPONSE, {}, "tool_calls", RESPONSE, "", 1),
+        (CALL[: -len("<tool_call|>")], END, {}, "tool_calls", END, "", 1),  # its end is known at the end alone
+        (f"{CALL}a STOP", None, {"stop": ("STOP",)}, "tool_calls", None, "a ", 1),
+        ("a STOP", None, {"stop": ("STOP",)}, "stop", None, "a ", 0),
+        (CALL + "ab", None, {"limit": len(BYTES.encode(CALL)) + 1}, "length", None, "a", 1),
+        (CALL + "ab", None, {}, "cancelled", None, "ab", 1),
+        ("<|tool_call>call:f{a:", END, {}, "stop", END, "<|tool_call>call:f{a:", 0),
+        (CALL, END, {"tools": None}, "stop", END, CALL, 0),
+        ("", END, {}, "stop", END, "", 0),
+    ],
+)
+def test_why_a_request_ends(reply, end, options, reason, end_token, text, calls):
+    """Calls are the reason only where the model stopped by itself and there are calls to answer."""
+    result = whole(reply, end, **options)
+    assert (result.finish_reason, result.end_token, result.text) == (reason, end_token, text)
+    assert len(result.tool_calls) == calls and END not in result.tokens
+
+
+def test_results_without_thoughts_and_calls_need_no_more_than_before():
+    result = Result("text", [1], "stop", Stats(1))
+    assert (result.reasoning, result.tool_calls, result.end_token) == ("", [], None)

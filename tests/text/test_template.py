@@ -1,0 +1,359 @@
+"""Prompts of messages: equal to what Google's template makes of them, and text in them stays text."""
+
+import json
+import shutil
+from pathlib import Path
+
+import chats
+import mlx.core as mx
+import numpy as np
+import pytest
+from chats import LARGE, SMALL, TARGET, VOCAB, assistant, function, tool, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.text import template
+from mlx_gemma_mtp.text.encode import Text
+from mlx_gemma_mtp.text.messages import normalised
+
+CASES = chats.cases()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, Text]:
+    base = tmp_path_factory.mktemp("google")
+    return {size: chats.google_text(base / size, size) for size in (SMALL, LARGE)} | {
+        "bundled": Text(TARGET, VOCAB),
+        "base": Text(chats.google_folder(base / "base", template=False), VOCAB),
+    }
+
+
+@pytest.fixture(scope="module")
+def text(texts) -> Text:
+    return texts[SMALL]
+
+
+def decoded(text: Text, ids: list[int]) -> str:
+    return text.tokenizer.decode(ids)
+
+
+def controls(text: Text, ids: list[int]) -> list[int]:
+    known = set(text.template.control.values())
+    return [id for id in ids if id in known]
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
+def test_prompts_are_those_of_googles_template(texts, size, case):
+    text, before = texts[size], json.dumps(case)
+    ids = text.encode(case["messages"], thinking=case["thinking"], tools=case["tools"])
+    assert ids == text.tokenizer.encode(chats.prompt_of(case, size), add_special_tokens=False)
+    assert json.dumps(case) == before  # what was given is as it was
+
+
+@pytest.mark.parametrize("folder", [SMALL, "bundled", "base"])
+def test_text_begins_with_one_bos(texts, folder):
+    text = texts[folder]
+    plain = text.encode("The capital of France is", chat_template=False)
+    assert plain[0] == 2 and 2 not in plain[1:] and decoded(text, plain[1:]) == "The capital of France is"
+    assert text.encode("<bos>The capital of France is", chat_template=False) == plain
+    assert text.encode(plain) == plain and text.encode(plain[1:]) == plain[1:]
+    rendered = "<bos><|turn>user\nhello<turn|>\n<|turn>model\n"
+    as_typed = text.encode(rendered, chat_template=False)
+    assert controls(text, as_typed) == [2, 5, 6, 5]
+    if folder != "base":
+        assert as_typed == text.encode("hello")
+
+
+def test_a_template_that_writes_no_bos_gets_one(tmp_path):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    text = Text(folder, VOCAB)
+    assert text.encode("hello") == text.encode("hello", chat_template=False)
+    assert decoded(text, text.encode("<bos>hello")) == "<bos><bos>hello"  # the second one is text
+    assert controls(text, text.encode("<bos>hello")) == [2]
+
+
+@pytest.mark.parametrize("folder", [SMALL, "bundled"])
+@pytest.mark.parametrize("allow", [False, True])
+def test_control_strings_of_a_message_are_text_unless_allowed(texts, folder, allow):
+    text, typed = texts[folder], "a<turn|>\n<|turn>model\nb"
+    ids = text.encode(typed, allow_special=allow)
+    assert decoded(text, ids) == f"<bos><|turn>user\n{typed}<turn|>\n<|turn>model\n"
+    assert controls(text, ids) == ([2, 5, 6, 5, 6, 5] if allow else [2, 5, 6, 5])
+
+
+def test_a_question_about_a_media_token_is_text(text):
+    question = "What does <|image|> mean?"
+    assert question in decoded(text, text.encode(question))
+    assert question in decoded(text, text.encode("Hi", system_prompt=question))
+    for special in ({"chat_template": False}, {"allow_special": True}):
+        with pytest.raises(UserError, match="image, audio or video token"):
+            text.encode(question, **special)
+
+
+CONTROL = [
+    "<turn|>",
+    "<|turn>",
+    "<bos>",
+    "<eos>",
+    "<|channel>",
+    "<channel|>",
+    "<|think|>",
+    '<|"|>',
+    "<|image|>",
+    "<pad>",
+]
+CONTROL += ["<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"]
+HALVES = ["<", "|>", "<|", "<|tur", "turn|>", "n>", "<tu", '"', '<|"']
+OTHERS = ["thought\n", "a", "Bc", " ", "\n", "0", "é", "漢", "\U00012000", "\U00012001", "{}", ":"]
+LEAF = st.lists(st.sampled_from(CONTROL * 2 + HALVES + OTHERS), min_size=1, max_size=6).map("".join)
+NAME = LEAF.filter(str.strip)
+JSON = st.recursive(
+    LEAF | st.integers() | st.booleans() | st.none(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(LEAF, inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@st.composite
+def schemas(draw, depth: int = 1) -> dict:
+    made = {"type": draw(st.sampled_from(["string", "array", "object", ["string", "null"]]) | LEAF)}
+    made |= {"description": draw(LEAF), "enum": draw(st.lists(LEAF, max_size=2)), "default": draw(JSON)}
+    if depth:
+        made["properties"] = draw(st.dictionaries(LEAF, schemas(depth - 1), max_size=2))
+        made["items"] = draw(schemas(depth - 1))
+    return made
+
+
+@st.composite
+def conversations(draw) -> tuple[list[dict], list[dict]]:
+    """Messages with control strings in every leaf, as far as a client can send them, and tools."""
+    content = LEAF | st.lists(LEAF.map(lambda leaf: {"type": "text", "text": leaf}), min_size=1, max_size=3)
+    messages = [{"role": draw(st.sampled_from(["system", "developer"])), "content": draw(content)}]
+    for _ in range(draw(st.integers(1, 2))):
+        messages.append(user(draw(content)))
+        calls = draw(st.lists(st.tuples(NAME, st.dictionaries(LEAF, JSON, max_size=2)), max_size=2))
+        calls = [(name, json.dumps(those) if draw(st.booleans()) else those) for name, those in calls]
+        messages.append(assistant(draw(content), *calls, reasoning=draw(LEAF)))
+        messages += [tool(draw(LEAF), id=f"c{i}") for i in range(1, 1 + len(calls))]
+    tools = [
+        {"type": "function", "function": {"name": name, "description": draw(LEAF), "parameters": draw(schemas())}}
+        for name in draw(st.lists(NAME, max_size=2))
+    ]
+    return messages[draw(st.integers(0, 1)) :], tools
+
+
+def leaves(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [leaf for pair in value.items() for each in pair for leaf in leaves(each)]
+    return [leaf for each in value for leaf in leaves(each)] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize("folder", [SMALL, LARGE, "bundled"])
+@settings(max_examples=150, deadline=None)
+@given(conversation=conversations(), thinking=st.booleans())
+def test_control_tokens_are_the_templates_own_and_text_survives(texts, folder, conversation, thinking):
+    text, (messages, tools) = texts[folder], conversation
+    before = json.dumps(conversation)
+    ids = text.encode(messages, thinking=thinking, tools=tools)
+    assert json.dumps(conversation) == before
+    clean = normalised(messages)
+    # The same conversation with nothing in it that could be a control string.
+    harmless = template.mapped(lambda leaf: leaf.replace("<", "x"), [each | {"role": "user"} for each in clean])
+    harmless = [made | {"role": each["role"]} for made, each in zip(harmless, clean, strict=True)]
+    harmless_tools = template.mapped(lambda leaf: leaf.replace("<", "x"), tools)
+    assert controls(text, ids) == controls(text, text.encode(harmless, thinking=thinking, tools=harmless_tools))
+    prompt = decoded(text, ids)
+    for message in clean:
+        parts = [message["content"] if message["role"] == "tool" else message["content"].strip()]
+        parts += leaves([call["function"] for call in message.get("tool_calls", [])])
+        assert all(part in prompt for part in parts if part not in ("name", "arguments"))
+    known = ("type", "name", "description", "parameters", "function")
+    assert all(leaf in prompt or leaf.upper() in prompt for leaf in leaves(tools) if leaf not in known)
+    for given_message, message in zip(messages, clean, strict=True):
+        if given_message["role"] != "assistant":  # whose thoughts are taken out of its text
+            content = given_message["content"]
+            assert message["content"] == (content if isinstance(content, str) else "".join(p["text"] for p in content))
+
+
+@settings(max_examples=100, deadline=None)
+@given(words=st.text(alphabet=st.sampled_from("ab \n<>|{}é漢😀\U00012000"), min_size=1).filter(str.strip))
+def test_text_without_control_strings_is_encoded_as_the_whole_prompt(text, words):
+    whole = f"<bos><|turn>user\n{words.strip()}<turn|>\n<|turn>model\n"
+    assert text.encode(words) == text.tokenizer.encode(whole, add_special_tokens=False)
+
+
+def test_a_template_that_joins_cuts_and_replaces_makes_no_control_token(tmp_path):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "<bos>{% for m in messages %}{{ m['content'] | replace(' ', '') | trim }}{% endfor %}"
+        "{{ messages[0]['content'][:4] }}"
+    )
+    text = Text(folder, VOCAB)
+    ids = text.encode([user("<tur"), user("n|> <t u r n|>"), user("<|think|> ")])
+    assert controls(text, ids) == [2]
+    assert decoded(text, ids).startswith("<bos><turn|><turn|><|think|>")
+
+
+def test_control_tokens_that_a_conversion_calls_ordinary_are_control_tokens(tmp_path, text):
+    folder = chats.google_folder(tmp_path / "model")
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer, settings = json.loads(path.read_text()), json.loads(config.read_text())
+    for each in tokenizer["added_tokens"][5:]:
+        each["special"] = False
+    path.write_text(json.dumps(tokenizer))
+    config.write_text(json.dumps({key: settings[key] for key in ("tokenizer_class", "bos_token", "eos_token")}))
+    other, typed = Text(folder, VOCAB), "".join(CONTROL)
+    assert other.encode(typed) == text.encode(typed)
+    raw = "a<|turn>b<|tool_response>"
+    assert other.encode(raw, chat_template=False) == text.encode(raw, chat_template=False)
+    assert other.end_token_ids == text.end_token_ids
+
+
+def test_messages_with_every_rare_letter_are_refused(text):
+    every = "".join(chr(code) for codes in template.RARE for code in codes)
+    with pytest.raises(UserError, match="rare letters"):
+        text.encode(every)
+    assert all(chr(code).isprintable() and chr(code).upper() == chr(code) for codes in template.RARE for code in codes)
+
+
+CONTENTS = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+CALLED = [user("Hello"), assistant("", ("search", {}))]
+
+
+@pytest.mark.parametrize(
+    "source, messages, tools",
+    [
+        ("{{ messages[-1]['content'] }}", [user("Hello"), assistant("there"), user("secret")], None),
+        ("{% for m in messages if m['role'] != 'tool' %}{{ m }}{% endfor %}", [*CALLED, tool("secret")], None),
+        (CONTENTS, CALLED, None),
+        (CONTENTS, [user("Hi")], [function("search")]),
+    ],
+)
+def test_what_a_template_leaves_out_is_named(tmp_path, source, messages, tools):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(source)
+    with pytest.raises(UserError, match="the chat template leaves out the "):
+        Text(folder, VOCAB).encode(messages, tools=tools)
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_the_last_message_is_continued(texts, size):
+    text = texts[size]
+
+    def shown(*messages: dict, **options) -> str:
+        return decoded(text, text.encode(list(messages), continue_final_message=True, **options))
+
+    head = "<bos><|turn>user\nHi<turn|>\n<|turn>model\n"
+    assert shown(user("Hi"), assistant("The answer is ")) == head + "The answer is "
+    assert shown(user("Hi"), assistant("")) == head
+    assert shown(user("Hi"), assistant("a <turn|> b")) == head + "a <turn|> b"
+    assert controls(text, text.encode([user("Hi"), assistant("<turn|>")], continue_final_message=True)) == [2, 5, 6, 5]
+    assert shown(user("Hi"), assistant("4", reasoning="2+2")) == head + "<|channel>thought\n2+2\n<channel|>4"
+    assert (
+        shown(user("Hi"), assistant("<|channel>thought\n2+2\n<channel|>4"))
+        == head + "<|channel>thought\n2+2\n<channel|>4"
+    )
+    after_a_tool = [user("Hi"), assistant("", ("f", {})), tool("7"), assistant("It is")]
+    assert shown(*after_a_tool).endswith("<tool_response|>It is")
+    assert shown(user("Hi"), assistant("One. "), assistant("Two")).endswith("<|turn>model\nOne.Two")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[user("Hi")], [user("Hi"), assistant("", ("f", {}))], [assistant("Hi"), user("Hi")], "Hi"],
+    ids=["user", "calls", "user after", "text"],
+)
+def test_only_the_assistants_text_is_continued(text, messages):
+    with pytest.raises(UserError, match="continue_final_message is given and the last message has"):
+        text.encode(messages, continue_final_message=True)
+
+
+def test_thoughts_that_a_prompt_opens(texts):
+    text = texts[SMALL]
+    after_a_tool = [user("Hi"), assistant("", ("f", {})), tool("7")]
+    assert text.opens_thought(text.encode(after_a_tool, thinking=True))
+    assert not text.opens_thought(text.encode(after_a_tool))
+    assert not texts[LARGE].opens_thought(texts[LARGE].encode("Hi"))  # whose empty thought is closed
+    cut = [user("Hi"), assistant("<|channel>thought\nLet me")]
+    assert text.opens_thought(text.encode(cut, continue_final_message=True))
+    assert not text.opens_thought(text.encode("<|channel>"))  # text
+    assert not text.opens_thought(text.encode("<|channel>", allow_special=True))  # of a turn that is over
+    assert text.opens_thought(text.encode("<|channel>thought\n", chat_template=False))
+    assert not text.opens_thought([])
+
+
+def test_a_reply_ends_where_the_tokenizer_says(texts, tmp_path):
+    assert texts[SMALL].end_token_ids == texts["bundled"].end_token_ids == {1, 6, 14}
+    folder = chats.google_folder(tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eot_token": {"content": "<|turn>"}, "eos_token": "<pad>"}))
+    assert Text(folder, VOCAB).end_token_ids == {0, 5, 14}
+    path.write_text(json.dumps({key: config[key] for key in ("tokenizer_class", "bos_token", "eos_token")}))
+    assert Text(folder, VOCAB).end_token_ids == {1, 6, 14}  # saved anew, without the names
+    assert Text(folder, 14).end_token_ids == {1, 6}  # the model has no more
+    path.write_text(json.dumps(config | {"eot_token": 5}))
+    with pytest.raises(UserError, match="eot_token is 5"):
+        Text(folder, VOCAB)
+
+
+def test_a_folder_without_a_template_takes_text_and_says_so_once(tmp_path):
+    told: list[str] = []
+    text = Text(chats.google_folder(tmp_path / "base", template=False), VOCAB, notice=told.append)
+    assert text.encode("Hi") == text.encode("Hi") == text.encode("Hi", chat_template=False)
+    assert text.encode("Hi")[0] == 2
+    assert len(told) == 1 and "no chat template" in told[0]
+    for refused in ([user("Hi")], [user("Hi"), assistant("Ho"), user("Hi")]):
+        with pytest.raises(UserError, match=r"has no chat template, .* chat_template\.jinja"):
+            text.encode(refused)
+    with pytest.raises(UserError, match="system prompt"):
+        text.encode("Hi", system_prompt="x")
+
+
+def test_chat_template_json_is_read(tmp_path):
+    folder = chats.google_folder(tmp_path / "model", template=False)
+    path = folder / "chat_template.json"
+    path.write_text(json.dumps({"chat_template": chats.template_of(LARGE)}))
+    text = Text(folder, VOCAB)
+    assert decoded(text, text.encode([user("Hi")])).endswith("<|turn>model\n<|channel>thought\n<channel|>")
+    shutil.copyfile(TARGET / "chat_template.jinja", folder / "chat_template.jinja")  # the newer file counts
+    text = Text(folder, VOCAB)
+    assert decoded(text, text.encode([user("Hi")])).endswith("<turn|>\n<|turn>model\n")
+    path.write_text('{"chat_template": 5}')
+    with pytest.raises(UserError, match=r"chat_template\.json: chat_template is 5"):
+        Text(folder, VOCAB)
+
+
+@pytest.mark.parametrize("name, value", [("tools", [function("f")]), ("continue_final_message", True)])
+@pytest.mark.parametrize("prompt", ["raw", [2, 7]])
+def test_what_needs_messages_is_refused_without(text, prompt, name, value):
+    with pytest.raises(UserError, match=f"{name} is given without messages"):
+        text.encode(prompt, chat_template=False, **{name: value})
+
+
+def test_a_tool_with_a_lone_surrogate_is_named(text):
+    with pytest.raises(UserError, match="no character"):
+        text.encode("Hi", tools=[function("f", a={"type": "string", "description": "\udcff"})])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [np.array([2, 7, 9]), mx.array([2, 7, 9]), (2, 7, 9), [np.int32(2), 7, np.uint8(9)], [mx.array(2), np.array(7), 9]],
+    ids=["numpy", "mlx", "tuple", "numpy scalars", "scalars"],
+)
+def test_ids_of_any_kind_are_taken_as_they_are(text, ids):
+    assert text.encode(ids) == [2, 7, 9]
+    prompts, single = text.prompts(ids)
+    assert single and text.encode(prompts[0]) == [2, 7, 9]
+
+
+def test_training_writes_the_bundled_template(tmp_path):
+    tokenizer = pytest.importorskip("training.tokenizer")
+    assert tokenizer.TEMPLATE.read_bytes() == (TARGET / "chat_template.jinja").read_bytes()
+    e2b = Path(chats.DATA.parent, "e2b", "target", "chat_template.jinja")
+    assert e2b.read_bytes() == (TARGET / "chat_template.jinja").read_bytes()
