@@ -14,7 +14,7 @@ from ..text.grammar import Grammar, Grammars
 from ..text.thinking import CLOSE, OPEN, Thinking
 from ..text.tool_calls import CALL_CLOSE, CALL_OPEN, QUOTE
 from ..text.tool_choice import ToolChoice
-from ..text.tool_grammar import Marks, Tool
+from ..text.tool_grammar import Marks
 from ..text.tools import Tools
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ class Constraints:
             return calls
         opening, closing = (self.text.token_id(name, "a bound call of a tool") for name in (CALL_OPEN, CALL_CLOSE))
         marks = Marks(opening, closing, self.text.template.control.get(QUOTE))
-        asked = [Tool(name, tools.parameters(name), tools.strict(name)) for name in choice.names]
-        return Calls(tools, choice, self._grammars.calls(asked, marks))
+        return Calls(tools, choice, self._grammars.calls(tools, choice.names, marks))
 
     def of(self, params: SamplingParams, calls: Calls, in_thought: bool) -> Constraint | None:
         """Returns what a reply must follow, None where it is free. in_thought: whether the prompt opened a thought.

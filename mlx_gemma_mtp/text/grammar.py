@@ -9,7 +9,8 @@ import numpy as np
 
 from ..errors import UserError, clipped, in_a_line, shown
 from ..speculative.guide import only
-from .tool_grammar import Marks, Tool, call_grammar
+from .tool_grammar import Marks, call_grammar
+from .tools import Tools
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -50,19 +51,19 @@ class Grammars:
             raise UserError(f"the {kind} {shown(source)} cannot be used: {reason}; mend it") from None
         return grammar
 
-    def calls(self, tools: Sequence[Tool], marks: Marks) -> Grammar:
-        """Compiles the grammar of one call of one of the tools, from its opening to its closing token.
+    def calls(self, tools: Tools, names: Sequence[str], marks: Marks) -> Grammar:
+        """Compiles the grammar of one call of one of these tools, from its opening to its closing token.
 
         Raises UserError for schemas that cannot be used, and for those that no call satisfies.
         """
-        source = call_grammar(tools, marks, self._wrong)
+        source = call_grammar(tools, names, marks, self._wrong)
         try:
             grammar = Grammar(self._matcher("grammar", source), self.vocab, self.end_tokens)
             grammar.copy().check_start()
         except ValueError as error:
-            names = clipped(", ".join(tool.name for tool in tools), 80)
+            which = clipped(", ".join(names), 80)
             reason = in_a_line(error).removeprefix("ValueError: ")
-            raise UserError(f"calls of {names} cannot be bound to their schemas: {reason}; mend them") from None
+            raise UserError(f"calls of {which} cannot be bound to their schemas: {reason}; mend them") from None
         return grammar
 
     def _wrong(self, lark: str) -> str | None:

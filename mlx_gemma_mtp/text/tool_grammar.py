@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import UserError, clipped, shown
+from .schemas import Schema
 from .tool_calls import QUOTE
+from .tools import Tools
 
 # Keywords that no grammar here can say.
 UNSAID = (
@@ -31,15 +33,6 @@ KINDS = {  # of a schema without a type: what its keywords are about
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
 KEY = r"""[^\s:,=|{}\[\]<>"']+"""  # a key that needs no quotes
-MOST_REFS = 100  # from one to the next, without anything between
-
-
-class Tool(NamedTuple):
-    """What a grammar needs of a tool. parameters: the JSON schema of its arguments, None for a tool without any."""
-
-    name: str
-    parameters: Mapping[str, Any] | None
-    strict: bool = False
 
 
 class Marks(NamedTuple):
@@ -54,14 +47,14 @@ class Unsaid(Exception):
     """A keyword that a grammar cannot say."""
 
 
-def call_grammar(tools: Iterable[Tool], marks: Marks, wrong: Callable[[str], str | None]) -> str:
-    """Returns the Lark grammar of one call of one of the tools, from its opening to its closing token.
+def call_grammar(tools: Tools, names: Sequence[str], marks: Marks, wrong: Callable[[str], str | None]) -> str:
+    """Returns the Lark grammar of one call of one of these tools, from its opening to its closing token.
 
     wrong: says what is wrong with a Lark grammar, None if nothing is. Raises UserError for a strict tool whose schema
-    cannot be said, and for schemas that are none.
+    cannot be said, and for schemas that contradict themselves.
     """
     lark = Lark(marks, wrong)
-    calls = [Parameters(lark, tool).call() for tool in tools]
+    calls = [Parameters(lark, name, tools.parameters(name), tools.strict(name)).call() for name in names]
     start = f"start: <[{marks.open}]> ({' | '.join(calls)}) <[{marks.close}]>"
     return "\n".join([start, *(f"{name}: {body}" for name, body in lark.rules.items())])
 
@@ -83,12 +76,6 @@ class Lark:
             return self._names[body]
         name = name or f"r{len(self.rules)}"
         self._names[body], self.rules[name] = name, body
-        return name
-
-    def reserve(self) -> str:
-        """Returns the name of a rule whose body comes later."""
-        name = f"r{len(self.rules)}"
-        self.rules[name] = ""
         return name
 
     def terminal(self, body: str) -> str:
@@ -132,137 +119,72 @@ class Lark:
 
 
 class Parameters:
-    """The arguments of one tool as rules."""
+    """The arguments of one tool as rules. schema: without references, as `Tools.parameters` returns it."""
 
-    def __init__(self, lark: Lark, tool: Tool):
+    def __init__(self, lark: Lark, name: str, schema: Schema, strict: bool):
+        self.lark, self.name, self.strict = lark, name, strict
         # Whoever names no property means that there is none, as many do with {"type": "object"} alone.
-        self.lark, self.tool, self.root = lark, tool, {"type": "object", "properties": {}} | dict(tool.parameters or {})
-        self._refs: dict[str, str] = {}
+        self.schema = {"properties": {}} | schema
 
     def call(self) -> str:
         """Returns the rule of a call of the tool. Raises UserError."""
-        if str(self.root["type"]).lower() != "object":
-            raise UserError(f"{self._where('parameters')} is of type {shown(self.root['type'])}, expected object")
-        try:
-            arguments = self.value(self.root, "parameters", Lark.any_object)
-        except RecursionError:
-            name = shown(self.tool.name)
-            raise UserError(f"the schema of the tool {name} is nested too deeply; make it flatter") from None
-        return self.lark.rule(f"{literal(f'call:{self.tool.name}')} {arguments}")
+        arguments = self.value(self.schema, "parameters", Lark.any_object)
+        return self.lark.rule(f"{literal(f'call:{self.name}')} {arguments}")
 
-    def value(self, schema: Any, at: str, loose: Callable[[Lark], str] = Lark.anything) -> str:
+    def value(self, schema: Schema | bool, at: str, loose: Callable[[Lark], str] = Lark.anything) -> str:
         """Returns the rule of a value that satisfies the schema. at: where it stands, for messages. loose: makes the
         rule of what is allowed where the schema cannot be said.
         """
         if schema is True:
             return self.lark.anything()
-        if not isinstance(schema, Mapping):
-            raise UserError(f"{self._where(at)} is {shown(schema)}, expected a JSON schema, which is an object")
         try:
-            if "$ref" in schema and not set(schema) - {"$ref", *NOTES}:
-                return self._ref(schema["$ref"], at)
-            return self._alternatives(self._whole(schema, at), at)
+            return self._alternatives(whole(schema), at)
         except Unsaid as error:
             self._unsaid(str(error), at)
             return loose(self.lark)
 
     def _unsaid(self, keyword: str, at: str) -> None:
         """A keyword that is left out, or refused."""
-        if self.tool.strict:
+        if self.strict:
             raise UserError(
                 f"{self._where(at)} has {shown(keyword)}, which no grammar of calls says; leave it out, or 'strict'"
             )
 
     def _where(self, at: str) -> str:
-        return f"the tool {shown(self.tool.name)}: {clipped(at, 80)}"
+        return f"the tool {shown(self.name)}: {clipped(at, 80)}"
 
-    def _target(self, ref: Any, at: str) -> Any:
-        """What a reference within the tool's schema names. Raises UserError."""
-        found: Any = self.root
-        for part in ref.split("/")[1:] if isinstance(ref, str) and re.match("#(/|$)", ref) else [None]:
-            key = part and part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(found, Mapping) or key not in found:
-                raise UserError(
-                    f"{self._where(at)} has $ref {shown(ref)}, expected one within the tool's parameters, such as "
-                    "'#/$defs/NAME'"
-                )
-            found = found[key]
-        return found
-
-    def _ref(self, ref: Any, at: str) -> str:
-        if not isinstance(ref, str) or ref not in self._refs:
-            target = self._target(ref, at)
-            self._refs[ref] = name = self.lark.reserve()  # first, for schemas that hold themselves
-            body = end = self.value(target, f"{at} ({ref})")
-            while end != name and end in self.lark.rules:  # from a rule to the one that it is
-                end = self.lark.rules[end]
-            if end == name:
-                raise UserError(f"{self._where(at)} has $ref {shown(ref)}, which leads back to itself alone; mend it")
-            self.lark.rules[name] = body
-        return self._refs[ref]
-
-    def _whole(self, schema: Any, at: str) -> dict[str, Any]:
-        """The schema with what $ref and allOf add to it. Raises Unsaid where they cannot be put together."""
-        whole, todo = {}, [schema]
-        for _ in range(MOST_REFS):
-            if not todo:
-                return whole
-            part = todo.pop()
-            if isinstance(part, Mapping):
-                todo += [self._target(part["$ref"], at)] if "$ref" in part else []
-                todo += _listed(part, "allOf")
-                part = {key: each for key, each in part.items() if key not in ("$ref", "allOf")}
-            whole = merged(whole, part)
-        raise Unsaid("$ref")
-
-    def _alternatives(self, schema: dict[str, Any], at: str) -> str:
-        """The rule of a schema without references: of its alternatives, or of its one type."""
+    def _alternatives(self, schema: Schema, at: str) -> str:
+        """The rule of a schema without allOf: of its alternatives, or of its types."""
         for keyword in UNSAID:
             if schema.get(keyword):  # `false`, 0 and the like forbid nothing
                 self._unsaid(keyword, at)
         if schema.get("nullable") is True:
-            return self._any_of([self._alternatives(schema | {"nullable": False}, at), '"null"'])
+            return self._any_of([self._alternatives(schema | {"nullable": False}, at), '"null"'], at)
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
-                rest = {key: each for key, each in schema.items() if key != keyword}
-                options = _listed(schema, keyword)
-                return self._any_of([self.value(self._option(rest, each), f"{at}.{keyword}") for each in options])
+                rest = {key: each for key, each in schema.items() if key not in (keyword, *NOTES)}
+                options = [merged(rest, each) if rest else each for each in schema[keyword]]
+                return self._any_of([self.value(each, f"{at}.{keyword}") for each in options], at)
         if "const" in schema or "enum" in schema:
-            values = [schema["const"]] if "const" in schema else _listed(schema, "enum")
-            return self._any_of([self._literal(each) for each in values])
+            values = [schema["const"]] if "const" in schema else schema["enum"]
+            return self._any_of([self._literal(each) for each in values], at)
         kinds = schema.get("type", next((kind for kind, words in KINDS.items() if set(words) & set(schema)), None))
         if kinds is None:
             return self.lark.anything()
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        return self._any_of([self._typed(kind, schema, f"{at}") for kind in kinds])
+        return self._any_of([self._typed(kind, schema, at) for kind in kinds_of(kinds)], at)
 
-    def _option(self, rest: dict[str, Any], option: Any) -> Any:
-        """One of several alternatives with what holds for all of them."""
-        if not set(rest) - set(NOTES):
-            return option
-        if isinstance(option, Mapping) and "$ref" in option:
-            return {"allOf": [rest, option]}
-        return merged(rest, option)
-
-    def _any_of(self, rules: Sequence[str]) -> str:
+    def _any_of(self, rules: Sequence[str], at: str) -> str:
         if not rules:
-            raise UserError(f"the tool {shown(self.tool.name)} has a schema without alternatives; expected one or more")
+            raise UserError(f"{self._where(at)} has no alternatives, expected one or more")
         return rules[0] if len(rules) == 1 else self.lark.rule(" | ".join(dict.fromkeys(rules)))
 
-    def _typed(self, kind: Any, schema: dict[str, Any], at: str) -> str:
+    def _typed(self, kind: str, schema: Schema, at: str) -> str:
         """The rule of a value of one type."""
-        kind = kind.lower() if isinstance(kind, str) else kind  # OpenAPI writes STRING
         if kind in ("boolean", "null"):
             return '("true" | "false")' if kind == "boolean" else '"null"'
         if kind in ("integer", "number"):
             return self._number(kind, schema, at)
-        makers = {"string": self._string, "array": self._array, "object": self._object}
-        if kind not in makers:
-            raise UserError(
-                f"{self._where(at)} has the type {shown(kind)}, expected string, number, integer, boolean, null, array "
-                "or object"
-            )
-        return makers[kind](schema, at)
+        return {"string": self._string, "array": self._array, "object": self._object}[kind](schema, at)
 
     def _literal(self, value: Any) -> str:
         """A value as the template writes it."""
@@ -275,7 +197,7 @@ class Parameters:
             return " ".join(['"{"', *_joined(pairs), '"}"'])
         return literal(json.dumps(value))
 
-    def _number(self, kind: str, schema: dict[str, Any], at: str) -> str:
+    def _number(self, kind: str, schema: Schema, at: str) -> str:
         said = {"type": kind} | {key: schema[key] for key in KINDS["number"] if key in schema}
         for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
             if isinstance(said.get(exclusive), bool) and said.pop(exclusive) and bound in said:
@@ -285,7 +207,7 @@ class Parameters:
             said = {"type": kind}
         return self.lark.json(said)
 
-    def _string(self, schema: dict[str, Any], at: str) -> str:
+    def _string(self, schema: Schema, at: str) -> str:
         least, most = self._bounds(schema, "Length", at)
         plain, text = f"{self.lark.char}{{{max(least, 1)},{most}}}", f"/{self.lark.char}+/"
         if most == "0":
@@ -304,7 +226,7 @@ class Parameters:
                 self._unsaid("pattern", at)
         return self.lark.string(text, least == 0)
 
-    def _bounds(self, schema: dict[str, Any], what: str, at: str) -> tuple[int, str]:
+    def _bounds(self, schema: Schema, what: str, at: str) -> tuple[int, str]:
         """The least and the most of a schema's minLength and maxLength, or minItems and maxItems; the most as text."""
         least, most = schema.get(f"min{what}", 0), schema.get(f"max{what}")
         for name, each in ((f"min{what}", least), (f"max{what}", most if most is not None else 0)):
@@ -314,10 +236,10 @@ class Parameters:
             raise UserError(f"{self._where(at)} has min{what} {least} above max{what} {most}; no value satisfies it")
         return least, "" if most is None else str(most)
 
-    def _array(self, schema: dict[str, Any], at: str) -> str:
+    def _array(self, schema: Schema, at: str) -> str:
         least, most = self._bounds(schema, "Items", at)
         items = schema.get("items", True)
-        first = _listed(schema, "prefixItems") if "prefixItems" in schema else items if isinstance(items, list) else []
+        first = schema.get("prefixItems", items if isinstance(items, list) else [])
         more = schema.get("additionalItems", True) if isinstance(items, list) else items
         first = first[: int(most)] if most else first
         # From the end: what may follow the items so far, each with the comma before it.
@@ -334,10 +256,8 @@ class Parameters:
             tail = f"({tail})?" if i >= least else tail
         return self.lark.rule(f'"[" {tail} "]"')
 
-    def _object(self, schema: dict[str, Any], at: str) -> str:
-        properties, required = schema.get("properties") or {}, _listed(schema, "required")
-        if not isinstance(properties, Mapping):
-            raise UserError(f"{self._where(at)} has properties {shown(properties)}, expected an object")
+    def _object(self, schema: Schema, at: str) -> str:
+        properties, required = schema.get("properties", {}), schema.get("required", [])
         extra = schema.get("additionalProperties", "properties" not in schema)
         others = extra if isinstance(extra, Mapping) else True
         properties = {key: others for key in required} | dict(properties)
@@ -356,12 +276,20 @@ class Parameters:
         return self.lark.rule(f'"{{" {first} "}}"')
 
 
-def merged(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
+def whole(schema: Schema) -> Schema:
+    """Returns the schema with what its allOf adds to it. Raises Unsaid where they cannot be put together."""
+    found: Schema = {key: value for key, value in schema.items() if key != "allOf"}
+    for part in schema.get("allOf", []):
+        found = merged(found, part if isinstance(part, bool) else whole(part))
+    return found
+
+
+def merged(one: Schema, other: Schema | bool) -> Schema:
     """Returns one schema for what satisfies both. Raises Unsaid for a keyword on which they disagree."""
-    if other is True:
-        return dict(one)
-    if not isinstance(other, Mapping):
-        raise Unsaid("allOf")
+    if isinstance(other, bool):
+        if other:
+            return one
+        raise Unsaid("false")
     both = dict(one)
     for key, value in other.items():
         if key not in both or both[key] == value or key in NOTES:
@@ -371,14 +299,16 @@ def merged(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
         elif key == "properties":
             shared = {name: merged(both[key][name], each) for name, each in value.items() if name in both[key]}
             both[key] = {**both[key], **value, **shared}
-        elif key == "type":
-            first, second = ([kinds] if isinstance(kinds, str) else kinds for kinds in (both[key], value))
-            if not (kinds := [kind for kind in first if kind in second]):
-                raise Unsaid(key)
+        elif key == "type" and (kinds := [kind for kind in kinds_of(both[key]) if kind in kinds_of(value)]):
             both[key] = kinds
         else:
             raise Unsaid(key)
     return both
+
+
+def kinds_of(kinds: str | list[str]) -> list[str]:
+    """Returns the types of a schema as a list."""
+    return [kinds] if isinstance(kinds, str) else kinds
 
 
 def repeated(body: str, least: int, most: int | str) -> str:
@@ -419,11 +349,3 @@ def unanchored(pattern: Any, char: str) -> str:
 def _joined(parts: Sequence[str]) -> list[str]:
     """The parts with commas between them."""
     return [each for i, part in enumerate(parts) for each in ('","', part)[i == 0 :]]
-
-
-def _listed(schema: Mapping[str, Any], keyword: str) -> list[Any]:
-    """A keyword's list, empty where the schema does not have it. Raises UserError for what is no list."""
-    value = schema.get(keyword, [])
-    if not isinstance(value, list):
-        raise UserError(f"a tool's schema has {keyword} {shown(value)}, expected a list")
-    return value
