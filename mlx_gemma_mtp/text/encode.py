@@ -71,7 +71,7 @@ class Text:
         """Returns the id of a special token. what: needs it, in messages. Raises UserError where the vocabulary has no
         such token.
         """
-        found = self.tokenizer.get_vocab().get(token)
+        found = self.fast_tokenizer.backend_tokenizer.token_to_id(token)
         if found is None:
             raise UserError(f"the tokenizer has no token {token!r}, which {what} needs; leave that out")
         if found >= self.vocab_size:

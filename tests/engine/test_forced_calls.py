@@ -91,6 +91,20 @@ def test_drafts_are_kept_within_calls(engine):
     assert sum(result.stats.accepted for result in results) > 0
 
 
+def test_drafts_that_rejection_accepts_follow_the_grammar_too():
+    params = [SamplingParams(max_tokens=200, temperature=1.0, seed=seed) for seed in range(3)]
+    engine = load(num_draft_tokens=3, accept="rejection")
+    for result in engine.generate(ASKED, params, tools=TOOLS, tool_choice="required"):
+        check(result)
+
+
+def test_a_call_that_other_settings_forbid_ends_its_row_alone(engine, ids):
+    forbidden = SamplingParams(max_tokens=60, temperature=0.0, logit_bias={ids["<|tool_call>"]: -np.inf})
+    results = engine.generate(ASKED[:2], [forbidden, SamplingParams(max_tokens=60)], tools=[MOVE], tool_choice="move")
+    assert results[0].finish_reason == "error" and "leave none in common" in results[0].error
+    check(results[1])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_several_calls_or_one(engine, ids, temperature):
     """A bias keeps the reply from ending: then call follows upon call, unless one alone is wanted."""
