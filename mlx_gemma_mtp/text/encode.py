@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import UserError, shown
-from ..sampling.params import check_unicode, whole
-from .messages import Message, is_empty, normalised, plain
+from ..sampling.params import check_unicode, flag, whole
+from .messages import Message, checked_tools, is_empty, normalised
 from .reply import Controls, Reply
 from .template import Template
 from .thinking import CLOSE, OPEN
@@ -135,51 +135,58 @@ class Text:
         if system_prompt is not None and not isinstance(system_prompt, str):
             raise UserError(f"system_prompt is {shown(system_prompt)}, expected text")
         system_prompt = system_prompt and check_unicode("the system prompt", system_prompt)
+        flag("allow_special", allow_special)
+        flag("continue_final_message", continue_final_message)
         prompt = _plain(prompt)
         are_messages = not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt)
         if are_messages or (isinstance(prompt, str) and chat_template and self.template.exists):
-            messages = self._messages(prompt, system_prompt, allow_special)
-            if continue_final_message:
-                _check_continues(messages)
-            said = not is_empty(messages) or bool(tools)
-            tools = None if tools is None else [plain("a tool", tool) for tool in tools]
-            render = self.template.encode
-            tokens = render(messages, tools, thinking, allow_special, continue_final_message) if said else []
+            tokens = self._chat(prompt, system_prompt, thinking, tools, allow_special, continue_final_message)
         else:
             raw = isinstance(prompt, str)
             for name, given in (("tools", tools and raw), ("continue_final_message", continue_final_message)):
                 if given:
                     raise UserError(f"{name} is given without messages; expected them, and a chat template")
             tokens = self._raw(prompt, system_prompt, chat_template) if raw else _ids(prompt, system_prompt)
-        if are_messages or isinstance(prompt, str):
-            tokens = self._begun(tokens)
         self._check(prompt, tokens)
         return tokens
 
-    def _messages(self, prompt: str | Sequence[Any], system_prompt: str | None, allow_special: bool) -> list[Message]:
+    def _chat(
+        self,
+        prompt: str | Sequence[Any],
+        system_prompt: str | None,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        allow_special: bool,
+        continued: bool,
+    ) -> list[int]:
         if not self.template.exists:
             raise UserError(
                 "this model's folder has no chat template, which messages need; give text, or put the template of its "
                 "model into the folder as chat_template.jinja"
             )
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        return [*system, *normalised(given, thoughts=not allow_special)]
+        messages, tools = normalised(given, thoughts=not allow_special), checked_tools(tools)
+        if continued:
+            _check_continues(messages)
+        if is_empty(messages):
+            return []
+        if system_prompt:
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        return self._begun(self.template.encode(messages, tools, thinking, allow_special, continued))
 
     def _raw(self, prompt: str, system_prompt: str | None, chat_template: bool) -> list[int]:
         if system_prompt:
-            raise UserError(
-                "a system prompt needs the chat template; put it into the prompt, or do not ignore the template"
-            )
+            fix = "do not ignore it" if self.template.exists else "add the folder's, which has none"
+            raise UserError(f"a system prompt needs the chat template; put it into the prompt, or {fix}")
         if chat_template and not self._told:
             self._told = True
             self.notice("this model's folder has no chat template: prompts go to the model as they are")
         check_unicode("the prompt", prompt)
-        return self.tokenizer.encode(prompt, add_special_tokens=self.bos is None) if prompt else []
+        return self._begun(self.tokenizer.encode(prompt, add_special_tokens=self.bos is None)) if prompt else []
 
     def _begun(self, tokens: list[int]) -> list[int]:
         """Tokens of text, behind one <bos>: Google's tokenizer adds none, and most templates write one."""
-        return tokens if not tokens or self.bos is None or tokens[0] == self.bos else [self.bos, *tokens]
+        return tokens if self.bos is None or tokens[:1] == [self.bos] else [self.bos, *tokens]
 
     def opens_thought(self, ids: Sequence[int]) -> bool:
         """Returns whether a prompt ends within an open thought: the reply goes on with it."""

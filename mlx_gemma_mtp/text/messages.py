@@ -49,6 +49,22 @@ def normalised(messages: Iterable[Any], thoughts: bool = True) -> list[dict[str,
     return found
 
 
+def checked_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Returns a copy of tools, objects of type function with a name. Raises UserError for anything else."""
+    if tools is None:
+        return None
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
+        raise UserError(f"tools are {shown(tools)}, expected a list of objects of type 'function'")
+    made = []
+    for each in tools:
+        function = each.get("function") if isinstance(each, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise UserError(f"a tool is {shown(each)}, expected an object of type 'function' with a function")
+        name = _word("the name of a tool", function.get("name"))
+        made.append(plain(f"the tool {shown(name)}", each))
+    return made
+
+
 def is_empty(messages: Sequence[Message]) -> bool:
     """Returns whether normalised messages say nothing at all."""
     return not any(each["content"] or each.get("tool_calls") or each.get("reasoning") for each in messages)

@@ -15,7 +15,7 @@ from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper
 from .tokenizer_files import OLD_TEMPLATE
 
-WORDS = re.compile("[A-Za-z0-9]+")
+WORDS = re.compile(r"\w+")
 # Letters without case that no template trims, and that Python shows as they are where a template prints a list.
 RARE = (range(0x12000, 0x1239A), range(0x20000, 0x2A6E0))
 
@@ -131,7 +131,7 @@ def _check_complete(rendered: str, messages: Sequence[Message], tools: Sequence[
     """
     said = [(f"the {each['role']} message", each["content"]) for each in messages]
     called = [call["function"]["name"] for each in messages for call in each.get("tool_calls", ())]
-    declared = [str(tool.get("function", tool).get("name", "")) for tool in tools or ()]
+    declared = [tool["function"]["name"] for tool in tools or ()]
     said += [("the tool call", name) for name in called] + [("the tool", name) for name in declared]
     rendered = rendered.casefold()
     for what, text in said:

@@ -121,6 +121,7 @@ JSON = st.recursive(
 def schemas(draw, depth: int = 1) -> dict:
     made = {"type": draw(st.sampled_from(["string", "array", "object", ["string", "null"]]) | LEAF)}
     made |= {"description": draw(LEAF), "enum": draw(st.lists(LEAF, max_size=2)), "default": draw(JSON)}
+    made["required"] = draw(st.lists(LEAF, max_size=1))
     if depth:
         made["properties"] = draw(st.dictionaries(LEAF, schemas(depth - 1), max_size=2))
         made["items"] = draw(schemas(depth - 1))
@@ -139,7 +140,7 @@ def conversations(draw) -> tuple[list[dict], list[dict]]:
         messages.append(assistant(draw(content), *calls, reasoning=draw(LEAF)))
         messages += [tool(draw(LEAF), id=f"c{i}") for i in range(1, 1 + len(calls))]
     tools = [
-        {"type": "function", "function": {"name": name, "description": draw(LEAF), "parameters": draw(schemas())}}
+        {"type": "function", "function": {"name": name, "description": draw(LEAF), "parameters": draw(schemas(2))}}
         for name in draw(st.lists(NAME, max_size=2))
     ]
     return messages[draw(st.integers(0, 1)) :], tools
@@ -151,6 +152,14 @@ def leaves(value: object) -> list[str]:
     if isinstance(value, dict):
         return [leaf for pair in value.items() for each in pair for leaf in leaves(each)]
     return [leaf for each in value for leaf in leaves(each)] if isinstance(value, list) else []
+
+
+def told_leaves(function: dict) -> list[str]:
+    """The leaves of a function that the template tells, as Google's does: defaults of properties are none of them."""
+    found = [function["name"], function["description"]]
+    for name, schema in function["parameters"]["properties"].items():
+        found += [name, schema["description"], *schema["enum"], *leaves(schema["items"]["default"])]
+    return found
 
 
 @pytest.mark.parametrize("folder", [SMALL, LARGE, "bundled"])
@@ -172,8 +181,8 @@ def test_control_tokens_are_the_templates_own_and_text_survives(texts, folder, c
         parts = [message["content"] if message["role"] == "tool" else message["content"].strip()]
         parts += leaves([call["function"] for call in message.get("tool_calls", [])])
         assert all(part in prompt for part in parts if part not in ("name", "arguments"))
-    known = ("type", "name", "description", "parameters", "function")
-    assert all(leaf in prompt or leaf.upper() in prompt for leaf in leaves(tools) if leaf not in known)
+    told = [leaf for each in tools for leaf in told_leaves(each["function"])]
+    assert all(leaf in prompt or leaf.upper() in prompt for leaf in told)
     for given_message, message in zip(messages, clean, strict=True):
         if given_message["role"] != "assistant":  # whose thoughts are taken out of its text
             content = given_message["content"]
@@ -229,6 +238,7 @@ CALLED = [user("Hello"), assistant("", ("search", {}))]
     "source, messages, tools",
     [
         ("{{ messages[-1]['content'] }}", [user("Hello"), assistant("there"), user("secret")], None),
+        ("{{ messages[-1]['content'] }}", [user("こんにちは"), assistant("there"), user("secret")], None),
         ("{% for m in messages if m['role'] != 'tool' %}{{ m }}{% endfor %}", [*CALLED, tool("secret")], None),
         (CONTENTS, CALLED, None),
         (CONTENTS, [user("Hi")], [function("search")]),
@@ -239,6 +249,16 @@ def test_what_a_template_leaves_out_is_named(tmp_path, source, messages, tools):
     (folder / "chat_template.jinja").write_text(source)
     with pytest.raises(UserError, match="the chat template leaves out the "):
         Text(folder, VOCAB).encode(messages, tools=tools)
+
+
+def test_a_template_may_quote_and_capitalise(tmp_path):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] | upper | tojson }}{% endfor %}"
+    )
+    text = Text(folder, VOCAB)
+    shown = decoded(text, text.encode([user('a "straße"\n<turn|>'), assistant("...")]))
+    assert shown == '<bos>"A \\"STRASSE\\"\\n<TURN|>""..."'
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -336,9 +356,32 @@ def test_what_needs_messages_is_refused_without(text, prompt, name, value):
         text.encode(prompt, chat_template=False, **{name: value})
 
 
-def test_a_tool_with_a_lone_surrogate_is_named(text):
-    with pytest.raises(UserError, match="no character"):
-        text.encode("Hi", tools=[function("f", a={"type": "string", "description": "\udcff"})])
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"tools": [function("f", a={"type": "string", "description": "\udcff"})]}, "the tool 'f' has .* no character"),
+        ({"tools": [function("f", **{"\udcff": {"type": "string"}})]}, "the tool 'f' has .* no character"),
+        ({"tools": [function("\udcff")]}, "the name of a tool has .* no character"),
+        ({"tools": [function("")]}, "the name of a tool is ''"),
+        ({"tools": [{"name": "f"}]}, "a tool is {'name': 'f'}, expected"),
+        ({"tools": ["f"]}, "a tool is 'f', expected"),
+        ({"tools": function("f")}, "tools are .* expected a list"),
+        ({"tools": 5}, "tools are 5, expected a list"),
+        ({"allow_special": "no"}, "allow_special is 'no'"),
+        ({"continue_final_message": 1}, "continue_final_message is 1"),
+    ],
+)
+def test_bad_options_are_named(text, options, named):
+    with pytest.raises(UserError, match=named):
+        text.encode("Hi", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tools": [function("f")]}, {"system_prompt": "Be brief."}], ids=["tools", "system"]
+)
+def test_an_empty_message_is_no_prompt_whatever_is_beside_it(text, options):
+    with pytest.raises(UserError, match="empty"):
+        text.encode([user("")], **options)
 
 
 @pytest.mark.parametrize(
