@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from .engine.request import Chunk, Result
     from .engine.stats import Stats
     from .sampling.params import SamplingParams
+    from .text.tools import ToolCall
 
-__all__ = ["Chunk", "Engine", "Result", "SamplingParams", "Stats", "UserError", "__version__", "load"]
+__all__ = ["Chunk", "Engine", "Result", "SamplingParams", "Stats", "ToolCall", "UserError", "__version__", "load"]
 
 _HOMES = {
     "Chunk": "engine.request",
@@ -27,6 +28,7 @@ _HOMES = {
     "Result": "engine.request",
     "SamplingParams": "sampling.params",
     "Stats": "engine.stats",
+    "ToolCall": "text.tools",
     "load": "engine.load",
 }
 

@@ -131,7 +131,7 @@ class Request:
         """What was added since token `start`."""
         result, logprobs = None, None if self.params.logprobs is None else self.logprobs
         if self.finish_reason:
-            pieces.append(self._safely(self.stream.finish))
+            pieces.append(self._safely(self.stream.finish, self.end_token is not None))
         self.pieces += pieces
         if self.finish_reason:
             result = self._result(logprobs)
@@ -155,7 +155,7 @@ class Request:
             self.end_token,
         )
 
-    def _safely(self, call: Callable[..., Piece], *args: int) -> Piece:
+    def _safely(self, call: Callable[..., Piece], *args: int | bool) -> Piece:
         """The piece that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
         try:
             return call(*args)

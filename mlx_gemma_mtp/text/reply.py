@@ -213,12 +213,14 @@ class Reply:
         self._drain()
         return self._released()
 
-    def finish(self) -> Piece:
-        """Returns what was held back, now that no token follows."""
+    def finish(self, ended: bool = False) -> Piece:
+        """Returns what was held back, now that no token follows. ended: whether the model ended it, so that a call
+        whose end is missing was not cut off.
+        """
         if not self.stopped:
             self._feed(self._characters.end())
             while self._body is not None and not self.stopped:
-                self._end_call(None)
+                self._end_call(None, ended)
                 self._drain()
             if self._thought is not None:
                 self._reasoning.append(self._thought.cut())
@@ -325,18 +327,20 @@ class Reply:
                 self._give_back(spelled(body.text))
                 return
 
-    def _end_call(self, token: int | None) -> None:
-        """The call ends, with the token that follows it; None is the end of the reply."""
-        body, whole, closed = self._body, self._body.text, token is not None
-        calls = read(whole, self._tools, closed)
+    def _end_call(self, token: int | None, ended: bool = True) -> None:
+        """The call ends, with the token that follows it; None is the end of the reply. ended: whether the model ended
+        it.
+        """
+        body, whole = self._body, self._body.text
+        calls = read(whole, self._tools, closed=ended)
         if not calls and body.later:
             # A string that is never closed: the call ended at the first control token within it, and what follows is
             # read once more.
             self._tokens.extendleft(reversed(body.later if token is None else [*body.later, token]))
-            whole, token, closed = body.first, self._tokens.popleft(), True
-            calls = read(whole, self._tools, closed)
-        mark = CALL_CLOSE if closed and self._kinds[token] == CALL_CLOSE else ""
-        if closed and not mark:
+            whole, token = body.first, self._tokens.popleft()
+            calls = read(whole, self._tools, closed=True)
+        mark = CALL_CLOSE if token is not None and self._kinds[token] == CALL_CLOSE else ""
+        if token is not None and not mark:
             self._tokens.appendleft(token)
         if calls:
             self._deliver(calls)

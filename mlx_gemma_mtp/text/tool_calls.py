@@ -24,6 +24,8 @@ _MARKS = re.compile(rf'<\|"\|>|[{MARK}{{}}]')
 _BLANKS = re.compile(r"\s*")
 _NAME = re.compile(rf"(call\s*:\s*)?({NAME})\s*")
 _KEY = re.compile(r"""[^\s:=,{}\[\]"'<>]+(?:[ \t]+[^\s:=,{}\[\]"'<>]+)*""")
+# The template writes keys as they are. Before a string it is plain where one ends, whatever it has in it.
+_KEY_OF_STRING = re.compile(r"""[^\s,{}\[\]"'<>]+(?=\s*:\s*<\|"\|>)""")
 _NEXT_KEY = re.compile(r"""\s*(?:<\|"\|>|["'])?[\w$@.\-]+(?:<\|"\|>|["'])?\s*[:=](?!//)""")
 _AFTER_VALUE = re.compile(r"\s*[,}\]]")
 _END_OF_QUOTED = {quote: re.compile(quote + r"(?=\s*[,}\]])") for quote in "\"'"}
@@ -266,7 +268,7 @@ class Reader:
             key, self.at = self.text[self.at + 1 : end], end + 1
             self._note("keys were in quotes")
         else:
-            found = _KEY.match(self.text, self.at)
+            found = _KEY_OF_STRING.match(self.text, self.at) or _KEY.match(self.text, self.at)
             if not found:
                 raise Unreadable
             key, self.at = found[0], found.end()

@@ -66,11 +66,14 @@ def test_chunks_add_up_to_the_result(places, end):
         ("Hello.", END, {}, "stop", END, "Hello.", 0),
         (CALL, RESPONSE, {}, "tool_calls", RESPONSE, "", 1),
         (CALL[: -len("<tool_call|>")], END, {}, "tool_calls", END, "", 1),  # its end is known at the end alone
+        ("<|tool_call>call:f{a:[1", END, {}, "tool_calls", END, "", 1),  # the model left out the brackets
+        ('<|tool_call>call:f{a:<|"|>x}', RESPONSE, {}, "tool_calls", RESPONSE, "", 1),
+        ("<|tool_call>call:f{a:[1", None, {}, "cancelled", None, "<|tool_call>call:f{a:[1", 0),  # nobody knows
         (f"{CALL}a STOP", None, {"stop": ("STOP",)}, "tool_calls", None, "a ", 1),
         ("a STOP", None, {"stop": ("STOP",)}, "stop", None, "a ", 0),
         (CALL + "ab", None, {"limit": len(BYTES.encode(CALL)) + 1}, "length", None, "a", 1),
         (CALL + "ab", None, {}, "cancelled", None, "ab", 1),
-        ("<|tool_call>call:f{a:", END, {}, "stop", END, "<|tool_call>call:f{a:", 0),
+        ("<|tool_call>call:f{a", END, {}, "stop", END, "<|tool_call>call:f{a", 0),
         (CALL, END, {"tools": None}, "stop", END, CALL, 0),
         ("", END, {}, "stop", END, "", 0),
     ],

@@ -1,6 +1,7 @@
 """Replies taken apart as their tokens come: text, thoughts and calls, whatever the tokens are."""
 
 import json
+import sys
 from pathlib import Path
 
 import chats
@@ -256,3 +257,31 @@ def test_a_half_character_before_a_control_token_stays_in_its_channel():
     half = "é".encode()[0]
     ids = [half, GOOGLE.ids["<|channel>"], *b"thought\nx", half, GOOGLE.ids["<channel|>"], *b"y"]
     assert split(GOOGLE.reply(None), ids) == Split("\ufffdy", "x\ufffd", [])
+
+
+WORK = ["a", " ", "\n", "aST", "<|channel>x", "<|channel>thought\n", "<channel|>", "<|tool_call>", f"{Q}<tool_call|>"]
+
+
+@pytest.mark.parametrize("unit", [*WORK, f"<|tool_call>call:f{{a:{Q}", f"<|tool_call>call:f{{a:{Q}x{Q}}}<tool_call|>"])
+@pytest.mark.parametrize("before", ["", "<|channel>thought\n", "<|tool_call>call:f{a:", f"call:f{{a:{Q}", "call:f{"])
+def test_work_grows_with_the_tokens_alone(unit, before):
+    """Twice the tokens take at most twice the calls of Python functions and methods."""
+
+    def calls(count: int) -> int:
+        tokens, stream = GOOGLE.encode(before + unit * count), GOOGLE.reply(TOOLS, ("STOP",))
+        made = 0
+
+        def counted(frame, event, argument):
+            nonlocal made
+            made += event in ("call", "c_call")
+
+        sys.setprofile(counted)
+        try:
+            for token in tokens:
+                stream.push(token)
+            stream.finish()
+        finally:
+            sys.setprofile(None)
+        return made
+
+    assert calls(200) <= 2 * calls(100) + 100

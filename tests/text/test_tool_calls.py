@@ -114,6 +114,12 @@ def test_nothing_raises(parts, begun, closed):
         ("call:f{a:'it's', b:1}", {"a": "it's", "b": 1}, "other quotes"),
         (f"call:f{{{Q}a b{Q}:1}}", {"a b": 1}, ""),
         ("call:f{'a':1}", {"a": 1}, "keys were in quotes"),
+        (
+            f"call:f{{og:title:{Q}x{Q},a=b:{Q}y{Q},http://c:{Q}z{Q}}}",
+            {"og:title": "x", "a=b": "y", "http://c": "z"},
+            "",
+        ),
+        (f"call:f{{a={Q}x{Q}}}", {"a": "x"}, "'=' stood for ':'"),
         ("call:f{a=1,b='x'}", {"a": 1, "b": "x"}, "'=' stood for ':'"),
         ("call:f{a:one, two,b:3}", {"a": "one, two", "b": 3}, "a was not in quotes"),
         ("call:f{a:http://x.y/z?q=1,b:2}", {"a": "http://x.y/z?q=1", "b": 2}, "a was not in quotes"),

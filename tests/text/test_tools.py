@@ -302,7 +302,9 @@ def test_nothing_is_lost(schema):
 def test_the_bundled_template_renders_it():
     text = Text(hub.DEMO / "target", 4096)
     place = {"anyOf": [{"type": "object", "properties": {"lat": {"type": "number"}}}, {"type": "null"}]}
-    tools = Tools.of([{"name": "go", "parameters": {"type": "object", "properties": {"to": place}}}])
+    tools = Tools.of(
+        [{"name": "go", "description": "Go", "parameters": {"type": "object", "properties": {"to": place}}}]
+    )
     prompt = text.tokenizer.decode(text.encode("hello", tools=tools.schemas))
     where = 'to:{nullable:true,properties:{lat:{type:<|"|>NUMBER<|"|>}},type:<|"|>OBJECT<|"|>}'
-    assert f"declaration:go{{parameters:{{properties:{{{where}}}," in prompt
+    assert f'declaration:go{{description:<|"|>Go<|"|>,parameters:{{properties:{{{where}}},' in prompt
