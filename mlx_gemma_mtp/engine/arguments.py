@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import UserError, shown
@@ -60,6 +60,12 @@ def tools_of(tools: Any, choice: Any, several: Any) -> tuple[Tools | None, ToolC
     found = found if found is not None and found.names else None
     several = flag("parallel_tool_calls", several)
     return found, ToolChoice.of(choice, found.names if found is not None else (), several)
+
+
+def told_of(tools: Tools | None, prompt: Any) -> list[dict[str, Any]] | None:
+    """Returns the tools as the chat template renders them, None for a prompt of ids, which holds what it should."""
+    ids = not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt)
+    return None if tools is None or ids else tools.schemas
 
 
 def told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:

@@ -26,7 +26,7 @@ from ..sampling.params import MAX_ROWS, SamplingParams, count, flag
 from ..speculative.costs import CostTable
 from ..speculative.depth import AUTO, Auto, Fixed
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
-from .arguments import Cancel, check_depth, event, settings_of, told, tools_of
+from .arguments import Cancel, check_depth, event, settings_of, told, told_of, tools_of
 from .calibration import KINDS, TEXT, Costs
 from .constraints import Calls, Constraints
 from .request import Chunk, Request, Result
@@ -138,17 +138,20 @@ class Engine:
         prompts, _ = self.text.prompts(prompt)
         every = settings_of(params, len(prompts))
         drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
-        flags = {
-            "chat_template": flag("chat_template", chat_template),
-            "allow_special": flag("allow_special", allow_special),
-            "continue_final_message": flag("continue_final_message", continue_final_message),
-        }
+        flag("chat_template", chat_template)
+        special = {"allow_special": allow_special, "continue_final_message": continue_final_message}
         tools, choice = tools_of(tools, tool_choice, parallel_tool_calls)
-        flags["tools"] = tools and tools.schemas
         cancel, progress = event(cancel), told("progress", progress)
         with self._in_use():
             encoded = [
-                self.text.encode(prompt, system_prompt, thinking=settings.thinking, **flags)
+                self.text.encode(
+                    prompt,
+                    system_prompt,
+                    chat_template,
+                    settings.thinking,
+                    tools=told_of(tools, prompt),
+                    **special,
+                )
                 for prompt, settings in zip(prompts, every, strict=True)
             ]
             calls = self._constraints.calls(tools, choice, any(settings.grammars for settings in every))

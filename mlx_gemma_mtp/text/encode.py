@@ -125,8 +125,7 @@ class Text:
 
         prompt: text, chat messages, or ids, which are only checked. chat_template: renders text as a user turn; False
         takes it raw, with the control tokens that it spells, and so does a folder without a template. thinking: the
-        template's switch. tools: OpenAI's objects of type function, for the template; ids are taken as if they held
-        them. allow_special: takes control
+        template's switch. tools: OpenAI's objects of type function, for the template. allow_special: takes control
         strings in messages and tools for control tokens, too; otherwise they are text. continue_final_message: the
         reply goes on with the last message, which is the assistant's. Raises UserError for an empty prompt, for
         messages that the template cannot render or that hold anything but text, and for ids that the model or the
@@ -142,10 +141,10 @@ class Text:
         if are_messages or (isinstance(prompt, str) and chat_template and self.template.exists):
             tokens = self._chat(prompt, system_prompt, thinking, tools, allow_special, continue_final_message)
         else:
-            raw = isinstance(prompt, str)
-            for name, given in (("tools", tools and raw), ("continue_final_message", continue_final_message)):
+            for name, given in (("tools", tools), ("continue_final_message", continue_final_message)):
                 if given:
                     raise UserError(f"{name} is given without messages; expected them, and a chat template")
+            raw = isinstance(prompt, str)
             tokens = self._raw(prompt, system_prompt, chat_template) if raw else _ids(prompt, system_prompt)
         self._check(prompt, tokens)
         return tokens
