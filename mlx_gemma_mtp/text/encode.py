@@ -46,12 +46,6 @@ class Text:
         check_tokenizer(folder)
         self.tokenizer: TokenizerWrapper = load(folder)
         self.known, self.vocab_size = len(self.tokenizer), vocab_size
-        last = max(self.tokenizer.get_vocab().values(), default=-1)
-        if last >= self.known:
-            raise UserError(
-                f"the tokenizer in {folder} has {self.known} tokens and the id {last}; expected ids without gaps: "
-                "download or convert the folder again"
-            )
         self.media_token_ids = frozenset(media_token_ids)
         self.template = Template(self.tokenizer, folder)
         control, eos = self.template.control, self.fast_tokenizer.eos_token_id
@@ -181,7 +175,10 @@ class Text:
             self._told = True
             self.notice("this model's folder has no chat template: prompts go to the model as they are")
         check_unicode("the prompt", prompt)
-        return self._begun(self.tokenizer.encode(prompt, add_special_tokens=self.bos is None)) if prompt else []
+        if not prompt:
+            return []
+        with self.template.lock:
+            return self._begun(self.tokenizer.encode(prompt, add_special_tokens=self.bos is None))
 
     def _begun(self, tokens: list[int]) -> list[int]:
         """Tokens of text, behind one <bos>: Google's tokenizer adds none, and most templates write one."""

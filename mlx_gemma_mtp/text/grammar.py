@@ -24,18 +24,21 @@ class Grammars:
     """A compiler of grammars for one tokenizer. Making one takes llguidance a second for 262,144 tokens."""
 
     def __init__(self, tokenizer: Any, vocab: int, end_tokens: Sequence[int]):
-        """tokenizer: a transformers fast tokenizer; vocab: the width of the logits.
+        """tokenizer: a transformers fast tokenizer, which neither pads nor truncates; vocab: the width of the logits.
 
         Raises UserError where llguidance is not installed.
         """
         try:
-            from llguidance.hf import from_tokenizer
+            from llguidance import LLTokenizer
         except ImportError:
             raise UserError(
                 "constrained decoding needs llguidance; install it: pip install 'mlx-gemma-mtp[grammar]'"
             ) from None
+        from .tokenizer import source as source_of  # its libraries take seconds to import
+
         self.vocab, self.end_tokens = vocab, sorted(end_tokens)
-        self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocab, eos_token=self.end_tokens)
+        # llguidance.hf would copy the tokenizer, which costs as much again, and then write it as text.
+        self.tokenizer: LLTokenizer = LLTokenizer(source_of(tokenizer), n_vocab=vocab, eos_token=self.end_tokens)
 
     def compile(self, kind: str, source: str) -> Grammar:
         """Compiles a JSON schema (kind 'json_schema', as JSON text), a regular expression ('regex') or Lark

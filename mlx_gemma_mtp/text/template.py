@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ..errors import UserError, in_a_line, shown
@@ -33,6 +34,7 @@ class Template:
     def __init__(self, tokenizer: TokenizerWrapper, folder: Path):
         """folder: its chat_template.json is the template where the tokenizer's own files have none."""
         self.tokenizer = tokenizer
+        self.lock = Lock()  # the tokenizer keeps whether it spells control strings out
         fast = tokenizer._tokenizer
         if not tokenizer.has_chat_template and (folder / OLD_TEMPLATE).exists():
             fast.chat_template = read_object(folder / OLD_TEMPLATE).get("chat_template")
@@ -89,7 +91,10 @@ class Template:
     def _tokens(self, rendered: str, mark: str) -> list[int]:
         pieces = self._control.split(rendered)  # text, control string, text, ...
         texts = [text.replace(mark, "") for text in pieces[::2]]
-        encoded = self.tokenizer._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with self.lock:
+            fast = self.tokenizer._tokenizer
+            encoded = fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            fast.backend_tokenizer.encode_special_tokens = False
         ids = list(encoded[0])
         for control, text in zip(pieces[1::2], encoded[1:], strict=True):
             ids += [self.control[control], *text]

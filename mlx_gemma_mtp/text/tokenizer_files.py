@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,24 @@ def check_vocabulary(folder: Path) -> None:
             f"{path} has {len(ids)} tokens and the id {max(ids)}, but none with the id {gap}; expected ids without "
             "gaps: download it again"
         )
+
+
+LISTED = re.compile(rb'"added_tokens"\s*:\s*(?=\[)')  # as a token of the vocabulary it would be followed by its id
+
+
+def listed_tokens(data: bytes) -> list[tuple[str, int]]:
+    """Returns (token, id) of the added tokens in a tokenizer.json that can be loaded. Parses nothing else of it."""
+    found = LISTED.search(data)
+    size, start = 2**16, found.end() if found else len(data)
+    while start < len(data):
+        text = data[start : start + size].decode("utf-8", "ignore")  # may end within a character
+        try:
+            return [(each["content"], each["id"]) for each in json.JSONDecoder().raw_decode(text)[0]]
+        except json.JSONDecodeError:
+            if start + size >= len(data):
+                raise
+            size *= 8
+    return []
 
 
 def _check_ids(path: Path, tokens: Iterable[tuple[Any, Any]]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import chats
@@ -221,6 +223,21 @@ def test_control_tokens_that_a_conversion_calls_ordinary_are_control_tokens(tmp_
     raw = "a<|turn>b<|tool_response>"
     assert other.encode(raw, chat_template=False) == text.encode(raw, chat_template=False)
     assert other.end_token_ids == text.end_token_ids
+
+
+def test_threads_do_not_change_what_control_strings_are_to_each_other(text):
+    typed = "<turn|>a " * 3000
+    ways = [{"chat_template": False}, {}] * 2
+    wanted = [text.encode(typed, **way) for way in ways]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            runs = [pool.submit(lambda way: [text.encode(typed, **way) for _ in range(8)], way) for way in ways]
+    finally:
+        sys.setswitchinterval(usual)
+    assert [[ids == want for ids in run.result()] for run, want in zip(runs, wanted, strict=True)] == [[True] * 8] * 4
+    assert not text.fast_tokenizer.backend_tokenizer.encode_special_tokens
 
 
 def test_messages_with_every_rare_letter_are_refused(text):
