@@ -7,12 +7,12 @@ reading is likely, and it is said; anything else is no call.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from json.decoder import scanstring
 from typing import Any
 
-from .fitting import Bare, Fitting, Notes
+from .fitting import Bare, Fitting, Notes, constant
 from .tools import NAME, ToolCall, Tools
 
 CALL_OPEN, CALL_CLOSE, QUOTE, BARE = "<|tool_call>", "<tool_call|>", '<|"|>', "call:"
@@ -26,7 +26,7 @@ _NAME = re.compile(rf"(call\s*:\s*)?({NAME})\s*")
 _KEY = re.compile(r"""[^\s:=,{}\[\]"'<>]+(?:[ \t]+[^\s:=,{}\[\]"'<>]+)*""")
 # The template writes keys as they are. Before a string it is plain where one ends, whatever it has in it.
 _KEY_OF_STRING = re.compile(r"""[^\s,{}\[\]"'<>]+(?=\s*:\s*<\|"\|>)""")
-_NEXT_KEY = re.compile(r"""\s*(?:<\|"\|>|["'])?[\w$@.\-]+(?:<\|"\|>|["'])?\s*[:=](?!//)""")
+_NEXT_KEY = re.compile(r"""\s*(?:<\|"\|>|["'])?([\w$@.\-]+)(?:<\|"\|>|["'])?\s*[:=](?!//)""")
 _AFTER_VALUE = re.compile(r"\s*[,}\]]")
 _END_OF_QUOTED = {quote: re.compile(quote + r"(?=\s*[,}\]])") for quote in "\"'"}
 _BRACKETS = re.compile(r'[{}\[\],]|<\|"\|>')
@@ -90,11 +90,21 @@ def read(text: str, tools: Tools, closed: bool) -> list[ToolCall] | None:
     marked = [text.replace(QUOTE, SPELLED).replace(MARK, QUOTE)] if MARK in text and QUOTE in text else []
     for each in (*marked, plain):
         try:
-            found = list(Reader(each, closed, tools.names).calls())
+            found = list(Reader(each, closed, _keys(tools)).calls())
         except Unreadable:
             continue
         return [_call(name, arguments, notes, tools) for name, arguments, notes in found]
     return None
+
+
+def _keys(tools: Tools) -> dict[str, set[str] | None]:
+    """The names of each tool's arguments, None where there may be others."""
+    found: dict[str, set[str] | None] = {}
+    for name in tools.names:
+        schema = tools.parameters(name)
+        listed = schema.get("properties") and not schema.keys() & {"patternProperties", "allOf", "anyOf", "oneOf"}
+        found[name] = set(schema["properties"]) if listed and not schema.get("additionalProperties") else None
+    return found
 
 
 def spelled(text: str) -> str:
@@ -139,16 +149,17 @@ class Unreadable(ValueError):
 class Reader:
     """Reads calls and values from a text, from the left, in time linear in its length.
 
-    closed: whether the text is whole, so that closing brackets may be missing. names: of the tools that are called
-    even without 'call:'. at: the next character. notes: what was mended, in words. Its methods raise Unreadable where
-    the text is none of what they read.
+    closed: whether the text is whole, so that closing brackets may be missing. tools: the names of each tool's
+    arguments, None where there may be others; these tools are called even without 'call:'. at: the next character.
+    notes: what was mended, in words. Its methods raise Unreadable where the text is none of what they read.
     """
 
     text: str
     closed: bool
-    names: Sequence[str] = ()
+    tools: Mapping[str, set[str] | None] = field(default_factory=dict)
     at: int = 0
     notes: list[str] = field(default_factory=list)
+    _keys: set[str] | None = None  # of the call that is read
     _open: list[str] = field(default_factory=list)  # the brackets that must still close
 
     def calls(self) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
@@ -183,8 +194,8 @@ class Reader:
         found = _NAME.match(self.text, self.at)
         if not found:
             raise Unreadable
-        self.at = found.end()
-        if not found[1] and found[2] not in self.names:
+        self.at, self._keys = found.end(), self.tools.get(found[2])
+        if not found[1] and found[2] not in self.tools:
             raise Unreadable
         if self.text.startswith("{", self.at):
             if not found[1]:
@@ -332,7 +343,7 @@ class Reader:
 
     def _word(self, array: bool) -> Bare:
         """A number, a constant, or words without quotes. In an object they may have commas that no key follows."""
-        depth, start = 0, self.at
+        depth, start, words = 0, self.at, False
         for mark in _BRACKETS.finditer(self.text, start):
             what, at = mark[0], mark.start()
             if what == QUOTE:
@@ -345,11 +356,22 @@ class Reader:
                 if what != self._open[-1]:
                     raise Unreadable
                 return self._bare(start, at)
-            elif not depth and (array or _ends_member(self.text, at + 1)):
-                return self._bare(start, at)
+            elif not depth:
+                words = words or isinstance(constant(self.text[start:at].strip()), str)
+                if array or self._ends_member(at + 1, words):
+                    return self._bare(start, at)
+                words = True
         if depth or not self.closed:
             raise Unreadable
         return self._bare(start, len(self.text))
+
+    def _ends_member(self, at: int, words: bool) -> bool:
+        """Whether the comma before `at` ends a member of an object: a key follows, or the closing brace. words: whether
+        words stand before it, to which what looks like a key may belong, unless the tool has it.
+        """
+        if key := _NEXT_KEY.match(self.text, at):
+            return not words or self._keys is None or len(self._open) > 1 or key[1] in self._keys
+        return self.text.startswith("}", _BLANKS.match(self.text, at).end())
 
     def _bare(self, start: int, end: int) -> Bare:
         word, self.at = self.text[start:end].strip(), end
@@ -370,8 +392,3 @@ class Reader:
 
     def _note(self, what: str) -> None:
         self.notes.append(what)
-
-
-def _ends_member(text: str, at: int) -> bool:
-    """Whether the comma before `at` ends a member of an object: a key follows, or the closing brace."""
-    return bool(_NEXT_KEY.match(text, at)) or text.startswith("}", _BLANKS.match(text, at).end())

@@ -171,6 +171,13 @@ def test_what_is_no_call(text):
     assert read(text, ANY, closed=True) is None
 
 
+def test_a_schema_tells_where_bare_words_end():
+    """A comma and what looks like a key are text where the tool has no such argument."""
+    call = one("call:f{text:note: a, b: c, count: 5}", TOOLS)
+    assert call.arguments == {"text": "note: a, b: c", "count": 5} and call.faults == ()
+    assert one("call:f{text:a, b: c}").arguments == {"text": "a", "b": "c"}
+
+
 def test_several_calls_in_one():
     for between in ("", ",", "\n", ";", " , "):
         assert [c.name for c in read(f"call:f{{a:1}}{between}call:g{{}}", ANY, True)] == ["f", "g"]
