@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
@@ -143,15 +144,9 @@ class Engine:
         tools, choice = tools_of(tools, tool_choice, parallel_tool_calls)
         cancel, progress = event(cancel), told("progress", progress)
         with self._in_use():
+            encode = partial(self.text.encode, system_prompt=system_prompt, chat_template=chat_template, **special)
             encoded = [
-                self.text.encode(
-                    prompt,
-                    system_prompt,
-                    chat_template,
-                    settings.thinking,
-                    tools=told_of(tools, prompt),
-                    **special,
-                )
+                encode(prompt, thinking=settings.thinking, tools=told_of(tools, prompt))
                 for prompt, settings in zip(prompts, every, strict=True)
             ]
             calls = self._constraints.calls(tools, choice, any(settings.grammars for settings in every))
