@@ -10,8 +10,9 @@ from ..errors import UserError
 from ..sampling.params import SamplingParams
 from ..speculative.guide import Constraint
 from ..text.calling import Calling, Free
+from ..text.control import CLOSE, OPEN
 from ..text.grammar import Grammar, Grammars
-from ..text.thinking import CLOSE, OPEN, Thinking
+from ..text.thinking import Thinking
 from ..text.tool_calls import CALL_CLOSE, CALL_OPEN, QUOTE
 from ..text.tool_choice import ToolChoice
 from ..text.tool_grammar import Marks

@@ -15,10 +15,10 @@ import numpy as np
 
 from ..errors import UserError, shown
 from ..sampling.params import check_unicode, flag, whole
+from .control import CLOSE, OPEN
 from .messages import Message, checked_tools, is_empty, normalised
 from .reply import Controls, Reply
 from .template import Template
-from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper, load
 from .tokenizer_files import check_tokenizer, turn_closers
 from .tools import Tools

@@ -9,8 +9,6 @@ import numpy as np
 
 from ..speculative.guide import Constraint, only
 
-OPEN, CLOSE = "<|channel>", "<channel|>"
-
 
 @dataclass
 class Thinking:

@@ -295,5 +295,8 @@ def test_a_blas_that_is_none_is_named():
 
 def test_importing_the_package_imports_no_mlx():
     """So that a command line can load a BLAS first, and `import mlx_gemma_mtp` is instant."""
-    code = "import sys, mlx_gemma_mtp; assert not [m for m in sys.modules if m.startswith(('mlx.', 'torch'))]"
+    code = (
+        "import sys, mlx_gemma_mtp, mlx_gemma_mtp.generate\n"
+        "assert not [m for m in sys.modules if m.startswith(('mlx.', 'torch'))]"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
