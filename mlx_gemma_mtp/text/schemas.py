@@ -133,8 +133,10 @@ def _check(schema: Any, where: str) -> None:
         if not isinstance(name, str):
             raise UserError(f"{where}.required has {shown(name)}, expected names of properties")
     for key in ("description", "title"):
-        if not isinstance(schema.get(key) or "", str):
+        if not isinstance(schema.get(key, ""), str):
             raise UserError(f"{where}.{key} is {shown(schema[key])}, expected text")
+    if not isinstance(schema.get("nullable", False), bool):
+        raise UserError(f"{where}.nullable is {shown(schema['nullable'])}, expected true or false")
 
 
 def told(schema: Any) -> Schema:
@@ -227,7 +229,7 @@ def _merged(schema: Schema, parts: list[Any]) -> tuple[Schema, bool]:
             elif key == "description":
                 found[key] = " ".join(filter(None, [found.get(key), value]))
             else:
-                whole = whole and found.setdefault(key, value) == value
+                whole = found.setdefault(key, value) == value and whole
     return found, whole
 
 

@@ -94,7 +94,7 @@ def _function(tool: Any) -> dict[str, Any]:
         raise UserError(
             f"the tool {shown(tool)} has the name {shown(name)}, expected one of letters, digits and . _ - : /"
         )
-    if not isinstance(function.get("description") or "", str):
+    if not isinstance(function.get("description"), str | None):
         raise UserError(f"the tool {name!r} has the description {shown(function['description'])}, expected text")
     return function
 

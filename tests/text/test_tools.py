@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.text.encode import Text
+from mlx_gemma_mtp.text.tool_calls import read
 from mlx_gemma_mtp.text.tools import Tools
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}, "required": ["city"]}
@@ -96,7 +97,8 @@ def test_what_is_no_tool_is_named(raw, message):
         ({"enum": "a"}, r"x.enum is 'a', expected a list"),
         ({"anyOf": {}}, r"x.anyOf is {}, expected a list"),
         ({"anyOf": [5]}, r"x.anyOf\[0\] is 5, expected a JSON schema"),
-        ({"description": 5}, r"x.description is 5, expected text"),
+        ({"description": []}, r"x.description is \[\], expected text"),
+        ({"nullable": "yes"}, r"x.nullable is 'yes', expected true or false"),
         ({"$ref": "https://example.org/x"}, r"x refers to 'https://example.org/x', expected a place in the same"),
         ({"$ref": 5}, r"x refers to 5"),
         ({"$ref": "#/$defs/nobody"}, r"x refers to '#/\$defs/nobody', which is not there"),
@@ -259,7 +261,7 @@ def test_what_parameters_say_beside_their_properties_is_told_with_the_tool():
     assert Tools.of([{"name": "f", "parameters": schema}]).parameters("f") == schema
 
 
-KEYS = st.sampled_from(["alpha", "beta", "properties", "type", "$ref", "anyOf"])
+NAMES = st.sampled_from(["alpha", "beta", "properties", "type", "$ref", "anyOf"])
 SCALARS = st.sampled_from([{"type": kind} for kind in ("string", "integer", "number", "boolean", "null")])
 ODD = st.sampled_from([{}, True, {"enum": ["one", 2, None]}, {"const": "only"}, {"type": ["string", "null"]}])
 SCHEMAS = st.recursive(
@@ -270,7 +272,7 @@ SCHEMAS = st.recursive(
         st.fixed_dictionaries({"oneOf": st.lists(part, min_size=1, max_size=2), "description": st.just("said")}),
         st.fixed_dictionaries({"type": st.just("array"), "items": part, "minItems": st.just(7)}),
         st.fixed_dictionaries(
-            {"type": st.sampled_from(["object", ["object", "null"]]), "properties": st.dictionaries(KEYS, part)}
+            {"type": st.sampled_from(["object", ["object", "null"]]), "properties": st.dictionaries(NAMES, part)}
         ),
     ),
     max_leaves=8,
@@ -297,6 +299,39 @@ def test_nothing_is_lost(schema):
     """Every type, value and description of any schema is somewhere in what the template is given."""
     there = json.dumps(told({"x": schema}))
     assert not [word for word in words(schema) if word not in there]
+
+
+KEYS = ["type", "properties", "items", "anyOf", "allOf", "oneOf", "enum", "const", "required", "$ref", "$defs", "a"]
+MORE = ["additionalProperties", "description", "nullable", "prefixItems", "not", "default", "patternProperties"]
+KEYWORDS = st.sampled_from([*KEYS, *MORE])
+WORDS = st.sampled_from([None, True, 0, 1.5, "string", "object", "null", "#", "#/$defs/a", "#/properties/a", "a", ""])
+ANYTHING = st.recursive(WORDS, lambda part: st.lists(part, max_size=3) | st.dictionaries(KEYWORDS, part, max_size=4))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(parameters=st.dictionaries(KEYWORDS, ANYTHING, max_size=4), arguments=ANYTHING)
+def test_any_parameters_are_taken_or_refused(parameters, arguments):
+    """No schema, however odd, raises anything but UserError, when it is taken or when a call is fitted to it."""
+    try:
+        tools = Tools.of([{"name": "f", "parameters": parameters}])
+    except UserError:
+        return
+    assert Tools.of(tools.schemas).names == ("f",)  # what the template is given is a tool again
+    written = json.dumps({"name": "f", "arguments": {"a": arguments}})
+    [call] = read(written, tools, closed=True)
+    assert call.name == "f" and call.arguments.keys() == {"a"}
+
+
+def test_a_schema_as_deep_as_they_may_be():
+    definitions = {"d0": {"type": "string"}}
+    for level in range(1, 40):
+        part = {"anyOf": [{"$ref": f"#/$defs/d{level - 1}"}, {"type": "null"}]}
+        definitions[f"d{level}"] = {"type": "object", "properties": {"x": part}}
+    tools = Tools.of(
+        [{"name": "f", "parameters": {"$defs": definitions, "properties": {"x": {"$ref": "#/$defs/d30"}}}}]
+    )
+    [call] = read("call:f{x:" + "{x:" * 30 + "1" + "}" * 31, tools, closed=True)
+    assert call.repaired == (f"x{'.x' * 30} was 1, it is text now",) and call.faults == ()
 
 
 def test_the_bundled_template_renders_it():
