@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import UserError, in_a_line, shown
 from ..sampling.params import check_unicode
-from .thinking import CLOSE, OPEN
+from .control import CLOSE, OPEN
 
 Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import UserError, in_a_line, shown
 from ..files.safetensors import read_object
+from .control import CLOSE, OPEN
 from .messages import THOUGHT, Message
-from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper
 from .tokenizer_files import OLD_TEMPLATE
 
