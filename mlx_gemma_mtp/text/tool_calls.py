@@ -162,6 +162,7 @@ class Reader:
     at: int = 0
     notes: list[str] = field(default_factory=list)
     _keys: set[str] | None = None  # of the call that is read
+    _begun: int = 0  # where the member's value begins, white space included
     _open: list[str] = field(default_factory=list)  # the brackets that must still close
 
     def calls(self) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
@@ -302,6 +303,7 @@ class Reader:
                 raise Unreadable
             key, self.at = found[0], found.end()
         self._blanks()
+        self._begun = self.at + 1
         if self._skip("="):
             self._note("'=' stood for ':'")
         elif not self._skip(":"):
@@ -361,7 +363,7 @@ class Reader:
 
     def _word(self, array: bool) -> Bare:
         """A number, a constant, or words without quotes. In an object they may have commas that no key follows."""
-        depth, start, words = 0, self.at, False
+        depth, start, words = 0, self.at if array else self._begun, False
         for mark in _BRACKETS.finditer(self.text, start):
             what, at = mark[0], mark.start()
             if what == QUOTE:
@@ -392,10 +394,11 @@ class Reader:
         return self.text.startswith("}", _BLANKS.match(self.text, at).end())
 
     def _bare(self, start: int, end: int) -> Bare:
-        word, self.at = self.text[start:end].strip(), end
+        raw, self.at = self.text[start:end], end
+        word = raw.strip()
         if not word:
             raise Unreadable
-        return Bare(word)
+        return Bare(raw.strip(" \t") if "\n" in word else word)  # lines of a text are those of a file
 
     def _blanks(self) -> None:
         self.at = _BLANKS.match(self.text, self.at).end()
