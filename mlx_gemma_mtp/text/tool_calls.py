@@ -31,6 +31,7 @@ _NEXT_KEY = re.compile(r"""\s*(?:<\|"\|>|["'])?([\w$@.\-]+)(?:<\|"\|>|["'])?\s*[
 _AFTER_QUOTED = r'(?:<\|"\|>)?(?=\s*[,}\]])'
 _AFTER_VALUE = re.compile(_AFTER_QUOTED)
 _END_OF_QUOTED = {quote: re.compile(f"({quote}){_AFTER_QUOTED}") for quote in "\"'"}
+_ANOTHER_ROUND = re.compile(r"\)[\s,;]*call\s*:")
 _BRACKETS = re.compile(r'[{}\[\],]|<\|"\|>')
 _CLOSERS = {"{": "}", "[": "]"}
 
@@ -219,7 +220,8 @@ class Reader:
     def _mend_round(self) -> None:
         """Takes round brackets around the arguments, up to the text's end, for braces."""
         end = len(self.text.rstrip()) - 1
-        if self.text.startswith("(", self.at) and end > self.at and self.text[end] == ")":
+        whole = self.text.startswith("(", self.at) and end > self.at and self.text[end] == ")"
+        if whole and not _ANOTHER_ROUND.search(self.text, self.at):
             self.text = f"{self.text[: self.at]}{{{self.text[self.at + 1 : end]}}}"
             self._note("the brackets were round")
 
