@@ -24,6 +24,7 @@ REASONING = ("reasoning", "reasoning_content", "thinking")
 COPIES = ("thinking_blocks", "reasoning_details")  # of litellm and OpenRouter: the reasoning once more, in parts
 # Beside role, content and name.
 TAKEN = {"assistant": ("tool_calls", *REASONING, *COPIES), "tool": ("tool_call_id", "tool_name")}
+CONTINUES = ("prefix", "partial")  # of DeepSeek, Mistral and Qwen: the reply goes on with this message
 # What clients send along or echo, and what says nothing to a model.
 UNSAID = (
     *("id", "type", "index", "status", "annotations", "cache_control", "extra_content", "provider_specific_fields"),
@@ -133,6 +134,8 @@ def _message(given: Any, thoughts: bool) -> dict[str, Any]:
     role = "assistant" if role == "model" else role
     what = f"{'an' if role == 'assistant' else 'a'} {role} message"
     _check_keys(what, given, ("role", "content", "name", *TAKEN.get(role, ())))
+    if asked := next((key for key in CONTINUES if given.get(key)), None):
+        raise UserError(f"{what} has {asked!r}, expected none: give continue_final_message, which does the same")
     message: dict[str, Any] = {"role": role, "content": _content(what, role, given.get("content"))}
     for key in ("name", *(("tool_call_id",) if role == "tool" else ())):
         if given.get(key) not in (None, ""):
