@@ -29,13 +29,14 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import config as configs
-from convert import names, quantize, writer
+from convert import quantize, writer
 from convert.checkpoint import Checkpoint
 from convert.names import Entry
 from convert.quantize import Format, Recipe
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files.folder import INDEX, SINGLE
 from mlx_gemma_mtp.files.safetensors import ITEM_BYTES, Tensor, header_bytes
+from mlx_gemma_mtp.models.config import TargetConfig
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
 TARGETS = {"e2b": "gemma-4-E2B-it", "26b": "gemma-4-26B-A4B-it"}
@@ -136,18 +137,18 @@ def published(raw: dict) -> dict[str, list[Drawn]]:
     model = Checkpoint.read("", raw, {})
     shapes = {entry.source: entry.source_shape for entry in model.entries}
     if not model.drafter:
-        shapes |= unread(model.text, configs.TARGETS[raw["model_type"]]) | MEDIA
+        shapes |= unread(model.config, configs.TARGETS[raw["model_type"]]) | MEDIA
     return {SINGLE: [floats(name, shape) for name, shape in sorted(shapes.items())]}
 
 
-def unread(text: dict, prefix: str) -> dict[str, tuple[int, ...]]:
+def unread(config: TargetConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     """The K/V tensors that published files hold for the layers that read another layer's."""
-    layers, shapes = text["num_hidden_layers"], {}
-    for index in range(layers - text["num_kv_shared_layers"], layers):
-        heads, dim = names.kv_shape(text, text["layer_types"][index])
-        path = f"{prefix}layers.{index}.self_attn"
-        shapes |= {f"{path}.{part}_proj.weight": (heads * dim, text["hidden_size"]) for part in "kv"}
-        shapes[f"{path}.k_norm.weight"] = (dim,)
+    shapes = {}
+    for index, layer in enumerate(config.layers):
+        if not layer.owns_kv:
+            path, dim = f"{prefix}layers.{index}.self_attn", layer.kv.head_dim
+            shapes |= {f"{path}.{part}_proj.weight": (layer.kv.kv_heads * dim, config.hidden_size) for part in "kv"}
+            shapes[f"{path}.k_norm.weight"] = (dim,)
     return shapes
 
 

@@ -1,8 +1,9 @@
 """Hugging Face Gemma 4 checkpoints and MTP drafters -> the MLX folders that mlx_gemma_mtp reads.
 
-A leaf: `mlx_gemma_mtp` never imports it. Reading order: source (what is there), config (what it means), names (what
-must be there), quantize (which bits), blocks and writer (stream it), conversion (all of it, planned), destination and
-interruption (all or nothing), run, upload, check, inspect, cli.
+A leaf: `mlx_gemma_mtp` never imports it. Reading order: source (what is there), dequantize (what others quantised, as
+floats), config (what it means), names (what must be there), adapters (what is added), quantize (which bits), blocks and
+writer (stream it), conversion (all of it, planned), destination and interruption (all or nothing), run, upload, check,
+inspect, cli.
 """
 
 from .quantize import Format, Recipe

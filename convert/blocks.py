@@ -1,7 +1,9 @@
 """Tensors as row blocks: read at known offsets, so that memory stays at a few blocks whatever the model's size."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,13 +18,41 @@ BLOCK_BYTES = 16 * 2**20  # MLX needs up to 35 times as much to quantise one (nv
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MLX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "I32": mx.int32}
-NUMPY = {
+NUMPY = {  # FP8 is read as its codes
     "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "I32": np.int32, "I64": np.int64,
-    "U32": np.uint32, "U8": np.uint8,
+    "U32": np.uint32, "U8": np.uint8, "I8": np.int8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8,
 }  # fmt: skip
 
 
-def source_rows(entry: Entry, tensor: Tensor) -> Iterator[mx.array]:
+@dataclass(frozen=True)
+class Computed(ABC):
+    """A tensor of float32 that is computed from stored ones, rows at a time.
+
+    nbytes: of what is stored; stored: what that is, as people call it.
+    """
+
+    shape: tuple[int, ...]
+    nbytes: int
+    stored: str
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Returns the rows start:stop of the tensor seen as [all leading axes, columns], in float32."""
+
+
+Source = Tensor | Computed
+
+
+def stored_as(tensor: Source) -> str:
+    """Returns how a tensor's values are stored: a dtype of safetensors, or codes with scales."""
+    return tensor.stored if isinstance(tensor, Computed) else tensor.dtype
+
+
+def source_rows(entry: Entry, tensor: Source) -> Iterator[mx.array]:
     """Yields the rows of a source tensor that belong to `entry`, as [rows, columns] blocks of at most BLOCK_BYTES."""
     step = max(1, BLOCK_BYTES // row_bytes(tensor))
     for first, last in row_ranges(entry):
@@ -44,15 +74,18 @@ def row_count(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape[:-1], dtype=np.int64))
 
 
-def row_bytes(tensor: Tensor) -> int:
-    return tensor.nbytes // row_count(tensor.shape)
+def row_bytes(tensor: Source) -> int:
+    """Returns the bytes of a row in memory."""
+    return tensor.shape[-1] * 4 if isinstance(tensor, Computed) else tensor.nbytes // row_count(tensor.shape)
 
 
-def read(tensor: Tensor, start: int, stop: int) -> mx.array:
+def read(tensor: Source, start: int, stop: int) -> mx.array:
     """Returns the rows start:stop of a tensor seen as [all leading axes, columns], in its own dtype.
 
     Token ids are int64.
     """
+    if isinstance(tensor, Computed):
+        return tensor.rows(start, stop)
     size = row_bytes(tensor)
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset + start * size)

@@ -53,6 +53,8 @@ def check(folder: Path, against: str | None = None) -> tuple[list[str], list[Dif
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; expected the --mlx-path of a conversion")
     model = Checkpoint.open(folder)
+    if not model.converted and model.config.quantization:
+        raise UserError(f"{folder} was not written by convert; expected its --mlx-path; inspect it instead")
     if not model.converted:
         raise UserError(f"{folder} has Hugging Face tensor names; expected a converted folder; convert it first")
     sources = _sources(model, against) if against else {}
@@ -72,8 +74,7 @@ def check(folder: Path, against: str | None = None) -> tuple[list[str], list[Dif
 def _sources(model: Checkpoint, against: str) -> dict:
     """written name -> (source entry, source tensor); UserError unless `against` is an original of this model."""
     original = Checkpoint.open(source.find(against))
-    original.check_source()
-    sources = {entry.name: (entry, original.tensors[entry.source]) for entry in original.entries}
+    sources = {entry.name: (entry, original.tensors[entry.source]) for entry in original.sources()}
     if {e.name: e.shape for e in model.entries} != {e.name: e.shape for e in original.entries}:
         raise UserError(f"{against} is another model than {model.where}; expected the source of the conversion")
     return sources

@@ -5,40 +5,43 @@ from functools import cached_property
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.files.safetensors import Tensor, read_object
+from mlx_gemma_mtp.files.safetensors import Tensor
+from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
+from mlx_gemma_mtp.models.contents import MEDIA, Contents
+from mlx_gemma_mtp.models.quantization import FLOATS, plain
 
-from . import names, quantize, source
-from .blocks import DTYPES
-from .config import is_drafter, loadable, refuse_quantised, text_config
-from .names import MEDIA, Entry
+from . import names, source
+from .blocks import Source
+from .config import is_drafter, model_config, refuse_quantised, text_config
+from .names import MLX_PREFIX, Entry
 from .quantize import Format
-from .writer import parts
-
-MLX_PREFIX = "language_model.model."
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose config.json and headers were read.
 
-    raw: config.json as it is; text: its checked text fields; entries: what a conversion holds, and from what."""
+    raw: config.json as it is; text: its text fields, complete; config: what they mean; entries: what a conversion
+    holds, and from what as published; local: whether the tensors' bytes are on this machine.
+    """
 
     where: str
     raw: dict
     text: dict
+    config: TargetConfig | DrafterConfig
     entries: list[Entry]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Source]
+    local: bool
 
     @classmethod
-    def read(cls, where: str, config: dict, tensors: dict[str, Tensor]) -> "Checkpoint":
+    def read(cls, where: str, raw: dict, tensors: dict[str, Source], local: bool = False) -> "Checkpoint":
         """Returns the checkpoint of a config and headers.
 
         Raises UserError for a config.json that is not a Gemma 4 one, or that the loader would refuse.
         """
-        drafter, text = is_drafter(config), text_config(config)
-        loadable(config, text)
-        entries = names.drafter_entries(config, text) if drafter else names.target_entries(text, config["model_type"])
-        return cls(where, config, text, entries, tensors)
+        is_drafter(raw)
+        config = model_config(raw)
+        return cls(where, raw, text_config(raw), config, names.entries(config, raw["model_type"]), tensors, local)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -46,56 +49,66 @@ class Checkpoint:
 
         Raises UserError.
         """
-        config = read_object(folder / "config.json")
-        is_drafter(config)  # another model is told by its name, not by its files
-        return cls.read(str(folder), config, source.tensors(folder))
-
-    def check_source(self) -> None:
-        """Raises UserError unless this is a complete, unquantised Hugging Face checkpoint."""
-        refuse_quantised(self.raw)
-        names.check(self.entries, self.tensors, self.text, self.raw["model_type"])
+        return cls.read(str(folder), *source.read(folder), local=True)
 
     @cached_property
-    def formats(self) -> dict[str, Format | None]:
-        """Returns path -> format as config.json records it; "" is the default."""
-        return quantize.recorded(self.raw)
+    def contents(self) -> Contents:
+        """Returns what the files hold, as the loader sees it. Raises UserError for what the loader would refuse."""
+        contents = Contents.of(self.config, self.tensors, self.where)
+        if self.local:
+            self._check_extras(contents)
+        return contents
+
+    def _check_extras(self, contents: Contents) -> None:
+        """Raises UserError where a tensor differs from what it should repeat."""
+        stored = {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, Tensor)}
+        for extra in contents.extras:
+            for name in filter(None, (extra.name, extra.twin)):
+                if name in self.tensors and name not in stored:
+                    raise UserError(
+                        f"{self.where}: {extra.name} repeats {extra.meaning}, and one of them is quantised; expected "
+                        "floats of both; convert the unquantised original"
+                    )
+        contents.check_extras(stored, self.where)
+
+    def sources(self) -> list[Entry]:
+        """Returns the entries with the tensors that they are made from. Raises UserError unless this is a complete,
+        unquantised checkpoint.
+        """
+        if self.config.quantization is None:
+            refuse_quantised(self.raw)
+        entries = [names.found(entry, self.contents) for entry in self.entries]
+        refuse_quantised(self.raw, "use it as it is, or ")  # the loader takes it: contents would have been refused
+        return entries
 
     @property
     def drafter(self) -> bool:
-        return is_drafter(self.raw)
+        return isinstance(self.config, DrafterConfig)
 
     @property
     def converted(self) -> bool:
-        """Returns whether the tensors have the names of the MLX layout.
+        """Returns whether the tensors have the names that a conversion writes.
 
         Drafters have the same names in both layouts.
         """
         return self.drafter or any(name.startswith(MLX_PREFIX) for name in self.tensors)
 
-    def name(self, entry: Entry) -> str:
-        """Returns the name of `entry` in this folder."""
-        return entry.name if self.converted else entry.source
-
-    def check_shapes(self) -> None:
-        """Raises UserError unless all tensors are there in their shapes; dtypes are not asked about."""
-        if not self.converted:
-            self.check_source()
-            return
-        for entry in self.entries:
-            for name, _, shape in parts(entry, "BF16", self.format(entry)):
-                found = self.tensors.get(name)
-                if found is None or found.shape != shape:
-                    has = f"has shape {list(found.shape)}" if found else "is missing"
-                    raise UserError(f"{self.where}: tensor {name!r} {has}; expected shape {list(shape)} by config.json")
+    @cached_property
+    def _plain(self) -> dict[str, Source]:
+        return {plain(name): tensor for name, tensor in self.tensors.items()}
 
     def format(self, entry: Entry) -> Format | None:
-        """Returns the quantisation that config.json gives to `entry`; None for float weights without scales."""
-        path, tensor = entry.name.removesuffix(".weight"), self.tensors.get(self.name(entry))
-        plain = tensor is not None and tensor.dtype in DTYPES.values() and f"{path}.scales" not in self.tensors
-        if plain or len(entry.shape) < 2:
+        """Returns the quantisation that config.json gives to `entry` in a converted folder; None for float weights
+        without scales.
+        """
+        spec, path, tensor = self.config.quantization, plain(entry.name), self.tensors.get(entry.name)
+        scales = f"{path.removesuffix('weight')}scales"
+        floats = tensor is not None and tensor.dtype in FLOATS and scales not in self._plain
+        if spec is None or floats or len(entry.shape) < 2:
             return None
-        return self.formats.get(path, self.formats.get(""))
+        form = spec.best(path.removesuffix(".weight"), entry.shape, self._plain)
+        return Format(**form.setting) if form else None
 
     def media(self) -> list[str]:
         """Returns the names of the vision and audio tensors, which a conversion leaves out."""
-        return [name for name in self.tensors if name.startswith(MEDIA)]
+        return [name for name in self.tensors if plain(name).startswith(MEDIA)]

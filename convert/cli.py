@@ -26,7 +26,8 @@ def _run(argv: list[str]) -> int:
 
 def _convert(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    print(convert(args.hf_path, args.mlx_path, _recipe(args), args.dtype, args.pair, args.upload_repo))
+    options = (args.dtype, args.pair, args.upload_repo, args.adapter_path)
+    print(convert(args.hf_path, args.mlx_path, _recipe(args), *options))
     return 0
 
 
@@ -53,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pair", action="store_true", help="also convert SOURCE-assistant to OUT-assistant")
     parser.add_argument(
         "--upload-repo", metavar="REPO", help="then upload to this hub repository (a drafter of --pair: REPO-assistant)"
+    )
+    parser.add_argument(
+        "--adapter-path", metavar="FOLDER", help="fuse this LoRA adapter (mlx-lm's or PEFT's) into the weights"
     )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the matrices")
     parser.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="default 4")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from mlx_gemma_mtp.cache.spec import kv_bytes
 from mlx_gemma_mtp.cli.command import Parser
+from mlx_gemma_mtp.models.quantization import plain
 
-from . import config, names, source
+from . import names, source
+from .blocks import stored_as
 from .checkpoint import Checkpoint
 from .names import Entry, is_integer
-from .writer import parts
 
 CONTEXTS = (4096, 32768, 131072)
 BLOCK = 256  # tokens written at a time, the prefill chunk
@@ -38,20 +39,18 @@ def inspect(where: str) -> dict:
     Bytes are those of the tensors that are used; vision and audio are `left_out`. Raises UserError.
     """
     model = _open(where)
-    model.check_shapes()
-    drafter = config.is_drafter(model.raw)
-    modules = _modules(model)
-    weights = sum(module["bytes"] for module in modules)
+    drafter, modules = model.drafter, _modules(model)
+    weights, media = sum(module["bytes"] for module in modules), model.contents.media
     return {
         "source": where,
         "model_type": model.raw["model_type"],
         "role": "drafter" if drafter else "target",
-        "layout": "common" if drafter else "mlx" if model.converted else "hugging face",
+        "layout": "common" if drafter else "mlx" if _is_mlx(model) else "hugging face",
         "architecture": _architecture(model),
         "parameters": sum(math.prod(entry.shape) for entry in model.entries if _counted(entry)),
         "bytes": weights,
         "modules": modules,
-        "left_out": {"tensors": len(model.media()), "bytes": sum(model.tensors[name].nbytes for name in model.media())},
+        "left_out": {"tensors": len(media), "bytes": sum(model.tensors[name].nbytes for name in media)},
         "drafter": None if drafter else _drafter_name(where),
         "memory": {"weights": weights, "kv": {} if drafter else _kv(model)},
     }
@@ -64,31 +63,39 @@ def _open(where: str) -> Checkpoint:
     return Checkpoint.read(where, *source.remote(where))
 
 
+def _is_mlx(model: Checkpoint) -> bool:
+    """Whether the text model is laid out as MLX's readers write it, under whichever prefix."""
+    return model.converted or bool(model.contents.formats) or any(".switch_glu." in name for name in model.tensors)
+
+
 def _modules(model: Checkpoint) -> list[dict]:
     """Tensors, parameters and bytes by kind of module and format, largest first."""
     modules: dict[tuple[str, str], dict] = {}
     for entry in model.entries:
-        form, name = model.format(entry), model.name(entry)
-        tensor = model.tensors.get(name)
-        stored = str(form) if form else tensor.dtype if tensor else "missing"
+        name = plain(entry.name)
+        form = model.contents.formats.get(name.removesuffix(".weight"))
+        stored = str(form) if form else stored_as(model.tensors[model.contents.places[name].name])
         group = names.group(entry)
         module = modules.setdefault(
             (group, stored), {"kind": group, "format": stored, "tensors": 0, "parameters": 0, "bytes": 0}
         )
         module["tensors"] += 1
         module["parameters"] += math.prod(entry.shape) if _counted(entry) else 0
-        module["bytes"] += _stored_bytes(model, entry)
+        module["bytes"] += _stored_bytes(model, name)
     return sorted(modules.values(), key=lambda module: -module["bytes"])
 
 
-def _stored_bytes(model: Checkpoint, entry: Entry) -> int:
-    """Bytes of a weight with its scales and biases; for half of a fused expert tensor, half."""
-    if not model.converted:
-        tensor = model.tensors.get(entry.source)
-        share = math.prod(entry.shape) / math.prod(entry.source_shape)
-        return int(tensor.nbytes * share) if tensor else 0
-    held = (model.tensors.get(name) for name, _, _ in parts(entry, "BF16", model.format(entry)))
-    return sum(tensor.nbytes for tensor in held if tensor)
+def _stored_bytes(model: Checkpoint, name: str) -> int:
+    """Bytes of a weight with its scales and biases; of half of a fused expert tensor, half."""
+    path = name.removesuffix("weight")
+    places = [model.contents.places.get(each) for each in (name, f"{path}scales", f"{path}biases")]
+    return sum(
+        model.tensors[place.name].nbytes
+        // (1 if place.rows is None else model.tensors[place.name].shape[-2])
+        * (1 if place.rows is None else place.rows[1] - place.rows[0])
+        for place in places
+        if place
+    )
 
 
 def _counted(entry: Entry) -> bool:
@@ -123,8 +130,7 @@ def _drafter_name(where: str) -> str:
 
 def _kv(model: Checkpoint) -> dict[str, int]:
     """Context length -> bytes of the cache of one sequence."""
-    target = config.loadable(model.raw, model.text)
-    return {str(tokens): kv_bytes(target.kv, tokens, 1, BLOCK, KV_ITEM) for tokens in CONTEXTS}
+    return {str(tokens): kv_bytes(model.config.kv, tokens, 1, BLOCK, KV_ITEM) for tokens in CONTEXTS}
 
 
 def _lines(report: dict) -> Iterator[str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.models.config import MODES as MLX_MODES
+from mlx_gemma_mtp.models.quantization import MODES as MLX_MODES
+from mlx_gemma_mtp.models.quantization import Format as Stored
 
 from .names import Entry
 
@@ -14,37 +15,16 @@ GROUP_SIZES, AFFINE_BITS = MLX_MODES["affine"]
 
 
 @dataclass(frozen=True)
-class Format:
-    """MLX quantisation: `group_size` weights of a row share one scale (and, in affine mode, one bias).
+class Format(Stored):
+    """MLX quantisation that is also computed.
 
     on_q4_0: affine codes are put on the grid of llama.cpp's Q4_0 in the groups that it fits at least as well.
     """
 
-    bits: int
-    group_size: int
-    mode: str = "affine"
     on_q4_0: bool = False
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit {self.mode}, groups of {self.group_size}"
-
-    @property
-    def setting(self) -> dict:
-        """Returns the keyword arguments of mx.quantize and mx.dequantize."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-
-    @property
-    def biased(self) -> bool:
-        return self.mode == "affine"
-
-    def parts(self, name: str, shape: tuple[int, ...], dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Returns (name, dtype, shape) of each array that is written for the matrix `name` whose floats are `dtype`."""
-        *rows, columns = shape
-        path, groups = name.removesuffix("weight"), (*rows, columns // self.group_size)
-        weight = (name, "U32", (*rows, columns * self.bits // 32))
-        if not self.biased:
-            return [weight, (path + "scales", "U8", groups)]
-        return [weight, (path + "scales", dtype, groups), (path + "biases", dtype, groups)]
+        return super().__str__()
 
     def quantize(self, block: mx.array) -> tuple[mx.array, ...]:
         """Quantises rows, [rows, columns]; returns the arrays of `parts` for them. Rows do not depend on each other."""
@@ -210,27 +190,3 @@ def record(formats: dict[str, Format | None], default: Format) -> dict:
             if default.biased and chosen.biased:
                 quantization[path] = {"group_size": chosen.group_size, "bits": chosen.bits}
     return quantization
-
-
-def recorded(config: dict) -> dict[str, Format | None]:
-    """Returns path -> Format as a config records it, with the default under ""; empty where nothing is quantised."""
-    table = config.get("quantization")
-    if table is None:
-        return {}
-    if not isinstance(table, dict):
-        raise UserError(f"quantization {table!r} in config.json; expected a JSON object; convert again")
-    overrides = {path: value for path, value in table.items() if isinstance(value, dict) or value is False}
-    formats = {path: None if value is False else _read(value) for path, value in overrides.items()}
-    return {"": _read(table), **formats}
-
-
-def _read(setting: dict) -> Format:
-    bits, group_size, mode = (setting.get(key) for key in ("bits", "group_size", "mode"))
-    form = Format(bits, group_size, "affine" if mode is None else mode)
-    valid = form.bits in AFFINE_BITS and form.group_size in GROUP_SIZES if form.biased else form in MODES.values()
-    if not valid:
-        raise UserError(
-            f"quantization of {bits!r} bits, groups of {group_size!r}, mode {mode!r} in config.json; expected a format"
-            " of MLX; convert again"
-        )
-    return form

@@ -10,8 +10,8 @@ from mlx_gemma_mtp.errors import UserError, shown
 from mlx_gemma_mtp.files.files import content
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 
+from . import adapters, quantize, source, upload, writer
 from . import config as configs
-from . import quantize, source, upload, writer
 from .checkpoint import Checkpoint
 from .conversion import Conversion
 from .destination import Destination
@@ -40,13 +40,15 @@ def convert(
     dtype: str = "bfloat16",
     pair: bool = False,
     upload_repo: str | None = None,
+    adapter_path: str | None = None,
 ) -> str:
     """Converts one target or drafter, or a target and its drafter; returns a line for each folder.
 
     hf_path: a local folder or hub id; mlx_path: a folder that must not exist yet; recipe: the quantisation of matrices
     (None keeps them in `dtype`); dtype: bfloat16, float16 or float32 for everything that stays float; pair:
     `hf_path`-assistant is converted to `mlx_path`-assistant too, where quantised at 8 bits with a 4-bit head;
-    upload_repo: the hub repository that the result is uploaded to (the drafter's to `upload_repo`-assistant). Raises
+    upload_repo: the hub repository that the result is uploaded to (the drafter's to `upload_repo`-assistant);
+    adapter_path: a LoRA adapter that is fused into `hf_path`'s weights, not into the pair's drafter. Raises
     UserError for anything wrong with the source or the destination, KeyboardInterrupt after a signal; then nothing is
     left, but for an upload that failed, which leaves the converted folders.
     """
@@ -56,19 +58,21 @@ def convert(
     out = Path(mlx_path).expanduser()
     repos = [upload_repo + end for end in ends] if upload_repo is not None else []
     upload.check(repos)
-    planned = _converted(hf_path, [out.parent / (out.name + end) for end in ends], recipe, dtype, repos)
+    planned = _converted(hf_path, [out.parent / (out.name + end) for end in ends], recipe, dtype, repos, adapter_path)
     lines = [str(conversion) for conversion in planned]
     lines += upload.upload({conversion.out: repo for conversion, repo in zip(planned, repos, strict=False)})
     return "\n".join(lines)
 
 
-def _converted(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str, repos: list[str]) -> list[Conversion]:
+def _converted(
+    hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str, repos: list[str], adapter_path: str | None
+) -> list[Conversion]:
     """The conversions, done: all folders are there, or none."""
     destination, needed = Destination(tuple(outs)), 0
     with Interruption() as interruption:
         try:
             destination.claim()
-            planned = _planned(hf_path, outs, recipe, dtype)
+            planned = _planned(hf_path, outs, recipe, dtype, adapter_path)
             needed = sum(conversion.nbytes for conversion in planned)
             destination.check_space(needed)
             for i, (conversion, folder) in enumerate(zip(planned, destination.folders, strict=True)):
@@ -98,9 +102,11 @@ def _converted(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str
     return planned
 
 
-def _planned(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str) -> list[Conversion]:
+def _planned(
+    hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str, adapter_path: str | None
+) -> list[Conversion]:
     """One conversion, or those of a pair that fits together."""
-    first = _plan(hf_path, outs[0], recipe, dtype)
+    first = _plan(hf_path, outs[0], recipe, dtype, adapter_path)
     if len(outs) == 1:
         return [first]
     if configs.is_drafter(first.config):
@@ -118,18 +124,29 @@ def _planned(hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str) 
     return [first, second]
 
 
-def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str) -> Conversion:
+def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str, adapter_path: str | None = None) -> Conversion:
     folder = source.find(hf_path)
     model = Checkpoint.open(folder)
-    model.check_source()
+    entries = model.sources()
     _check_copied(folder)
     written = configs.written(model.raw, model.text, dtype)
-    formats = recipe.choose_all(model.entries, model.text) if recipe else {}
+    formats = recipe.choose_all(entries, model.text) if recipe else {}
     if recipe:
         written["quantization"] = quantize.record(formats, recipe.default)
         written["quantization_config"] = written["quantization"]
-    jobs = [writer.plan(e, model.tensors[e.source], dtype, formats.get(e.name)) for e in model.entries]
-    return Conversion(folder, out, written, jobs)
+    deltas, fused = _fused(model, adapter_path) if adapter_path is not None else ({}, "")
+    jobs = [writer.plan(e, model.tensors[e.source], dtype, formats.get(e.name), deltas.get(e.name)) for e in entries]
+    return Conversion(folder, out, written, jobs, fused)
+
+
+def _fused(model: Checkpoint, adapter_path: str) -> tuple[dict[str, adapters.Delta], str]:
+    """(written name -> what an adapter adds to it, what happened in words)."""
+    adapter = adapters.read_adapter(adapter_path)
+    shared = [] if model.drafter else [i for i, layer in enumerate(model.config.layers) if not layer.owns_kv]
+    unused = {f"layers.{i}.self_attn.{part}" for i in shared for part in ("k_proj", "v_proj")}
+    deltas, left_out = adapter.deltas(model.entries, unused)
+    rest = f" ({left_out} adapters of unused parts left out)" if left_out else ""
+    return deltas, f", {adapter.folder} fused into {len(deltas)} matrices{rest}"
 
 
 def _check_copied(folder: Path) -> None:

@@ -1,10 +1,16 @@
-"""Find a source checkpoint (local folder or hub id) and list its tensors."""
+"""Find a source checkpoint (local folder or hub id) and list its tensors, those that others quantised as floats."""
 
+import os
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.files.folder import INDEX, read_index, weight_files
-from mlx_gemma_mtp.files.safetensors import Tensor, read_header, read_object
+from mlx_gemma_mtp.files import foreign
+from mlx_gemma_mtp.files.headers import read_headers
+from mlx_gemma_mtp.files.safetensors import Tensor, read_object
+
+from . import dequantize
+from .blocks import Source
+from .config import is_drafter
 
 CHECKSUMS = "checksums.json"  # shard name -> sha256, in a folder that convert wrote
 
@@ -23,10 +29,35 @@ def find(source: str) -> Path:
     """
     from mlx_gemma_mtp.files import hub  # as above
 
-    return hub.find(source)
+    return hub.find(source, converting=True)
 
 
-def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
+def read(folder: Path) -> tuple[dict, dict[str, Source]]:
+    """Returns config.json and the tensors of a local folder, from their headers.
+
+    Weights that others quantised are seen as floats, where convert dequantises them; then the config does not tell of
+    the quantisation. Raises UserError for all other formats, and for a config.json that is not a Gemma 4 one.
+    """
+    path = folder / "config.json"
+    config = read_object(path) if os.path.lexists(path) else None
+    found = foreign.check_folder(folder, config, converting=True)
+    config = read_object(path) if config is None else config  # says that there is none
+    is_drafter(config)  # another model is told by its name, not by its files
+    return _seen(folder, config, found, read_headers(folder), local=True)
+
+
+def _seen(
+    where: Path | str, config: dict, found: foreign.Foreign | None, held: dict[str, Tensor], local: bool
+) -> tuple[dict, dict[str, Source]]:
+    """A config and tensors as a conversion sees them. found: the format that the config tells of."""
+    if found is None:
+        if "quantization" not in config and (hidden := foreign.of_tensors(held)):
+            raise hidden.refusal(where, converting=True)
+        return config, dequantize.stacked(held)
+    return foreign.without_table(config), dequantize.floats(found.plain, held, local)
+
+
+def remote(repo: str) -> tuple[dict, dict[str, Source]]:
     """Returns config.json and the tensors' headers of a hub repository, from its cache where the hub does not answer.
 
     No weights are downloaded. Raises UserError where neither can be had.
@@ -40,14 +71,19 @@ def remote(repo: str) -> tuple[dict, dict[str, Tensor]]:
         files = get_safetensors_metadata(repo).files_metadata
     except Exception as error:  # the client's errors have no common base; all mean "no headers"
         if folder := find(repo) if constants.HF_HUB_OFFLINE else _cached(repo):
-            return read_object(folder / "config.json"), tensors(folder)
-        raise hub.refusal(repo, error) from error
-    return read_object(config), {
+            return read(folder)
+        raise hub.foreign_repo(repo) or hub.refusal(repo, error) from error
+    config = read_object(config)
+    found = foreign.of_config(config)
+    if found and not found.plain:
+        raise found.refusal(repo, converting=True)
+    held = {
         name: Tensor(Path(file), info.dtype, tuple(info.shape), begin, end - begin)
         for file, metadata in files.items()
         for name, info in metadata.tensors.items()
         for begin, end in [info.data_offsets]
     }
+    return _seen(repo, config, found, held, local=False)
 
 
 def _cached(repo: str) -> Path | None:
@@ -69,21 +105,3 @@ def check_inside(file: Path) -> None:
     root = file.parent.parent.parent if file.parent.parent.name == "snapshots" else file.parent
     if not file.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{file} is a link to {file.resolve()}; expected a file of the checkpoint; copy it there")
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns name -> Tensor over all shards. Raises UserError unless the index and the shards agree exactly."""
-    weight_map, found = read_index(folder), {}
-    for file in weight_files(folder):
-        for name, tensor in read_header(file).items():
-            if weight_map and weight_map.get(name) != file.name:
-                raise UserError(
-                    f"{file}: tensor {name!r}; expected in {weight_map.get(name)} by {INDEX}; download both again"
-                )
-            found[name] = tensor
-    if missing := sorted(weight_map.keys() - found.keys()):
-        raise UserError(
-            f"{folder / weight_map[missing[0]]}: no tensor {missing[0]!r}, which {INDEX} puts"
-            " there; download both again"
-        )
-    return found

@@ -91,7 +91,7 @@ def write_card(folder: Path, conversion: Conversion, hf_path: str, repos: list[s
         pipeline_tag="text-generation",
         tags=["mlx", "gemma4", *(["speculative-decoding"] if drafter else [])],
         base_model=base,
-        base_model_relation="quantized" if base and quantised else None,
+        base_model_relation="quantized" if base and quantised and not conversion.fused else None,
         **_license(base),
     )
     text = "\n".join(_lines(conversion, base, repos, index))
@@ -103,7 +103,8 @@ def _lines(conversion: Conversion, base: str | None, repos: list[str], index: in
     origin = f" from [{base}](https://huggingface.co/{base})" if base else ""
     kind = "MTP drafter" if configs.is_drafter(conversion.config) else "text model"
     yield f"# {repos[index]}\n"
-    yield f"The {kind}, converted to MLX{origin} by mlx-gemma-mtp {__version__}.\n"
+    adapter = ", with a LoRA adapter fused in" if conversion.fused else ""
+    yield f"The {kind}, converted to MLX{origin} by mlx-gemma-mtp {__version__}{adapter}.\n"
     yield "| tensors | format |\n|---|---|"
     forms: dict[str, set[str]] = {}
     for job in conversion.jobs:
@@ -131,7 +132,7 @@ def _license(base: str | None) -> dict[str, str]:
 
 
 def _again(left: dict[Path, str]) -> str:
-    return " && ".join(f"hf upload {repo} {shlex.quote(str(folder))}" for folder, repo in left.items())
+    return " && ".join(shlex.join(["hf", "upload", repo, str(folder)]) for folder, repo in left.items())
 
 
 def _reason(error: BaseException) -> str:

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files.folder import INDEX, SINGLE
-from mlx_gemma_mtp.files.safetensors import ITEM_BYTES, Tensor, header_bytes
+from mlx_gemma_mtp.files.safetensors import ITEM_BYTES, header_bytes
 
 from . import blocks
-from .blocks import DTYPES, MLX
+from .adapters import Delta
+from .blocks import DTYPES, MLX, Source
 from .names import Entry, is_integer
 from .quantize import Format
 from .source import CHECKSUMS
@@ -29,21 +30,28 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Job:
-    """One source tensor (or half of one), and (name, dtype, shape) of the arrays that it becomes."""
+    """One source tensor (or half of one), and (name, dtype, shape) of the arrays that it becomes.
+
+    delta: what an adapter adds to it.
+    """
 
     entry: Entry
-    tensor: Tensor
+    tensor: Source
     dtype: str
     form: Format | None
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    delta: Delta | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in self.outputs)
 
 
-def plan(entry: Entry, tensor: Tensor, dtype: str, form: Format | None) -> Job:
-    """Returns what will be written for `entry`. Raises UserError if the stored dtype cannot become it."""
+def plan(entry: Entry, tensor: Source, dtype: str, form: Format | None, delta: Delta | None = None) -> Job:
+    """Returns what will be written for `entry`, with an adapter's `delta` added.
+
+    Raises UserError if the stored dtype cannot become it.
+    """
     readable = ("I64", "I32") if is_integer(entry.name) else tuple(DTYPES.values())
     if tensor.dtype not in readable:
         raise UserError(
@@ -51,7 +59,7 @@ def plan(entry: Entry, tensor: Tensor, dtype: str, form: Format | None) -> Job:
             " convert the original checkpoint"
         )
     outputs = parts(entry, DTYPES[dtype], form)
-    return Job(entry, tensor, "I32" if is_integer(entry.name) else DTYPES[dtype], form, tuple(outputs))
+    return Job(entry, tensor, "I32" if is_integer(entry.name) else DTYPES[dtype], form, tuple(outputs), delta)
 
 
 def parts(entry: Entry, dtype: str, form: Format | None) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -101,7 +109,7 @@ def _write_shard(path: Path, jobs: list[Job], progress: tqdm) -> None:
         for job in jobs:
             row = 0
             for block in blocks.source_rows(job.entry, job.tensor):
-                for (name, _, _), part in zip(job.outputs, _converted(job, block), strict=True):
+                for (name, _, _), part in zip(job.outputs, _converted(job, block, row), strict=True):
                     data = np.asarray(part.view(mx.uint8))
                     file.seek(offsets[name] + row * data.shape[-1])
                     file.write(data)
@@ -111,10 +119,12 @@ def _write_shard(path: Path, jobs: list[Job], progress: tqdm) -> None:
         os.fsync(file.fileno())  # a full disk may tell only now; and no rename overtakes the data
 
 
-def _converted(job: Job, block: mx.array) -> tuple[mx.array, ...]:
-    """[rows, columns] as read -> the arrays of job.outputs for these rows."""
+def _converted(job: Job, block: mx.array, row: int) -> tuple[mx.array, ...]:
+    """[rows, columns] as read, which begin at `row` -> the arrays of job.outputs for these rows."""
     if is_integer(job.entry.name):
         _check_ids(job, block)
+    if job.delta:
+        block = block.astype(mx.float32) + job.delta.rows(row, row + block.shape[0])
     block = block.astype(MLX[job.dtype])
     if not mx.isfinite(block).all().item():
         raise UserError(

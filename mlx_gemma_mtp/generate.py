@@ -11,16 +11,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
-from .cli.prompts import read_prompts, read_schema, read_source
+from .cli.prompts import read_messages, read_prompts, read_schema, read_source, read_tools
+from .cli.replies import Printer
 from .errors import UserError, clipped, shown
 from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
+from .text.tool_choice import ToolChoice
+from .text.tools import Tools
 
 if TYPE_CHECKING:
     from .engine.engine import Engine, Result
+    from .text.encode import Prompt
 
 BUNDLED = (
     "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
@@ -32,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser("mlx_gemma_mtp.generate", description="Gemma 4 with its MTP drafter: the same text, faster.")
     _add_models(p)
     _add_prompts(p)
+    _add_tools(p)
     _add_sampling(p)
     _add_rules(p)
     _add_drafts(p)
@@ -58,13 +63,36 @@ def _add_prompts(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, made as a batch")
     group.add_argument(
+        "--messages",
+        action="append",
+        default=[],
+        metavar="FILE|TEXT",
+        help="a prompt of chat messages, a JSON list; repeatable",
+    )
+    group.add_argument(
         "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"prompts in one batch (default: {MAX_ROWS})"
     )
     group.add_argument("--system-prompt", help="a system turn before each prompt")
     group.add_argument("--ignore-chat-template", action="store_true", help="take prompts as raw text")
-    group.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
-    group.add_argument("--thinking-budget", type=int, metavar="N", help="close the thought after N tokens")
+    group.add_argument(
+        "--allow-special", action="store_true", help="let control strings such as <turn|> in prompts be control tokens"
+    )
     group.add_argument("--image", "--audio", dest="media", action="append", help=argparse.SUPPRESS)
+
+
+def _add_tools(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("thoughts and tools")
+    group.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
+    group.add_argument("--thinking-budget", type=int, metavar="N", help="close thoughts after N tokens in all")
+    group.add_argument(
+        "--hide-thinking", action="store_true", help="leave thoughts out on a terminal (elsewhere --json has them)"
+    )
+    group.add_argument("--tools", metavar="FILE|TEXT", help="functions that may be called, a JSON list as OpenAI's")
+    group.add_argument(
+        "--tool-choice",
+        metavar="CHOICE",
+        help="auto (default), none, required, or the name of the tool to call (extra `grammar` for the last two)",
+    )
 
 
 def _add_sampling(p: argparse.ArgumentParser) -> None:
@@ -145,17 +173,18 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.media:
         raise UserError(f"{args.media[0]!r}: image and audio input are not supported; this package takes text alone")
-    prompts, params = read_prompts(args), read_params(args)
+    messages = [read_messages(each) for each in args.messages]
+    prompts, params, options = [*read_prompts(args, not messages), *messages], read_params(args), read_options(args)
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
     engine = load_engine(args, len(prompts))
     cancel = threading.Event()
     with _ctrl_c(cancel):
-        results = generate(engine, prompts, params, args, cancel)
+        results = generate(engine, prompts, params, args, options, cancel)
     if args.json:
         print_json(prompts, results)
     failed = [number for number, result in enumerate(results, 1) if result.error is not None]
     if args.model is None and not (args.json or failed or cancel.is_set()):
-        print_speedup(engine, prompts, params, args, results)
+        print_speedup(engine, prompts, params, options, results)
     if args.stats:
         print_stats(results)
         tell(f"computed: {engine.description}")
@@ -188,6 +217,19 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
+
+
+def read_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what holds for every prompt, as options of `Engine.stream`. Raises UserError."""
+    tools = None if args.tools is None else Tools.of(read_tools(args.tools))
+    ToolChoice.of(args.tool_choice, () if tools is None else tools.names)  # before anything is loaded
+    return {
+        "system_prompt": args.system_prompt,
+        "chat_template": not args.ignore_chat_template,
+        "tools": tools,
+        "tool_choice": args.tool_choice,
+        "allow_special": args.allow_special,
+    }
 
 
 def read_depth(text: str) -> int | str:
@@ -226,46 +268,53 @@ def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
 
 
 def generate(
-    engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, cancel: threading.Event
+    engine: Engine,
+    prompts: list[Prompt],
+    params: SamplingParams,
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    cancel: threading.Event,
 ) -> list[Result]:
     """Generates and prints all texts; returns their results in order, those before a Ctrl-C included.
 
     A single text is printed as it is made; several are printed whole, in order, each under a header.
     """
-    chunks = engine.stream(
-        prompts,
-        params,
-        system_prompt=args.system_prompt,
-        chat_template=not args.ignore_chat_template,
-        cancel=cancel,
-        progress=Bar("prefill"),
-    )
+    chunks = engine.stream(prompts, params, **options, cancel=cancel, progress=Bar("prefill"))
     results: dict[int, Result] = {}
-    printed = 0
+    single, printed = Printer(args.hide_thinking), 0
     for chunk in chunks:
         if len(prompts) == 1 and not args.json:
-            print(chunk.text, end="", flush=True)
+            single(chunk)
         if chunk.result is not None:
             results[chunk.index] = chunk.result
         while len(prompts) > 1 and not args.json and printed in results:
-            print(f"=== {printed + 1}: {_title(prompts[printed])}\n{results[printed].text}\n", flush=True)
+            print(f"=== {printed + 1}: {_title(prompts[printed])}")
+            each = Printer(args.hide_thinking)
+            each(results[printed])
+            each.end()
+            print(flush=True)
             printed += 1
     if len(prompts) == 1 and not args.json:
-        print()
+        single.end()
     return [results[index] for index in sorted(results)]
 
 
-def _title(prompt: str) -> str:
-    line = " ".join(prompt.split())
+def _title(prompt: Prompt) -> str:
+    """A prompt in a line; of messages the last one."""
+    said = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+    line = " ".join(said.split()) if isinstance(said, str) else f"{len(prompt)} messages"
     return line if len(line) <= 70 else f"{line[:69]}\u2026"
 
 
-def print_json(prompts: list[str], results: list[Result]) -> None:
+def print_json(prompts: list[Prompt], results: list[Result]) -> None:
     for prompt, result in zip(prompts, results, strict=False):
         record = {
             "prompt": prompt,
             "text": result.text,
+            "reasoning": result.reasoning,
+            "tool_calls": [call.as_openai() for call in result.tool_calls],
             "tokens": result.tokens,
+            "end_token": result.end_token,
             "finish_reason": result.finish_reason,
             "stats": result.stats.as_dict(),
         }
@@ -277,7 +326,7 @@ def print_json(prompts: list[str], results: list[Result]) -> None:
 
 
 def print_speedup(
-    engine: Engine, prompts: list[str], params: SamplingParams, args: argparse.Namespace, results: list[Result]
+    engine: Engine, prompts: list[Prompt], params: SamplingParams, options: dict[str, Any], results: list[Result]
 ) -> None:
     """Prints what MTP is worth on these prompts; for the bundled model, which is small enough to run both ways."""
     from .checks import speedup
@@ -285,7 +334,6 @@ def print_speedup(
     if not any(result.stats.rounds and result.stats.mtp for result in results):
         return
     some, same = prompts[: engine.max_rows], replace(params, seed=results[0].stats.seed)
-    options = {"system_prompt": args.system_prompt, "chat_template": not args.ignore_chat_template}
     with Stage() as stage:
         stage("measuring what MTP is worth on this prompt")
         found = speedup.measure(engine, some, same, **options)

@@ -164,11 +164,12 @@ def check_pytest(words: list[str]) -> tuple[None, list[str]]:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory) -> Path:
-    """A folder to work in, with a pair under the name that the pages use, and a schema."""
+    """A folder to work in, with a pair under the name that the pages use, a schema, and tools."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / MODEL).symlink_to(hub.DEMO / "target")
     (folder / f"{MODEL}-assistant").symlink_to(hub.DEMO / "drafter")
     (folder / "schema.json").write_text(json.dumps({"type": "object", "properties": {"name": {"type": "boolean"}}}))
+    (folder / "tools.json").write_text(json.dumps([{"name": "now", "parameters": {"type": "object"}}]))
     checkpoints.pair(folder / "google", "26B-A4B")
     return folder
 
@@ -193,7 +194,7 @@ def test_commands_run(words, elsewhere, monkeypatch, capsys):
     module = importlib.import_module(words[2])
     if "--plot" in words:
         pytest.importorskip("matplotlib")
-    if "--json-schema" in words:
+    if "--json-schema" in words or "--tool-choice" in words:
         pytest.importorskip("llguidance")
     monkeypatch.chdir(elsewhere)
     assert module.main([*words[3:], *QUICK[module]]) == 0, capsys.readouterr().err

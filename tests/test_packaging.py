@@ -56,7 +56,8 @@ def test_the_package_imports_neither_convert_nor_torch(path):
 @pytest.mark.parametrize("path", sources("convert"), ids=lambda p: p.stem)
 def test_convert_needs_no_torch_and_only_the_facts_of_the_package(path):
     """What a config means, what memory it takes, where models are, what commands share; never the running of one."""
-    names = ("errors", "models.config", "cache.spec", "files", "machine", "cli", "_version")
+    models = ("models.config", "models.raw_config", "models.quantization", "models.contents")
+    names = ("errors", *models, "cache.spec", "files", "machine", "cli", "_version")
     facts = {f"mlx_gemma_mtp.{name}" for name in names}
     for name in imports(path):
         assert not within(name, TORCH | {"mlx_gemma_mtp.convert"}), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,7 +52,7 @@ def prepare(folder: Path, text: corpus.Corpus, tok: Tokenizer) -> None:
 
 
 def load(folder: Path) -> Data:
-    require(folder, "train.npy", "--data", f"make it with python -m training.data --out {folder}")
+    require(folder, "train.npy", "--data", f"make it with python -m training.data --out {shlex.quote(str(folder))}")
     names = ("chat", "modules")
     held = {name: np.load(folder / f"held_{name}.npy").astype(np.int64) for name in names}
     held = {name: stream for name, stream in held.items() if len(stream)}

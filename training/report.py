@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from mlx_gemma_mtp.engine.load import load
-from mlx_gemma_mtp.sampling.distribution import SamplingParams
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from training import assisted, data, gemma
 from training.cli import command
 from training.drafter import ROUND

@@ -56,9 +56,10 @@ def measure(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, *
     """Measures up to TOKENS tokens of each prompt with the engine's drafts and plainly, in turn.
 
     There are at most PAIRS pairs of runs, and none begins after SECONDS. params: with a seed, so that both sides say
-    the same; only a grammar may end a text earlier. options: of `Engine.generate`.
+    the same; only a grammar, or a call of a tool, may end a text earlier. options: of `Engine.generate`.
     """
-    params = replace(params, max_tokens=min(params.max_tokens, TOKENS), ignore_eos=not params.grammars, stop=())
+    endless = not params.grammars and options.get("tools") is None
+    params = replace(params, max_tokens=min(params.max_tokens, TOKENS), ignore_eos=endless, stop=())
 
     def run(**drafts: int) -> list[Result]:
         return engine.generate(list(prompts), params, **options, **drafts)

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import UserError, clipped, shown
 
@@ -23,12 +24,15 @@ PROMPTS = (
 )
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Returns the prompts of --prompt, standard input and --prompt-file, in this order. Raises UserError."""
+def read_prompts(args: argparse.Namespace, needed: bool = True) -> list[str]:
+    """Returns the prompts of --prompt, standard input and --prompt-file, in this order. Raises UserError.
+
+    needed: whether there must be one.
+    """
     prompts = [_standard_input() if p == "-" else p for p in args.prompt]
     if args.prompt_file is not None:
         prompts += read_lines(args.prompt_file)
-    if not prompts:
+    if not prompts and needed:
         raise UserError("there is no prompt; give --prompt TEXT, --prompt - for standard input, or --prompt-file FILE")
     for prompt in prompts:
         if not prompt.strip():
@@ -44,14 +48,30 @@ def read_lines(path: str) -> list[str]:
 
 def read_schema(source: str | None) -> str | None:
     """Returns the JSON text of --json-schema, which names a file or is the text itself. Raises UserError."""
-    text = read_source("--json-schema", source, lambda text: text.lstrip().startswith(("{", "[")))
-    if text is not None:
-        try:
-            json.loads(text)
-        except (ValueError, RecursionError) as error:
-            where = "" if text is source else f" {clipped(source)}"
-            raise UserError(f"--json-schema{where} is no JSON: {error}; give a JSON schema, or a file of one") from None
-    return text
+    return None if source is None else _json("--json-schema", source, "a JSON schema")[0]
+
+
+def read_tools(source: str | None) -> Any:
+    """Returns what --tools says in JSON, in a file or as text. Raises UserError."""
+    return None if source is None else _json("--tools", source, "a JSON list of tools")[1]
+
+
+def read_messages(source: str) -> list[Any]:
+    """Returns the chat messages of --messages, a JSON list in a file or as text. Raises UserError."""
+    messages = _json("--messages", source, "a JSON list of chat messages")[1]
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise UserError(f"--messages has {shown(messages)}, expected a JSON list of chat messages")
+    return messages
+
+
+def _json(flag: str, source: str, what: str) -> tuple[str, Any]:
+    """The JSON text that an argument is, or whose file it names, and its value. Raises UserError."""
+    text = read_source(flag, source, lambda text: text.lstrip().startswith(("{", "[")))
+    try:
+        return text, json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = "" if text is source else f" {clipped(source)}"
+        raise UserError(f"{flag}{where} is no JSON: {error}; give {what}, or a file of one") from None
 
 
 def read_source(flag: str, source: str | None, is_text: Callable[[str], bool]) -> str | None:

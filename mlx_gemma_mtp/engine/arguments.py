@@ -1,14 +1,16 @@
-"""What a caller gives, checked once: the draft length, the settings of each prompt, an event, who is told."""
+"""What a caller gives, checked once: the draft length, the settings of each prompt, tools, an event, who is told."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import UserError, shown
-from ..sampling.params import LARGEST_COUNT, SamplingParams, listed, whole
+from ..sampling.params import LARGEST_COUNT, SamplingParams, flag, listed, whole
 from ..speculative.depth import AUTO
+from ..text.tool_choice import ToolChoice
+from ..text.tools import Tools
 
 
 @runtime_checkable
@@ -50,6 +52,20 @@ def settings_of(params: SamplingParams | Sequence[SamplingParams | None] | None,
             f"{prompts} prompts with {len(every)} settings; expected a prompt or more, each with its settings"
         )
     return every
+
+
+def tools_of(tools: Any, choice: Any, several: Any) -> tuple[Tools | None, ToolChoice]:
+    """Returns the tools, None where there are none, and what may be called. Raises UserError."""
+    found = None if tools is None else tools if isinstance(tools, Tools) else Tools.of(tools)
+    found = found if found is not None and found.names else None
+    several = flag("parallel_tool_calls", several)
+    return found, ToolChoice.of(choice, found.names if found is not None else (), several)
+
+
+def told_of(tools: Tools | None, prompt: Any) -> list[dict[str, Any]] | None:
+    """Returns the tools as the chat template renders them, None for a prompt of ids, which holds what it should."""
+    ids = not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt)
+    return None if tools is None or ids else tools.schemas
 
 
 def told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:

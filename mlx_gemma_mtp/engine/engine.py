@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
@@ -26,11 +27,9 @@ from ..sampling.params import MAX_ROWS, SamplingParams, count, flag
 from ..speculative.costs import CostTable
 from ..speculative.depth import AUTO, Auto, Fixed
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
-from ..speculative.guide import Constraint
-from ..text.grammar import Grammars
-from ..text.thinking import CLOSE, OPEN, Thinking
-from .arguments import Cancel, check_depth, event, settings_of, told
+from .arguments import Cancel, check_depth, event, settings_of, told, told_of, tools_of
 from .calibration import KINDS, TEXT, Costs
+from .constraints import Calls, Constraints
 from .request import Chunk, Request, Result
 from .scheduler import Batch
 from .stats import Stats
@@ -75,7 +74,7 @@ class Engine:
         self._lock, self._process = threading.RLock(), os.getpid()
         self._no_drafter_reason = no_drafter_reason
         self.end_tokens = text.end_token_ids.union(defaults.eos_token_ids, target.config.eos_token_ids)
-        self._grammars: Grammars | None = None
+        self._constraints = Constraints(text, target.config.vocab_size, self.end_tokens)
         self._target_bytes = step_bytes(target)
         self._draft_bytes = step_bytes(drafter) if drafter else 0
         self._weight_bytes = sum(model_bytes(model) for model in (target, drafter) if model is not None)
@@ -111,6 +110,11 @@ class Engine:
         *,
         system_prompt: str | None = None,
         chat_template: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        allow_special: bool = False,
+        continue_final_message: bool = False,
         num_draft_tokens: int | str | None = None,
         cancel: Cancel | None = None,
         progress: Progress | None = None,
@@ -118,23 +122,35 @@ class Engine:
         """Yields pieces of text as they are made. The last chunk of each prompt carries its Result.
 
         prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (a list or an
-        array); or a list of these. params: one SamplingParams for all, or one for each prompt. system_prompt: a message
-        before the prompt's. num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows cost and acceptance,
-        None is the engine's. cancel: an event; once it is set, generation ends after the current round. progress:
-        called with the prefill's tokens done and in all. Raises UserError before anything is generated: for an empty
-        prompt, a prompt beyond the context or the memory, image or audio parts, and settings out of range.
+        array); or a list of these. params: one SamplingParams for all, or one for each prompt. All else holds for every
+        prompt of the call.
+
+        system_prompt: a message before the prompt's. tools: functions that the reply may call, in OpenAI's form;
+        prompts given as ids are taken as if they held them. tool_choice: 'auto' (the default), 'none', 'required', or
+        the tool that the reply must call, by its name or as OpenAI's object. parallel_tool_calls: whether a reply may
+        make several calls. allow_special: takes control strings in messages for control tokens. continue_final_message:
+        goes on with the last message, which is the assistant's. num_draft_tokens: drafts a round; 0 decodes plainly,
+        'auto' follows cost and acceptance, None is the engine's. cancel: an event; once it is set, generation ends
+        after the current round. progress: called with the prefill's tokens done and in all.
+
+        Raises UserError before anything is generated: for an empty prompt, a prompt beyond the context or the memory,
+        image or audio parts, and whatever is out of range or cannot be done together.
         """
         prompts, _ = self.text.prompts(prompt)
         every = settings_of(params, len(prompts))
         drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
         flag("chat_template", chat_template)
+        special = {"allow_special": allow_special, "continue_final_message": continue_final_message}
+        tools, choice = tools_of(tools, tool_choice, parallel_tool_calls)
         cancel, progress = event(cancel), told("progress", progress)
         with self._in_use():
+            encode = partial(self.text.encode, system_prompt=system_prompt, chat_template=chat_template, **special)
             encoded = [
-                self.text.encode(prompt, system_prompt, chat_template, settings.thinking)
+                encode(prompt, thinking=settings.thinking, tools=told_of(tools, prompt))
                 for prompt, settings in zip(prompts, every, strict=True)
             ]
-            requests = [self._request(i, tokens, every[i], drafts) for i, tokens in enumerate(encoded)]
+            calls = self._constraints.calls(tools, choice, any(settings.grammars for settings in every))
+            requests = [self._request(i, tokens, every[i], drafts, calls) for i, tokens in enumerate(encoded)]
             for request in requests:
                 self._check_fits(request, drafts)
         return self._guarded(self._run(requests, drafts, cancel, progress))
@@ -163,7 +179,9 @@ class Engine:
             f"{self._target_bytes / 1e6:,.1f} MB; --draft-bits 8 (draft_bits=8 in Python) makes it lighter{where}"
         )
 
-    def _request(self, index: int, prompt: list[int], params: SamplingParams, drafts: int | str) -> Request:
+    def _request(
+        self, index: int, prompt: list[int], params: SamplingParams, drafts: int | str, calls: Calls
+    ) -> Request:
         context = self.target.config.context
         if len(prompt) >= context:
             raise UserError(
@@ -187,21 +205,10 @@ class Engine:
         )
         end_tokens = frozenset() if params.ignore_eos else self.end_tokens
         limit = min(params.max_tokens, context - len(prompt))
-        stream, constraint = self.text.stream(params.stop), self._constraint(params)
+        in_thought = self.text.opens_thought(prompt)
+        stream = self.text.stream(params.stop, calls.read, in_thought)
+        constraint = self._constraints.of(params, calls, in_thought)
         return Request(next(self._ids), index, prompt, params, stream, end_tokens, limit, stats, constraint)
-
-    def _constraint(self, params: SamplingParams) -> Constraint | None:
-        """Returns what the reply must follow, after the thought that may come first."""
-        vocab, reply = self.target.config.vocab_size, None
-        for kind, source in params.grammars.items():
-            if self._grammars is None:
-                self.text.check_grammar_fits()
-                self._grammars = Grammars(self.text.fast_tokenizer, vocab, tuple(self.end_tokens))
-            reply = self._grammars.compile(kind, source)
-        if not params.thinking or (reply is None and params.thinking_budget is None):
-            return reply
-        opening, closing = (self.text.token_id(name) for name in (OPEN, CLOSE))
-        return Thinking(opening, closing, vocab, params.thinking_budget, reply, tuple(self.end_tokens))
 
     def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
         """Returns who chooses the draft length. Costs are measured or read once, when they are first needed."""

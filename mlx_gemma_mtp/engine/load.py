@@ -21,9 +21,10 @@ from ..files.progress import Progress
 from ..machine import memory
 from ..machine.device import metal_available
 from ..models import loading
-from ..models.config import MODES, GenerationDefaults, TargetConfig
+from ..models.config import GenerationDefaults, TargetConfig
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
+from ..models.quantization import MODES
 from ..ops import kernel_report
 from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO

@@ -7,15 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import files
-from .safetensors import PICKLES, read_header, read_object
+from . import files, foreign
+from .safetensors import INDEX, PICKLES, SINGLE, read_header, read_object
 
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 LARGE = 4_000_000  # bytes of JSON that take a tenth of a second to parse; Gemma's tokenizer has 33 million
-
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -79,14 +75,19 @@ def weight_bytes(folder: Path, widened: bool = False) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns config.json of a model folder. Raises UserError where there is none, or none that can be read."""
+    """Returns config.json of a model folder.
+
+    Raises UserError where there is none, or none that can be read, and for weights in another program's format.
+    """
     path = folder / "config.json"
-    if not os.path.lexists(path):
+    config = read_object(path) if os.path.lexists(path) else None
+    foreign.check_folder(folder, config)
+    if config is None:
         raise UserError(
             f"{folder} is no model folder: it has no config.json; expected a converted Gemma 4 folder "
-            "(python -m convert --hf-path SOURCE --mlx-path OUT)"
+            f"({foreign.convert_command('SOURCE', 'OUT')})"
         )
-    return read_object(path)
+    return config
 
 
 def check_text_files(folder: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, list_repo_files, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,7 +21,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, shown
+from . import foreign
 from .folder import SINGLE, read_index
+from .safetensors import read_object
 
 DEMO = Path(__file__).parents[1] / "demo"
 PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
@@ -61,8 +64,8 @@ def find_pair(model: str | None, draft_model: str, revision: str | None = None) 
 
     model: a folder, a hub id, or None for the bundled pair; draft_model: a folder, a hub id, 'auto' or 'none';
     revision: of `model` on the hub. 'auto' looks beside the target's folder, in the hub's cache, and, for a target that
-    is a hub id, on the hub. Raises UserError where a model that was named cannot be had, or where the names tell that
-    one of the two is a base model and the other is not.
+    is a hub id, on the hub. Raises UserError where a model that was named cannot be had, or where a base model is given
+    the drafter of an instruction-tuned one.
     """
     target = DEMO / "target" if model is None else find(model, revision)
     if draft_model == "none":
@@ -72,14 +75,15 @@ def find_pair(model: str | None, draft_model: str, revision: str | None = None) 
     drafter = find(draft_model)
     for name in _names(model or str(target), target):
         for other in _names(draft_model, drafter):
-            _check_kinds(name, other)
+            _check_kinds(name, other, is_tuned(target))
     return Pair(target, drafter, None)
 
 
-def find(model: str, revision: str | None = None) -> Path:
+def find(model: str, revision: str | None = None, converting: bool = False) -> Path:
     """Returns the local folder of a model; downloads a hub id that is not cached, with a progress bar.
 
-    Raises UserError for a name that is neither, and for a model that cannot be had.
+    converting: formats of others that convert dequantises are downloaded, too. Raises UserError for a name that is
+    neither, for a model that cannot be had, and, before its weights are downloaded, for one in another format.
     """
     if not model:  # as a path it would be the current folder
         raise UserError("the name of a model is empty; expected a model folder or a hub id such as org/name")
@@ -87,15 +91,22 @@ def find(model: str, revision: str | None = None) -> Path:
     if os.path.isdir(folder):
         return folder.resolve()
     if os.path.exists(folder):
-        raise UserError(f"{model} is a file; expected a model folder (with config.json) or a hub id such as org/name")
+        raise foreign.file_refusal(folder)
     if os.path.islink(folder):
         raise UserError(f"{model} is a link to {os.readlink(folder)}, where nothing is; expected a model folder")
     if not is_hub_id(model):
-        raise NotFound(f"there is no model {shown(model, 300)}: no such folder, and no hub id of the form org/name")
+        hint = foreign.of_name(model)
+        raise NotFound(
+            f"there is no model {shown(model, 300)}: no such folder, and no hub id of the form org/name{hint}"
+        )
     if revision is not None and not REVISION.fullmatch(revision):
         raise NotFound(f"the revision {shown(revision)} of {model!r} is no name; expected a branch, a tag or a commit")
     try:
+        if _cached_folder(model, revision) is None:
+            _check_format(model, revision, converting)
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED))
+    except UserError:
+        raise
     except Exception as error:  # the client's errors, and those of what it uses, have no common base
         cached = _cached_folder(model, revision)
         missing = missing_files(cached) if cached else []
@@ -103,8 +114,29 @@ def find(model: str, revision: str | None = None) -> Path:
             return cached  # the client itself goes by its cache where nothing answers, but not where a web page does
         raise refusal(model, error, revision, missing) from None
     if missing := missing_files(folder):  # offline, the hub's client may hand out part of a model
-        raise _unreachable(model, revision, missing, "that is all that the hub gave")
+        raise foreign_repo(model, revision) or _unreachable(model, revision, missing, "that is all that the hub gave")
     return folder
+
+
+def _check_format(model: str, revision: str | None, converting: bool) -> None:
+    """Raises UserError for a repository whose config.json tells of a format that is not read. Downloads no more."""
+    folder = Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", foreign.MODELOPT]))
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    found = foreign.of_folder(folder, config)
+    if found and not (converting and found.plain):
+        raise found.refusal(model, converting)
+
+
+def foreign_repo(model: str, revision: str | None = None) -> UserError | None:
+    """Returns the error for a repository whose files make no model in safetensors: GGUF, an adapter.
+
+    None where the hub does not tell.
+    """
+    try:
+        names = list_repo_files(model, revision=revision)
+    except Exception:  # as in find; what is missing was told already
+        return None
+    return foreign.of_names(names, model)
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -160,7 +192,7 @@ def _unreachable(model: str, revision: str | None, missing: Sequence[str], why: 
     """What exactly cannot be had: the files that a cached part lacks, or all of the model."""
     has = f"is in the hub's cache without {', '.join(missing)}" if missing else "is no folder, nor in the hub's cache"
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why
-    command = f"hf download {model}" + (f" --revision {revision}" if revision else "")
+    command = shlex.join(["hf", "download", model, *(["--revision", revision] if revision else [])])
     return Unreachable(f"{model!r} {has}, and {why}; check the name, or connect and run: {command}")
 
 
@@ -217,12 +249,13 @@ def is_hub_id(model: str) -> bool:
 def _auto(model: str | None, target: Path) -> Pair:
     local = model is None or os.path.isdir(_given(model))
     places = spellings(_given(model)) if model is not None and local else [target]
-    siblings = list(dict.fromkeys(sibling for place in places for sibling in _siblings(place)))
+    tuned = is_tuned(target)
+    siblings = list(dict.fromkeys(sibling for place in places for sibling in _siblings(place, tuned)))
     beside = next((folder for folder in siblings if (folder / "config.json").is_file()), None)
     if beside is not None:
         return Pair(target, beside, None)
     names = [] if model is None else _names(model, target)
-    ids = list(dict.fromkeys(name for each in names for name in _drafter_ids(each)))
+    ids = list(dict.fromkeys(name for each in names for name in _drafter_ids(each, tuned)))
     for name in ids:
         cached = _cached_folder(name)
         if cached is not None and not missing_files(cached):
@@ -266,30 +299,45 @@ def _stems(name: str) -> list[str]:
     return list(dict.fromkeys((name, base)))
 
 
-def _siblings(target: Path) -> list[Path]:
+def is_tuned(folder: Path) -> bool:
+    """Returns whether a folder has a chat template: instruction-tuned targets have one, base models have none."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(read_object(folder / "tokenizer_config.json").get("chat_template"))
+    except UserError:
+        return False
+
+
+def _siblings(target: Path, tuned: bool) -> list[Path]:
     names = [f"{stem}-assistant{end}" for stem in _stems(target.name) for end in ("", "-bf16", "-mlx")]
-    names += [name.rpartition("/")[2] for name in _drafter_ids(target.name)]  # mlx-community spells the two unlike
+    names += [name.rpartition("/")[2] for name in _drafter_ids(target.name, tuned)]  # mlx-community spells them unlike
     return [target.parent / name for name in dict.fromkeys((*names, "drafter"))]
 
 
-def _drafter_ids(name: str) -> list[str]:
-    """Hub ids of the drafter of a target named `name`: its owner's, then Google's and mlx-community's."""
+def _drafter_ids(name: str, tuned: bool) -> list[str]:
+    """Hub ids of the drafter of a target named `name`: its owner's, then Google's and mlx-community's.
+
+    tuned: whether the target is instruction-tuned, whatever its name says: many leave out the `-it`.
+    """
     owner, _, base = name.rpartition("/")
     ids = [f"{owner}/{stem}-assistant" for stem in _stems(base)] if owner else []
     if published := PUBLISHED.search(base):
-        size, it = SIZES[published["size"].lower()], "-it" if published["it"] else ""
+        size, it = SIZES[published["size"].lower()], "-it" if published["it"] or tuned else ""
         if published["qat"]:
             ids.append(f"google/gemma-4-{size}{it}-qat-q4_0-unquantized-assistant")
         ids += [f"google/gemma-4-{size}{it}-assistant", f"mlx-community/gemma-4-{size}{it}-assistant-bf16"]
     return list(dict.fromkeys(filter(is_hub_id, ids)))  # with its end, a long name may be none
 
 
-def _check_kinds(target: str, drafter: str) -> None:
-    """Refuses the drafter of an instruction-tuned model for a base model, and the reverse, where both names tell."""
+def _check_kinds(target: str, drafter: str, tuned: bool) -> None:
+    """Refuses the drafter of an instruction-tuned model for a base model: one that is named so and has no template.
+
+    A drafter has no template of its own, and its name may leave out the `-it`.
+    """
     theirs, its = PUBLISHED.search(target), PUBLISHED.search(drafter)
-    if theirs and its and bool(theirs["it"]) != bool(its["it"]):
-        kinds = {False: "a base model", True: "an instruction-tuned model"}
+    if theirs and its and its["it"] and not theirs["it"] and not tuned:
         raise UserError(
-            f"{target} is {kinds[bool(theirs['it'])]}, and {drafter} is the drafter of {kinds[bool(its['it'])]}; "
-            "give the '-assistant' of the same model, or --draft-model none"
+            f"{target} is a base model (it has no chat template), and {drafter} is the drafter of an instruction-tuned "
+            "model; give the '-assistant' of the same model, or --draft-model none"
         )

@@ -1,7 +1,8 @@
 """What a checkpoint says about itself: frozen, typed, complete.
 
-Every irregularity of `config.json` ends in the `from_dict` functions here; nothing after them looks at a raw
-dictionary. Sources: the published Gemma 4 configs and transformers' `Gemma4TextConfig` / `Gemma4AssistantConfig`.
+Every irregularity of `config.json` ends in raw_config.py and in the `from_dict` functions here; nothing after them
+looks at a raw dictionary. Sources: the published Gemma 4 configs and transformers' `Gemma4TextConfig` /
+`Gemma4AssistantConfig`.
 """
 
 from __future__ import annotations
@@ -11,20 +12,12 @@ from typing import Any, Literal
 
 from ..cache.spec import KVSpec
 from ..errors import UserError, shown
+from .quantization import QuantizationSpec
+from .raw_config import DRAFTER_TYPES, FULL, LARGEST, SLIDING, TARGET_TYPES, Reader, layer_types, text_fields
 
 Kind = Literal["sliding", "full"]
 
-TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text")
 MEDIA = ("image", "audio", "video")
-DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-LARGEST = 1 << 24  # of any size in a config: products of two that make a dimension stay within MLX's 32 bits
-# MLX's quantisation modes: group sizes and bits.
-MODES = {
-    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
 # Settings are computed with in float32. Within these limits no combination of them overflows or divides by zero.
 MOST = 1e15  # of temperature, penalties and biases
 LEAST_TEMPERATURE = 1e-6  # anything lower is greedy
@@ -39,6 +32,8 @@ GENERATION_DEFAULTS = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
 }
+# What a drafter's config.json means that does not say, by transformers' `Gemma4AssistantConfig`.
+ASSISTANT = {"use_ordered_embeddings": False, "num_centroids": 2048, "centroid_intermediate_top_k": 32}
 
 
 @dataclass(frozen=True)
@@ -77,21 +72,6 @@ class MoESpec:
 
 
 @dataclass(frozen=True)
-class QuantizationSpec:
-    """MLX quantisation of a checkpoint.
-
-    default: group_size, bits and mode. overrides: by module path as written in the file; None leaves a module in float.
-    """
-
-    default: dict[str, Any]
-    overrides: dict[str, dict[str, Any] | None]
-
-    def of(self, path: str) -> dict[str, Any] | None:
-        """Returns group_size, bits and mode of the module at `path`, or None where it is left in float."""
-        return self.overrides.get(path, self.default)
-
-
-@dataclass(frozen=True)
 class TargetConfig:
     """A target's architecture, checked and complete."""
 
@@ -124,7 +104,7 @@ class TargetConfig:
             raise UserError(
                 f"model_type {shown(kind)} is not a Gemma 4 target; expected one of {', '.join(TARGET_TYPES)}"
             )
-        text = _Reader(raw.get("text_config", raw), "config.json")
+        text = Reader(text_fields(raw), "config.json")
         first_shared = text.int("num_hidden_layers") - text.int("num_kv_shared_layers", minimum=0)
         layers = tuple(_layers(text, first_shared))
         _check_constants(text)
@@ -141,7 +121,7 @@ class TargetConfig:
             context=text.int("max_position_embeddings"),
             eos_token_ids=_ids(raw if "eos_token_id" in raw else text.raw, "eos_token_id", "config.json"),
             media_token_ids=tuple(token for name in MEDIA for token in _ids(raw, f"{name}_token_id", "config.json")),
-            quantization=_quantization(raw),
+            quantization=QuantizationSpec.from_dict(raw),
         )
         _check_vocabulary(config.eos_token_ids, config.vocab_size, "config.json: eos_token_id")
         return config
@@ -178,8 +158,8 @@ class DrafterConfig:
             raise UserError(
                 f"model_type {shown(kind)} is not a Gemma 4 drafter; expected one of {', '.join(DRAFTER_TYPES)}"
             )
-        text = _Reader(raw.get("text_config", {}), "the drafter's config.json, text_config")
-        outer = _Reader(raw, "the drafter's config.json")
+        text = Reader(text_fields(raw), "the drafter's config.json, text_config")
+        outer = Reader(ASSISTANT | raw, "the drafter's config.json")
         _check_constants(text)
         ordered = outer.bool("use_ordered_embeddings")
         config = cls(
@@ -190,13 +170,18 @@ class DrafterConfig:
             eps=text.float("rms_norm_eps"),
             centroids=outer.int("num_centroids") if ordered else 0,
             centroid_top_k=outer.int("centroid_intermediate_top_k") if ordered else 0,
-            quantization=_quantization(raw),
+            quantization=QuantizationSpec.from_dict(raw),
         )
         _match("hidden size", config.backbone_size, target.hidden_size)
         _match("vocabulary", config.vocab_size, target.vocab_size)
         if ordered and config.vocab_size % config.centroids:
             raise UserError(
                 f"num_centroids is {config.centroids}, expected a divisor of the vocabulary of {config.vocab_size}"
+            )
+        if config.centroid_top_k > config.centroids:
+            raise UserError(
+                f"centroid_intermediate_top_k is {config.centroid_top_k}, expected at most num_centroids, "
+                f"{config.centroids}"
             )
         return config
 
@@ -224,7 +209,7 @@ class GenerationDefaults:
         if not isinstance(raw, dict):
             raise UserError(f"{where} is {shown(raw)}, expected a JSON object")
         given = {k: _settled(v) for k, v in raw.items() if v is not None}
-        reader = _Reader(GENERATION_DEFAULTS | given, where)
+        reader = Reader(GENERATION_DEFAULTS | given, where)
         if reader.raw["do_sample"] in (0, 1):
             reader.raw["do_sample"] = bool(reader.raw["do_sample"])
         sampled = reader.bool("do_sample")
@@ -244,51 +229,7 @@ class GenerationDefaults:
             _check_vocabulary(ids, size, f"generation_config.json: {key}")
 
 
-class _Reader:
-    """Reads required keys of a JSON object, with errors that name the key and the value."""
-
-    def __init__(self, raw: Any, where: str):
-        if not isinstance(raw, dict):
-            raise UserError(f"{where} is {type(raw).__name__}, expected a JSON object")
-        self.raw, self.where = raw, where
-
-    def _wrong(self, key: str, value: Any, expected: str) -> UserError:
-        return UserError(f"{self.where}: {key} is {shown(value)}, expected {expected}")
-
-    def _get(self, key: str, kinds: tuple[type, ...], expected: str) -> Any:
-        if key not in self.raw:
-            raise UserError(f"{self.where} has no {key!r}; expected {expected}. Is this a complete Gemma 4 folder?")
-        value = self.raw[key]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self._wrong(key, value, expected)
-        return value
-
-    def int(self, key: str, minimum: int = 1, maximum: int = LARGEST) -> int:
-        expected = f"an integer of at least {minimum} and at most {maximum}"
-        value = self._get(key, (int,), expected)
-        if not minimum <= value <= maximum:
-            raise self._wrong(key, value, expected)
-        return value
-
-    def float(self, key: str, minimum: float = 0.0, maximum: float = 1e30) -> float:
-        expected = f"a number of at least {minimum:g} and at most {maximum:g}"
-        value = self._get(key, (int, float), expected)
-        if not minimum <= value <= maximum:
-            raise self._wrong(key, value, expected)
-        return float(value)
-
-    def optional_float(self, key: str, minimum: float = 0.0) -> float | None:
-        value = self._get(key, (int, float, type(None)), "a number or null")
-        return None if value is None else self.float(key, minimum)
-
-    def bool(self, key: str) -> bool:
-        return self._get(key, (bool,), "true or false")
-
-    def object(self, key: str) -> dict[str, Any]:
-        return self._get(key, (dict,), "a JSON object")
-
-
-def _check_constants(text: _Reader) -> None:
+def _check_constants(text: Reader) -> None:
     """Values that every Gemma 4 shares and that this code relies on."""
     for key, expected in (
         ("hidden_activation", "gelu_pytorch_tanh"),
@@ -299,46 +240,43 @@ def _check_constants(text: _Reader) -> None:
             raise UserError(
                 f"{text.where}: {key} is {shown(text.raw[key])}, expected {expected!r} as in every published Gemma 4"
             )
+    if text.raw.get("use_bidirectional_attention") == "all":
+        raise UserError(f"{text.where}: use_bidirectional_attention is 'all', expected a model that writes text")
 
 
-def _kinds(text: _Reader) -> list[Kind]:
-    names: dict[str, Kind] = {"sliding_attention": "sliding", "full_attention": "full"}
-    types = text._get("layer_types", (list,), "a list of sliding_attention / full_attention")
-    unknown = [t for t in types if not isinstance(t, str) or t not in names]
-    if unknown or len(types) != text.int("num_hidden_layers"):
-        raise UserError(
-            f"{text.where}: layer_types has {len(types)} entries (unknown: {shown(unknown[:3])}), "
-            f"expected {text.raw['num_hidden_layers']} of sliding_attention / full_attention"
-        )
-    return [names[t] for t in types]
+def _kinds(text: Reader) -> list[Kind]:
+    names: dict[str, Kind] = {SLIDING: "sliding", FULL: "full"}
+    return [names[each] for each in layer_types(text)]
 
 
-def _head_dim(text: _Reader, kind: Kind) -> int:
-    sliding = text.int("head_dim")
-    return (
-        sliding if kind == "sliding" else (text.raw.get("global_head_dim") and text.int("global_head_dim")) or sliding
-    )
+def _head_dim(text: Reader, kind: Kind) -> int:
+    """The width of a layer's heads; full layers have the sliding ones' where theirs is null."""
+    own = kind == "full" and text.raw["global_head_dim"] is not None
+    return text.int("global_head_dim" if own else "head_dim")
 
 
-def _kv_heads(text: _Reader, kind: Kind) -> int:
+def _kv_heads(text: Reader, kind: Kind) -> int:
     """Full layers have their own number of K/V heads only under attention_k_eq_v (as in transformers)."""
-    if kind == "full" and text.bool("attention_k_eq_v") and text.raw.get("num_global_key_value_heads"):
+    if kind == "full" and text.bool("attention_k_eq_v") and text.raw["num_global_key_value_heads"] is not None:
         return text.int("num_global_key_value_heads")
     return text.int("num_key_value_heads")
 
 
-def _rope(text: _Reader, kind: Kind, head_dim: int) -> RopeSpec:
-    """rope_type `default` turns every pair, `proportional` the first partial_rotary_factor of them."""
-    ropes = _Reader(text.object("rope_parameters"), f"{text.where}, rope_parameters")
-    rope = _Reader(ropes.object(f"{kind}_attention"), f"{ropes.where}.{kind}_attention")
-    rope_type = rope.raw.get("rope_type")
+def _rope(text: Reader, kind: Kind, head_dim: int) -> RopeSpec:
+    """rope_type `default` turns every pair, `proportional` the first partial_rotary_factor of them. Its older name is
+    `type`.
+    """
+    ropes = Reader(text.object("rope_parameters"), f"{text.where}, rope_parameters")
+    rope = Reader(ropes.object(f"{kind}_attention"), f"{ropes.where}.{kind}_attention")
+    rope_type = rope.raw.get("rope_type", rope.raw.get("type", "default"))
     if rope_type not in ("default", "proportional"):
         raise UserError(f"{rope.where}: rope_type is {shown(rope_type)}, expected 'default' or 'proportional'")
-    factor = rope.float("partial_rotary_factor", maximum=1.0) if rope_type == "proportional" else 1.0
+    shares = rope_type == "proportional" and "partial_rotary_factor" in rope.raw
+    factor = rope.float("partial_rotary_factor", maximum=1.0) if shares else 1.0
     return RopeSpec(rope.float("rope_theta", minimum=1.0), int(factor * head_dim // 2), head_dim)
 
 
-def _spec(text: _Reader, kind: Kind, kv_layer: int, owns_kv: bool, mlp_size: int) -> LayerSpec:
+def _spec(text: Reader, kind: Kind, kv_layer: int, owns_kv: bool, mlp_size: int) -> LayerSpec:
     head_dim, heads, kv_heads = _head_dim(text, kind), text.int("num_attention_heads"), _kv_heads(text, kind)
     if heads * head_dim > LARGEST:
         raise UserError(
@@ -352,7 +290,7 @@ def _spec(text: _Reader, kind: Kind, kv_layer: int, owns_kv: bool, mlp_size: int
     return LayerSpec(kind, heads, kv, kv_layer, owns_kv, v_is_k, _rope(text, kind, head_dim), mlp_size)
 
 
-def _layers(text: _Reader, first_shared: int) -> list[LayerSpec]:
+def _layers(text: Reader, first_shared: int) -> list[LayerSpec]:
     """The target's layers: those from `first_shared` on read the last own K/V of their kind (E2B, E4B)."""
     kinds = _kinds(text)
     source = {kind: i for i, kind in enumerate(kinds[: max(first_shared, 0)])}
@@ -369,7 +307,7 @@ def _layers(text: _Reader, first_shared: int) -> list[LayerSpec]:
     return layers
 
 
-def _paired_layers(text: _Reader, target: TargetConfig) -> list[LayerSpec]:
+def _paired_layers(text: Reader, target: TargetConfig) -> list[LayerSpec]:
     """The drafter's layers, each reading the target's last own K/V of the same kind."""
     source = {layer.kind: layer for layer in target.layers if layer.owns_kv}
     layers = []
@@ -395,35 +333,11 @@ def _match(what: str, drafter: int | None, target: int | None) -> None:
         )
 
 
-def _moe(text: _Reader) -> MoESpec:
+def _moe(text: Reader) -> MoESpec:
     moe = MoESpec(text.int("num_experts"), text.int("top_k_experts"), text.int("moe_intermediate_size"))
     if moe.top_k > moe.num_experts:
         raise UserError(f"{text.where}: top_k_experts is {moe.top_k}, expected at most num_experts, {moe.num_experts}")
     return moe
-
-
-def _quantization(raw: dict[str, Any]) -> QuantizationSpec | None:
-    spec = raw.get("quantization")
-    if spec is None:
-        return None
-    default = _quantization_form(_Reader(spec, "config.json, quantization"), {"mode": "affine"})
-    forms = {k: _Reader(v, f"config.json, quantization.{k!r}") for k, v in spec.items() if isinstance(v, dict)}
-    # An override that names no mode is affine, whatever the default's mode: as MLX and mlx-lm take it.
-    overrides = {k: _quantization_form(reader, default | {"mode": "affine"}) for k, reader in forms.items()}
-    return QuantizationSpec(default, overrides | {k: None for k, v in spec.items() if v is False})
-
-
-def _quantization_form(reader: _Reader, default: dict[str, Any]) -> dict[str, Any]:
-    """group_size, bits and mode, those that MLX knows."""
-    reader = _Reader(default | reader.raw, reader.where)
-    group, bits, mode = reader.int("group_size"), reader.int("bits"), reader.raw["mode"]
-    known = MODES.get(mode) if isinstance(mode, str) else None
-    if known is None or group not in known[0] or bits not in known[1]:
-        raise UserError(
-            f"{reader.where}: {bits} bits, groups of {group}, mode {shown(mode)}; expected a format of MLX, "
-            "convert it again"
-        )
-    return {"group_size": group, "bits": bits, "mode": mode}
 
 
 def _settled(value: Any) -> Any:
@@ -431,7 +345,7 @@ def _settled(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-def _top_k(reader: _Reader) -> int:
+def _top_k(reader: Reader) -> int:
     """Tokens to keep, 0 for all."""
     value = reader.raw["top_k"]
     if isinstance(value, int) and value > LARGEST_TOP_K:
@@ -457,7 +371,7 @@ def _check_vocabulary(ids: tuple[int, ...], size: int, what: str) -> None:
         raise UserError(f"{what} has {beyond[0]}, expected 0 to {size - 1} by the vocabulary; correct the JSON file")
 
 
-def _per_layer_vocab(text: _Reader) -> int:
+def _per_layer_vocab(text: Reader) -> int:
     """Returns the rows of the per-layer table. Raises UserError where the vocabulary is larger."""
     size = text.int("vocab_size_per_layer_input", minimum=0)
     if text.int("hidden_size_per_layer_input", minimum=0) and size < text.int("vocab_size"):

@@ -1,15 +1,16 @@
 """`load_target`, `load_drafter`: local folder -> config -> modules -> strict weights.
 
-What is read is what `convert` and mlx-community write: MLX names, one safetensors file or an index of several, MLX
-quantisation described in config.json. Whatever is missing or left over is an error that names the tensor.
+What is read is what `convert`, mlx-community and Google write: any prefix of names, one safetensors file or an index
+of several, MLX quantisation described in config.json. Whatever is missing or left over is an error that names the
+tensor (contents.py).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,21 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import UserError
+from ..files import foreign
 from ..files.files import content
-from ..files.folder import INDEX, read_config, read_index, weight_files
+from ..files.folder import read_config, weight_files
+from ..files.headers import read_headers
 from ..files.progress import Progress, no_progress
-from ..files.safetensors import read_header
+from ..files.safetensors import Tensor
 from . import gemma4
-from .config import DrafterConfig, GenerationDefaults, QuantizationSpec, TargetConfig
+from .config import DrafterConfig, GenerationDefaults, TargetConfig
+from .contents import Contents
 from .drafter import Drafter
 from .gemma4 import Gemma4
 from .linear import Embedding, Linear, finish_loading
-from .moe import ExpertLinear
 
-MEDIA_PREFIXES = (
-    "vision_tower.",
-    "audio_tower.",
-    "embed_vision.",
-    "embed_audio.",
-    "vision_embedder.",
-    "multi_modal_projector.",
-)
-FLOATS = (mx.float32, mx.bfloat16, mx.float16)
-# What a file may hold where the module has packed weights, the scales of FP4 and FP8 modes, or a token ordering.
-INTEGERS = {mx.uint32: (mx.uint32,), mx.uint8: (mx.uint8,), mx.int32: (mx.int32, mx.int64)}
-DRAFTER_TRUNK = ("embed_tokens", "layers.", "norm")
+FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # of equally many values the first counts
+LARGEST_FLOAT16 = 65504.0
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 HEAD_BITS = 4  # at most, of a drafter's vocabulary head: the largest part of a draft step's bytes
 
@@ -76,7 +69,8 @@ def check_pair(target: Path, drafter: Path | None) -> None:
 def load_target(folder: Path, dtype: mx.Dtype | None = None, progress: Progress = no_progress) -> gemma4.Gemma4:
     """Returns the target in `folder` with its weights read.
 
-    dtype: of everything that is not quantised; None keeps the file's, or where it has several that of most values.
+    dtype: of everything that is not quantised; None keeps the file's, or where it has several that of most values (of
+    equally many bfloat16, then float16).
     progress: called with the parts read and all parts. Raises UserError for a tensor that is missing, left over, broken
     or of another shape.
     """
@@ -92,17 +86,8 @@ def open_target(folder: Path, dtype: mx.Dtype | None = None) -> gemma4.Gemma4:
     left over, broken or of another shape.
     """
     config = TargetConfig.from_dict(read_config(folder))
-    tensors = read_tensors(folder)
     model = gemma4.build(config)
-    prefix = next((p for p in ("language_model.model.", "model.") if f"{p}embed_tokens.weight" in tensors), None)
-    if prefix is None or any(".experts.gate_up_proj" in name for name in tensors):
-        raise UserError(
-            f"{folder} has Hugging Face tensor names; convert it first: "
-            f"python -m convert --hf-path {folder} --mlx-path {folder.name}-mlx"
-        )
-    unused = _unused_tensors(config, prefix)
-    tensors = {k: v for k, v in tensors.items() if not _is_media(k) and k.rsplit(".", 1)[0] not in unused}
-    _assign(model, tensors, lambda path: prefix + path, config.quantization, folder, dtype)
+    _assign(model, config, folder, dtype)
     return model
 
 
@@ -136,8 +121,7 @@ def open_drafter(folder: Path, target: TargetConfig, dtype: mx.Dtype | None = No
     if bits is not None and config.quantization is not None:
         raise UserError(f"{folder} is quantised already; leave out draft_bits ({bits}), or take the bf16 drafter")
     model = Drafter(config)
-    name = lambda path: f"model.{path}" if path.startswith(DRAFTER_TRUNK) else path  # noqa: E731
-    _assign(model, read_tensors(folder), name, config.quantization, folder, dtype)
+    _assign(model, config, folder, dtype)
     if bits is not None:
         _quantize_drafter(model, bits)
     if config.centroids:
@@ -156,113 +140,73 @@ def _check_ordering(ordering: mx.array, vocab: int, folder: Path) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, mx.array]:
-    """Returns all tensors of a folder by name, lazily. An index, where there is one, says which file holds which
-    tensor. Raises UserError.
-    """
-    placed = read_index(folder)
+    """Returns all tensors of a folder by name, lazily. Raises UserError where the headers or the index are broken."""
+    read_headers(folder)  # MLX takes overlaps, holes and a name that occurs twice
     tensors: dict[str, mx.array] = {}
     for path in weight_files(folder):
-        read_header(path)  # MLX takes overlaps, holes and a name that occurs twice
         try:
-            held = mx.load(str(path), format="safetensors")
+            tensors |= mx.load(str(path), format="safetensors")
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} cannot be read ({reason}); download or convert it again") from None
-        stray = sorted(k for k in held if placed and placed.get(k) != path.name)
-        if stray:
-            raise UserError(
-                f"{path} holds {stray[0]!r}, but {INDEX} does not place it there; download the folder again"
-            )
-        tensors |= held
     return tensors
 
 
-def _is_media(name: str) -> bool:
-    return name.startswith(MEDIA_PREFIXES) or name.removeprefix("model.").startswith(MEDIA_PREFIXES)
-
-
-def _unused_tensors(config: TargetConfig, prefix: str) -> set[str]:
-    """Google's E2B and E4B files also hold K/V projections for the layers that share K/V; nobody reads them."""
-    names = ("k_proj", "v_proj", "k_norm")
-    shared = [i for i, layer in enumerate(config.layers) if not layer.owns_kv]
-    return {f"{prefix}layers.{i}.self_attn.{name}" for i in shared for name in names}
-
-
 def _file_path(path: str) -> str:
-    """A module's path in the file: the containers of fused linears are ours alone."""
+    """A parameter's plain name in the files: the containers of fused linears are ours alone."""
     return path.replace(".qkv.", ".").replace(".gate_up.", ".")
 
 
-def _assign(
-    model: nn.Module,
-    tensors: dict[str, mx.array],
-    name: Callable[[str], str],
-    quantization: QuantizationSpec | None,
-    folder: Path,
-    dtype: mx.Dtype | None,
-) -> None:
+def _assign(model: nn.Module, config: TargetConfig | DrafterConfig, folder: Path, dtype: mx.Dtype | None) -> None:
     """Puts every tensor in its place, lazily and strictly."""
-
-    def quantised(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        file_path = name(_file_path(path))
-        if f"{file_path}.scales" not in tensors or not isinstance(module, (Linear, Embedding, ExpertLinear)):
-            return False
-        form = quantization.of(file_path) if quantization else None
-        if form is None:
-            raise UserError(
-                f"{folder}: {file_path} is quantised but config.json's 'quantization' does not say so; convert it again"
-            )
-        if module.weight.shape[-1] % form["group_size"]:
-            raise UserError(
-                f"{folder}: {file_path} has rows of {module.weight.shape[-1]}, config.json's 'quantization' groups of "
-                f"{form['group_size']}; convert it again"
-            )
-        return form
-
-    nn.quantize(model, class_predicate=quantised)
-    wanted = {path: (name(_file_path(path)), value) for path, value in tree_flatten(model.parameters())}
-    missing = sorted({file for file, _ in wanted.values()} - tensors.keys())
-    extra = sorted(tensors.keys() - {file for file, _ in wanted.values()})
-    if missing or extra:
-        what, names = ("lacks", missing) if missing else ("has an unknown", extra)
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        raise UserError(f"{folder} {what} tensor {names[0]!r}{more}; is it a complete, converted Gemma 4 folder?")
-    dtype = dtype or _prevailing([tensors[file] for file, _ in wanted.values()])
-    loaded = []
-    for path, (file, value) in wanted.items():
-        tensor = tensors[file]
-        if tensor.shape != value.shape:
-            raise UserError(f"{folder}: {file} has shape {tensor.shape}, expected {value.shape} by config.json")
-        if tensor.dtype not in (INTEGERS.get(value.dtype) or FLOATS):
-            raise UserError(f"{folder}: {file} is of {tensor.dtype}, expected what convert writes; download it again")
-        loaded.append((path, _cast(tensor, value, dtype)))
-    _check_float_types(folder, {file: tensors[file].dtype for file, _ in wanted.values()})
+    headers = read_headers(folder)
+    if config.quantization is None and (found := foreign.of_tensors(headers)):
+        raise found.refusal(folder)
+    contents = Contents.of(config, headers, str(folder))
+    contents.check_extras(headers, str(folder))
+    forms = {path: form.setting for path, form in contents.formats.items()}
+    nn.quantize(model, class_predicate=lambda path, module: forms.get(_file_path(path), False))
+    places = {path: contents.places[_file_path(path)] for path, _ in tree_flatten(model.parameters())}
+    prevailing = _prevailing([headers[place.name] for place in places.values()])
+    tensors, loaded = read_tensors(folder), []
+    if dtype is None and prevailing is not None and prevailing == mx.float16:
+        _check_range(folder, {name: tensors[name] for name in {place.name for place in places.values()}})
+    dtype = dtype or prevailing
+    for path, like in tree_flatten(model.parameters()):
+        place = places[path]
+        tensor = tensors[place.name]
+        if place.rows is not None:
+            tensor = tensor[..., slice(*place.rows), :]
+        assert tensor.shape == like.shape, f"{path} is {like.shape}, {place.name} {tensor.shape}"
+        loaded.append((path, _cast(tensor, like, dtype)))
     tensors.clear()
     model.load_weights(loaded)
 
 
-def _check_float_types(folder: Path, types: dict[str, mx.Dtype]) -> None:
-    """Refuses bfloat16 beside float16: nobody writes both, and read as the other a tensor has other values."""
-    first = {dtype: file for file, dtype in reversed(types.items())}
-    if mx.bfloat16 in first and mx.float16 in first:
-        raise UserError(
-            f"{folder}: {first[mx.float16]} is of float16 but {first[mx.bfloat16]} of bfloat16; expected one "
-            "of the two; download it again"
-        )
-
-
-def _prevailing(tensors: list[mx.array]) -> mx.Dtype | None:
-    """The type that most of the floats have, where they have several, else None. A model computes in one type: beside
-    16-bit weights a norm of float32 would make float32 of every activation after it.
+def _prevailing(tensors: list[Tensor]) -> mx.Dtype | None:
+    """The type that most of the floats have, None where all have one. A model computes in one type: beside 16-bit
+    weights a norm of float32 would make float32 of every activation after it. Of two types with equally many values
+    the first in FLOATS counts.
     """
-    sizes: Counter[mx.Dtype] = Counter()
+    sizes: Counter[str] = Counter()
     for tensor in tensors:
-        if mx.issubdtype(tensor.dtype, mx.floating):
-            sizes[tensor.dtype] += tensor.size
-    return sizes.most_common(1)[0][0] if len(sizes) > 1 else None
+        if tensor.dtype in FLOATS:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    return FLOATS[max(FLOATS, key=lambda dtype: sizes[dtype])] if len(sizes) > 1 else None
+
+
+def _check_range(folder: Path, tensors: dict[str, mx.array]) -> None:
+    """Raises UserError for a tensor whose values float16 does not reach. Reads those of other floats: they are few."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in (mx.bfloat16, mx.float32) and mx.abs(tensor).max().item() > LARGEST_FLOAT16:
+            raise UserError(
+                f"{folder}: {name} has values beyond float16, the type of most of its tensors; expected up to "
+                f"{LARGEST_FLOAT16:g}; load it with dtype='bfloat16'"
+            )
 
 
 def _cast(tensor: mx.array, like: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """In the type that is computed in; packed weights and token ids in their module's."""
     if mx.issubdtype(like.dtype, mx.integer):
         return tensor.astype(like.dtype)
     return tensor if dtype is None else tensor.astype(dtype)

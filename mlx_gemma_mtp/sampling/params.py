@@ -41,9 +41,10 @@ class SamplingParams:
     nothing. seed: equal seeds give equal texts; None draws a fresh one. max_tokens: the most tokens to generate. stop:
     strings that end the text and are left out of it. ignore_eos: generates max_tokens whatever comes.
 
-    json_schema (JSON text, or its object, which is kept as text), regex, grammar (Lark): the reply follows it; at most
-    one of them. thinking: the chat template's switch. thinking_budget: the most tokens of a thought before it is
-    closed; None is no limit.
+    json_schema (JSON text, or its object, which is kept as text), regex, grammar (Lark): the reply follows it, behind
+    its thoughts; at most one of them. thinking: the chat template's switch. thinking_budget: the most tokens of all
+    thoughts of the reply together; once they are spent, an open thought is closed and no other is opened; None is no
+    limit.
 
     Numbers may be numpy's; they are kept as Python's. Raises UserError for whatever is out of range or of another type.
     """

@@ -15,10 +15,10 @@ import numpy as np
 
 from ..errors import UserError, shown
 from ..sampling.params import check_unicode, flag, whole
+from .control import CLOSE, OPEN
 from .messages import Message, checked_tools, is_empty, normalised
 from .reply import Controls, Reply
 from .template import Template
-from .thinking import CLOSE, OPEN
 from .tokenizer import TokenizerWrapper, load
 from .tokenizer_files import check_tokenizer, turn_closers
 from .tools import Tools
@@ -61,15 +61,15 @@ class Text:
         """The transformers tokenizer below mlx-lm's wrapper."""
         return self.tokenizer._tokenizer
 
-    def token_id(self, token: str) -> int:
-        """Returns the id of a special token. Raises UserError where the vocabulary has no such token."""
-        found = self.tokenizer.get_vocab().get(token)
+    def token_id(self, token: str, what: str) -> int:
+        """Returns the id of a special token. what: needs it, in messages. Raises UserError where the vocabulary has no
+        such token.
+        """
+        found = self.fast_tokenizer.backend_tokenizer.token_to_id(token)
         if found is None:
-            raise UserError(
-                f"the tokenizer has no token {token!r}, which a thinking budget needs; leave out the budget"
-            )
+            raise UserError(f"the tokenizer has no token {token!r}, which {what} needs; leave that out")
         if found >= self.vocab_size:
-            raise self._beyond(found, "a thinking budget")
+            raise self._beyond(found, what)
         return found
 
     def check_grammar_fits(self) -> None:
@@ -165,7 +165,8 @@ class Text:
             return []
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        return self._begun(self.template.encode(messages, tools, thinking, allow_special, continued))
+        tokens = self.template.encode(messages, tools, thinking, allow_special, continued)
+        return tokens if self.bos in tokens and not allow_special else self._begun(tokens)  # it wrote one, anywhere
 
     def _raw(self, prompt: str, system_prompt: str | None, chat_template: bool) -> list[int]:
         if system_prompt:

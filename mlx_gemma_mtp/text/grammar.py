@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UserError, in_a_line, shown
+from ..errors import UserError, clipped, in_a_line, shown
 from ..speculative.guide import only
+from .tool_grammar import Marks, call_grammar
+from .tools import Tools
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -51,6 +53,28 @@ class Grammars:
             reason = in_a_line(error).removeprefix("ValueError: ")
             raise UserError(f"the {kind} {shown(source)} cannot be used: {reason}; mend it") from None
         return grammar
+
+    def calls(self, tools: Tools, names: Sequence[str], marks: Marks) -> Grammar:
+        """Compiles the grammar of one call of one of these tools, from its opening to its closing token.
+
+        Raises UserError for schemas that cannot be used, and for those that no call satisfies.
+        """
+        source = call_grammar(tools, names, marks, self._wrong)
+        try:
+            grammar = Grammar(self._matcher("grammar", source), self.vocab, self.end_tokens)
+            grammar.copy().check_start()
+        except ValueError as error:
+            which = clipped(", ".join(names), 80)
+            reason = in_a_line(error).removeprefix("ValueError: ")
+            raise UserError(f"calls of {which} cannot be bound to their schemas: {reason}; mend them") from None
+        return grammar
+
+    def _wrong(self, lark: str) -> str | None:
+        """What is wrong with a grammar in Lark, None if nothing is."""
+        from llguidance import LLMatcher
+
+        wrong, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(lark), self.tokenizer)
+        return (messages or ["it is no grammar"])[0] if wrong else None
 
     def _matcher(self, kind: str, source: str) -> LLMatcher:
         """llguidance's matcher of a source, at its start. Raises ValueError."""

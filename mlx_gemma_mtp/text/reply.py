@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .control import CLOSE, OPEN
 from .stream import Characters, Stops
-from .thinking import CLOSE, OPEN
 from .tool_calls import BARE, CALL_CLOSE, CALL_OPEN, MARK, QUOTE, Body, read, spelled
 from .tools import ToolCall, Tools
 

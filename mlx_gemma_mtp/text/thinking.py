@@ -9,17 +9,18 @@ import numpy as np
 
 from ..speculative.guide import Constraint, only
 
-OPEN, CLOSE = "<|channel>", "<channel|>"
-
 
 @dataclass
 class Thinking:
-    """A Constraint for a reply that may begin with a thought.
+    """A Constraint for a text whose reply may come after thoughts.
 
-    budget: the most tokens of the thought; the next token closes it; None is no limit. reply: constrains what follows
-    the thought; None leaves it free. open, close: ids of the tokens around a thought. The token that closes a thought
-    is the border: drafts after it are already the reply. A text whose reply is constrained cannot end within the
-    thought.
+    open, close: ids of the tokens around a thought. budget: the most tokens within all thoughts of the text together,
+    without those two; once they are spent, an open thought is closed and no other is opened; None is no limit. reply:
+    constrains what is no thought; None leaves it free. Where it does not leave everything free, thoughts may come until
+    it begins. barred: tokens that no thought may hold.
+
+    The token that closes a thought is the border: drafts after it are already the reply. inside: whether the text is
+    within a thought; so it is from the start where the prompt ends in one.
     """
 
     open: int
@@ -27,9 +28,10 @@ class Thinking:
     vocab: int
     budget: int | None
     reply: Constraint | None
-    end_tokens: Sequence[int]
-    spent: int | None = None  # tokens of the thought so far; None outside of one
-    begun: bool = False  # whether anything was said
+    barred: Sequence[int] = ()
+    inside: bool = False
+    spent: int = 0  # tokens within thoughts so far
+    begun: bool = False  # whether the reply has begun
 
     def copy(self) -> Thinking:
         """Returns an independent copy of the state."""
@@ -37,21 +39,25 @@ class Thinking:
 
     def mask(self) -> np.ndarray | None:
         """Returns the tokens that may come next, as uint32 [words], or None for all."""
-        if self.spent is not None:
-            if self.budget is not None and self.spent >= self.budget:
+        left = self.budget is None or self.spent < self.budget
+        if self.inside:
+            if not left:
                 return only([self.close], self.vocab)
-            return ~only(self.end_tokens, self.vocab) if self.reply is not None else None
+            return ~only(self.barred, self.vocab) if self.barred else None
         mask = self.reply.mask() if self.reply is not None else None
-        if self.begun or mask is None:
-            return mask
-        return mask | only([self.open], self.vocab)
+        if not left:
+            closed = ~only([self.open], self.vocab)
+            return closed if mask is None else mask & closed
+        return mask if mask is None or self.begun else mask | only([self.open], self.vocab)
 
     def advance(self, token: int) -> None:
         """Takes in an emitted token."""
-        if self.spent is not None:
-            self.spent = None if token == self.close else self.spent + 1
-        elif not self.begun and token == self.open:
-            self.spent = 0
-        elif self.reply is not None:
-            self.reply.advance(token)
-        self.begun = True
+        if self.inside:
+            self.inside = token != self.close
+            self.spent += self.inside
+        elif token == self.open:
+            self.inside = True
+        else:
+            self.begun = True
+            if self.reply is not None:
+                self.reply.advance(token)

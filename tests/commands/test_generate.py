@@ -22,6 +22,16 @@ KEYS = {
     "mtp_reason", "blas", "accept",
 }  # fmt: skip
 
+RECORD = {"prompt", "text", "reasoning", "tool_calls", "tokens", "end_token", "finish_reason", "stats"}
+TOOLS = json.dumps(
+    [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+)
+CALLED = [
+    {"role": "user", "content": "What time is it?"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": "{}"}}]},
+    {"role": "tool", "content": "12:00"},
+]
+
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
     """main's exit code, and what it printed."""
@@ -74,10 +84,48 @@ def test_json_is_one_object_a_prompt(capsys):
     records = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [r["prompt"] for r in records] == PROMPTS[3:5]
     for record in records:
-        assert set(record) == {"prompt", "text", "tokens", "finish_reason", "stats"} and set(record["stats"]) >= KEYS
+        assert set(record) == RECORD and set(record["stats"]) >= KEYS
         assert record["text"] and record["stats"]["generation_tokens"] == len(record["tokens"]) <= 12
     _, plain, _ = run(capsys, *argv, "--num-draft-tokens", "0")
     assert [json.loads(line)["tokens"] for line in plain.splitlines()] == [r["tokens"] for r in records]
+
+
+def test_messages_tools_and_thoughts(capsys, tmp_path):
+    """A tool's result, behind which the template opens a thought; as a file and as text, with a prompt beside it."""
+    file = tmp_path / "messages.json"
+    file.write_text(json.dumps(CALLED))
+    tools = tmp_path / "tools.json"
+    tools.write_text(TOOLS)
+    settings = ("--thinking", "--thinking-budget", 4, "--max-tokens", 12, "--temp", 0)
+    argv = ("--messages", file, "--tools", tools, *settings)
+    code, out, _ = run(capsys, *argv, "--json")
+    record = json.loads(out)
+    assert code == 0 and record["prompt"] == CALLED and record["reasoning"] and record["tokens"][4] == 8
+    code, out, _ = run(capsys, *argv)
+    assert code == 0 and out == record["text"] + "\n" and record["reasoning"] not in out
+    both = ("--messages", json.dumps(CALLED), "--prompt", "def f(", "--tools", TOOLS, *settings)
+    code, out, _ = run(capsys, *both)
+    assert code == 0 and "=== 1: def f(\n" in out and "=== 2: 12:00\n" + record["text"] in out
+
+
+def test_the_choice_of_tools(capsys):
+    """`none` lets no call begin, whatever the bias; control strings count where that is allowed."""
+    argv = ("--prompt", "x<turn|>", "--max-tokens", 4, "--temp", 0, "--json", "--logit-bias", "12=1e6")
+    _, free, _ = run(capsys, *argv)
+    _, none, _ = run(capsys, *argv, "--tools", TOOLS, "--tool-choice", "none")
+    assert json.loads(free)["tokens"] == [12] * 4 and 12 not in json.loads(none)["tokens"]
+    _, special, _ = run(capsys, *argv, "--allow-special")
+    assert json.loads(special)["stats"]["prompt_tokens"] < json.loads(free)["stats"]["prompt_tokens"]
+
+
+def test_a_forced_call_has_a_line(capsys):
+    pytest.importorskip("llguidance")
+    argv = ("--prompt", "What time is it?", "--tools", TOOLS, "--tool-choice", "now", "--temp", 0)
+    code, out, _ = run(capsys, *argv)
+    assert code == 0 and set(out.splitlines()) == {"call now {}"}
+    record = json.loads(run(capsys, *argv, "--json")[1])
+    assert record["finish_reason"] == "tool_calls" and record["text"] == "" and record["end_token"] is not None
+    assert record["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
 
 
 def test_json_carries_logprobs(capsys):
@@ -153,6 +201,16 @@ def broken_model(folder: Path, **changes) -> Path:
         (["--prompt-file", "nothing-here.txt"], "nothing-here.txt"),
         (["--prompt", "x", "--system-prompt", "y", "--ignore-chat-template"], "system prompt"),
         (["--prompt", "word " * 9000], "expected fewer than the context of 8192"),
+        (["--messages", "[]"], "--messages has [], expected a JSON list of chat messages"),
+        (["--messages", "{}"], "--messages has {}, expected a JSON list of chat messages"),
+        (["--messages", "[1]"], "--messages has [1], expected a JSON list of chat messages"),
+        (["--messages", '[{"role": "user"}]'], "a user message has no content"),
+        (["--messages", "[{]"], "--messages is no JSON"),
+        (["--prompt", "x", "--tools", "nothing-here.json"], "--tools nothing-here.json: there is no such file"),
+        (["--prompt", "x", "--tools", "[{]"], "--tools is no JSON"),
+        (["--prompt", "x", "--tools", TOOLS, "--tool-choice", "date"], "tool_choice names 'date', expected 'auto'"),
+        (["--prompt", "x", "--tool-choice", "required"], "tool_choice is 'required' without tools"),
+        (["--prompt", "x", "--tools", TOOLS, "--ignore-chat-template"], "tools is given without messages"),
         (["--prompt", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
@@ -237,5 +295,8 @@ def test_a_blas_that_is_none_is_named():
 
 def test_importing_the_package_imports_no_mlx():
     """So that a command line can load a BLAS first, and `import mlx_gemma_mtp` is instant."""
-    code = "import sys, mlx_gemma_mtp; assert not [m for m in sys.modules if m.startswith(('mlx.', 'torch'))]"
+    code = (
+        "import sys, mlx_gemma_mtp, mlx_gemma_mtp.generate\n"
+        "assert not [m for m in sys.modules if m.startswith(('mlx.', 'torch'))]"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

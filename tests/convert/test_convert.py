@@ -20,9 +20,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert import blocks, names, source, writer
+from convert import blocks, names, writer
 from convert.cli import main
-from convert.config import is_drafter, text_config
+from convert.config import model_config
+from mlx_gemma_mtp.files.safetensors import read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 S, F = "sliding_attention", "full_attention"
@@ -402,7 +403,7 @@ def test_files_are_copied_and_shards_are_limited(moe, tmp_path, monkeypatch):
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:
         assert (out / file).stat().st_size < 60_000 + 10_000  # the header comes on top
-        for tensor in source.read_header(out / file).values():
+        for tensor in read_header(out / file).values():
             assert tensor.offset % writer.ITEM_BYTES[tensor.dtype] == 0
     weights, _ = load(out)
     assert all(mx.array_equal(weights[n], value) for n, value in expected(moe).items())
@@ -453,8 +454,7 @@ def test_parameter_counts_of_the_published_models(model):
     kind = "gemma4_assistant" if "backbone" in m else "gemma4"
     config = {"model_type": kind, "text_config": text, "num_centroids": 2048}
     config |= {"backbone_hidden_size": m.get("backbone"), "use_ordered_embeddings": "ordered" in m}
-    checked = text_config(config)
-    entries = names.drafter_entries(config, checked) if is_drafter(config) else names.target_entries(checked, kind)
+    entries = names.entries(model_config(config), kind)
     assert sum(math.prod(entry.shape) for entry in entries) == count
     assert len({entry.name for entry in entries}) == len(entries)
 
@@ -538,21 +538,21 @@ ERRORS = {
     "config not JSON": (lambda c: (c.folder / "config.json").write_text("{"), "expected a JSON object"),
     "config a list": (lambda c: (c.folder / "config.json").write_text("[]"), "a JSON object"),
     "unknown model": (lambda c: edit_top(c, model_type="llama"), "model_type 'llama'"),
-    "quantised source": (lambda c: edit_top(c, quantization={"bits": 4}), "quantised already"),
-    "no text_config": (lambda c: edit_top(c, text_config=None), "text_config None"),
-    "missing key": (lambda c: edit_config(c, head_dim="absent"), "head_dim is missing"),
-    "wrong type": (lambda c: edit_config(c, hidden_size="64"), "hidden_size '64'"),
-    "negative": (lambda c: edit_config(c, num_kv_shared_layers=-1), "num_kv_shared_layers -1"),
-    "not a flag": (lambda c: edit_config(c, attention_k_eq_v=1), "attention_k_eq_v 1"),
-    "layer count": (lambda c: edit_config(c, num_hidden_layers=3), "num_hidden_layers 3"),
+    "quantised source": (lambda c: edit_top(c, quantization={"bits": 4, "group_size": 64}), "quantised already"),
+    "no text_config": (lambda c: edit_top(c, text_config=None), "config.json, text_config is NoneType"),
+    "missing key": (lambda c: edit_config(c, hidden_size="absent"), "has no 'hidden_size'"),
+    "wrong type": (lambda c: edit_config(c, hidden_size="64"), "hidden_size is '64'"),
+    "negative": (lambda c: edit_config(c, num_kv_shared_layers=-1), "num_kv_shared_layers is -1"),
+    "not a flag": (lambda c: edit_config(c, attention_k_eq_v=1), "attention_k_eq_v is 1"),
+    "layer count": (lambda c: edit_config(c, num_hidden_layers=3), "(unknown: []), expected 3"),
     "layer type": (lambda c: edit_config(c, layer_types=[S, "mamba"]), "'mamba'"),
-    "untied": (lambda c: edit_config(c, tie_word_embeddings=False), "tie_word_embeddings False"),
-    "no rope": (lambda c: edit_config(c, rope_parameters="absent"), "rope_parameters is missing"),
-    "expert count": (lambda c: edit_config(c, num_experts=None), "num_experts None"),
+    "untied": (lambda c: edit_config(c, tie_word_embeddings=False), "tie_word_embeddings is False"),
+    "no rope": (lambda c: edit_config(c, rope_parameters=5), "rope_parameters is 5"),
+    "expert count": (lambda c: edit_config(c, num_experts=None), "num_experts is None"),
     "per layer": (
         lambda c: edit_config(c, per_layer_config={"0": {"head_dim": 4}}), "is not a Gemma 4 one",
     ),
-    "per layer list": (lambda c: edit_config(c, per_layer_config=[1]), "per_layer_config [1]"),
+    "per layer list": (lambda c: edit_config(c, per_layer_config=[1]), "per_layer_config is [1]"),
     "config twice": (
         lambda c: (c.folder / "config.json").write_text('{"model_type": "gemma4", "model_type": "gemma4"}'), "twice",
     ),
@@ -561,32 +561,31 @@ ERRORS = {
         lambda c: (c.folder / "config.json").write_text(json.dumps(c.config), encoding="utf-16"), "utf-8",
     ),
     "config that is a pipe": (lambda c: pipe(c.folder / "config.json"), "config.json is a named pipe"),
-    "layer types in lists": (lambda c: edit_config(c, layer_types=[[S], [F]]), "layer_types [["),
+    "layer types in lists": (lambda c: edit_config(c, layer_types=[[S], [F]]), "2 entries (unknown: [["),
     "eps of no number": (lambda c: edit_config(c, rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6'"),
     "rope of no kind": (lambda c: edit_config(c, rope_parameters={S: ROPE[S]}), "'full_attention'"),
     "pickles": (lambda c: pickled(c, "pytorch_model.bin"), "but pytorch_model.bin: pickles are never loaded"),
     "pickles of another name": (lambda c: pickled(c, "consolidated.pt"), "but consolidated.pt: pickles are never"),
     "weights that are a pipe": (lambda c: pipe(c.folder / "model.safetensors"), "no weight file 'model.safetensors'"),
     "no weights": (lambda c: (c.folder / "model.safetensors").unlink(), "no weight file 'model.safetensors'"),
-    "missing tensor": (lambda c: edit_weights(c, lambda w: w.pop(NORM)), f"{NORM!r} is missing"),
-    "extra tensor": (lambda c: edit_weights(c, lambda w: w.update(x=mx.ones(1))), "'x' is unknown"),
+    "missing tensor": (lambda c: edit_weights(c, lambda w: w.pop(NORM)), f"lacks tensor {NORM!r}"),
+    "extra tensor": (lambda c: edit_weights(c, lambda w: w.update(x=mx.ones(1))), "has an unknown tensor 'x'"),
     "shared K/V of no shared layer": (
         lambda c: edit_weights(
             c, lambda w: w.update({Q.replace("0.self_attn.q", "1.self_attn.v"): mx.ones((64, H))})
         ),
-        "v_proj.weight' is unknown",
+        "layers.1.self_attn.v_proj.weight differs from model.language_model.layers.1.self_attn.k_proj.weight",
     ),
     "wrong shape": (
         lambda c: edit_weights(c, lambda w: w.update({NORM: mx.ones(3)})),
-        f"{NORM!r} has shape [3]; expected [64]",
+        f"{NORM} has shape (3,), expected (64,)",
     ),
     "wrong dtype": (
         lambda c: edit_weights(c, lambda w: w.update({NORM: mx.ones(H, mx.int32)})),
-        f"{NORM!r} has dtype I32",
+        f"{NORM} is of I32",
     ),
-    "MLX layout": (
-        lambda c: edit_weights(c, lambda w: w.update({LAYOUT: w.pop(NORM)})),
-        "MLX layout already",
+    "a tensor under two prefixes": (
+        lambda c: edit_weights(c, lambda w: w.update({LAYOUT: w[NORM]})), "which are one tensor",
     ),
     "NaN": (lambda c: edit_weights(c, lambda w: fill(w, Q, math.nan)), f"{Q!r} holds NaN"),
     "empty file": (lambda c: edit_bytes(c, lambda data: b""), "is empty; download it again"),
@@ -728,7 +727,7 @@ def test_drafter_without_backbone_size(tmp_path, capsys):
     checkpoint = make_drafter(tmp_path / "hf")
     checkpoint.config.pop("backbone_hidden_size")
     checkpoint.save()
-    assert_fails(capsys, tmp_path, run(checkpoint, tmp_path / "out"), "backbone_hidden_size is missing")
+    assert_fails(capsys, tmp_path, run(checkpoint, tmp_path / "out"), "has no 'backbone_hidden_size'")
 
 
 def test_full_disk_is_noticed_before_writing(moe, tmp_path, capsys, monkeypatch):
@@ -750,7 +749,8 @@ def test_hub_ids_are_downloaded_and_failures_are_one_line(moe, tmp_path, capsys,
     code = main(["--hf-path", "org/absent", "--mlx-path", str(tmp_path / "out")])
     assert_fails(capsys, tmp_path, code, "the hub cannot be reached (404 not found)")
     assert main(["--hf-path", "org/model", "--mlx-path", str(tmp_path / "out")]) == 0
-    assert asked[1][0] == "org/model" and "*.safetensors" in asked[1][1]
+    assert asked[1] == ("org/model", ["config.json", "hf_quant_config.json"])  # tells of other formats
+    assert asked[2][0] == "org/model" and "*.safetensors" in asked[2][1]
 
 
 def test_command_line_of_the_checkout(moe, tmp_path):

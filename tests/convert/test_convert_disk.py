@@ -274,7 +274,7 @@ STUCK = """
 import sys, time
 from convert import writer
 from convert.cli import main
-writer._converted = lambda job, block: time.sleep(100)
+writer._converted = lambda *args: time.sleep(100)
 sys.exit(main(sys.argv[1:]))
 """
 

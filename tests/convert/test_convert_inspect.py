@@ -129,7 +129,7 @@ def test_tensors_that_do_not_fit_the_config(tmp_path, capsys):
         capsys.readouterr()
         assert main(["inspect", str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err
-        assert "gate_proj.weight' has shape [128, " in error and "expected" in error and error.count("\n") == 1, error
+        assert "gate_proj.weight has shape (128, " in error and "expected" in error and error.count("\n") == 1, error
     (tmp_path / "out" / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
     assert main(["inspect", str(tmp_path / "out")]) == 2
 

@@ -17,6 +17,7 @@ from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.models import gemma4
 from mlx_gemma_mtp.models.config import DrafterConfig, GenerationDefaults, TargetConfig
 from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.models.raw_config import DEFAULTS
 from mlx_gemma_mtp.sampling.params import SamplingParams
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -74,19 +75,105 @@ def test_a_text_config_alone_is_a_target():
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense", "e2b", "e4b"])
-def test_every_key_that_is_read_is_required(kind):
-    """Dropping a key either raises an error that names it, or leaves the config as it was: no default hides a typo."""
+def test_a_key_that_is_left_out_means_its_default_or_is_named(kind):
+    """The default is transformers'. Without one the error names the key: nothing hides a typo in a size."""
     raw = tiny.target_dict(kind)
     whole = TargetConfig.from_dict(raw)
     for key in raw["text_config"]:
-        less = copy.deepcopy(raw)
+        less, said = copy.deepcopy(raw), copy.deepcopy(raw)
         del less["text_config"][key]
-        if key in ("num_global_key_value_heads", "global_head_dim"):  # published with null, or absent
+        if key == "layer_types":  # its default is a pattern, compared with transformers' below
+            continue
+        if key in DEFAULTS:
+            said["text_config"][key] = DEFAULTS[key]
+            assert outcome(less) == outcome(said), key
             continue
         try:
             assert TargetConfig.from_dict(less) == whole, key
         except UserError as error:
             assert repr(key) in str(error)
+
+
+def outcome(raw: dict) -> TargetConfig | str:
+    """The config, or the error that it gives."""
+    try:
+        return TargetConfig.from_dict(raw)
+    except UserError as error:
+        return str(error)
+
+
+def test_defaults_are_those_of_transformers():
+    """`Gemma4TextConfig` and `Gemma4UnifiedTextConfig`, as they are installed."""
+    from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+    from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedTextConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for count in (6, 7, 12):
+        for kind, theirs in (("gemma4_text", Gemma4TextConfig), ("gemma4_unified_text", Gemma4UnifiedTextConfig)):
+            ours = {"model_type": kind, "num_hidden_layers": count} | sizes
+            said = theirs(**ours).to_dict()
+            assert {"layer_types", "rope_parameters", "per_layer_config"} <= said.keys()
+            assert TargetConfig.from_dict(ours) == TargetConfig.from_dict(
+                said
+                | {
+                    "model_type": kind,
+                    "eos_token_id": None,
+                    "hidden_size_per_layer_input": said.get("hidden_size_per_layer_input", 0),
+                    "enable_moe_block": False,
+                }
+            )
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+@pytest.mark.parametrize("key", ["{}", "0{}", "{:02}"])
+def test_what_transformers_saves_means_the_same(size, key):
+    """per_layer_config instead of the two global keys: targets, drafters, and the text model alone."""
+
+    def saved(raw: dict) -> dict:
+        text = {k: v for k, v in raw["text_config"].items() if "global" not in k}
+        own = {"head_dim": raw["text_config"]["global_head_dim"]}
+        if heads := raw["text_config"]["num_global_key_value_heads"]:
+            own["num_key_value_heads"] = heads
+        full = [i for i, kind in enumerate(text["layer_types"]) if kind == "full_attention"]
+        return raw | {"text_config": text | {"per_layer_config": {key.format(i): own for i in full}}}
+
+    target, drafter = published(f"{size}-it"), published(f"{size}-it-assistant")
+    config = TargetConfig.from_dict(target)
+    assert TargetConfig.from_dict(saved(target)) == config
+    alone = saved(target)["text_config"] | {"eos_token_id": target["eos_token_id"]}
+    assert replace(TargetConfig.from_dict(alone), media_token_ids=config.media_token_ids) == config
+    assert DrafterConfig.from_dict(saved(drafter), config) == DrafterConfig.from_dict(drafter, config)
+
+
+@pytest.mark.parametrize(
+    "per_layer",
+    [{"0": {"head_dim": 4}}, {"2": {"head_dim": 16}}, {"99": {"head_dim": 8}}, {"2": {"rope": 1}, "5": {"rope": 1}},
+     [1], {"x": {}}, {"2": 5}, 7],
+    ids=str,
+)  # fmt: skip
+def test_another_per_layer_config_is_named(per_layer):
+    raw = tiny.target_dict("moe")
+    raw["text_config"]["per_layer_config"] = per_layer
+    with pytest.raises(UserError, match="per_layer_config is") as error:
+        TargetConfig.from_dict(raw)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sliding, full",
+    [
+        ({"rope_theta": 1e4}, {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}),
+        ({"type": "default", "rope_theta": 10000}, {"type": "proportional", "rope_theta": 1e6,
+                                                    "partial_rotary_factor": 0.25}),
+    ],
+)  # fmt: skip
+def test_spellings_of_rope_parameters(sliding, full):
+    raw = tiny.target_dict("moe")
+    said = TargetConfig.from_dict(raw)
+    raw["text_config"]["rope_parameters"] = {"sliding_attention": sliding, "full_attention": full}
+    assert TargetConfig.from_dict(raw) == said
+    raw["text_config"]["rope_parameters"] = None
+    assert TargetConfig.from_dict(raw) == said
 
 
 @pytest.mark.parametrize(

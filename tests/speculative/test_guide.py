@@ -109,25 +109,51 @@ def allowed(constraint) -> set[int]:
     return {t for t in range(VOCAB) if allows(constraint.mask(), t)}
 
 
+def said(t, *tokens) -> set[int]:
+    """What may follow, once these tokens were said, each of which was allowed."""
+    for token in tokens:
+        assert allows(t.mask(), token), token
+        t.advance(token)
+    return allowed(t)
+
+
 def test_a_thought_is_closed_when_its_budget_is_spent():
     every = set(range(VOCAB))
     t = thinking(2)
-    assert allowed(t) == every
-    t.advance(OPEN)
-    t.advance(5)
-    assert allowed(t) == every
-    t.advance(6)
-    assert allowed(t) == {CLOSE}
-    t.advance(CLOSE)
-    assert allowed(t) == every
-    t.advance(OPEN)  # later it is a token like any other
-    t.advance(7)
-    t.advance(7)
-    t.advance(7)
-    assert allowed(t) == every
-    zero = thinking(0)
-    zero.advance(OPEN)
-    assert allowed(zero) == {CLOSE}
+    assert said(t) == every and said(t, OPEN, 5) == every
+    assert said(t, 6) == {CLOSE} and said(t, CLOSE) == every - {OPEN}
+
+
+def test_all_thoughts_of_a_text_have_one_budget():
+    """A second thought takes what the first one left; once it is spent, no other is opened."""
+    every = set(range(VOCAB))
+    t = thinking(3)
+    assert said(t, OPEN, 5, CLOSE, 8, 8, OPEN, 6) == every
+    assert said(t, 6) == {CLOSE}
+    assert said(t, CLOSE) == every - {OPEN} and said(t, 9, 9) == every - {OPEN}
+    assert said(thinking(None), OPEN, *[7] * 50, CLOSE, OPEN, *[7] * 50) == every
+
+
+def test_a_budget_of_zero_opens_no_thought_and_closes_that_of_the_prompt():
+    every = set(range(VOCAB))
+    assert allowed(thinking(0)) == every - {OPEN}
+    assert allowed(thinking(0, inside=True)) == {CLOSE}
+    assert said(thinking(0, inside=True), CLOSE) == every - {OPEN}
+    stairs = {i for i in range(VOCAB) if i % 7 == 0}
+    assert allowed(thinking(0, Stairs())) == stairs
+
+
+def test_a_thought_that_the_prompt_opened_is_known_as_open():
+    """The budget counts what is said in it; what binds the reply begins behind it."""
+    stairs = {i for i in range(VOCAB) if i % 7 == 0}
+    t = thinking(3, Stairs(), inside=True)
+    assert allowed(t) == set(range(VOCAB)) - {END}
+    assert said(t, 5, 5, 5) == {CLOSE}
+    assert said(t, CLOSE) == stairs - {OPEN}
+    assert said(t, 7) == {i for i in range(VOCAB) if i % 7 == 1}
+    closed = thinking(None, Stairs(), inside=True)
+    assert said(closed, 5, CLOSE) == stairs | {OPEN}  # another thought may come before the reply
+    assert said(closed, OPEN, 5, CLOSE, 7) == {i for i in range(VOCAB) if i % 7 == 1}
 
 
 def test_a_reply_is_constrained_from_the_border_on():
@@ -138,9 +164,9 @@ def test_a_reply_is_constrained_from_the_border_on():
     width, mask, _ = guide([t], VOCAB).look([[OPEN, 50, CLOSE, 7, 7]])
     assert width == 4  # the second 7 is refused
     at = [set(np.flatnonzero(row == 0).tolist()) for row in unpacked(mask[0])]
-    assert at[1] == at[2] == set(range(VOCAB)) - {END} and at[3] == stairs
+    assert at[1] == at[2] == set(range(VOCAB)) - {END} and at[3] == stairs | {OPEN}
     assert at[4] == {i for i in range(VOCAB) if i % 7 == 1}
-    assert (t.begun, t.spent, t.reply.advanced) == (False, None, 0)
+    assert (t.begun, t.inside, t.spent, t.reply.advanced) == (False, False, 0, 0)
     without = thinking(3, Stairs())
     without.advance(7)  # no thought: the reply at once
     assert allowed(without) == {i for i in range(VOCAB) if i % 7 == 1}
@@ -151,10 +177,23 @@ def test_budgets_hold_with_drafts():
     model = tiny.target("moe")
     params = replace(tiny.GREEDY, logit_bias={CLOSE: -1e4})
     prompt = tiny.prompts(1)[0]
-    forced = lambda: [thinking(4, None, spent=0, begun=True)]  # noqa: E731
+    forced = lambda: [thinking(4, None, inside=True)]  # noqa: E731
     plain = tiny.decode(model, None, [prompt], 0, 12, params, constraints=forced())[0]
     assert plain[0][4] == CLOSE and CLOSE not in plain[0][:4] + plain[0][5:]
     for num_draft in (1, 3, 6):
         assert (
             tiny.decode(model, tiny.drafter(model), [prompt], num_draft, 12, params, constraints=forced())[0] == plain
         )
+
+
+@pytest.mark.parametrize("params", [tiny.GREEDY, tiny.SAMPLED], ids=["greedy", "sampled"])
+def test_thoughts_with_budgets_and_bound_replies_are_the_same_with_and_without_drafts(params):
+    """Thoughts that the prompt opened and second ones, free rows beside them; OPEN is likely, so that thoughts come."""
+    model = tiny.target("moe")
+    drafter, batch = tiny.drafter(model), tiny.prompts(4)
+    params = replace(params, logit_bias={OPEN: 8.0, CLOSE: 4.0})
+    build = lambda: [thinking(6), thinking(5, Stairs(), inside=True), None, thinking(3, Stairs())]  # noqa: E731
+    plain = tiny.decode(model, None, batch, 0, 30, params, constraints=build())[0]
+    assert plain[0].count(OPEN) > 1 and CLOSE in plain[1][:6] and plain[3][0] == OPEN
+    for num_draft in (1, 4):
+        assert tiny.decode(model, drafter, batch, num_draft, 30, params, constraints=build())[0] == plain, num_draft

@@ -29,7 +29,7 @@ KINDS = {
     "biased": (replace(FREE, logit_bias={5: 3.0, 6: -mx.inf}), lambda: None),
     "reported": (replace(FREE, logprobs=3), lambda: None),
     "stairs": (FREE, Stairs),
-    "thinking": (replace(FREE, logit_bias={CLOSE: -1e4}), lambda: thinking(4, None, spent=0, begun=True)),
+    "thinking": (replace(FREE, logit_bias={CLOSE: -1e4}), lambda: thinking(4, None, inside=True)),
 }
 
 

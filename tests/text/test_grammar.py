@@ -135,7 +135,7 @@ def test_constrained_and_free_rows_share_a_batch(engine):
 @pytest.mark.parametrize("drafts", [0, 4])
 def test_a_thought_may_come_before_the_reply(engine, drafts):
     """The opening token is forced by its bias; after five tokens the thought is closed and the schema begins."""
-    opening, closing = (engine.text.token_id(name) for name in ("<|channel>", "<channel|>"))
+    opening, closing = (engine.text.token_id(name, "a thought") for name in ("<|channel>", "<channel|>"))
     params = SamplingParams(
         max_tokens=80, temperature=0.0, thinking=True, thinking_budget=5, regex="[ab]{4}", logit_bias={opening: 1e6}
     )
