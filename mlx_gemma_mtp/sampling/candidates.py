@@ -16,6 +16,7 @@ from ..ops.topk import topk
 from .penalties import NONE, TokenCounts, scattered
 from .rules import Rules
 
+LINE = 512  # probabilities that are summed one after the other; the same sums, to the bit, whatever follows of zeros
 FEW = 64  # suppressed tokens that are looked for among the best, rather than taken out of all
 
 
@@ -167,11 +168,27 @@ def filtered(scores: mx.array, p: mx.array, rules: Rules, left: mx.array | None 
 
     scores, p: from `shares`. left: [B, T, 1], what all other tokens have of the probability; None for nothing.
     """
-    # Summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
-    after = mx.cumsum(p, axis=-1, reverse=True)
+    after = _shares_from_the_end(p)
     left = number(0.0) if left is None else left
     places = numbers(scores.shape[-1])
     return Filtered(*_kept(scores, places, p, after, left, rules.rest, rules.min_p, p[..., :1], scores[..., :1]))
+
+
+def _shares_from_the_end(p: mx.array) -> mx.array:
+    """Returns for each place what share of all is in itself and those after it, [B, T, n].
+
+    It is summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
+    Over a vocabulary one sum, and what MLX's softmax divides by, are off by 1e-3.
+    """
+    n = p.shape[-1]
+    if n <= LINE:
+        sums = mx.cumsum(p, axis=-1, reverse=True)
+        return sums / sums[..., :1]
+    lines = mx.pad(p, [(0, 0), (0, 0), (0, -n % LINE)]).reshape(*p.shape[:2], -1, LINE)
+    sums = mx.cumsum(lines, axis=-1, reverse=True)
+    later = mx.cumsum(sums[..., 0], axis=-1, reverse=True, inclusive=False)
+    sums = (sums + later[..., None]).reshape(*p.shape[:2], -1)[..., :n]
+    return sums / sums[..., :1]
 
 
 @compiled

@@ -15,7 +15,7 @@ from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.ops import topk as topk_module
 from mlx_gemma_mtp.ops.sums import sum_of_exponentials
-from mlx_gemma_mtp.sampling import drawing
+from mlx_gemma_mtp.sampling import candidates, drawing
 from mlx_gemma_mtp.sampling.distribution import Rules, logprobs, sample
 from mlx_gemma_mtp.sampling.drawing import UNDECIDED, draw, settled
 from mlx_gemma_mtp.sampling.noise import gumbel, gumbel_bound
@@ -164,6 +164,22 @@ def test_the_least_top_p_keeps_the_likeliest(vocab):
     rules, positions = Rules.of([params(top_p=1e-6)], vocab), mx.arange(200)[None]
     tokens = np.array(settled(mx.array(values), rules, positions, CAP))
     assert np.array_equal(tokens[0], values[0].argmax(axis=-1))
+
+
+def test_sums_over_a_vocabulary_are_exact_enough():
+    """And of a shortlist they are the same beside a longer one."""
+    values = RNG.normal(size=(1, 3, 200_000)) * np.array([0.02, 1.0, 3.0])[:, None]
+    scores = mx.array(-np.sort(-values, axis=-1).astype(np.float32))
+    after = np.array(candidates._shares_from_the_end(candidates.shares(scores, mx.array([[[200_000]]]))[1]))
+    want = np.exp(np.array(scores, np.float64))
+    want = np.cumsum(want[..., ::-1], axis=-1)[..., ::-1] / want.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(after, want, rtol=1e-5)
+    for few in (300, 512, 513, 1000):
+        short, long = (
+            np.array(candidates._shares_from_the_end(candidates.shares(scores[..., :n], mx.array([[[few]]]))[1]))
+            for n in (few, 5000)
+        )
+        assert np.array_equal(short, long[..., :few])
 
 
 def test_a_border_is_near_as_far_as_scores_are_rounded():
