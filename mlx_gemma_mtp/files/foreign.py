@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, clipped, shown
-from .safetensors import INDEX, PICKLES, SINGLE, read_object
+from .safetensors import PICKLES, Tensor, read_object
 
 ADAPTER = "adapter_config.json"
 ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", "adapters.npz")
 MODELOPT = "hf_quant_config.json"
 TABLES = ("quantization_config", "compression_config")
 MOST_FILES = 2000  # of a folder, that are looked at
+MLX_METHODS = ("mlx", "affine", "mxfp4", "mxfp8", "nvfp4")  # a quant_method beside MLX's bits and group_size
+MLX_PREFIX = "language_model.model."
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 # quant_method, with - for _ -> what people call it
 METHODS = {
@@ -137,6 +140,8 @@ def of_config(config: dict[str, Any]) -> Foreign | None:
     if isinstance(kind, str) and not kind.startswith("gemma4"):
         return None  # which is what there is to say about it
     if isinstance(table := config.get("quantization"), dict) and table:
+        if is_mlx(table):
+            return None
         return _of_table("quantization", table) if "quant_method" in table or "quant_algo" in table else None
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
@@ -163,6 +168,22 @@ def of_folder(folder: Path, config: dict[str, Any] | None) -> Foreign | None:
     return None
 
 
+def is_mlx(table: object) -> bool:
+    """Returns whether a table of config.json is one of MLX's quantisation."""
+    if not isinstance(table, dict) or not {"bits", "group_size"} <= table.keys():
+        return False
+    method = table.get("quant_method")
+    return method in MLX_METHODS or (method is None and not KEYS.keys() & table.keys())
+
+
+def are_mlx_floats(tensors: Mapping[str, Tensor]) -> bool:
+    """Returns whether tensors are floats under MLX's names, whatever config.json says: a conversion of a model that
+    others quantised may keep its table, and no other program writes these names.
+    """
+    named = any(name.startswith(MLX_PREFIX) for name in tensors)
+    return named and of_tensors(tensors) is None and all(t.dtype in FLOATS for t in tensors.values())
+
+
 def of_tensors(names: Iterable[str]) -> Foreign | None:
     """Returns the format that tensors' names show, for a config that says nothing."""
     ends = {end: name for name in names for end in TENSORS if name.endswith(end)}
@@ -172,23 +193,9 @@ def of_tensors(names: Iterable[str]) -> Foreign | None:
     return Foreign(METHODS[TENSORS[end]], f"tensor {clipped(ends[end])!r}, of which config.json says nothing")
 
 
-def check_folder(folder: Path, config: dict[str, Any] | None, converting: bool = False) -> Foreign | None:
-    """Raises UserError for a folder in another program's format, with the command that helps.
-
-    config: config.json, None where there is none; converting: returns a format that convert dequantises instead.
-    """
-    if not any(os.path.lexists(folder / name) for name in (INDEX, SINGLE)):
-        _check_files(folder)
-    found = of_folder(folder, config)
-    if found and not (converting and found.plain):
-        raise found.refusal(folder, converting)
-    return found
-
-
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Raises UserError where other files than weights of safetensors tell what a folder is."""
-    names = list(_files(folder))
-    if error := of_names(names, folder):
+    if error := of_names(list(_files(folder)), folder):
         raise error
 
 
@@ -305,6 +312,8 @@ def _of_table(key: str, table: object) -> Foreign | None:
     where = key if key == MODELOPT else f"{key} in config.json"
     if not isinstance(table, dict):
         return Foreign("unknown quantised", f"{where} is {shown(table)}")
+    if is_mlx(table):
+        return None
     method = table.get("quant_method") or next((KEYS[name] for name in KEYS if name in table), None)
     if method is None and ("bits" in table or "group_size" in table):
         return None  # MLX's own

@@ -232,7 +232,10 @@ class _Reading:
         short, shape, rows = source or (name, shape, None)
         tensor, stored = self.found[short], self.names[short]
         if tensor.shape != shape:
-            raise UserError(f"{self.where}: {stored} has shape {tensor.shape}, expected {shape} by config.json")
+            raise UserError(
+                f"{self.where}: {stored} has shape {tensor.shape}, expected {shape} by config.json; is it the "
+                "config.json of these weights?"
+            )
         types = ("I32", "I64") if name == ORDERING else FLOATS
         if tensor.dtype not in types:
             raise UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import UserError
+from ..errors import UserError, clipped
 from ..files import foreign
 from ..files.files import content
 from ..files.folder import read_config, weight_files
@@ -33,6 +34,7 @@ from .gemma4 import Gemma4
 from .linear import Embedding, Linear, finish_loading
 
 FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # of equally many values the first counts
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 LARGEST_FLOAT16 = 65504.0
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 HEAD_BITS = 4  # at most, of a drafter's vocabulary head: the largest part of a draft step's bytes
@@ -162,6 +164,12 @@ def _assign(model: nn.Module, config: TargetConfig | DrafterConfig, folder: Path
     headers = read_headers(folder)
     if config.quantization is None and (found := foreign.of_tensors(headers)):
         raise found.refusal(folder)
+    if config.quantization is None and (expert := next(filter(ONE_EXPERT.search, headers), None)):
+        command = foreign.convert_command(folder, f"{folder.name}-mlx")
+        raise UserError(
+            f"{folder} has each expert in a tensor of its own ({clipped(expert)!r}); expected those of a layer in one; "
+            f"convert it: {command}"
+        )
     contents = Contents.of(config, headers, str(folder))
     contents.check_extras(headers, str(folder))
     forms = {path: form.setting for path, form in contents.formats.items()}
