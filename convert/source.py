@@ -7,6 +7,8 @@ from mlx_gemma_mtp.files import foreign
 from mlx_gemma_mtp.files.folder import config_and_format
 from mlx_gemma_mtp.files.headers import read_headers
 from mlx_gemma_mtp.files.safetensors import Tensor, read_object
+from mlx_gemma_mtp.models.contents import MEDIA
+from mlx_gemma_mtp.models.quantization import plain
 
 from . import dequantize
 from .blocks import Source
@@ -51,10 +53,12 @@ def _seen(
 ) -> tuple[dict, dict[str, Source]]:
     """A config and tensors as a conversion sees them. found: the format that the config tells of."""
     if found is None:
-        if not config.get("quantization") and (hidden := foreign.of_tensors(held)):
-            raise hidden.refusal(where, converting=True)
-        return config, dequantize.stacked(held)
-    return foreign.without_table(config), dequantize.floats(found.plain, held, local)
+        seen = dequantize.stacked(held)
+    else:
+        config, seen = foreign.without_table(config), dequantize.floats(found.plain, held, local)
+    if hidden := foreign.of_tensors(name for name in seen if not plain(name).startswith(MEDIA)):
+        raise hidden.refusal(where, converting=True)
+    return config, seen
 
 
 def remote(repo: str) -> tuple[dict, dict[str, Source]]:

@@ -424,6 +424,11 @@ REFUSED = {
         "12B", FOUR, edit=lambda config, _: config["quantization"].update({f"{MLX}layers.0.mlp.up_proj": {"bits": 7}}),
         says=("layers.0.mlp.up_proj", "bits 7, mode affine, is no format of MLX"),
     ),
+    "AWQ beside MLX's table": Shape(
+        "12B", FOUR, edit=both(without(r"0\.self_attn\.q_proj"), add(lambda *_: {
+            f"{MLX}layers.0.self_attn.q_proj.qweight": mx.zeros((128, 16), mx.int32)})),
+        says=("holds AWQ weights", "q_proj.qweight"),
+    ),
     "no table": Shape("12B", FOUR, edit=top(quantization=..., quantization_config=...), says=("does not say so",)),
     "another default": Shape(
         "12B", FOUR, edit=lambda config, _: config["quantization"].update({"bits": 8}), says=("embed_tokens", "8-bit")

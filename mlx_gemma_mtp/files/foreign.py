@@ -116,7 +116,7 @@ class Foreign:
         """
         says = f"{where} holds {self.name} weights ({self.sign})"
         if self.plain and not converting:
-            command = convert_command(_called(where), f"{_stem(where)}-4bit", "-q")
+            command = convert_folder_command(where, "-4bit", "-q")
             return UserError(
                 f"{says}; expected MLX's own quantisation; convert dequantises them: {command}; better, if it can be "
                 f"had: convert the unquantised original{_named(where)}"
@@ -127,6 +127,13 @@ class Foreign:
 def convert_command(source: Path | str, out: Path | str, *flags: str) -> str:
     """Returns the command that converts `source` to a folder `out`, quoted for a shell. flags: further words of it."""
     return shlex.join(["mlx-gemma-mtp", "convert", *_flag("--hf-path", source), *_flag("--mlx-path", out), *flags])
+
+
+def convert_folder_command(where: Path | str, end: str, *flags: str) -> str:
+    """Returns the command that converts a folder, or what it is on the hub, beside where it is run. end: of the name
+    that is made; flags: further words of the command.
+    """
+    return convert_command(_called(where), f"{_stem(where)}{end}", *flags)
 
 
 def _flag(name: str, value: Path | str) -> list[str]:
@@ -272,19 +279,30 @@ def _adapter(where: Path | str, names: set[str]) -> UserError:
     if isinstance(where, Path) and os.path.lexists(where / ADAPTER):
         config = read_object(where / ADAPTER)
     peft = "peft_type" in config or not names & {"adapters.safetensors", "adapters.npz"}
-    kind = config.get("peft_type") or "LORA"
+    kind = _kind_of_adapter(config, peft)
     base = config.get("base_model_name_or_path" if peft else "model")
     base = (original(base) or base) if isinstance(base, str) and base else "BASE"
-    kind = "LoRA" if kind == "LORA" else shown(kind)
     says = f"{where} is a {kind} adapter ({'PEFT' if peft else 'mlx-lm'}), no model"
     if kind != "LoRA":
         return UserError(
-            f"{says}; expected a model or a LoRA adapter; merge it into {base} with PEFT, save it, and convert that"
+            f"{says}; expected a model or a LoRA adapter; merge it into {base} with {'PEFT' if peft else 'mlx-lm'}, "
+            "save that, and convert it"
         )
     command = convert_command(base, f"{_stem(where)}-4bit", *_flag("--adapter-path", _called(where)), "-q")
     pickled = not any(name.endswith(".safetensors") for name in names & set(ADAPTERS))
     first = "download or save its tensors as safetensors, then " if pickled else ""
+    first = first if ADAPTER in names else f"download its {ADAPTER}, then "
     return UserError(f"{says}; expected a model; {first}fuse it into its unquantised base: {command}")
+
+
+def _kind_of_adapter(config: dict[str, Any], peft: bool) -> str:
+    """'LoRA' for what convert fuses; what else an adapter's config tells of."""
+    if peft:
+        kind = config.get("peft_type") or "LORA"
+        kind = "LoRA" if kind == "LORA" else shown(kind)
+        return "DoRA" if config.get("use_dora") else kind
+    kind = config.get("fine_tune_type", "lora")
+    return "LoRA" if kind == "lora" else "DoRA" if kind == "dora" else f"{shown(kind)} fine-tuning's"
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -28,10 +28,11 @@ from ..files.progress import Progress, no_progress
 from ..files.safetensors import Tensor
 from . import gemma4
 from .config import DrafterConfig, GenerationDefaults, TargetConfig
-from .contents import Contents
+from .contents import MEDIA, Contents
 from .drafter import Drafter
 from .gemma4 import Gemma4
 from .linear import Embedding, Linear, finish_loading
+from .quantization import plain
 
 FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # of equally many values the first counts
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
@@ -162,10 +163,10 @@ def _file_path(path: str) -> str:
 def _assign(model: nn.Module, config: TargetConfig | DrafterConfig, folder: Path, dtype: mx.Dtype | None) -> None:
     """Puts every tensor in its place, lazily and strictly."""
     headers = read_headers(folder)
-    if config.quantization is None and (found := foreign.of_tensors(headers)):
+    if found := foreign.of_tensors(name for name in headers if not plain(name).startswith(MEDIA)):
         raise found.refusal(folder)
     if config.quantization is None and (expert := next(filter(ONE_EXPERT.search, headers), None)):
-        command = foreign.convert_command(folder, f"{folder.name}-mlx")
+        command = foreign.convert_folder_command(folder, "-mlx")
         raise UserError(
             f"{folder} has each expert in a tensor of its own ({clipped(expert)!r}); expected those of a layer in one; "
             f"convert it: {command}"

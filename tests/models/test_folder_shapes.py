@@ -355,3 +355,16 @@ def test_a_conversion_leaves_the_table_of_the_original_out(tmp_path, capsys):
     assert "quantization_config" not in read_config(folder)
     assert command(capsys, "--hf-path", folder, "--mlx-path", tmp_path / "out")[0] == 0
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+@pytest.mark.parametrize("table", [folder_shapes.FP8, folder_shapes.PACKED], ids=["FP8", "compressed-tensors"])
+def test_a_table_of_another_format_than_the_tensors(tmp_path, capsys, table):
+    """convert goes by the tensors, and does not say to download or convert again."""
+    awq = {"model.language_model.layers.0.self_attn.q_proj.qweight": mx.zeros((128, 16), mx.int32)}
+    edits = folder_shapes.without(r"0\.self_attn\.q_proj"), folder_shapes.add(lambda *_: awq)
+    edit = folder_shapes.both(*edits, folder_shapes.top(quantization_config=table))
+    folder = Shape("12B", prefix=GOOGLE, edit=edit).write(tmp_path / "model")
+    refusal(folder)
+    for argv in (("inspect", folder), ("--hf-path", folder, "--mlx-path", tmp_path / "out")):
+        code, error = command(capsys, *argv)
+        assert code == 2 and "holds AWQ weights" in error and "unquantised original" in error, error
