@@ -145,6 +145,11 @@ def _check_ordering(ordering: mx.array, vocab: int, folder: Path) -> None:
 def read_tensors(folder: Path) -> dict[str, mx.array]:
     """Returns all tensors of a folder by name, lazily. Raises UserError where the headers or the index are broken."""
     read_headers(folder)  # MLX takes overlaps, holes and a name that occurs twice
+    return _lazy_tensors(folder)
+
+
+def _lazy_tensors(folder: Path) -> dict[str, mx.array]:
+    """As read_tensors, of a folder whose headers were read."""
     tensors: dict[str, mx.array] = {}
     for path in weight_files(folder):
         try:
@@ -177,7 +182,7 @@ def _assign(model: nn.Module, config: TargetConfig | DrafterConfig, folder: Path
     nn.quantize(model, class_predicate=lambda path, module: forms.get(_file_path(path), False))
     places = {path: contents.places[_file_path(path)] for path, _ in tree_flatten(model.parameters())}
     prevailing = _prevailing([headers[place.name] for place in places.values()])
-    tensors, loaded = read_tensors(folder), []
+    tensors, loaded = _lazy_tensors(folder), []
     if dtype is None and prevailing is not None and prevailing == mx.float16:
         _check_range(folder, {name: tensors[name] for name in {place.name for place in places.values()}})
     dtype = dtype or prevailing

@@ -99,7 +99,7 @@ FILES = {
 @pytest.fixture
 def unread(monkeypatch):
     """Reading weights fails."""
-    monkeypatch.setattr(loading, "read_tensors", lambda folder: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "_lazy_tensors", lambda folder: pytest.fail("weights are read"))
     monkeypatch.setattr(blocks, "read", lambda *args: pytest.fail("weights are read"))
     monkeypatch.setattr(mx, "load", lambda *args, **kwargs: pytest.fail("weights are read"))
 

@@ -368,3 +368,12 @@ def test_a_table_of_another_format_than_the_tensors(tmp_path, capsys, table):
     for argv in (("inspect", folder), ("--hf-path", folder, "--mlx-path", tmp_path / "out")):
         code, error = command(capsys, *argv)
         assert code == 2 and "holds AWQ weights" in error and "unquantised original" in error, error
+
+
+def test_opening_reads_each_header_once(tmp_path, monkeypatch):
+    from mlx_gemma_mtp.files import headers
+
+    read, read_header = [], headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda path: (read.append(path.name), read_header(path))[1])
+    loading.open_target(Shape("26B-A4B", FOUR).write(tmp_path / "model"))
+    assert sorted(read) == [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
