@@ -2,7 +2,7 @@
 
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
-from mlx_gemma_mtp.models.raw_config import Reader, text_fields
+from mlx_gemma_mtp.models.raw_config import Reader, is_wrapper, text_fields
 
 # model_type -> prefix of the text tensors in the published files
 TARGETS = {
@@ -47,12 +47,14 @@ def text_config(config: dict) -> dict:
 def model_config(config: dict) -> TargetConfig | DrafterConfig:
     """Returns what mlx_gemma_mtp reads from a config.json. Raises UserError for what it would refuse.
 
-    A drafter is judged beside a target that fits: its own text model, as wide as its backbone, sharing no K/V.
+    A drafter is judged beside a target that fits: its own text model, as wide as its backbone, sharing no K/V, without
+    what no drafter reads.
     """
     if not is_drafter(config):
         return TargetConfig.from_dict(config)
     backbone = Reader(config, "the drafter's config.json").int("backbone_hidden_size")
-    target = text_config(config) | {"num_kv_shared_layers": 0, "hidden_size": backbone}
+    unread = {"num_kv_shared_layers": 0, "enable_moe_block": False, "hidden_size_per_layer_input": 0}
+    target = text_config(config) | unread | {"hidden_size": backbone}
     return DrafterConfig.from_dict(config, TargetConfig.from_dict(target))
 
 
@@ -66,8 +68,7 @@ def written_target(config: dict, text: dict, dtype: str) -> dict:
 
     `vision_config` is {} because null crashes mlx-vlm; mlx-lm needs vocab_size at the top.
     """
-    nested = "text_config" in config
-    top = dict(config) if nested else {k: text[k] for k in TOP_LEVEL if k in text}
+    top = dict(config) if is_wrapper(config) else {k: text[k] for k in TOP_LEVEL if k in text}
     top |= {k: text[k] for k in TOP_LEVEL if k in text and k not in top}
     return top | {
         "architectures": ["Gemma4ForConditionalGeneration"],

@@ -127,7 +127,7 @@ def floats(plain: Plain, tensors: dict[str, Tensor], local: bool) -> dict[str, S
     made: dict[str, Source] = {}
     used: set[str] = set()
     for name, tensor in tensors.items():
-        if name.endswith(".weight_packed"):
+        if name.endswith(".weight_packed") and plain.bits:
             path = name.removesuffix("_packed")
             made[path] = _packed(plain, path, tensors, local)
             used |= {path + end for end in ("_packed", "_shape", "_g_idx", *BESIDE)}

@@ -104,7 +104,7 @@ def _counted(entry: Entry) -> bool:
 
 
 def _architecture(model: Checkpoint) -> dict:
-    text = model.text
+    text, moe = model.text, None if model.drafter else model.config.moe
     return {
         "hidden_size": text["hidden_size"],
         "layers": text["num_hidden_layers"],
@@ -112,8 +112,8 @@ def _architecture(model: Checkpoint) -> dict:
         "layers_sharing_kv": text["num_kv_shared_layers"],
         "vocab_size": text["vocab_size"],
         "sliding_window": text["sliding_window"],
-        "experts": text["num_experts"] if text["enable_moe_block"] else 0,
-        "experts_per_token": text["top_k_experts"] if text["enable_moe_block"] else 0,
+        "experts": moe.num_experts if moe else 0,
+        "experts_per_token": moe.top_k if moe else 0,
         "per_layer_inputs": text["hidden_size_per_layer_input"],
         "backbone_hidden_size": model.raw.get("backbone_hidden_size"),
     }

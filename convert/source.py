@@ -1,12 +1,14 @@
 """Find a source checkpoint (local folder or hub id) and list its tensors, those that others quantised as floats."""
 
-import os
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import foreign
+from mlx_gemma_mtp.files.folder import config_and_format
 from mlx_gemma_mtp.files.headers import read_headers
 from mlx_gemma_mtp.files.safetensors import Tensor, read_object
+from mlx_gemma_mtp.models.contents import MEDIA
+from mlx_gemma_mtp.models.quantization import plain
 
 from . import dequantize
 from .blocks import Source
@@ -38,10 +40,10 @@ def read(folder: Path) -> tuple[dict, dict[str, Source]]:
     Weights that others quantised are seen as floats, where convert dequantises them; then the config does not tell of
     the quantisation. Raises UserError for all other formats, and for a config.json that is not a Gemma 4 one.
     """
-    path = folder / "config.json"
-    config = read_object(path) if os.path.lexists(path) else None
-    found = foreign.check_folder(folder, config, converting=True)
-    config = read_object(path) if config is None else config  # says that there is none
+    config, found = config_and_format(folder)
+    if found and not found.plain:
+        raise found.refusal(folder, converting=True)
+    config = read_object(folder / "config.json") if config is None else config  # says that there is none
     is_drafter(config)  # another model is told by its name, not by its files
     return _seen(folder, config, found, read_headers(folder), local=True)
 
@@ -51,10 +53,12 @@ def _seen(
 ) -> tuple[dict, dict[str, Source]]:
     """A config and tensors as a conversion sees them. found: the format that the config tells of."""
     if found is None:
-        if "quantization" not in config and (hidden := foreign.of_tensors(held)):
-            raise hidden.refusal(where, converting=True)
-        return config, dequantize.stacked(held)
-    return foreign.without_table(config), dequantize.floats(found.plain, held, local)
+        seen = dequantize.stacked(held)
+    else:
+        config, seen = foreign.without_table(config), dequantize.floats(found.plain, held, local)
+    if hidden := foreign.of_tensors(name for name in seen if not plain(name).startswith(MEDIA)):
+        raise hidden.refusal(where, converting=True)
+    return config, seen
 
 
 def remote(repo: str) -> tuple[dict, dict[str, Source]]:
@@ -62,27 +66,23 @@ def remote(repo: str) -> tuple[dict, dict[str, Source]]:
 
     No weights are downloaded. Raises UserError where neither can be had.
     """
-    from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     from mlx_gemma_mtp.files import hub
 
     try:
         config = Path(hf_hub_download(repo, "config.json"))
-        files = get_safetensors_metadata(repo).files_metadata
+        held = hub.read_headers(repo)
     except Exception as error:  # the client's errors have no common base; all mean "no headers"
         if folder := find(repo) if constants.HF_HUB_OFFLINE else _cached(repo):
             return read(folder)
         raise hub.foreign_repo(repo) or hub.refusal(repo, error) from error
     config = read_object(config)
     found = foreign.of_config(config)
+    if found and foreign.are_mlx_floats(held):
+        config, found = foreign.without_table(config), None
     if found and not found.plain:
         raise found.refusal(repo, converting=True)
-    held = {
-        name: Tensor(Path(file), info.dtype, tuple(info.shape), begin, end - begin)
-        for file, metadata in files.items()
-        for name, info in metadata.tensors.items()
-        for begin, end in [info.data_offsets]
-    }
     return _seen(repo, config, found, held, local=False)
 
 

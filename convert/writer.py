@@ -124,7 +124,13 @@ def _converted(job: Job, block: mx.array, row: int) -> tuple[mx.array, ...]:
     if is_integer(job.entry.name):
         _check_ids(job, block)
     if job.delta:
-        block = block.astype(mx.float32) + job.delta.rows(row, row + block.shape[0])
+        added = job.delta.rows(row, row + block.shape[0])
+        if not mx.isfinite(added).all().item():
+            raise UserError(
+                f"{job.delta.pair.a.path}: tensor {job.delta.pair.name!r} or its counterpart holds NaN or infinity; "
+                "expected finite values; download the adapter again"
+            )
+        block = block.astype(mx.float32) + added
     block = block.astype(MLX[job.dtype])
     if not mx.isfinite(block).all().item():
         raise UserError(

@@ -24,6 +24,10 @@ BITS = {"bits": 8}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 MXFP8 = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
+    "group_0": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}}}}  # fmt: skip
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -138,6 +142,36 @@ def per_layer_config(form: str = "{:02}") -> Callable:
         fields["per_layer_config"] = {form.format(i): own for i in full}
 
     return edit
+
+
+def kept_globals(config: dict, tensors: Tensors) -> None:
+    """per_layer_config without taking the two keys away."""
+    fields = config["text_config"]
+    kept = {key: fields[key] for key in ("global_head_dim", "num_global_key_value_heads")}
+    per_layer_config()(config, tensors)
+    fields |= kept
+
+
+def each_layer(change: Callable[[dict, dict], Any]) -> Callable:
+    """Changes what per_layer_config says of each layer, which it gets beside the text model's fields."""
+
+    def edit(config: dict, _: Tensors) -> None:
+        fields = config["text_config"]
+        fields["per_layer_config"] = {key: dict(own) for key, own in fields["per_layer_config"].items()}
+        for own in fields["per_layer_config"].values():
+            change(own, fields)
+
+    return edit
+
+
+def listed(config: dict, _: Tensors) -> None:
+    fields = config["text_config"]
+    fields["per_layer_config"] = [fields["per_layer_config"].get(f"{i:02}") for i in range(fields["num_hidden_layers"])]
+
+
+def older(config: dict, _: Tensors) -> None:
+    fields = config["text_config"]
+    fields["expert_intermediate_size"] = fields.pop("moe_intermediate_size")
 
 
 def flat(config: dict, _: Tensors) -> None:
@@ -276,17 +310,57 @@ OPENS = {
     ),
     **{
         f"overrides of {prefix}layers": Shape("12B", FOUR, dict.fromkeys(MLP, EIGHT), spelled=prefix)
-        for prefix in (GOOGLE, "model.", "language_model.", "")
+        for prefix in (GOOGLE, "model.", "language_model.", "text_model.", "")
     },
+    "overrides of weights": Shape("12B", FOUR, edit=lambda config, _: config["quantization"].update(
+        {f"{MLX}layers.0.mlp.up_proj.weight": {"group_size": 64, "bits": 4}})),
+    "a module of wrappers": Shape(
+        "12B", FOUR, dict.fromkeys(MLP, EIGHT), prefix="module._orig_mod.model.language_model.", spelled="module.model."
+    ),
+    "the text model of a wrapper": Shape("E2B", prefix="model.text_model."),
     "overrides of towers": Shape(
         "12B", FOUR, dict.fromkeys(MLP, EIGHT), edit=both(towers, lambda config, _: config["quantization"].update(
             {"vision_tower.encoder.layers.0.mlp": EIGHT, "model.embed_vision.embedding_projection": False}))
     ),
     "quantization_config alone": Shape("12B", FOUR, dict.fromkeys(MLP, EIGHT), edit=top(quantization=...)),
+    **{
+        f"a table of MLX with quant_method {method}": Shape(
+            "12B", table, edit=both(top(quantization=...), lambda config, _, method=method:
+                                    config["quantization_config"].update(quant_method=method)))
+        for method, table in (("mlx", FOUR), ("affine", FOUR), ("mxfp4", MXFP4))
+    },
+    "MLX's table with a quant_method": Shape("12B", MXFP4, edit=lambda config, _: config["quantization"].update(
+        {"quant_method": "mxfp4"})),
+    **{
+        f"MLX's floats beside a table of {name}": Shape(kind, edit=both(towers, top(quantization_config=table)))
+        for name, kind, table in (
+            ("AWQ", "12B", AWQ), ("FP8", "31B", FP8), ("compressed-tensors", "E2B", PACKED),
+            ("bitsandbytes", "26B-A4B", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        )
+    },
+    "MLX's table beside that of the original": Shape("12B", FOUR, edit=top(quantization_config=AWQ), mlx_lm=True),
+    "no tables": Shape("12B", edit=top(quantization_config={}, quantization=None)),
     "quantization alone": Shape("12B", FOUR, edit=top(quantization_config=...), mlx_lm=True),
     "per_layer_config, E4B": Shape("E4B", edit=per_layer_config()),
     "per_layer_config, 26B": Shape("26B-A4B", edit=per_layer_config("{}")),
     "per_layer_config, quantised": Shape("26B-A4B", FOUR, edit=per_layer_config()),
+    "per_layer_config beside the two keys": Shape("26B-A4B", edit=kept_globals),
+    "per_layer_config of the width, the two keys' heads": Shape(
+        "26B-A4B", edit=both(kept_globals, each_layer(lambda own, _: own.pop("num_key_value_heads")))
+    ),
+    "per_layer_config that is empty": Shape("26B-A4B", edit=text(per_layer_config={})),
+    "per_layer_config as a list": Shape("26B-A4B", edit=both(per_layer_config(), listed)),
+    "per_layer_config that repeats": Shape(
+        "31B", edit=both(per_layer_config(), each_layer(lambda own, text: own.update(
+            intermediate_size=text["intermediate_size"])))
+    ),
+    "nulls": Shape(
+        "31B", edit=text(enable_moe_block=None, use_double_wide_mlp=None, hidden_size_per_layer_input=None,
+                         vocab_size_per_layer_input=None, tie_word_embeddings=None, attention_bias=None,
+                         hidden_activation=None, rope_parameters=None, num_kv_shared_layers=None)
+    ),
+    "the text model alone, text_config null": Shape("12B", prefix="model.", edit=both(flat, top(text_config=None))),
+    "the older name of the experts' width": Shape("26B-A4B", edit=older),
     "per_layer_config, the text model alone": Shape(
         "26B-A4B", FOUR, prefix="model.", spelled="model.", edit=both(per_layer_config(), flat)
     ),
@@ -339,7 +413,7 @@ REFUSED = {
         "12B", FOUR, once={"layers.60.mlp.gate_proj": EIGHT}, says=("layers.60.mlp", "no module of this model")
     ),
     "an override by another name": Shape(
-        "12B", FOUR, {"mlp.gate_proj": EIGHT}, spelled="text_model.", says=("'text_model.layers.0", "no module")
+        "12B", FOUR, {"mlp.gate_proj": EIGHT}, spelled="decoder.", says=("'decoder.layers.0", "no module")
     ),
     "two spellings that differ": Shape(
         "12B", FOUR, edit=lambda config, _: config["quantization"].update(
@@ -349,6 +423,11 @@ REFUSED = {
     "a format that MLX has not": Shape(
         "12B", FOUR, edit=lambda config, _: config["quantization"].update({f"{MLX}layers.0.mlp.up_proj": {"bits": 7}}),
         says=("layers.0.mlp.up_proj", "bits 7, mode affine, is no format of MLX"),
+    ),
+    "AWQ beside MLX's table": Shape(
+        "12B", FOUR, edit=both(without(r"0\.self_attn\.q_proj"), add(lambda *_: {
+            f"{MLX}layers.0.self_attn.q_proj.qweight": mx.zeros((128, 16), mx.int32)})),
+        says=("holds AWQ weights", "q_proj.qweight"),
     ),
     "no table": Shape("12B", FOUR, edit=top(quantization=..., quantization_config=...), says=("does not say so",)),
     "another default": Shape(

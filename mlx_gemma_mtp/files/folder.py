@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,16 @@ from . import files, foreign
 from .safetensors import INDEX, PICKLES, SINGLE, read_header, read_object
 
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+NUMBERED = re.compile(r"model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 LARGE = 4_000_000  # bytes of JSON that take a tenth of a second to parse; Gemma's tokenizer has 33 million
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that hold a folder's weights: those of its index, or model.safetensors without an index.
+    """Returns the files that hold a folder's weights, as `weight_names` has them.
 
-    Whatever else lies there (hidden files, adapters, consolidated.safetensors, folders) is no weight of the model.
     Raises UserError for a file that is not there, or that an index places elsewhere.
     """
-    names = sorted(set(read_index(folder).values())) or [SINGLE]
+    names = weight_names(folder)
     for name in names:
         if is_plain(name) and os.path.lexists(folder / name) and (other := files.no_file(folder / name)):
             raise UserError(
@@ -28,10 +29,35 @@ def weight_files(folder: Path) -> list[Path]:
             )
         if not is_plain(name) or not (folder / name).is_file():
             raise UserError(
-                f"{folder} has no weight file {name!r}{_others(folder)}; expected a plain NAME.safetensors beside "
-                "config.json: download the folder again"
+                f"{folder} has no weight file {name!r}{_others(folder, names)}; expected a plain NAME.safetensors "
+                f"beside config.json: download the folder again{_without_index(folder, names)}"
             )
     return [folder / name for name in names]
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Returns the names of the files that hold a folder's weights: those of its index, or model.safetensors, or what
+    counts itself (model-00001-of-00002.safetensors).
+
+    Whatever else lies there (hidden files, adapters, consolidated.safetensors, folders) is no weight of the model.
+    Raises UserError for a broken index.
+    """
+    if names := sorted(set(read_index(folder).values())):
+        return names
+    return [SINGLE] if os.path.lexists(folder / SINGLE) else _numbered(folder) or [SINGLE]
+
+
+def _numbered(folder: Path) -> list[str]:
+    """All names of the one set of files that is numbered; [] where there is none, or more than one."""
+    try:
+        found = [match for path in folder.iterdir() if (match := NUMBERED.fullmatch(path.name))]
+    except OSError:
+        return []
+    counts = {match["count"] for match in found}
+    if len(counts) != 1:
+        return []
+    (count,) = counts
+    return [f"model-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -53,7 +79,12 @@ def is_plain(name: str) -> bool:
     return os.path.basename(name) == name and name.endswith(".safetensors") and name[0] != "." and name.isprintable()
 
 
-def _others(folder: Path) -> str:
+def _without_index(folder: Path, names: list[str]) -> str:
+    """What else helps where an index is of other files than those that are there."""
+    return f", or remove {INDEX} if {SINGLE} is whole" if names != [SINGLE] and (folder / SINGLE).is_file() else ""
+
+
+def _others(folder: Path, named: list[str]) -> str:
     """Names what may have been taken for the weights: pickles (loading one runs the code in it), other tensors."""
     try:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -61,7 +92,7 @@ def _others(folder: Path) -> str:
         return ""
     if found := [name for name in names if name.endswith(PICKLES)]:
         return f", but {', '.join(found)}: pickles are never loaded"
-    found = [name for name in names if name.endswith(".safetensors")]
+    found = [name for name in names if name.endswith(".safetensors") and name not in named]
     return f", but {', '.join(found)}, which nothing names" if found else ""
 
 
@@ -79,15 +110,40 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises UserError where there is none, or none that can be read, and for weights in another program's format.
     """
-    path = folder / "config.json"
-    config = read_object(path) if os.path.lexists(path) else None
-    foreign.check_folder(folder, config)
+    config, found = config_and_format(folder)
+    if found:
+        raise found.refusal(folder)
     if config is None:
         raise UserError(
             f"{folder} is no model folder: it has no config.json; expected a converted Gemma 4 folder "
             f"({foreign.convert_command('SOURCE', 'OUT')})"
         )
     return config
+
+
+def config_and_format(folder: Path) -> tuple[dict[str, Any] | None, foreign.Foreign | None]:
+    """Returns (config.json of a folder, None where there is none; another program's format of its weights).
+
+    A table of another program beside what MLX wrote in floats is left out of the config. Raises UserError for a
+    config.json that cannot be read, and where other files tell that the folder holds no safetensors.
+    """
+    path = folder / "config.json"
+    config = read_object(path) if os.path.lexists(path) else None
+    if not any(os.path.lexists(folder / name) for name in (INDEX, SINGLE)):
+        foreign.check_files(folder)
+    found = foreign.of_folder(folder, config)
+    if found and config and _is_converted(folder):
+        return foreign.without_table(config), None
+    return config, found
+
+
+def _is_converted(folder: Path) -> bool:
+    """Whether the headers show MLX's floats; broken ones are told of by whoever reads them next."""
+    try:
+        headers = [read_header(file) for file in weight_files(folder)]
+    except UserError:
+        return False
+    return foreign.are_mlx_floats({name: tensor for header in headers for name, tensor in header.items()})
 
 
 def check_text_files(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, clipped, shown
-from .safetensors import INDEX, PICKLES, SINGLE, read_object
+from .safetensors import PICKLES, Tensor, read_object
 
 ADAPTER = "adapter_config.json"
 ADAPTERS = ("adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", "adapters.npz")
 MODELOPT = "hf_quant_config.json"
 TABLES = ("quantization_config", "compression_config")
 MOST_FILES = 2000  # of a folder, that are looked at
+MLX_METHODS = ("mlx", "affine", "mxfp4", "mxfp8", "nvfp4")  # a quant_method beside MLX's bits and group_size
+MLX_PREFIX = "language_model.model."
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 # quant_method, with - for _ -> what people call it
 METHODS = {
@@ -113,7 +116,7 @@ class Foreign:
         """
         says = f"{where} holds {self.name} weights ({self.sign})"
         if self.plain and not converting:
-            command = convert_command(_called(where), f"{_stem(where)}-4bit", "-q")
+            command = convert_folder_command(where, "-4bit", "-q")
             return UserError(
                 f"{says}; expected MLX's own quantisation; convert dequantises them: {command}; better, if it can be "
                 f"had: convert the unquantised original{_named(where)}"
@@ -124,6 +127,13 @@ class Foreign:
 def convert_command(source: Path | str, out: Path | str, *flags: str) -> str:
     """Returns the command that converts `source` to a folder `out`, quoted for a shell. flags: further words of it."""
     return shlex.join(["mlx-gemma-mtp", "convert", *_flag("--hf-path", source), *_flag("--mlx-path", out), *flags])
+
+
+def convert_folder_command(where: Path | str, end: str, *flags: str) -> str:
+    """Returns the command that converts a folder, or what it is on the hub, beside where it is run. end: of the name
+    that is made; flags: further words of the command.
+    """
+    return convert_command(_called(where), f"{_stem(where)}{end}", *flags)
 
 
 def _flag(name: str, value: Path | str) -> list[str]:
@@ -137,6 +147,8 @@ def of_config(config: dict[str, Any]) -> Foreign | None:
     if isinstance(kind, str) and not kind.startswith("gemma4"):
         return None  # which is what there is to say about it
     if isinstance(table := config.get("quantization"), dict) and table:
+        if is_mlx(table):
+            return None
         return _of_table("quantization", table) if "quant_method" in table or "quant_algo" in table else None
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
@@ -163,6 +175,22 @@ def of_folder(folder: Path, config: dict[str, Any] | None) -> Foreign | None:
     return None
 
 
+def is_mlx(table: object) -> bool:
+    """Returns whether a table of config.json is one of MLX's quantisation."""
+    if not isinstance(table, dict) or not {"bits", "group_size"} <= table.keys():
+        return False
+    method = table.get("quant_method")
+    return method in MLX_METHODS or (method is None and not KEYS.keys() & table.keys())
+
+
+def are_mlx_floats(tensors: Mapping[str, Tensor]) -> bool:
+    """Returns whether tensors are floats under MLX's names, whatever config.json says: a conversion of a model that
+    others quantised may keep its table, and no other program writes these names.
+    """
+    named = any(name.startswith(MLX_PREFIX) for name in tensors)
+    return named and of_tensors(tensors) is None and all(t.dtype in FLOATS for t in tensors.values())
+
+
 def of_tensors(names: Iterable[str]) -> Foreign | None:
     """Returns the format that tensors' names show, for a config that says nothing."""
     ends = {end: name for name in names for end in TENSORS if name.endswith(end)}
@@ -172,23 +200,9 @@ def of_tensors(names: Iterable[str]) -> Foreign | None:
     return Foreign(METHODS[TENSORS[end]], f"tensor {clipped(ends[end])!r}, of which config.json says nothing")
 
 
-def check_folder(folder: Path, config: dict[str, Any] | None, converting: bool = False) -> Foreign | None:
-    """Raises UserError for a folder in another program's format, with the command that helps.
-
-    config: config.json, None where there is none; converting: returns a format that convert dequantises instead.
-    """
-    if not any(os.path.lexists(folder / name) for name in (INDEX, SINGLE)):
-        _check_files(folder)
-    found = of_folder(folder, config)
-    if found and not (converting and found.plain):
-        raise found.refusal(folder, converting)
-    return found
-
-
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Raises UserError where other files than weights of safetensors tell what a folder is."""
-    names = list(_files(folder))
-    if error := of_names(names, folder):
+    if error := of_names(list(_files(folder)), folder):
         raise error
 
 
@@ -265,19 +279,30 @@ def _adapter(where: Path | str, names: set[str]) -> UserError:
     if isinstance(where, Path) and os.path.lexists(where / ADAPTER):
         config = read_object(where / ADAPTER)
     peft = "peft_type" in config or not names & {"adapters.safetensors", "adapters.npz"}
-    kind = config.get("peft_type") or "LORA"
+    kind = _kind_of_adapter(config, peft)
     base = config.get("base_model_name_or_path" if peft else "model")
     base = (original(base) or base) if isinstance(base, str) and base else "BASE"
-    kind = "LoRA" if kind == "LORA" else shown(kind)
     says = f"{where} is a {kind} adapter ({'PEFT' if peft else 'mlx-lm'}), no model"
     if kind != "LoRA":
         return UserError(
-            f"{says}; expected a model or a LoRA adapter; merge it into {base} with PEFT, save it, and convert that"
+            f"{says}; expected a model or a LoRA adapter; merge it into {base} with {'PEFT' if peft else 'mlx-lm'}, "
+            "save that, and convert it"
         )
     command = convert_command(base, f"{_stem(where)}-4bit", *_flag("--adapter-path", _called(where)), "-q")
     pickled = not any(name.endswith(".safetensors") for name in names & set(ADAPTERS))
     first = "download or save its tensors as safetensors, then " if pickled else ""
+    first = first if ADAPTER in names else f"download its {ADAPTER}, then "
     return UserError(f"{says}; expected a model; {first}fuse it into its unquantised base: {command}")
+
+
+def _kind_of_adapter(config: dict[str, Any], peft: bool) -> str:
+    """'LoRA' for what convert fuses; what else an adapter's config tells of."""
+    if peft:
+        kind = config.get("peft_type") or "LORA"
+        kind = "LoRA" if kind == "LORA" else shown(kind)
+        return "DoRA" if config.get("use_dora") else kind
+    kind = config.get("fine_tune_type", "lora")
+    return "LoRA" if kind == "lora" else "DoRA" if kind == "dora" else f"{shown(kind)} fine-tuning's"
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -305,6 +330,8 @@ def _of_table(key: str, table: object) -> Foreign | None:
     where = key if key == MODELOPT else f"{key} in config.json"
     if not isinstance(table, dict):
         return Foreign("unknown quantised", f"{where} is {shown(table)}")
+    if is_mlx(table):
+        return None
     method = table.get("quant_method") or next((KEYS[name] for name in KEYS if name in table), None)
     if method is None and ("bits" in table or "group_size" in table):
         return None  # MLX's own

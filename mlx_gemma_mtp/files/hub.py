@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, list_repo_files, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    get_safetensors_metadata,
+    list_repo_files,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,8 +28,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, shown
 from . import foreign
-from .folder import SINGLE, read_index
-from .safetensors import read_object
+from .folder import weight_names
+from .safetensors import Tensor, read_object
 
 DEMO = Path(__file__).parents[1] / "demo"
 PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
@@ -123,8 +129,26 @@ def _check_format(model: str, revision: str | None, converting: bool) -> None:
     folder = Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", foreign.MODELOPT]))
     config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     found = foreign.of_folder(folder, config)
-    if found and not (converting and found.plain):
+    if found and not (converting and found.plain) and not _is_converted(model, revision):
         raise found.refusal(model, converting)
+
+
+def _is_converted(model: str, revision: str | None) -> bool:
+    """Whether the headers on the hub show MLX's floats, whatever config.json says."""
+    try:
+        return foreign.are_mlx_floats(read_headers(model, revision))
+    except Exception:  # as in find; the config stands then
+        return False
+
+
+def read_headers(model: str, revision: str | None = None) -> dict[str, Tensor]:
+    """Returns name -> Tensor of a repository, by its files' headers alone. Raises what the hub's client does."""
+    return {
+        name: Tensor(Path(file), info.dtype, tuple(info.shape), begin, end - begin)
+        for file, metadata in get_safetensors_metadata(model, revision=revision).files_metadata.items()
+        for name, info in metadata.tensors.items()
+        for begin, end in [info.data_offsets]
+    }
 
 
 def foreign_repo(model: str, revision: str | None = None) -> UserError | None:
@@ -140,9 +164,9 @@ def foreign_repo(model: str, revision: str | None = None) -> UserError | None:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Returns the files that a model folder lacks, by name: config.json, and the weight files that its index names."""
+    """Returns the files that a model folder lacks, by name: config.json, and files of its weights."""
     try:
-        weights = sorted(set(read_index(folder).values())) or [SINGLE]
+        weights = weight_names(folder)
     except UserError:
         weights = []  # the loader will say what is wrong with the index
     return [name for name in ("config.json", *weights) if not (folder / name).is_file()]

@@ -7,6 +7,7 @@ a JSON object name -> {dtype, shape, data_offsets}, then the bytes, without hole
 import json
 import math
 import struct
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,10 @@ def _read_header(path: Path) -> tuple[int, bytes, int]:
 
 
 def read_object(path: Path) -> dict:
-    """Returns the JSON object in a file of a model folder. Raises UserError, with the fix, for anything else."""
-    data = content(path)  # outside of the try: a UserError is a ValueError
+    """Returns the JSON object in a file of a model folder, which may begin with a byte order mark, as some editors
+    write. Raises UserError, with the fix, for anything else.
+    """
+    data = content(path).removeprefix(BOM_UTF8)  # outside of the try: a UserError is a ValueError
     try:
         return parse_object(data)
     except ValueError as error:

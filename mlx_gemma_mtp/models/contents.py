@@ -156,8 +156,8 @@ class Contents:
         Raises UserError, naming the tensor, for what is missing, unknown, doubled, or of another shape or type than
         config.json calls for.
         """
-        media = tuple(name for name in tensors if plain(name).startswith(MEDIA))
-        return _Reading(config, {n: t for n, t in tensors.items() if n not in media}, where).contents(media)
+        media = {name: None for name in tensors if plain(name).startswith(MEDIA)}
+        return _Reading(config, {n: t for n, t in tensors.items() if n not in media}, where).contents(tuple(media))
 
     def check_extras(self, tensors: Mapping[str, Tensor], where: str) -> None:
         """Raises UserError where what should repeat something else differs from it. Reads these tensors, block by
@@ -232,7 +232,10 @@ class _Reading:
         short, shape, rows = source or (name, shape, None)
         tensor, stored = self.found[short], self.names[short]
         if tensor.shape != shape:
-            raise UserError(f"{self.where}: {stored} has shape {tensor.shape}, expected {shape} by config.json")
+            raise UserError(
+                f"{self.where}: {stored} has shape {tensor.shape}, expected {shape} by config.json; is it the "
+                "config.json of these weights?"
+            )
         types = ("I32", "I64") if name == ORDERING else FLOATS
         if tensor.dtype not in types:
             raise UserError(

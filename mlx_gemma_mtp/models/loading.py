@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import UserError
+from ..errors import UserError, clipped
 from ..files import foreign
 from ..files.files import content
 from ..files.folder import read_config, weight_files
@@ -27,12 +28,14 @@ from ..files.progress import Progress, no_progress
 from ..files.safetensors import Tensor
 from . import gemma4
 from .config import DrafterConfig, GenerationDefaults, TargetConfig
-from .contents import Contents
+from .contents import MEDIA, Contents
 from .drafter import Drafter
 from .gemma4 import Gemma4
 from .linear import Embedding, Linear, finish_loading
+from .quantization import plain
 
 FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}  # of equally many values the first counts
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 LARGEST_FLOAT16 = 65504.0
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 HEAD_BITS = 4  # at most, of a drafter's vocabulary head: the largest part of a draft step's bytes
@@ -142,6 +145,11 @@ def _check_ordering(ordering: mx.array, vocab: int, folder: Path) -> None:
 def read_tensors(folder: Path) -> dict[str, mx.array]:
     """Returns all tensors of a folder by name, lazily. Raises UserError where the headers or the index are broken."""
     read_headers(folder)  # MLX takes overlaps, holes and a name that occurs twice
+    return _lazy_tensors(folder)
+
+
+def _lazy_tensors(folder: Path) -> dict[str, mx.array]:
+    """As read_tensors, of a folder whose headers were read."""
     tensors: dict[str, mx.array] = {}
     for path in weight_files(folder):
         try:
@@ -160,15 +168,21 @@ def _file_path(path: str) -> str:
 def _assign(model: nn.Module, config: TargetConfig | DrafterConfig, folder: Path, dtype: mx.Dtype | None) -> None:
     """Puts every tensor in its place, lazily and strictly."""
     headers = read_headers(folder)
-    if config.quantization is None and (found := foreign.of_tensors(headers)):
+    if found := foreign.of_tensors(name for name in headers if not plain(name).startswith(MEDIA)):
         raise found.refusal(folder)
+    if config.quantization is None and (expert := next(filter(ONE_EXPERT.search, headers), None)):
+        command = foreign.convert_folder_command(folder, "-mlx")
+        raise UserError(
+            f"{folder} has each expert in a tensor of its own ({clipped(expert)!r}); expected those of a layer in one; "
+            f"convert it: {command}"
+        )
     contents = Contents.of(config, headers, str(folder))
     contents.check_extras(headers, str(folder))
     forms = {path: form.setting for path, form in contents.formats.items()}
     nn.quantize(model, class_predicate=lambda path, module: forms.get(_file_path(path), False))
     places = {path: contents.places[_file_path(path)] for path, _ in tree_flatten(model.parameters())}
     prevailing = _prevailing([headers[place.name] for place in places.values()])
-    tensors, loaded = read_tensors(folder), []
+    tensors, loaded = _lazy_tensors(folder), []
     if dtype is None and prevailing is not None and prevailing == mx.float16:
         _check_range(folder, {name: tensors[name] for name in {place.name for place in places.values()}})
     dtype = dtype or prevailing

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError, shown
+from ..files import foreign
 from ..files.safetensors import Tensor
 from .raw_config import Reader
 
@@ -28,7 +29,7 @@ USUAL = {
 }
 KEYS = {"group_size", "bits", "mode"}
 FLOATS = ("BF16", "F16", "F32")
-ROOTS = re.compile(r"^(?:(?:model|language_model)\.)+")
+ROOTS = re.compile(r"^(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)+")  # also of wrappers
 # What may be quantised, under its name without the text model's prefix: also what some layers of some models lack.
 MATRIX = re.compile(
     r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|router\.proj"
@@ -113,7 +114,7 @@ class QuantizationSpec:
         that say different things.
         """
         key = next((key for key in ("quantization", "quantization_config") if raw.get(key) not in (None, {})), None)
-        if key is None or (key == "quantization_config" and not _is_mlx(raw[key])):
+        if key is None or (key == "quantization_config" and not foreign.is_mlx(raw[key])):
             return None
         table = Reader(raw[key], f"config.json, {key}")
         for size in ("group_size", "bits"):
@@ -128,7 +129,7 @@ class QuantizationSpec:
                 override = Override(name, ())
             else:
                 continue
-            known = overrides.setdefault(plain(name), override)
+            known = overrides.setdefault(plain(name).removesuffix(".weight"), override)
             if known.formats != override.formats:
                 raise UserError(
                     f"{table.where}: {known.key!r} and {name!r} are one module but differ; expected one of the two; "
@@ -175,12 +176,6 @@ class QuantizationSpec:
                     f"{where}: config.json's 'quantization' has {shown(override.key)}, which is no module of this "
                     "model; expected names such as 'language_model.model.layers.0.mlp.gate_proj'; correct the file"
                 )
-
-
-def _is_mlx(table: Any) -> bool:
-    """quantization_config is transformers' key: most tables there are of other libraries."""
-    own = isinstance(table, dict) and {"bits", "group_size"} <= table.keys()
-    return own and table.get("quant_method") in (None, "mlx", "affine", *MODES)
 
 
 def _formats(reader: Reader, default: Format | None) -> tuple[Format, ...]:

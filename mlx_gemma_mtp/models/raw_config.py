@@ -39,8 +39,15 @@ DEFAULTS = {
 }
 UNIFIED = {"max_position_embeddings": 262144, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
 DRAFTER = {"hidden_size_per_layer_input": 0}
+# What full layers have of their own -> what it stands for in a layer.
+GLOBAL = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
 PATTERN = 6  # where layer_types is not given, every sixth layer and the last have full attention
-NULL_IS_UNSET = ("rope_parameters", "layer_types", "per_layer_config", "num_kv_shared_layers")
+NULL_IS_UNSET = {
+    "rope_parameters", "layer_types", "per_layer_config", "num_kv_shared_layers", "attention_k_eq_v",
+    "use_double_wide_mlp", "enable_moe_block", "vocab_size_per_layer_input", "tie_word_embeddings", "attention_bias",
+    "hidden_activation", "moe_intermediate_size",
+}  # fmt: skip
+OLDER = {"expert_intermediate_size": "moe_intermediate_size"}  # as in the published E2B, E4B and 31B, where it is null
 
 
 class Reader:
@@ -97,21 +104,32 @@ def text_fields(raw: dict[str, Any]) -> dict[str, Any]:
     drafter = raw.get("model_type") in DRAFTER_TYPES
     where = "the drafter's config.json, text_config" if drafter else "config.json"
     text = raw
-    if drafter or "text_config" in raw:
+    if drafter or is_wrapper(raw):
         text = Reader(raw.get("text_config", {}), where if drafter else f"{where}, text_config").raw
     text = {key: value for key, value in text.items() if key not in ("architectures", "transformers_version")}
     text = {key: value for key, value in text.items() if value is not None or key not in NULL_IS_UNSET}
+    text = {OLDER[key]: text[key] for key in OLDER.keys() & text.keys() if text[key] is not None} | text
+    if text.get("hidden_size_per_layer_input", 0) is None:
+        text["hidden_size_per_layer_input"] = 0  # null is none of them; that the key is missing means the default
     unified = str(raw.get("model_type")).startswith("gemma4_unified")
     defaults = DEFAULTS | (UNIFIED if unified else {}) | (DRAFTER if drafter else {})
     reader = Reader(text, where)
     if "layer_types" not in text:
         text["layer_types"] = _usual_layers(reader.int("num_hidden_layers", maximum=10_000))
     if "per_layer_config" in text:
-        text |= _global_keys(Reader(defaults | text, where), text.pop("per_layer_config"))
+        without = {key: value for key, value in defaults.items() if key not in GLOBAL}
+        text |= _global_keys(Reader(without | text, where), text.pop("per_layer_config"))
     text = defaults | text
     if drafter and not text["num_kv_shared_layers"]:
         text["num_kv_shared_layers"] = text.get("num_hidden_layers")
     return text
+
+
+def is_wrapper(raw: dict[str, Any]) -> bool:
+    """Returns whether the text model's fields stand under text_config. Of a text model alone that is null, or not
+    there.
+    """
+    return "text_config" in raw and (raw["text_config"] is not None or "num_hidden_layers" not in raw)
 
 
 def layer_types(text: Reader) -> list[str]:
@@ -133,17 +151,13 @@ def _usual_layers(count: int) -> list[str]:
 
 def _global_keys(text: Reader, per_layer: Any) -> dict[str, Any]:
     """Returns the two keys that say what all layers with full attention have, from `per_layer_config`, which replaces
-    them in what transformers 5.15 and later save.
+    them in what transformers 5.15 and later save. Where they are there, too, it goes before them.
     """
     types = layer_types(text)
     usual = {"head_dim": text.int("head_dim"), "num_key_value_heads": text.int("num_key_value_heads")}
-    try:
-        overrides = {int(index): dict(values) for index, values in per_layer.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(
-            f"{text.where}: per_layer_config is {shown(per_layer)}, expected settings by the number of the layer"
-        ) from None
-    layers = [usual | overrides.pop(i, {}) for i in range(len(types))]
+    overrides = _overrides(text, per_layer)
+    told = {key: text.raw[name] for name, key in GLOBAL.items() if text.raw.get(name) is not None}
+    layers = [usual | (told if kind == FULL else {}) | overrides.pop(i, {}) for i, kind in enumerate(types)]
     full = [layer for layer, kind in zip(layers, types, strict=True) if kind == FULL]
     sliding = [layer for layer, kind in zip(layers, types, strict=True) if kind == SLIDING]
     shared = full[0] if full else usual
@@ -157,3 +171,21 @@ def _global_keys(text: Reader, per_layer: Any) -> dict[str, Any]:
         )
     heads = shared["num_key_value_heads"] if own_heads else None
     return {"global_head_dim": shared["head_dim"], "num_global_key_value_heads": heads}
+
+
+def _overrides(text: Reader, per_layer: Any) -> dict[int, dict[str, Any]]:
+    """Layer -> what per_layer_config says of it, without what config.json says of all layers. It is an object by the
+    number of the layer, or a list.
+    """
+    try:
+        pairs = enumerate(per_layer) if isinstance(per_layer, list) else per_layer.items()
+        given = {int(index): dict(values or {}) for index, values in pairs}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"{text.where}: per_layer_config is {shown(per_layer)}, expected settings by the number of the layer"
+        ) from None
+    own = ("head_dim", "num_key_value_heads")
+    return {
+        index: {key: value for key, value in values.items() if key in own or value != text.raw.get(key, ...)}
+        for index, values in given.items()
+    }

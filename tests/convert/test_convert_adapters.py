@@ -506,3 +506,13 @@ def test_ranks_of_all_experts_one_above_the_other(tmp_path):
         for name in ("adapter", "flat")
     )
     assert all(mx.array_equal(first[name], second[name]) for name in first)
+
+
+def test_nan_of_an_adapter_is_not_blamed_on_the_weights(tmp_path, capsys):
+    checkpoint = made(make_text(tmp_path / "hf"))
+    tensors, _ = peft_tensors(checkpoint, SPELLINGS[0])
+    name = next(iter(tensors))
+    adapter = write_peft(tmp_path / "adapter", tensors | {name: tensors[name] * math.nan})
+    assert run(checkpoint, tmp_path / "out", "--adapter-path", str(adapter)) == 2
+    error = capsys.readouterr().err
+    assert "adapter_model.safetensors" in error and "download the adapter again" in error, error

@@ -371,7 +371,7 @@ def test_a_hub_repository_is_inspected_without_its_weights(tmp_path, capsys, mon
     file = SafetensorsFileMetadata({}, infos)
     repo = SafetensorsRepoMetadata({}, False, {}, {"model.safetensors": file})
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args: str(checkpoint.folder / args[1]))
-    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda name: repo)
+    monkeypatch.setattr("mlx_gemma_mtp.files.hub.get_safetensors_metadata", lambda name, revision=None: repo)
     reports = []
     for where in ("google/gemma-it", str(checkpoint.folder)):
         assert main(["inspect", where, "--json"]) == 0

@@ -99,7 +99,7 @@ FILES = {
 @pytest.fixture
 def unread(monkeypatch):
     """Reading weights fails."""
-    monkeypatch.setattr(loading, "read_tensors", lambda folder: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "_lazy_tensors", lambda folder: pytest.fail("weights are read"))
     monkeypatch.setattr(blocks, "read", lambda *args: pytest.fail("weights are read"))
     monkeypatch.setattr(mx, "load", lambda *args, **kwargs: pytest.fail("weights are read"))
 
@@ -414,3 +414,22 @@ def test_a_name_that_looks_like_a_flag():
     words = shlex.split(foreign.convert_command("-x", "--y", "-q"))
     args = _parser().parse_args(words[2:])
     assert (args.hf_path, args.mlx_path) == ("-x", "--y")
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        (ADAPTERS["PEFT"][0] | {"use_dora": True}, "is a DoRA adapter (PEFT)"),
+        (ADAPTERS["mlx-lm"][0] | {"fine_tune_type": "dora"}, "is a DoRA adapter (mlx-lm)"),
+        (ADAPTERS["mlx-lm"][0] | {"fine_tune_type": "full"}, "is a 'full' fine-tuning's adapter (mlx-lm)"),
+    ],
+    ids=["DoRA of PEFT", "DoRA of mlx-lm", "full"],
+)
+def test_what_convert_does_not_fuse_is_not_sent_there(tmp_path, capsys, unread, config, says):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = "adapter_model.safetensors" if "peft_type" in config else "adapters.safetensors"
+    (folder / name).write_bytes(b"")
+    for said in refusals(folder, tmp_path / "out", capsys):
+        assert says in said and "merge it into google/gemma-4-31B-it with" in said and "--adapter-path" not in said

@@ -112,7 +112,7 @@ def test_hub_ids_are_asked_for_headers_only(tmp_path, capsys, monkeypatch):
     file = SafetensorsFileMetadata({}, infos)
     repo = SafetensorsRepoMetadata({}, False, {}, {"model.safetensors": file})
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args: str(checkpoint.folder / args[1]))
-    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda name: repo)
+    monkeypatch.setattr("mlx_gemma_mtp.files.hub.get_safetensors_metadata", lambda name, revision=None: repo)
     report, local = inspected("google/gemma-it", capsys), inspected(checkpoint.folder, capsys)
     assert report["drafter"] == "google/gemma-it-assistant"
     assert report["modules"] == local["modules"]

@@ -215,3 +215,69 @@ def test_a_pointer_is_not_copied_into_a_conversion(tmp_path, capsys):
 def test_what_speaks_against_a_file():
     for path in (*TARGET.iterdir(), *DRAFTER.iterdir()):
         assert instead(path.read_bytes()[:HEAD]) is None, path
+
+
+def numbered(folder: Path, count: int) -> Path:
+    """The bundled target in files that count themselves, without an index."""
+    shutil.copytree(TARGET, folder)
+    tensors = dict(mx.load(str(folder / SINGLE)))
+    for number in range(1, count + 1):
+        some = {name: tensors[name] for name in sorted(tensors)[number - 1 :: count]}
+        mx.save_safetensors(str(folder / f"model-{number:05}-of-{count:05}.safetensors"), some)
+    for name in (SINGLE, INDEX):
+        (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_files_that_count_themselves_need_no_index(tmp_path, count):
+    folder = numbered(tmp_path / "model", count)
+    assert len(weight_files(folder)) == count and hub.missing_files(folder) == []
+    loading.load_target(folder)
+    assert inspect.inspect(str(folder))["bytes"] == inspect.inspect(str(TARGET))["bytes"]
+
+
+def test_a_lost_file_of_those_that_count_themselves_is_named(tmp_path):
+    folder = numbered(tmp_path / "model", 3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    assert hub.missing_files(folder) == ["model-00002-of-00003.safetensors"]
+    with pytest.raises(UserError, match=r"no weight file 'model-00002-of-00003\.safetensors'; expected"):
+        weight_files(folder)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path):
+    folder = numbered(tmp_path / "model", 2)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"is in model-00001-of-00002\.safetensors, too"):
+        loading.open_target(folder)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda placed: placed.pop("language_model.model.norm.weight"), "has no such tensor"),
+        (lambda placed: placed.update({"lm_head.weight": SINGLE}), "which model.safetensors.index.json puts there"),
+        (lambda placed: placed.update(dict.fromkeys(placed, "model-00001-of-00002.safetensors")), "or remove"),
+    ],
+    ids=["lacks a tensor", "one too many", "of other files"],
+)
+def test_an_index_of_something_else_can_be_removed(tmp_path, change, says):
+    """What the refusal advises opens the folder."""
+    folder = tmp_path / "model"
+    shutil.copytree(TARGET, folder)
+    placed = json.loads((folder / INDEX).read_text())["weight_map"]
+    change(placed)
+    (folder / INDEX).write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(UserError, match=says) as error:
+        loading.open_target(folder)
+    assert "None" not in str(error.value) and "remove" in str(error.value)
+    (folder / INDEX).unlink()
+    loading.open_target(folder)
+
+
+def test_a_byte_order_mark_is_no_harm(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TARGET, folder)
+    for name in ("config.json", INDEX, "tokenizer_config.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    load(str(folder), num_draft_tokens=0, draft_model="none")

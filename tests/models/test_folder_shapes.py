@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,17 @@ TWINS = {
     "per_layer_config, quantised": Shape("26B-A4B", FOUR),
     "per_layer_config, the text model alone": Shape("26B-A4B", FOUR),
     "the text model without a prefix": Shape("E2B"),
+    "the text model of a wrapper": Shape("E2B"),
+    "a module of wrappers": Shape("12B", FOUR, dict.fromkeys(folder_shapes.MLP, folder_shapes.EIGHT)),
+    "per_layer_config beside the two keys": Shape("26B-A4B"),
+    "per_layer_config of the width, the two keys' heads": Shape("26B-A4B"),
+    "per_layer_config that is empty": Shape("26B-A4B"),
+    "per_layer_config as a list": Shape("26B-A4B"),
+    "per_layer_config that repeats": Shape("31B"),
+    "the text model alone, text_config null": Shape("12B"),
+    "the older name of the experts' width": Shape("26B-A4B"),
+    "MLX's floats beside a table of AWQ": Shape("12B"),
+    "a table of MLX with quant_method mxfp4": Shape("12B", folder_shapes.MXFP4),
     "keys with defaults left out": Shape("12B"),
     "the head once more": Shape("26B-A4B"),
     "the head once more, quantised": Shape("12B", FOUR),
@@ -293,3 +305,75 @@ def test_a_config_of_a_written_folder_is_whole(tmp_path):
     text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
     assert text["global_head_dim"] == 64 and "per_layer_config" not in text
     assert TargetConfig.from_dict(read_config(tmp_path / "out")) == TargetConfig.from_dict(read_config(folder))
+
+
+@pytest.mark.parametrize("prefix", [GOOGLE, folder_shapes.MLX])
+def test_experts_one_by_one_are_sent_to_convert(tmp_path, capsys, monkeypatch, prefix):
+    """What the refusal advises makes a folder that computes the same."""
+
+    def apart(_: dict, tensors: dict) -> None:
+        for name in [name for name in tensors if ".switch_glu." in name]:
+            base, _, last = name.partition("switch_glu.")
+            tensors |= {f"{base}{e}.{last}": mx.contiguous(one) for e, one in enumerate(tensors.pop(name))}
+
+    folder = Shape("26B-A4B", prefix=prefix, edit=apart).write(tmp_path / "my model")
+    said = refusal(folder)
+    monkeypatch.chdir(tmp_path)
+    program, verb, *argv = shlex.split(said[said.index("mlx-gemma-mtp convert") :])
+    assert (program, verb) == ("mlx-gemma-mtp", "convert")
+    code, error = command(capsys, *argv)
+    assert code == 0, error
+    usual = numbers(Shape("26B-A4B").write(tmp_path / "usual"))
+    np.testing.assert_array_equal(numbers(tmp_path / "my model-mlx"), usual)
+
+
+@pytest.mark.parametrize("kind", ["E2B", "26B-A4B"])
+@pytest.mark.parametrize(
+    "said", [{"enable_moe_block": True}, {"hidden_size_per_layer_input": 256}, {"num_experts": ...}], ids=str
+)
+def test_what_no_drafter_reads_refuses_none(tmp_path, capsys, kind, said):
+    """Loading, converting and inspecting agree."""
+    folder = draft(kind, folder_shapes.text(**said)).save(tmp_path / "drafter")
+    loading.load_drafter(folder, TargetConfig.from_dict(target_of(kind).config | {"vocab_size": V}))
+    code, error = command(capsys, "inspect", folder)
+    assert code == 0, error
+    code, error = command(capsys, "--hf-path", folder, "--mlx-path", tmp_path / "out")
+    assert code == 0, error
+
+
+def test_a_table_beside_tensors_of_another_program_is_still_refused(tmp_path):
+    """Names of Google, although the weights are floats: who wrote them cannot be told."""
+    edit = folder_shapes.top(quantization_config=folder_shapes.AWQ)
+    folder = Shape("12B", prefix=GOOGLE, edit=edit).write(tmp_path / "model")
+    with pytest.raises(UserError, match="AWQ"):
+        read_config(folder)
+
+
+def test_a_conversion_leaves_the_table_of_the_original_out(tmp_path, capsys):
+    edit = folder_shapes.top(quantization_config=folder_shapes.AWQ)
+    folder = Shape("12B", edit=edit).write(tmp_path / "model")
+    assert "quantization_config" not in read_config(folder)
+    assert command(capsys, "--hf-path", folder, "--mlx-path", tmp_path / "out")[0] == 0
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+@pytest.mark.parametrize("table", [folder_shapes.FP8, folder_shapes.PACKED], ids=["FP8", "compressed-tensors"])
+def test_a_table_of_another_format_than_the_tensors(tmp_path, capsys, table):
+    """convert goes by the tensors, and does not say to download or convert again."""
+    awq = {"model.language_model.layers.0.self_attn.q_proj.qweight": mx.zeros((128, 16), mx.int32)}
+    edits = folder_shapes.without(r"0\.self_attn\.q_proj"), folder_shapes.add(lambda *_: awq)
+    edit = folder_shapes.both(*edits, folder_shapes.top(quantization_config=table))
+    folder = Shape("12B", prefix=GOOGLE, edit=edit).write(tmp_path / "model")
+    refusal(folder)
+    for argv in (("inspect", folder), ("--hf-path", folder, "--mlx-path", tmp_path / "out")):
+        code, error = command(capsys, *argv)
+        assert code == 2 and "holds AWQ weights" in error and "unquantised original" in error, error
+
+
+def test_opening_reads_each_header_once(tmp_path, monkeypatch):
+    from mlx_gemma_mtp.files import headers
+
+    read, read_header = [], headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda path: (read.append(path.name), read_header(path))[1])
+    loading.open_target(Shape("26B-A4B", FOUR).write(tmp_path / "model"))
+    assert sorted(read) == [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]

@@ -89,7 +89,7 @@ SWAPPED = {
 @pytest.mark.parametrize("case", SWAPPED)
 def test_sides_in_the_wrong_places(monkeypatch, capsys, case):
     """Named before any weights are read."""
-    monkeypatch.setattr(loading, "read_tensors", lambda folder: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "_lazy_tensors", lambda folder: pytest.fail("weights are read"))
     model, draft_model, parts = SWAPPED[case]
     refused(lambda: load(str(model), str(draft_model)), *parts)
     refused_by_command(capsys, ["--model", model, "--draft-model", draft_model], *parts)
@@ -97,7 +97,7 @@ def test_sides_in_the_wrong_places(monkeypatch, capsys, case):
 
 def test_the_drafter_of_another_target_is_refused_with_both_sides(tmp_path, monkeypatch, capsys):
     """Before any weights are read: they may be gigabytes."""
-    monkeypatch.setattr(loading, "read_tensors", lambda folder: pytest.fail("weights are read"))
+    monkeypatch.setattr(loading, "_lazy_tensors", lambda folder: pytest.fail("weights are read"))
     folder = tmp_path / "drafter"
     shutil.copytree(DRAFTER, folder)
     text = (folder / "config.json").read_text()
