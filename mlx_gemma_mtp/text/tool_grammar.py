@@ -199,7 +199,9 @@ class Parameters:
         if "const" in schema or "enum" in schema:
             values = [schema["const"]] if "const" in schema else schema["enum"]
             kinds = types_of(schema)
-            values = [each for each in values if fits(each, kinds) or not kinds] or ([] if self.strict else values)
+            values = [each for each in values if not kinds or fits(_whole(each), kinds)] or (
+                [] if self.strict else values
+            )
             return self._any_of([self._literal(each) for each in values], at)
         kinds = schema.get("type", next((kind for kind, words in KINDS.items() if set(words) & set(schema)), None))
         if kinds is None:
@@ -280,17 +282,14 @@ class Parameters:
         first = first[: int(most)] if most else first
         if False in first:  # a list ends before a place where nothing may stand
             first, more = first[: first.index(False)], False
-        if more is not False:
-            try:
-                self.value(more, f"{at}[]")
-            except Never:
-                more = False
-        if more is False and least > len(first):
+        value = None
+        with suppress(Never):
+            value = self.value(more, f"{at}[]")
+        if value is None and least > len(first):
             raise Never(f"{self._where(at)} has minItems {least}")
         # From the end: what may follow the items so far, each with the comma before it.
         tail, rest = "", max(least - len(first), 0)
-        if more is not False and (not most or int(most) > len(first)):
-            value = self.value(more, f"{at}[]")
+        if value is not None and (not most or int(most) > len(first)):
             more_of_it = repeated(f'"," {value}', max(rest - (not first), 0), most and int(most) - max(len(first), 1))
             if not first:
                 return self.lark.rule(f'"[" ({value} {more_of_it}){"" if least else "?"} "]"')
@@ -347,7 +346,7 @@ def merged(one: Schema, other: Schema | bool) -> Schema:
             both[key] = value
         elif key == "required":
             both[key] = [*both[key], *value]
-        elif key in LEAST or key in MOST:
+        elif (key in LEAST or key in MOST) and all(isinstance(each, (int, float)) for each in (both[key], value)):
             both[key] = (max if key in LEAST else min)(both[key], value)
         elif key == "properties":
             shared = {name: merged(both[key][name], each) for name, each in value.items() if name in both[key]}
@@ -400,6 +399,11 @@ def unanchored(pattern: Any, char: str) -> str:
     if re.search(r"[\^$]|\(\?[=!<]", bare) or ("|" in outer and (begins or ends)):
         raise Unsaid("pattern")
     return f"{'' if begins else f'{char}*'}({inner}){'' if ends else f'{char}*'}"
+
+
+def _whole(value: Any) -> Any:
+    """The value as an integer where it is one: JSON's 1.0 is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _joined(parts: Sequence[str]) -> list[str]:

@@ -193,6 +193,7 @@ SCHEMAS = {
         ["{a:'x'}", "{a:1}", "{b:null}"],
         ["{a:true}"],
     ),
+    "an enum of floats that are whole": (thing(a={"type": "integer", "enum": [1.0, 2]}), ["{a:1.0}", "{a:2}"], []),
     "an enum of another type": (thing(a={"type": "integer", "enum": ["1", "2"]}), ["{a:'1'}"], ["{a:1}"]),
     # What cannot be said allows more.
     "a type beside what cannot be said": (
@@ -252,6 +253,7 @@ def test_control_tokens_are_no_text(kit):
         (thing(a={"type": "string", "pattern": "["}), "parameters.a has 'pattern'"),
         (thing(a={"type": "integer", "minimum": 5, "maximum": 3}), "parameters.a has 'minimum, maximum'"),
         (thing(a={"allOf": [{"pattern": "a"}, {"pattern": "b"}]}), "parameters.a has 'pattern'"),
+        (thing(a={"allOf": [{"minimum": 1}, {"minimum": "2"}]}), "parameters.a has 'minimum'"),
         (thing(a={}) | {"required": ["b"], "additionalProperties": False}, "parameters has 'required'"),
     ],
 )
@@ -291,6 +293,15 @@ def test_deep_schemas_are_bound():
     kit, deep = Kit(True), tool("f", schema, strict=True)
     assert kit.refused(call("{a:" * 24 + "null" + "}" * 24), deep) is None
     assert kit.refused(call("{a:" * 23 + "null" + "}" * 23), deep) is not None
+
+
+def test_deep_lists_are_bound_in_no_time():
+    """Each part is looked at once: twice would be a million times here."""
+    schema: dict = {"type": "null"}
+    for _ in range(20):
+        schema = {"type": "array", "items": schema, "description": "d"}
+    kit, deep = Kit(True), tool("f", thing(a=schema), strict=True)
+    assert kit.refused(call("{a:" + "[" * 20 + "null" + "]" * 20 + "}"), deep) is None
 
 
 def drawn(rng: np.random.Generator, depth: int = 0) -> dict:
