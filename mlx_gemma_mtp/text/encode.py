@@ -165,7 +165,8 @@ class Text:
             return []
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        return self._begun(self.template.encode(messages, tools, thinking, allow_special, continued))
+        tokens = self.template.encode(messages, tools, thinking, allow_special, continued)
+        return tokens if self.bos in tokens and not allow_special else self._begun(tokens)  # it wrote one, anywhere
 
     def _raw(self, prompt: str, system_prompt: str | None, chat_template: bool) -> list[int]:
         if system_prompt:

@@ -16,6 +16,7 @@ from ..errors import clipped, shown
 from .schemas import Schema, kind_of, kind_of_value
 
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+LOOSE_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # as other languages write them
 WORDS = {"true": True, "false": False, "null": None}  # of JSON; other languages write them with a capital
 OTHER_WORDS = {"True": True, "False": False, "None": None}
 BRACKETS = {"array": "[", "object": "{"}
@@ -109,6 +110,8 @@ class Fitting:
         """Text where the schema wants another type, as what it reads as."""
         word = text.strip()
         value = constant(word if word in OTHER_WORDS else word.lower() if word.lower() in WORDS else word)
+        if value == word and kinds & {"integer", "number"}:
+            value = loose_number(word)
         value = int(value) if isinstance(value, float) and value.is_integer() and "number" not in kinds else value
         if not isinstance(value, str) and fits(value, kinds):
             self._mended(f"{where} was the text {shown(text, 40)}, it is {json.dumps(value)} now")
@@ -168,6 +171,17 @@ def constant(word: str) -> Any:
         return word
     try:
         value = json.loads(word)
+    except ValueError:  # an integer of thousands of digits
+        return word
+    return word if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def loose_number(word: str) -> Any:
+    """Returns the number that a word is in other languages than JSON; the word itself where it is none."""
+    if not LOOSE_NUMBER.fullmatch(word):
+        return word
+    try:
+        value = float(word) if set(".eE").intersection(word) else int(word)
     except ValueError:  # an integer of thousands of digits
         return word
     return word if isinstance(value, float) and not math.isfinite(value) else value

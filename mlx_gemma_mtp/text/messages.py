@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,9 +21,15 @@ Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning", "reasoning_content", "thinking")
-TAKEN = {"assistant": ("tool_calls", *REASONING), "tool": ("tool_call_id",)}  # beside role, content and name
+COPIES = ("thinking_blocks", "reasoning_details")  # of litellm and OpenRouter: the reasoning once more, in parts
+# Beside role, content and name.
+TAKEN = {"assistant": ("tool_calls", *REASONING, *COPIES), "tool": ("tool_call_id", "tool_name")}
+CONTINUES = ("prefix", "partial")  # of DeepSeek, Mistral and Qwen: the reply goes on with this message
 # What clients send along or echo, and what says nothing to a model.
-UNSAID = ("id", "type", "index", "status", "annotations", "cache_control", "extra_content", "provider_specific_fields")
+UNSAID = (
+    *("id", "type", "index", "status", "annotations", "cache_control", "extra_content", "provider_specific_fields"),
+    *("metadata", "response_metadata", "usage_metadata", "usage", "model", "timestamp", "created_at"),
+)
 DEEPEST = 64  # levels of arguments and schemas
 THOUGHT = "thought"  # the channel's name, which a newline ends
 CHANNEL = re.compile(f"{re.escape(OPEN)}(.*?){re.escape(CLOSE)}", re.DOTALL)
@@ -46,7 +54,31 @@ def normalised(messages: Iterable[Any], thoughts: bool = True) -> list[dict[str,
         else:
             calls, answers = message.get("tool_calls", []), 0
         found.append(message)
-    return found
+    return _identified(found)
+
+
+def _identified(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gives ids to calls that have none of their own.
+
+    Google's template names a response by its id alone: among calls without ids that is the name of the last one.
+    """
+    for at, message in enumerate(messages):
+        calls = message.get("tool_calls", [])
+        known = _by_id(calls)
+        for place, call in enumerate(calls):
+            if call.get("id") not in known:
+                calls[place] = call | {"id": f"call_{at}_{place}"}
+        if len(known) < len(calls):
+            for answer in takewhile(lambda each: each["role"] == "tool", messages[at + 1 :]):
+                if answer.get("tool_call_id") not in known:  # then its name says what it answers
+                    answer.pop("tool_call_id", None)
+    return messages
+
+
+def _by_id(calls: Sequence[Message]) -> dict[str, str]:
+    """The names of calls by their ids. What several have is no id of any."""
+    ids = Counter(call["id"] for call in calls if "id" in call)
+    return {call["id"]: call["function"]["name"] for call in calls if "id" in call and ids[call["id"]] == 1}
 
 
 def checked_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -102,10 +134,14 @@ def _message(given: Any, thoughts: bool) -> dict[str, Any]:
     role = "assistant" if role == "model" else role
     what = f"{'an' if role == 'assistant' else 'a'} {role} message"
     _check_keys(what, given, ("role", "content", "name", *TAKEN.get(role, ())))
+    if asked := next((key for key in CONTINUES if given.get(key)), None):
+        raise UserError(f"{what} has {asked!r}, expected none: give continue_final_message, which does the same")
     message: dict[str, Any] = {"role": role, "content": _content(what, role, given.get("content"))}
     for key in ("name", *(("tool_call_id",) if role == "tool" else ())):
         if given.get(key) not in (None, ""):
             message[key] = _word(f"the {key} of {what}", given[key])
+    if role == "tool" and "name" not in message and given.get("tool_name") not in (None, ""):  # as Ollama calls it
+        message["name"] = _word(f"the tool_name of {what}", given["tool_name"])
     if role == "assistant":
         message |= _said(what, message["content"], given, thoughts)
     return message
@@ -157,13 +193,7 @@ def _part(what: str, part: Any) -> str:
 def _said(what: str, content: str, given: Message, thoughts: bool) -> dict[str, Any]:
     """Returns content, reasoning and tool_calls of the assistant's message, as far as there are any."""
     said: dict[str, Any] = {}
-    reasons = []
-    for key in REASONING:
-        reason = given.get(key)
-        if reason is not None and not isinstance(reason, str):
-            raise UserError(f"the {key} of {what} is {shown(reason)}, expected text")
-        if reason and reason not in reasons:  # clients send one thought under two names
-            reasons.append(check_unicode(f"the {key} of {what}", str(reason)))
+    reasons = _reasons(what, given)
     if thoughts and OPEN in content:
         found, said["content"] = without_thoughts(content)
         reasons += [thought for thought in found if thought not in reasons]
@@ -176,6 +206,32 @@ def _said(what: str, content: str, given: Message, thoughts: bool) -> dict[str, 
     if calls:
         said["tool_calls"] = [_call(call) for call in calls]
     return said
+
+
+def _reasons(what: str, given: Message) -> list[str]:
+    """Returns the thoughts that an assistant's message names as such. Clients send one thought under several names."""
+    reasons: list[str] = []
+    for key in REASONING:
+        reason = given.get(key)
+        if reason is not None and not isinstance(reason, str):
+            raise UserError(f"the {key} of {what} is {shown(reason)}, expected text")
+        if reason and reason not in reasons:
+            reasons.append(check_unicode(f"the {key} of {what}", str(reason)))
+    for key in () if reasons else COPIES:
+        parts = given.get(key)
+        if parts is not None and (isinstance(parts, (str, Mapping)) or not isinstance(parts, Sequence)):
+            raise UserError(f"the {key} of {what} are {shown(parts)}, expected a list of parts")
+        found = [_reason(f"the {key} of {what}", part) for part in parts or ()]
+        reasons += [reason for reason in ("".join(found),) if reason and reason not in reasons]
+    return reasons
+
+
+def _reason(what: str, part: Any) -> str:
+    keys = ("thinking", "text", "summary") if isinstance(part, Mapping) else ()
+    text = next((part[key] for key in keys if key in part), None)
+    if not isinstance(text, str):
+        raise UserError(f"{what} have {shown(part)}, expected an object with the thinking or the text")
+    return check_unicode(what, str(text))
 
 
 def without_thoughts(text: str) -> tuple[list[str], str]:
@@ -242,8 +298,8 @@ def _answers_for(message: Message, calls: Sequence[Message], before: int, after:
     if not calls:
         where = f"after {'an' if after == 'assistant' else 'a'} {after} message" if after else "first"
         raise UserError(f"a tool message comes {where}, expected an assistant message with tool_calls before it")
-    known = {call["id"]: call["function"]["name"] for call in calls if "id" in call}
-    if id is not None and known:
+    known = _by_id(calls)
+    if id in known or (id is not None and len(known) == len(calls)):
         if id not in known:
             raise UserError(
                 f"a tool message answers the call {shown(id)}, expected one of those before it: {', '.join(known)}"

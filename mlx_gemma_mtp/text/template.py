@@ -28,7 +28,8 @@ class Template:
     tokens are those that the template itself writes. So before it renders, a mark that occurs nowhere is put after
     each character with which control strings begin, wherever a caller's text has one. No control string begins in that
     text then, whatever the template trims, joins or writes in capitals. What was rendered is split at the control
-    strings that are left, the marks are taken out, and each piece of text is encoded as a whole.
+    strings that are left, the marks are taken out, and each piece of text is encoded as a whole. Where no control
+    string could come of the texts, they are rendered as they are: a template may look for such as `</think>` in them.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, folder: Path):
@@ -36,18 +37,22 @@ class Template:
         self.tokenizer = tokenizer
         self.lock = Lock()  # the tokenizer keeps whether it spells control strings out
         fast = tokenizer._tokenizer
-        if not tokenizer.has_chat_template and (folder / OLD_TEMPLATE).exists():
-            fast.chat_template = read_object(folder / OLD_TEMPLATE).get("chat_template")
-        self.exists = tokenizer.has_chat_template or fast.chat_template is not None
+        fast.chat_template = fast.chat_template or None  # no text, or an empty list, is no template
+        if fast.chat_template is None and (folder / OLD_TEMPLATE).exists():
+            fast.chat_template = read_object(folder / OLD_TEMPLATE).get("chat_template") or None
+        self.exists = fast.chat_template is not None
+        source = str(fast.chat_template)
+        self._folds = "tool_responses" in source and "tool_call_id" not in source
         # Some conversions call Gemma's control tokens ordinary ones; then they could not be spelt out.
         added = {each.content: each.special for each in fast.added_tokens_decoder.values()}
         fast.add_tokens([name for name, special in added.items() if not special and _is_control(name)], True)
         self.control = {each.content: id for id, each in fast.added_tokens_decoder.items() if each.special}
         # The longest first, as the tokenizer finds them.
-        names = sorted(filter(None, self.control), key=len, reverse=True)
-        self._control = re.compile("(" + ("|".join(map(re.escape, names)) or "(?!)") + ")")
-        firsts = sorted({name[0] for name in names if not name[0].isalnum()})
+        self._names = sorted(filter(None, self.control), key=len, reverse=True)
+        self._control = re.compile("(" + ("|".join(map(re.escape, self._names)) or "(?!)") + ")")
+        firsts = sorted({name[0] for name in self._names if not name[0].isalnum()})
         self._firsts = re.compile("|".join(map(re.escape, firsts)) or "(?!)")
+        self._never = frozenset(self.control.values()) - {fast.unk_token_id}  # what no text is encoded as
 
     def encode(
         self,
@@ -63,24 +68,67 @@ class Template:
         assistant's. Raises UserError where the template raises anything.
         """
         mark, place = _rare(f"{messages!r}{tools!r}")
-        guard = (lambda text: text) if allow_special else (lambda text: self._firsts.sub(rf"\g<0>{mark}", text))
-        guarded = [{"role": each["role"]} | mapped(guard, _without(each, "role")) for each in messages]
-        last = guarded[-1]
-        if continued:
-            guarded[-1] = {"role": last["role"], "content": place}
-        rendered = self._render(guarded, mapped(guard, tools), thinking, not continued)
+        given = [*messages[:-1], {"role": "assistant", "content": place}] if continued else messages
+        given = _folded(given) if self._folds else given
+        rendered = self._guarded(given, tools, thinking, not continued, "" if allow_special else mark)
         if not allow_special:  # else the template takes thoughts out of the assistant's text
             _check_complete(rendered.replace(mark, ""), messages[:-1] if continued else messages, tools)
+            rendered = self._as_meant(rendered, given, tools, thinking, not continued, mark)
         if continued:
             head, found, _ = rendered.rpartition(place)
             if not found:
                 raise UserError("the chat template leaves out the assistant's last message; expected one that goes on")
-            rendered = head + _begun(last)
+            rendered = head + _begun(self._with_marks(_without(messages[-1], "role"), "" if allow_special else mark))
         return self._tokens(rendered, mark)
+
+    def _with_marks(self, value: Any, mark: str) -> Any:
+        return mapped(lambda text: self._firsts.sub(rf"\g<0>{mark}", text), value) if mark else value
+
+    def _guarded(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: bool,
+        reply: bool,
+        mark: str,
+    ) -> str:
+        """What the template renders of messages and tools in whose texts the mark stands, but not in the roles."""
+        marked = [{"role": each["role"]} | self._with_marks(_without(each, "role"), mark) for each in messages]
+        return self._render(marked, self._with_marks(tools, mark), thinking, reply)
+
+    def _as_meant(
+        self,
+        rendered: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: bool,
+        reply: bool,
+        mark: str,
+    ) -> str:
+        """Returns what the template renders without marks, where it looks for such as `</think>` in the texts and the
+        marks hide that from it, if nothing in them can become a control string; else `rendered`.
+        """
+        if mark not in rendered:
+            return rendered
+        texts: list[str] = []
+        mapped(lambda text: texts.append(text) or text, [*map(dict, messages), *(tools or ())])
+        squeezed = "".join("".join(texts).casefold().split())
+        if any(name.casefold() in squeezed for name in self._names):
+            return rendered
+        plain = self._guarded(messages, tools, thinking, reply, "")
+        if plain == rendered.replace(mark, "") or self._control.findall(plain) != self._control.findall(rendered):
+            return rendered
+        return plain
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinking: bool, reply: bool
     ) -> str:
+        known = self.tokenizer._tokenizer.chat_template
+        if isinstance(known, dict) and "default" not in known and not (tools and "tool_use" in known):
+            raise UserError(
+                f"this folder's chat templates are {', '.join(known)}, expected one that is 'default': put that into "
+                "the folder as chat_template.jinja"
+            )
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=reply, enable_thinking=thinking
@@ -94,11 +142,24 @@ class Template:
         with self.lock:
             fast = self.tokenizer._tokenizer
             encoded = fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            encoded = [self._spelt(text, ids) for text, ids in zip(texts, encoded, strict=True)]
             fast.backend_tokenizer.encode_special_tokens = False
         ids = list(encoded[0])
         for control, text in zip(pieces[1::2], encoded[1:], strict=True):
             ids += [self.control[control], *text]
         return ids
+
+    def _spelt(self, text: str, ids: list[int]) -> list[int]:
+        """Returns the ids of a text, which are `ids` unless the vocabulary has a control string among its pieces."""
+        if self._never.isdisjoint(ids):
+            return ids
+        parts = self._control.sub(lambda found: f"{found[0][0]}\0{found[0][1:]}", text).split("\0")
+        encode = self.tokenizer._tokenizer
+        return [
+            id
+            for each in encode(parts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            for id in each
+        ]
 
 
 def _is_control(token: str) -> bool:
@@ -119,6 +180,20 @@ def mapped(change: Callable[[str], str], value: Any) -> Any:
 
 def _without(message: Message, key: str) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name != key}
+
+
+def _folded(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Puts what tools answer into the message that calls them, where Google's first template for Gemma 4 reads it: it
+    makes a turn of its own, which no model was trained on, of a tool's message.
+    """
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            answer = {"name": message["name"], "response": message["content"]}
+            found[-1] = found[-1] | {"tool_responses": [*found[-1].get("tool_responses", []), answer]}
+        else:
+            found.append(dict(message))
+    return found
 
 
 def _begun(message: Message) -> str:

@@ -124,6 +124,13 @@ def _are_numbered(value: Any) -> bool:
     return isinstance(value, dict) and all(key.isdecimal() for key in value) and all(map(_is_token, value.values()))
 
 
+def _are_templates(value: Any) -> bool:
+    if isinstance(value, list):
+        texts = [each.get(key) for each in value if isinstance(each, dict) for key in ("name", "template")]
+        return len(texts) == 2 * len(value) and all(isinstance(text, str) for text in texts)
+    return isinstance(value, str) or (isinstance(value, dict) and all(isinstance(text, str) for text in value.values()))
+
+
 def _is_side(value: Any) -> bool:
     return value in ("left", "right")
 
@@ -136,5 +143,5 @@ SETTINGS: dict[str, Check] = {
     "model_specific_special_tokens": (_are_tokens, "an object of names and tokens"),
     "added_tokens_decoder": (_are_numbered, "an object of token ids and tokens"),
     "tokenizer_class": (lambda value: isinstance(value, str), "the name of a class"),
-    "chat_template": (lambda value: isinstance(value, (str, list, dict)), "a template's text"),
+    "chat_template": (_are_templates, "a template's text, or a list of names and templates"),
 }

@@ -22,16 +22,20 @@ DEEPEST = 64  # of objects and arrays in each other
 
 _MARKS = re.compile(rf'<\|"\|>|[{MARK}{{}}]')
 _BLANKS = re.compile(r"\s*")
-_NAME = re.compile(rf"(call\s*:\s*)?({NAME})\s*")
+_NAME = re.compile(rf"(:?\s*call\s*:\s*)?({NAME})\s*")
 _KEY = re.compile(r"""[^\s:=,{}\[\]"'<>]+(?:[ \t]+[^\s:=,{}\[\]"'<>]+)*""")
 # The template writes keys as they are. Before a string it is plain where one ends, whatever it has in it.
 _KEY_OF_STRING = re.compile(r"""[^\s,{}\[\]"'<>]+(?=\s*:\s*<\|"\|>)""")
 _NEXT_KEY = re.compile(
-    r"""\s*(?:<\|"\|>(?P<quoted>[^<]*)<\|"\|>|["']?(?P<bare>[^\s:=,|{}()\[\]"'<>]+)["']?)\s*[:=](?!//)"""
+    r"""\s*(?:<\|"\|>(?P<quoted>[^<]*)<\|"\|>|(?:<\|"\|>|["'])?(?P<bare>[^\s:=,|{}()\[\]"'<>]+)(?:<\|"\|>|["'])?)"""
+    r"\s*[:=](?!//)"
 )
 _PLAIN = re.compile(r"[\w$@.\-]+")  # a key that may follow words, unless the tool is known not to have it
-_AFTER_VALUE = re.compile(r"\s*[,}\]]")
-_END_OF_QUOTED = {quote: re.compile(quote + r"(?=\s*[,}\]])") for quote in "\"'"}
+# A quote of the trained kind may follow one of another kind: models have closed strings twice.
+_AFTER_QUOTED = r'(?:<\|"\|>)?(?=\s*[,}\]])'
+_AFTER_VALUE = re.compile(_AFTER_QUOTED)
+_END_OF_QUOTED = {quote: re.compile(f"({quote}){_AFTER_QUOTED}") for quote in "\"'"}
+_ANOTHER_ROUND = re.compile(r"\)[\s,;]*call\s*:")
 _BRACKETS = re.compile(r'[{}\[\],]|<\|"\|>')
 _CLOSERS = {"{": "}", "[": "]"}
 
@@ -163,6 +167,7 @@ class Reader:
     at: int = 0
     notes: list[str] = field(default_factory=list)
     _keys: set[str] | None = None  # of the call that is read
+    _begun: int = 0  # where the member's value begins, white space included
     _open: list[str] = field(default_factory=list)  # the brackets that must still close
 
     def calls(self) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
@@ -197,23 +202,40 @@ class Reader:
         found = _NAME.match(self.text, self.at)
         if not found:
             raise Unreadable
-        self.at, self._keys = found.end(), self.tools.get(found[2])
-        if not found[1] and found[2] not in self.tools:
+        name, self.at = found[2], found.end()
+        if name not in self.tools and name.rstrip(":") in self.tools:
+            name = name.rstrip(":")
+        if name != found[2] or (found[1] or "").startswith(":"):
+            self._note("there was a colon too many")
+        self._keys = self.tools.get(name)
+        if not found[1] and name not in self.tools:
             raise Unreadable
+        if found[1] and name in self.tools:
+            self._mend_round()
         if self.text.startswith("{", self.at):
             if not found[1]:
                 self._note("'call:' was missing")
-            return found[2], self._object()
+            return name, self._object()
         if not found[1] or self.at < len(self.text) or not self.closed:
             raise Unreadable
         self._note("the braces were missing")
-        return found[2], {}
+        return name, {}
+
+    def _mend_round(self) -> None:
+        """Takes round brackets around the arguments, up to the text's end, for braces."""
+        end = len(self.text.rstrip()) - 1
+        whole = self.text.startswith("(", self.at) and end > self.at and self.text[end] == ")"
+        if whole and not _ANOTHER_ROUND.search(self.text, self.at):
+            self.text = f"{self.text[: self.at]}{{{self.text[self.at + 1 : end]}}}"
+            self._note("the brackets were round")
 
     def _json(self) -> tuple[str, dict[str, Any]]:
         """A call as other models write it: an object of its name and its arguments."""
         found = self._object()
         name, arguments = found.get("name"), found.get("arguments", found.get("parameters"))
         name = name.word if isinstance(name, Bare) else name
+        if isinstance(arguments, str):  # as OpenAI writes them
+            arguments = _value(arguments)
         if not isinstance(name, str) or not name or not isinstance(arguments, dict):
             raise Unreadable
         self._note("the call was an object of name and arguments")
@@ -287,6 +309,7 @@ class Reader:
                 raise Unreadable
             key, self.at = found[0], found.end()
         self._blanks()
+        self._begun = self.at + 1
         if self._skip("="):
             self._note("'=' stood for ':'")
         elif not self._skip(":"):
@@ -333,8 +356,8 @@ class Reader:
             try:
                 string, end = scanstring(self.text, start, False)
                 string.encode()  # an escape may have made half a character
-                if _AFTER_VALUE.match(self.text, end):
-                    self.at = end
+                if after := _AFTER_VALUE.match(self.text, end):
+                    self.at = after.end()
                     return string
             except ValueError:
                 pass  # quotes or backslashes that are no JSON: then they stand for themselves
@@ -346,7 +369,7 @@ class Reader:
 
     def _word(self, array: bool) -> Bare:
         """A number, a constant, or words without quotes. In an object they may have commas that no key follows."""
-        depth, start, words = 0, self.at, False
+        depth, start, words = 0, self.at if array else self._begun, False
         for mark in _BRACKETS.finditer(self.text, start):
             what, at = mark[0], mark.start()
             if what == QUOTE:
@@ -379,10 +402,11 @@ class Reader:
         return self.text.startswith("}", _BLANKS.match(self.text, at).end())
 
     def _bare(self, start: int, end: int) -> Bare:
-        word, self.at = self.text[start:end].strip(), end
+        raw, self.at = self.text[start:end], end
+        word = raw.strip()
         if not word:
             raise Unreadable
-        return Bare(word)
+        return Bare(raw.strip(" \t") if "\n" in word else word)  # lines of a text are those of a file
 
     def _blanks(self) -> None:
         self.at = _BLANKS.match(self.text, self.at).end()

@@ -11,11 +11,14 @@ from held_out import PROMPTS
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine import scheduler
+from mlx_gemma_mtp.engine.constraints import Calls
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.speculative.depth import Fixed
 from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.text.tool_choice import ToolChoice
 
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+NO_CALLS = Calls(None, ToolChoice())
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_nobody_waits_for_what_is_cancelled(engine, monkeypatch):
     monkeypatch.setattr(scheduler, "prefill", lambda *args: made.append(args))
     cancel = threading.Event()
     cancel.set()
-    request = engine._request(0, engine.text.encode(PROMPTS[0]), GREEDY, 4)
+    request = engine._request(0, engine.text.encode(PROMPTS[0]), GREEDY, 4, NO_CALLS)
     batch = scheduler.Batch(engine.target, engine.drafter, [request], Fixed(4), 256)
     [chunk] = batch.run(cancel, lambda done, total: made.append(done))
     assert chunk.result.finish_reason == "cancelled" and made == []
@@ -127,7 +130,7 @@ def test_each_row_gets_the_report_that_it_asked_for(engine):
 def test_what_comes_after_the_end_in_a_round_does_not_count(engine):
     """An end token and the last token of the limit, amid what a round emitted."""
     for params, taken, reason in ((SamplingParams(max_tokens=9), [40, 41], "stop"), (GREEDY, [40, 41, 1], "length")):
-        request = engine._request(0, [2, 5], params, 4)
+        request = engine._request(0, [2, 5], params, 4, NO_CALLS)
         request.limit = 3 if reason == "length" else 9
         chunk = request.take([40, 41, 1, 42, 43], 4)
         assert (chunk.tokens, chunk.result.finish_reason, request.stats.accepted) == (taken, reason, 2)

@@ -65,8 +65,17 @@ def parts(*given: object) -> dict:
         ([user("Hi"), assistant("", ("f", {}), thinking="hm")], "<|channel>thought\nhm\n<channel|>"),
         ([user("Hi"), assistant("", ("f", {}), reasoning="hm", reasoning_content="hm")], "thought\nhm\n<channel|>"),
         ([user("Hi"), assistant("<|channel>thought\nhm\n<channel|>", ("f", {}))], "thought\nhm\n<channel|><|tool"),
-        ([user("Hi"), assistant("Ho", refusal=None, annotations=[{"a": "b"}], id="m1"), user("x")], "Ho<turn|>"),
+        ([user("Hi"), assistant("Ho", refusal=None, prefix=False, annotations=[{"a": "b"}], id="m1"), user("x")],
+         "Ho<turn|>"),
         ([{"role": "user", "content": "Hi", "name": "ann"}], "user\nHi<turn|>"),
+        ([{"role": "user", "content": "Hi", "metadata": {"a": "b"}, "timestamp": "noon"}], "user\nHi<turn|>"),
+        ([*CALLED, {"role": "tool", "content": "42", "tool_name": "g"}], 'response:g{value:<|"|>42<|"|>}'),
+        ([user("Hi"), assistant("", ("f", {}), thinking_blocks=[{"type": "thinking", "thinking": "h", "signature": "x"},
+                                                                {"thinking": "m"}])], "thought\nhm\n<channel|>"),
+        ([user("Hi"), assistant("", ("f", {}), reasoning_details=[{"type": "reasoning.text", "text": "hm"}])],
+         "thought\nhm\n<channel|>"),
+        ([user("Hi"), assistant("", ("f", {}), reasoning="hm", thinking_blocks=[{"thinking": "h"}, {"thinking": "m"}])],
+         "thought\nhm\n<channel|>"),
     ],
 )  # fmt: skip
 def test_what_clients_send_reaches_the_prompt(text, messages, said):
@@ -126,6 +135,11 @@ def test_what_clients_send_reaches_the_prompt(text, messages, said):
         ([user("Hi"), assistant(None, ("f", '{"a": "\\udcff"}'))], ["call of 'f'", "no character"]),
         ([user("Hi"), assistant(None, ("f\udcff", {}))], ["the name of a tool call", "no character"]),
         ([user("Hi"), assistant("a", reasoning=5)], ["reasoning", "5"]),
+        ([user("Hi"), assistant("a", thinking_blocks=[{"type": "redacted"}])], ["thinking_blocks", "'redacted'"]),
+        ([user("Hi"), assistant("a", prefix=True)], ["'prefix'", "continue_final_message"]),
+        ([user("Hi"), assistant("a", partial=True)], ["'partial'", "continue_final_message"]),
+        ([user("Hi"), assistant("a", thinking_blocks="hm")], ["thinking_blocks", "'hm'", "a list"]),
+        ([*CALLED, {"role": "tool", "content": "42", "tool_name": 5}], ["tool_name", "5"]),
         ([user("Hi"), tool("42", id="c1")], ["a tool message comes after a user message", "tool_calls"]),
         ([tool("42", id="c1")], ["a tool message comes first"]),
         ([*CALLED, user("wait"), tool("42", id="c1")], ["a tool message comes after a user message"]),
@@ -161,6 +175,19 @@ def test_calls_are_answered_by_their_ids_or_in_their_order():
     unnamed = [{"function": {"name": "f"}}, {"function": {"name": "g"}}]
     without_ids = normalised([user("Hi"), assistant("", tool_calls=unnamed), tool("1", id="x"), tool("2", id="y")])
     assert [each["name"] for each in without_ids[2:]] == ["f", "g"]
+    one_of_two = [{"id": "c1", "function": {"name": "f"}}, {"function": {"name": "g"}}]
+    some = normalised([user("Hi"), assistant("", tool_calls=one_of_two), tool("1", name="g"), tool("2", id="c1")])
+    assert [each["name"] for each in some[2:]] == ["g", "f"] and some[3]["tool_call_id"] == "c1"
+
+
+@pytest.mark.parametrize("ids", [(None, None), ("c", "c"), ("c", None), ("", "")])
+def test_templates_find_the_call_of_a_response_whatever_the_ids(ids):
+    """Google's names a response after the last call that has the response's id, or none as it has none."""
+    calls = [{"id": id, "function": {"name": name}} for id, name in zip(ids, "fg", strict=True)]
+    asked, *answers = normalised([assistant("", tool_calls=calls), tool("1", id=ids[0]), tool("2", id=ids[1])])
+    named = {call["id"]: call["function"]["name"] for call in asked["tool_calls"]}
+    assert [named.get(each.get("tool_call_id"), each["name"]) for each in answers] == ["f", "g"]
+    assert len(named) == 2 and asked["tool_calls"] != calls
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,14 @@ def test_however_it_is_cut(text, google, case, places):
         ("a <|tool_call>", "a <|tool_call>", "", []),
         ("<|tool_call>I will<tool_call|> see", "<|tool_call>I will<tool_call|> see", "", []),
         ("<|tool_call><tool_call|>x", "<|tool_call><tool_call|>x", "", []),
+        ("<|tool_call>:call:f{a:1}", "", "", [("f", {"a": 1})]),
+        ("<|tool_call>call:f(a:1)<tool_call|>x", "x", "", [("f", {"a": 1})]),
+        (
+            f"<|tool_call>call:f{{a:'x'{Q}}}<tool_call|><|tool_call>call:f{{b:{Q}y{Q}}}<tool_call|>Done",
+            "Done",
+            "",
+            [("f", {"a": "x"}), ("f", {"b": "y"})],
+        ),
         # control tokens amid a string
         (f"<|tool_call>call:f{{a:{Q}b <tool_call|> c{Q}}}<tool_call|>", "", "", [("f", {"a": "b <tool_call|> c"})]),
         (

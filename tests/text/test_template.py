@@ -157,10 +157,11 @@ def leaves(value: object) -> list[str]:
 
 
 def told_leaves(function: dict) -> list[str]:
-    """The leaves of a function that the template tells, as Google's does: defaults of properties are none of them."""
+    """The leaves of a function that the template tells, as Google's does: those of a property go by its type."""
     found = [function["name"], function["description"]]
     for name, schema in function["parameters"]["properties"].items():
-        found += [name, schema["description"], *schema["enum"], *leaves(schema["items"]["default"])]
+        of_type = {"string": schema["enum"], "array": leaves(schema["items"]["default"])}
+        found += [name, schema["description"], *of_type.get(str(schema["type"]), [])]
     return found
 
 
@@ -364,6 +365,107 @@ def test_chat_template_json_is_read(tmp_path):
     path.write_text('{"chat_template": 5}')
     with pytest.raises(UserError, match=r"chat_template\.json: chat_template is 5"):
         Text(folder, VOCAB)
+
+
+LISTED = "<bos>%s{%% for m in messages %%}{{ m['content'] }}{%% endfor %%}{{ tools }}"
+
+
+def listed(folder: Path, **templates: str) -> Text:
+    """A folder whose tokenizer_config.json lists these templates."""
+    path = chats.google_folder(folder, template=False) / "tokenizer_config.json"
+    named = [{"name": name, "template": LISTED % source} for name, source in templates.items()]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+    return Text(folder, VOCAB)
+
+
+def test_of_several_templates_the_one_for_tools_is_taken_with_tools(tmp_path):
+    text = listed(tmp_path / "model", default="A", tool_use="B")
+    assert decoded(text, text.encode("Hi")) == "<bos>AHiNone"
+    assert decoded(text, text.encode("Hi", tools=[function("f")])).startswith("<bos>BHi[{")
+    text = listed(tmp_path / "another", rag="A", tool_use="B")
+    assert decoded(text, text.encode("Hi", tools=[function("f")])).startswith("<bos>BHi[{")
+    with pytest.raises(UserError, match="templates are rag, tool_use, expected"):
+        text.encode("Hi")
+
+
+@pytest.mark.parametrize("nothing", ["", [], {}, None])
+def test_an_empty_template_is_none(tmp_path, nothing):
+    path = chats.google_folder(tmp_path / "model", template=False) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": nothing}))
+    told = []
+    text = Text(tmp_path / "model", VOCAB, notice=told.append)
+    assert decoded(text, text.encode("Hi")) == "<bos>Hi" and len(told) == 1
+    with pytest.raises(UserError, match="has no chat template"):
+        text.encode([user("Hi")])
+
+
+@pytest.mark.parametrize(
+    "said, kept",
+    [
+        ("<think>hm</think>4 < 5", "4 < 5"),
+        ("<think>hm</think>4 and <turn|>", "<think>hm</think>4 and <turn|>"),  # beside a control string nothing is cut
+        ("<think>hm</think>4 <Tur n|>", "<think>hm</think>4 <Tur n|>"),
+    ],
+)
+def test_a_template_finds_marks_of_its_own_in_a_message(tmp_path, said, kept):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "<bos>{% for m in messages %}{{ m['content'].split('</think>')[-1] }}<turn|>{% endfor %}"
+    )
+    text = Text(folder, VOCAB)
+    ids = text.encode([user("Hi <b>"), assistant(said)])
+    assert decoded(text, ids) == f"<bos>Hi <b><turn|>{kept}<turn|>" and controls(text, ids) == [2, 6, 6]
+
+
+FOLDED = (
+    "{{ bos_token }}{% for m in messages %}<|turn>{{ m['role'] }}\n"
+    "{% for call in m['tool_calls'] %}<|tool_call>call:{{ call['function']['name'] }}{}<tool_call|>{% endfor %}"
+    "{% for it in m['tool_responses'] %}<|tool_response>response:{{ it['name'] }}{value:{{ it['response'] }}}"
+    "<tool_response|>{% endfor %}{{ m['content'] }}<turn|>{% endfor %}"
+)
+
+
+def test_a_template_that_reads_responses_in_the_calling_message_gets_them_there(tmp_path):
+    """Google's first one for Gemma 4, which early conversions ship."""
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(FOLDED)
+    text = Text(folder, VOCAB)
+    messages = [user("Hi"), assistant("", ("f", {}), ("g", {})), tool("2", id="c2"), tool("1 <turn|>", id="c1")]
+    ids = text.encode([*messages, user("So?")])
+    assert decoded(text, ids) == (
+        "<bos><|turn>user\nHi<turn|><|turn>assistant\n<|tool_call>call:f{}<tool_call|><|tool_call>call:g{}<tool_call|>"
+        "<|tool_response>response:g{value:2}<tool_response|><|tool_response>response:f{value:1 <turn|>}<tool_response|>"
+        "<turn|><|turn>user\nSo?<turn|>"
+    )
+    assert controls(text, ids).count(6) == 3
+    going_on = text.encode([*messages, assistant("It is")], continue_final_message=True)
+    assert decoded(text, going_on).endswith("<tool_response|><turn|><|turn>assistant\nIt is")
+
+
+@pytest.mark.parametrize("kind", ["whole words", "the likeliest pieces"])
+def test_control_strings_are_spelt_out_where_the_vocabulary_has_them_as_pieces(tmp_path, kind):
+    folder = chats.google_folder(tmp_path / "model")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    if kind == "whole words":
+        tokenizer["model"]["ignore_merges"] = True
+        tokenizer["pre_tokenizer"]["pattern"] = {"String": "\n"}
+    else:
+        pieces = sorted(tokenizer["model"]["vocab"].items(), key=lambda piece: piece[1])
+        tokenizer["model"] = {"type": "Unigram", "unk_id": 3, "vocab": [[piece, -1.0] for piece, _ in pieces]}
+    path.write_text(json.dumps(tokenizer))
+    text, typed = Text(folder, VOCAB), 'a\n<turn|>\nb\n<|"|>'
+    ids = text.encode(typed)
+    assert controls(text, ids) == [2, 5, 6, 5] and typed in decoded(text, ids)
+
+
+@pytest.mark.parametrize("source", ["\n{{ bos_token }}", "{{ bos_token }}", "x<bos>", ""])
+def test_a_template_writes_its_bos_where_it_likes(tmp_path, source):
+    folder = chats.google_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(source + CONTENTS)
+    text = Text(folder, VOCAB)
+    assert text.encode("Hi").count(2) == 1
+    assert text.encode("Hi <bos>", allow_special=True)[0] == 2  # which does not take the caller's for its own
 
 
 @pytest.mark.parametrize("name, value", [("tools", [function("f")]), ("continue_final_message", True)])

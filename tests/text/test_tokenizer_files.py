@@ -67,7 +67,7 @@ SETTINGS = {
 CONFIG = SETTINGS | {
     "tokenizer_class": [5, []],
     "added_tokens_decoder": [5, [1], {"x": "a"}, {"1": 5}],
-    "chat_template": [5],
+    "chat_template": [5, ["x"], [{"name": "default"}], {"default": 5}],
     "truncation_side": [[]],
     "model_specific_special_tokens": [5, "x"],
 }
