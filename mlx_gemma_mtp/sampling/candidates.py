@@ -16,6 +16,7 @@ from ..ops.topk import topk
 from .penalties import NONE, TokenCounts, scattered
 from .rules import Rules
 
+LINE = 512  # probabilities that are summed one after the other; the same sums, to the bit, whatever follows of zeros
 FEW = 64  # suppressed tokens that are looked for among the best, rather than taken out of all
 
 
@@ -163,14 +164,31 @@ def shares(scores: mx.array, limit: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def filtered(scores: mx.array, p: mx.array, rules: Rules, left: mx.array | None = None) -> Filtered:
-    """Returns what top-p and min-p keep.
+    """Returns what top-p and min-p keep: the likeliest whatever rounding makes of the sums.
 
     scores, p: from `shares`. left: [B, T, 1], what all other tokens have of the probability; None for nothing.
     """
-    # Summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
-    after = mx.cumsum(p, axis=-1, reverse=True)
+    after = _shares_from_the_end(p)
     left = number(0.0) if left is None else left
-    return Filtered(*_kept(scores, p, after, left, rules.rest, rules.min_p, p[..., :1]))
+    places = numbers(scores.shape[-1])
+    return Filtered(*_kept(scores, places, p, after, left, rules.rest, rules.min_p, p[..., :1], scores[..., :1]))
+
+
+def _shares_from_the_end(p: mx.array) -> mx.array:
+    """Returns for each place what share of all is in itself and those after it, [B, T, n].
+
+    It is summed from the least likely up, where float32 is exact enough: from the top the sum is 1 long before the end.
+    Over a vocabulary one sum, and what MLX's softmax divides by, are off by 1e-3.
+    """
+    n = p.shape[-1]
+    if n <= LINE:
+        sums = mx.cumsum(p, axis=-1, reverse=True)
+        return sums / sums[..., :1]
+    lines = mx.pad(p, [(0, 0), (0, 0), (0, -n % LINE)]).reshape(*p.shape[:2], -1, LINE)
+    sums = mx.cumsum(lines, axis=-1, reverse=True)
+    later = mx.cumsum(sums[..., 0], axis=-1, reverse=True, inclusive=False)
+    sums = (sums + later[..., None]).reshape(*p.shape[:2], -1)[..., :n]
+    return sums / sums[..., :1]
 
 
 @compiled
@@ -181,14 +199,18 @@ def _within(scores: mx.array, places: mx.array, limit: mx.array) -> mx.array:
 @compiled
 def _kept(
     scores: mx.array,
+    places: mx.array,
     p: mx.array,
     after: mx.array,
     left: mx.array,
     rest: mx.array,
     min_p: mx.array,
     largest: mx.array,
+    best: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """Returns the parts of Filtered. min-p: a share of the likeliest, the same before and after top-p."""
     after, least = after * (1 - left) + left, min_p * largest
-    near = (mx.abs(after - rest) <= 3e-6 + 3e-5 * rest) | ((min_p > 0) & (mx.abs(p - least) <= 1e-5 * least))
-    return mx.where((after > rest) & (p >= least), scores, -mx.inf), near
+    rounded = 3e-7 * mx.abs(best)  # of a probability: its exponent is the difference of two such scores
+    near = mx.abs(after - rest) <= 3e-6 + (3e-5 + rounded) * rest
+    near |= (min_p > 0) & (mx.abs(p - least) <= (1e-5 + rounded) * least)
+    return mx.where((places == 0) | ((after > rest) & (p >= least)), scores, -mx.inf), near

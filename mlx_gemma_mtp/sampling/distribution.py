@@ -18,7 +18,7 @@ from ..ops.fused import number
 from ..ops.sums import sum_of_exponentials
 from ..ops.topk import topk
 from .candidates import candidates, filtered, scored, shares, soft_cap
-from .noise import gumbel
+from .noise import drawn
 from .penalties import TokenCounts, scattered
 from .rules import Rules
 
@@ -105,10 +105,7 @@ class Distribution:
         """
         if self.scores is None:
             return self.best
-        names = self.names()
-        column = mx.argmax(self.scores + gumbel(rules.keys, positions, names), axis=-1, keepdims=True)
-        token = mx.take_along_axis(mx.broadcast_to(names, self.scores.shape), column, axis=-1)[..., 0]
-        return mx.where(rules.greedy, self.best, token.astype(mx.int32))
+        return mx.where(rules.greedy, self.best, drawn(self.scores, rules.keys, positions, self.names())[0])
 
     def at(self, ids: mx.array | None, vocab: int) -> mx.array:
         """Returns the probabilities of the tokens ids, [B, T, n]; for None those of the whole vocabulary, [B, T,

@@ -20,12 +20,11 @@ from ..ops.sums import sum_of_exponentials, with_noise
 from ..ops.topk import topk
 from .candidates import Candidates, candidates, filtered, scored, shares
 from .distribution import PART, Distribution
-from .noise import gumbel, gumbel_bound
+from .noise import drawn, gumbel_bound
 from .penalties import TokenCounts
 from .rules import REACH, Rules
 
 UNDECIDED = -1  # in place of a token
-LARGEST = 2**31 - 1  # of an int32
 FEW = 8192  # columns of which Distribution looks at all without much ado
 NOISY = 64  # tokens of the largest bounds whose noise is computed, where no filter is
 
@@ -33,12 +32,13 @@ NOISY = 64  # tokens of the largest bounds whose noise is computed, where no fil
 class Drawn(NamedTuple):
     """What was drawn at T positions of each row.
 
-    tokens: int32 [B, T], UNDECIDED at places that are to be `settled`. best: int32 [B, T], the likeliest token. peak:
-    see Distribution. certain: whether there are no such places, whatever the logits.
+    tokens: int32 [B, T], UNDECIDED at places that are to be `settled`. guess: int32 [B, T], the same tokens, and at
+    these places the one that they probably get. peak: see Distribution. certain: whether there are no such places,
+    whatever the logits.
     """
 
     tokens: mx.array
-    best: mx.array
+    guess: mx.array
     peak: mx.array | None
     certain: bool
 
@@ -58,7 +58,8 @@ def draw(
     """
     if ids is not None or logits.shape[-1] <= FEW or (rules.all_greedy and rules.reordered is None and mask is None):
         p = Distribution.of(logits, rules, cap, ids, token_counts, mask)
-        return Drawn(p.drawn(rules, positions), p.best, p.peak, True)
+        tokens = p.drawn(rules, positions)
+        return Drawn(tokens, tokens, p.peak, True)
     rows, length, vocab = logits.shape
     at_once = rows, length
     if kind() is Kind.CPU and (mask is not None or _looks_at_all(rules) or rules.reordered is not None):
@@ -74,10 +75,12 @@ def draw(
             of_mask = None if mask is None else mask[here]
             line.append(_drawn(logits[here], of_part, positions[here], cap, counts, of_mask))
         lines.append([_joined(each, 1) for each in zip(*line, strict=True)])
-    tokens, best, peak = (_joined(each, 0) for each in zip(*lines, strict=True))
+    guess, sure, peak = (_joined(each, 0) for each in zip(*lines, strict=True))
     if mask is None and rules.bias is None:
         peak = None
-    return Drawn(tokens, best, peak, rules.free is None and rules.open is None)
+    if rules.free is None and rules.open is None:
+        return Drawn(guess, guess, peak, True)
+    return Drawn(mx.where(sure, guess, UNDECIDED), guess, peak, False)
 
 
 def _joined(parts: Sequence[mx.array], axis: int) -> mx.array:
@@ -96,25 +99,26 @@ def _drawn(
     token_counts: TokenCounts | None,
     mask: mx.array | None,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Returns the tokens of these rows, the likeliest, and its score."""
+    """Returns the tokens of these rows, whether each is sure, and the score of the likeliest: [B, T] each."""
     if mask is not None:
         logits = logits + expand(mask, logits.shape[-1])
     k = max(rules.widest, REACH if rules.open is not None else 1)
     found = candidates(logits, rules, cap, token_counts, k, _looks_at_all(rules), mask is not None)
-    best = found.best.columns[..., 0].astype(mx.int32)
-    peak = found.best.scores[..., 0]
-    if rules.all_greedy:
-        return best, best, peak
-    tokens = best
+    tokens, peak = found.best.columns[..., 0].astype(mx.int32), found.best.scores[..., 0]
+    sure = mx.ones(tokens.shape, mx.bool_)
     if rules.filtered:
-        tokens = _of_candidates(found, rules, positions, cap)
+        others = _of_candidates(found, rules, positions, cap)
+        tokens, sure = (mx.where(rules.greedy, *each) for each in zip((tokens, sure), others, strict=True))
     if rules.free is not None:
-        tokens = mx.where(rules.free, _of_all(found, rules, positions, cap), tokens)
-    return mx.where(rules.greedy, best, tokens), best, peak
+        free = _of_all(found, rules, positions, cap)
+        tokens, sure = (mx.where(rules.free, *each) for each in zip(free, (tokens, sure), strict=True))
+    return tokens, sure, peak
 
 
-def _of_candidates(found: Candidates, rules: Rules, positions: mx.array, cap: float | None) -> mx.array:
-    """Returns a token for each position, drawn from the best candidates."""
+def _of_candidates(
+    found: Candidates, rules: Rules, positions: mx.array, cap: float | None
+) -> tuple[mx.array, mx.array]:
+    """Returns a token for each position, drawn from the best candidates, and whether it is sure."""
     scores, columns = found.best.scores / rules.temperature, found.best.columns
     if rules.open is None:
         kept = filtered(*shares(scores, rules.top_k), rules)
@@ -125,18 +129,17 @@ def _of_candidates(found: Candidates, rules: Rules, positions: mx.array, cap: fl
         if rules.open_top_p:
             left = mx.where(is_open, _left(found, p[..., :1], rules, cap), 0.0)
         kept = filtered(scores, p, rules, left)
-    drawn = mx.argmax(kept.scores + gumbel(rules.keys, positions, columns), axis=-1, keepdims=True)
-    tokens = mx.take_along_axis(columns, drawn, axis=-1)[..., 0].astype(mx.int32)
+    tokens, _ = drawn(kept.scores, rules.keys, positions, columns)
     if rules.open is None:
-        return tokens
+        return tokens, mx.ones(tokens.shape, mx.bool_)
     # An open row is decided where its border is among the candidates, and no sum is too near to it.
     near = kept.near if columns.shape[-1] == REACH else kept.near[..., :REACH]
-    return _decided(tokens, rules.open, kept.scores[..., REACH - 1], near.any(axis=-1))
+    return tokens, _sure(rules.open, kept.scores[..., REACH - 1], near.any(axis=-1))
 
 
 @compiled
-def _decided(tokens: mx.array, is_open: mx.array, last: mx.array, near: mx.array) -> mx.array:
-    return mx.where(is_open & (near | (last > -mx.inf)), UNDECIDED, tokens)
+def _sure(is_open: mx.array, last: mx.array, near: mx.array) -> mx.array:
+    return ~(is_open & (near | (last > -mx.inf)))
 
 
 def _left(found: Candidates, first: mx.array, rules: Rules, cap: float | None) -> mx.array:
@@ -158,10 +161,10 @@ def _share(rest: mx.array, first: mx.array) -> mx.array:
     return rest / (1 + rest)
 
 
-def _of_all(found: Candidates, rules: Rules, positions: mx.array, cap: float | None) -> mx.array:
-    """Returns a token for each position, drawn from the whole vocabulary. Noise is computed for the tokens whose scores
-    with the most noise that they may have are the largest. The best of them is the best of all if it is above the
-    bound of the last.
+def _of_all(found: Candidates, rules: Rules, positions: mx.array, cap: float | None) -> tuple[mx.array, mx.array]:
+    """Returns a token for each position, drawn from the whole vocabulary, and whether it is sure. Noise is computed for
+    the tokens whose scores with the most noise that they may have are the largest. The best of them is the best of all
+    if it is above the bound of the last.
     """
     noise = gumbel_bound(rules.keys, positions, found.others.shape[-1])
     bounds = with_noise(found.others, cap, found.holes, 1 / rules.temperature, noise)
@@ -171,11 +174,8 @@ def _of_all(found: Candidates, rules: Rules, positions: mx.array, cap: float | N
     if found.touched is not None:
         columns = mx.concatenate([columns, found.touched.columns], axis=-1)
         scores = mx.concatenate([scores, found.touched.scores / rules.temperature], axis=-1)
-    noisy = scores + gumbel(rules.keys, positions, columns)
-    most = noisy.max(axis=-1, keepdims=True)
-    tokens = mx.where(noisy == most, columns.astype(mx.int32), LARGEST).min(axis=-1)
-    sure = (most[..., 0] >= last) | (last == -mx.inf)
-    return mx.where(sure, tokens, UNDECIDED)
+    tokens, most = drawn(scores, rules.keys, positions, columns)
+    return tokens, (most >= last) | (last == -mx.inf)
 
 
 def settled(

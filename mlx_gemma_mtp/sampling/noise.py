@@ -11,6 +11,7 @@ import numpy as np
 from ..ops.fused import compiled
 
 TOKEN = 0xC2B2AE35
+LARGEST = 2**31 - 1  # of an int32
 
 
 def gumbel(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
@@ -20,6 +21,18 @@ def gumbel(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:
     for a uniform u: small u keep their precision, which the large values of the noise need.
     """
     return _gumbel(tokens, *_of_positions(keys, positions))
+
+
+def drawn(scores: mx.array, keys: mx.array, positions: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """Returns the token whose score with noise is the largest, int32 [B, T], of equals the lowest, and that sum.
+
+    scores: [B, T, C]; the others: see `gumbel`. Equals come where scores are so large that float32 loses the noise;
+    their order is not the columns', which a batch's other rows may change. A NaN never makes a token that is not
+    among these.
+    """
+    noisy = scores + gumbel(keys, positions, tokens)
+    most = noisy.max(axis=-1, keepdims=True)
+    return mx.where(noisy < most, LARGEST, tokens.astype(mx.int32)).min(axis=-1), most[..., 0]
 
 
 def uniform(keys: mx.array, positions: mx.array, tokens: mx.array) -> mx.array:

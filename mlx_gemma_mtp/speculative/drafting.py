@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..models.drafter import DenseHead, Drafter
 from ..ops.kernels import head_argmax
 from ..sampling.distribution import Distribution, Rules
-from ..sampling.drawing import UNDECIDED, draw
+from ..sampling.drawing import draw
 from ..sampling.noise import keys_of_round
 from ..sampling.params import ACCEPT, COUPLED, REJECTION, number, shown, whole
 from ..sampling.penalties import TokenCounts
@@ -186,6 +186,5 @@ def pick(
     if rejection and not rules.all_greedy:
         q = Distribution.of(logits[:, None], rules, ids=shortlist, token_counts=token_counts)
         return q.drawn(rules, positions)[:, 0], confidence, q
-    drawn = draw(logits[:, None], rules, positions, ids=shortlist, token_counts=token_counts)
-    token = drawn.tokens if drawn.certain else mx.where(drawn.tokens == UNDECIDED, drawn.best, drawn.tokens)
+    token = draw(logits[:, None], rules, positions, ids=shortlist, token_counts=token_counts).guess
     return token[:, 0], confidence, None

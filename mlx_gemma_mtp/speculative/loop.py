@@ -142,14 +142,24 @@ class Prefilled:
         self.inputs, self.hidden, self.positions = inputs, hidden[:, None], cache.lengths[inputs.rows][:, None]
 
 
+class Undecided(NamedTuple):
+    """What a verify may have left to be settled.
+
+    last: bool [B], whether it is the row's last token. logits, token_counts: of each position.
+    """
+
+    last: mx.array
+    logits: mx.array
+    token_counts: TokenCounts | None
+
+
 class Accepted(NamedTuple):
     """What a verify decided, as arrays on the device.
 
     tokens: int32 [B, K + 1], of which kept + 1 count. kept: int32 [B], how many drafts stay. newest: [B], the token
-    after them; UNDECIDED where it is to be settled. sums: float32 [B, K + 1], of the logits of each position, finite
+    after them, or a guess where it is UNDECIDED. sums: float32 [B, K + 1], of the logits of each position, finite
     where all of these are. peaks: [B, K + 1], the target's Distribution.peak, or None. report: what sampling.logprobs
-    says of the tokens, where the rules ask for it, or nothing. undecided: the logits and the token counts of each
-    position, where a token may be UNDECIDED; None where none is.
+    says of the tokens, where the rules ask for it, or nothing. undecided: None where no token can be.
     """
 
     tokens: mx.array
@@ -158,7 +168,7 @@ class Accepted(NamedTuple):
     sums: mx.array
     peaks: mx.array | None
     report: tuple[mx.array, ...]
-    undecided: tuple[mx.array, TokenCounts | None] | None
+    undecided: Undecided | None
 
 
 def compact(live: Sequence[bool]) -> list[int]:
@@ -177,8 +187,10 @@ def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
     if drafts.q is None or rules.all_greedy:
         drawn = draw(logits, rules, verify.positions, cap, token_counts=token_counts, mask=inputs.mask)
         tokens, peak = drawn.tokens, drawn.peak
-        undecided = None if drawn.certain else (logits, token_counts)
         kept, newest = accept(drafts.tokens, tokens)  # no draft is UNDECIDED
+        if not drawn.certain:
+            undecided = Undecided(newest == UNDECIDED, logits, token_counts)
+            newest = mx.take_along_axis(drawn.guess, kept[:, None], axis=1)[:, 0]
     else:
         p = Distribution.of(logits, rules, cap, token_counts=token_counts, mask=inputs.mask)
         tokens, kept, newest = rejection.accept(drafts.tokens, drafts.q, p, rules, verify.positions)
@@ -270,8 +282,8 @@ class Speculation:
         # ACCEPT
         out = accepted(self.target, verify)
         newest, counted = out.newest, out.kept + 1
-        if out.undecided is not None:  # until it is settled, the first token stands in
-            newest, counted = mx.maximum(newest, 0), out.kept + (newest != UNDECIDED)
+        if out.undecided is not None:  # a guess is not counted: it may be another token
+            counted -= out.undecided.last
         token_counts = now.token_counts and now.token_counts.first(self._listed).after(out.tokens, counted)
         # COMMIT: each row's tokens that stay
         drafted = None if now.newest is None else now.width
@@ -323,17 +335,17 @@ class Speculation:
     def _settle(
         self,
         verify: Verify | Prefilled,
-        undecided: tuple[mx.array, TokenCounts | None],
+        undecided: Undecided,
         rows: list[int],
         tokens: list[list[int]],
         report: list[list],
     ) -> list[list]:
         """Draws the last token of these rows from all that it may be, and puts it into `tokens`, into the report, which
-        it returns, and into the next round's inputs, whose drafts were made after another. It is a second host sync.
+        it returns, and into the next round's inputs, whose drafts were made after a guess. It is a second host sync.
         """
         now, cap = verify.inputs, self.target.config.softcap
         index, place = mx.array(rows), mx.array([len(tokens[row]) - 1 for row in rows])
-        logits, token_counts = undecided
+        logits, token_counts = undecided.logits, undecided.token_counts
         one = lambda array: array[index, place][:, None]  # noqa: E731
         counts = token_counts and token_counts.at_place(index, place)
         mask = None if now.mask is None else one(now.mask)

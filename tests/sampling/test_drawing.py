@@ -11,14 +11,19 @@ import pytest
 import tiny
 from constraints import Stairs
 
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.ops import topk as topk_module
 from mlx_gemma_mtp.ops.sums import sum_of_exponentials
-from mlx_gemma_mtp.sampling import drawing
+from mlx_gemma_mtp.sampling import candidates, drawing
 from mlx_gemma_mtp.sampling.distribution import Rules, logprobs, sample
 from mlx_gemma_mtp.sampling.drawing import UNDECIDED, draw, settled
 from mlx_gemma_mtp.sampling.noise import gumbel, gumbel_bound
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
+from mlx_gemma_mtp.speculative.drafting import Drafts, DraftState, Mtp
+from mlx_gemma_mtp.speculative.loop import Speculation
+from mlx_gemma_mtp.speculative.prefill import prefill
 
 VOCAB, CAP, COUNT = 12_000, 30.0, 10
 SUPPRESSED = [3, 5000, 11_999]
@@ -143,6 +148,65 @@ def test_partners_change_nothing(name):
     assert np.array_equal(both(values, [*EVERY.values(), EVERY[name]])[0][-1], alone[0])
 
 
+@pytest.mark.parametrize("name", ["top-p", "default", "biased"])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-5, 1e-4])
+def test_partners_change_nothing_where_float32_loses_the_noise(name, temperature):
+    """Scores at the cap, so large after the temperature that several tokens have the same sum with their noise."""
+    values, cold = RNG.normal(size=(1, 50, VOCAB)) * 1000 + 500, params(temperature=temperature)
+    alone = both(values, [cold])[1]
+    assert np.array_equal(both(values, [cold, EVERY[name]])[1][0], alone[0])
+
+
+@pytest.mark.parametrize("vocab", [1023, 12_000])
+def test_the_least_top_p_keeps_the_likeliest(vocab):
+    """Though the sum of all probabilities is below 1 in float32 by more than top-p."""
+    values = RNG.normal(size=(1, 200, vocab)).astype(np.float32)
+    rules, positions = Rules.of([params(top_p=1e-6)], vocab), mx.arange(200)[None]
+    tokens = np.array(settled(mx.array(values), rules, positions, CAP))
+    assert np.array_equal(tokens[0], values[0].argmax(axis=-1))
+
+
+def test_sums_over_a_vocabulary_are_exact_enough():
+    """And of a shortlist they are the same beside a longer one."""
+    values = RNG.normal(size=(1, 3, 200_000)) * np.array([0.02, 1.0, 3.0])[:, None]
+    scores = mx.array(-np.sort(-values, axis=-1).astype(np.float32))
+    after = np.array(candidates._shares_from_the_end(candidates.shares(scores, mx.array([[[200_000]]]))[1]))
+    want = np.exp(np.array(scores, np.float64))
+    want = np.cumsum(want[..., ::-1], axis=-1)[..., ::-1] / want.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(after, want, rtol=1e-5)
+    for few in (300, 512, 513, 1000):
+        short, long = (
+            np.array(candidates._shares_from_the_end(candidates.shares(scores[..., :n], mx.array([[[few]]]))[1]))
+            for n in (few, 5000)
+        )
+        assert np.array_equal(short, long[..., :few])
+
+
+def test_a_border_is_near_as_far_as_scores_are_rounded():
+    """Scores of 10,000,000 after the temperature are right to 1: a border that is nearer is left open."""
+    values = 1e5 + RNG.normal(size=(1, 200, VOCAB)) * 0.01
+    values[..., :60] += 0.08
+    values, positions = mx.array(values.astype(np.float32)), mx.arange(200)[None]
+    rules = Rules.of([params(top_p=0.5, temperature=0.01)], VOCAB)
+    tokens, full = (
+        np.array(each) for each in (draw(values, rules, positions).tokens, settled(values, rules, positions))
+    )
+    assert np.array_equal(tokens, np.where(tokens == UNDECIDED, UNDECIDED, full))
+
+
+@pytest.mark.parametrize("bias", [1.0, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_no_logit_makes_a_token_that_does_not_exist(bad, bias):
+    """What is drawn is looked up before anybody has read that the logits are not finite."""
+    values, bits = np.zeros((1, 1, VOCAB), np.float32), np.zeros((1, 1, VOCAB // 32), np.uint32)
+    values[..., 3], bits[..., 0] = bad, 15
+    for p in EVERY.values():
+        rules = Rules.of([replace(p, logit_bias={3: bias})], VOCAB)
+        counts = counts_of(1) if rules.penalties else None
+        found = draw(mx.array(values), rules, mx.array([[3]]), token_counts=counts, mask=mx.array(bits))
+        assert UNDECIDED <= found.tokens.item() < VOCAB, p
+
+
 def test_parts_of_a_batch_are_those_of_the_whole(monkeypatch):
     rows = list(EVERY.values())
     whole = both(PEAKED[:, :3], rows)[0]
@@ -243,25 +307,43 @@ def test_open_places_are_settled_in_the_loop(name, guided, short, monkeypatch):
     assert loop.host_syncs == 25 < loops[0].host_syncs <= 50
 
 
+def loop_of(model: Gemma4, p: SamplingParams, rows: int) -> Speculation:
+    cache = Cache(model.config.kv, rows, 64, 16, mx.float32)
+    hidden = prefill(model, cache, slice(0, rows), tiny.prompts(rows))
+    return Speculation(model, tiny.drafter(model), cache, Rules.of([p] * rows, tiny.VOCAB), hidden)
+
+
 def test_a_settled_token_is_reported(short, monkeypatch):
     """The log-probability is that of the token which was emitted, not of what stood in for it."""
-    model, batch, p = tiny.target("moe"), tiny.prompts(2), replace(IN_THE_LOOP["top-p"], logprobs=3)
+    model, p = tiny.target("moe"), replace(IN_THE_LOOP["top-p"], logprobs=3)
 
-    def reports(drafts: int) -> list:
-        from mlx_gemma_mtp.cache.cache import Cache
-        from mlx_gemma_mtp.speculative.loop import Speculation
-        from mlx_gemma_mtp.speculative.prefill import prefill
-
-        cache = Cache(model.config.kv, 2, 64, 16, mx.float32)
-        hidden = prefill(model, cache, slice(0, 2), batch)
-        loop = Speculation(model, tiny.drafter(model), cache, Rules.of([p] * 2, tiny.VOCAB), hidden)
-        rounds = [loop.start(drafts)] + [loop.step(drafts) for _ in range(12)]
+    def reports() -> list:
+        loop = loop_of(model, p, 2)
+        rounds = [loop.start(0)] + [loop.step(0) for _ in range(12)]
         return [each for done in rounds for each in done.logprobs[0]][:12]
 
-    short_way = reports(0)
+    short_way = reports()
     monkeypatch.setattr(drawing, "FEW", 1 << 30)
-    for ours, want in zip(short_way, reports(0), strict=True):
+    for ours, want in zip(short_way, reports(), strict=True):
         assert ours.token == want.token and ours.logprob == pytest.approx(want.logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "share"), [("top-p", 0.35), ("free", 1.0)])
+def test_drafts_are_made_after_a_guess(name, share, short, monkeypatch):
+    """Where the newest token is open, they are made after the one that it probably is: of top-p the best of 8 tokens
+    here, and the same without filters.
+    """
+    guessed, propose = [], Mtp.propose
+
+    def spied(self, state: DraftState, count: int) -> Drafts:
+        guessed.append(state.newest)
+        return propose(self, state, count)
+
+    monkeypatch.setattr(Mtp, "propose", spied)
+    loop = loop_of(tiny.target("moe"), replace(IN_THE_LOOP[name], temperature=1.5), 3)
+    rounds = [loop.start(1)] + [loop.step(1) for _ in range(20)]
+    right = np.array(mx.stack(guessed)) == [[row[-1] for row in done.tokens] for done in rounds]
+    assert loop.host_syncs - len(rounds) >= 5 and right.mean() >= share
 
 
 def test_the_whole_way_draws_the_same(short):
