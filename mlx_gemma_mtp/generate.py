@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
-from .cli.prompts import read_messages, read_prompts, read_schema, read_source, read_tools
+from .cli.prompts import read_choice, read_messages, read_prompts, read_schema, read_source, read_tools
 from .cli.replies import Printer
 from .errors import UserError, clipped, shown
 from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
@@ -67,7 +67,7 @@ def _add_prompts(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE|TEXT",
-        help="a prompt of chat messages, a JSON list; repeatable",
+        help="a prompt of chat messages, a JSON list; repeatable; - reads standard input",
     )
     group.add_argument(
         "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"prompts in one batch (default: {MAX_ROWS})"
@@ -87,11 +87,16 @@ def _add_tools(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hide-thinking", action="store_true", help="leave thoughts out on a terminal (elsewhere --json has them)"
     )
-    group.add_argument("--tools", metavar="FILE|TEXT", help="functions that may be called, a JSON list as OpenAI's")
+    group.add_argument(
+        "--tools",
+        metavar="FILE|TEXT",
+        help="functions that may be called, a JSON list as OpenAI's; - reads standard input",
+    )
     group.add_argument(
         "--tool-choice",
         metavar="CHOICE",
-        help="auto (default), none, required, or the name of the tool to call (extra `grammar` for the last two)",
+        help="auto (default), none, required, the name of the tool to call, or OpenAI's object in JSON "
+        "(extra `grammar` for all but the first two)",
     )
 
 
@@ -174,7 +179,10 @@ def run(args: argparse.Namespace) -> int:
     if args.media:
         raise UserError(f"{args.media[0]!r}: image and audio input are not supported; this package takes text alone")
     messages = [read_messages(each) for each in args.messages]
-    prompts, params, options = [*read_prompts(args, not messages), *messages], read_params(args), read_options(args)
+    if args.ignore_chat_template and messages:
+        raise UserError("--messages are given with --ignore-chat-template; expected one of the two: drop the other")
+    prompts, params = [*read_prompts(args, not messages), *messages], read_params(args)
+    options = read_options(args, params)
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
     engine = load_engine(args, len(prompts))
     cancel = threading.Event()
@@ -219,15 +227,20 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def read_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what holds for every prompt, as options of `Engine.stream`. Raises UserError."""
+def read_options(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
+    """Returns what holds for every prompt, as options of `Engine.stream`. params: those of every prompt, which some
+    options exclude. Raises UserError.
+    """
     tools = None if args.tools is None else Tools.of(read_tools(args.tools))
-    ToolChoice.of(args.tool_choice, () if tools is None else tools.names)  # before anything is loaded
+    choice = read_choice(args.tool_choice)
+    ToolChoice.of(choice, () if tools is None else tools.names).check(params)  # before anything is loaded
+    if tools is not None and args.ignore_chat_template:
+        raise UserError("--tools are given with --ignore-chat-template, which tells the model; drop one of the two")
     return {
         "system_prompt": args.system_prompt,
         "chat_template": not args.ignore_chat_template,
         "tools": tools,
-        "tool_choice": args.tool_choice,
+        "tool_choice": choice,
         "allow_special": args.allow_special,
     }
 

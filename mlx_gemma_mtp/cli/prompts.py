@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import UserError, clipped, shown
+from ..text.messages import normalised
 
 PROMPTS = (
     "Write a Python function that reads a CSV file and returns the column means.",
@@ -29,7 +30,7 @@ def read_prompts(args: argparse.Namespace, needed: bool = True) -> list[str]:
 
     needed: whether there must be one.
     """
-    prompts = [_standard_input() if p == "-" else p for p in args.prompt]
+    prompts = [_standard_input("--prompt") if p == "-" else p for p in args.prompt]
     if args.prompt_file is not None:
         prompts += read_lines(args.prompt_file)
     if not prompts and needed:
@@ -52,21 +53,37 @@ def read_schema(source: str | None) -> str | None:
 
 
 def read_tools(source: str | None) -> Any:
-    """Returns what --tools says in JSON, in a file or as text. Raises UserError."""
+    """Returns what --tools says in JSON: in a file, in standard input ('-'), or as text. Raises UserError."""
     return None if source is None else _json("--tools", source, "a JSON list of tools")[1]
 
 
 def read_messages(source: str) -> list[Any]:
-    """Returns the chat messages of --messages, a JSON list in a file or as text. Raises UserError."""
+    """Returns the chat messages of --messages, a JSON list in a file, in standard input ('-'), or as text.
+
+    Raises UserError for what is no list, and for what is no message.
+    """
     messages = _json("--messages", source, "a JSON list of chat messages")[1]
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise UserError(f"--messages has {shown(messages)}, expected a JSON list of chat messages")
+    normalised(messages)
     return messages
 
 
+def read_choice(source: str | None) -> Any:
+    """Returns what --tool-choice says: a word, or OpenAI's object in JSON. Raises UserError."""
+    if source is None or not source.lstrip().startswith("{"):
+        return source
+    return _json("--tool-choice", source, "OpenAI's object, auto, none, required, or a tool's name")[1]
+
+
 def _json(flag: str, source: str, what: str) -> tuple[str, Any]:
-    """The JSON text that an argument is, or whose file it names, and its value. Raises UserError."""
-    text = read_source(flag, source, lambda text: text.lstrip().startswith(("{", "[")))
+    """The JSON text that an argument is, or whose file it names ('-' is standard input), and its value. Raises
+    UserError.
+    """
+    if source == "-":
+        text = _standard_input(flag)
+    else:
+        text = read_source(flag, source, lambda text: text.lstrip().startswith(("{", "[")))
     try:
         return text, json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -85,7 +102,8 @@ def read_source(flag: str, source: str | None, is_text: Callable[[str], bool]) -
         return _read(flag, source, "a text file")
     if is_text(source):
         return source
-    raise UserError(f"{flag} {clipped(source)}: there is no such file, and it is no text of that kind; check the name")
+    name = clipped(source) or repr(source)
+    raise UserError(f"{flag} {name}: there is no such file, and it is no text of that kind; check the name")
 
 
 def _read(flag: str, path: str, expected: str) -> str:
@@ -100,9 +118,9 @@ def _read(flag: str, path: str, expected: str) -> str:
     return _decode(data, f"{flag} {path}")
 
 
-def _standard_input() -> str:
+def _standard_input(flag: str) -> str:
     if sys.stdin is None:
-        raise UserError("--prompt - reads standard input, which is closed; expected a file or a pipe there")
+        raise UserError(f"{flag} - reads standard input, which is closed; expected a file or a pipe there")
     return _decode(sys.stdin.buffer.read(), "standard input")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
 from ..sampling.params import SamplingParams
 from ..speculative.guide import Constraint
 from ..text.calling import Calling, Free
@@ -35,8 +34,10 @@ class Calls:
 
     @property
     def strict(self) -> bool:
-        """Whether calls are bound for the sake of a strict tool, or because the reply must make one."""
-        return self.choice.forced or any(self.tools.strict(name) for name in self.choice.names)
+        """Whether calls are bound: the reply must make one, or may call some tools alone, or one of them is strict."""
+        names = self.choice.names
+        some = bool(names) and len(names) < len(self.tools.names)
+        return self.choice.forced or some or any(self.tools.strict(name) for name in names)
 
     @property
     def read(self) -> Tools | None:
@@ -68,7 +69,7 @@ class Constraints:
 
         Raises UserError for settings that exclude each other.
         """
-        _check(params, calls.choice)
+        calls.choice.check(params)
         reply: Constraint | None = None
         for kind, source in params.grammars.items():
             reply = self._grammars.compile(kind, source)
@@ -105,15 +106,3 @@ class Constraints:
             self.text.check_grammar_fits()
             self._compiler = Grammars(self.text.fast_tokenizer, self.vocab, self.end_tokens)
         return self._compiler
-
-
-def _check(params: SamplingParams, choice: ToolChoice) -> None:
-    """Raises UserError for settings that exclude each other."""
-    if choice.forced and params.grammars:
-        raise UserError(
-            f"{next(iter(params.grammars))} is given and tool_choice forces a call, expected one of the two: the reply "
-            "is either a text or a call"
-        )
-    if params.ignore_eos and (choice.forced or (choice.names and not choice.several)):
-        reason = "tool_choice forces a call" if choice.forced else "parallel_tool_calls is False"
-        raise UserError(f"ignore_eos is set and {reason}, expected one of the two: such text has an end")

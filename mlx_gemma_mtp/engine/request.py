@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import in_a_line
 from ..sampling.params import SamplingParams
@@ -36,6 +37,17 @@ class Result:
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     end_token: int | None = None
+
+    def message(self) -> dict[str, Any]:
+        """Returns the reply as the assistant's message in OpenAI's form, for the messages of the next turn; with
+        `reasoning` and `tool_calls` where there are any.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_openai() for call in self.tool_calls]
+        return message
 
 
 @dataclass(frozen=True)

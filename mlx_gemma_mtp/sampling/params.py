@@ -83,7 +83,8 @@ class SamplingParams:
             raise UserError(f"ignore_eos is set with {given[0]}, expected one of the two: such text has an end")
         if self.thinking_budget is not None and not self.thinking:
             raise UserError(
-                f"thinking_budget is {shown(self.thinking_budget)} without thinking, expected thinking=True"
+                f"thinking_budget is {shown(self.thinking_budget)} without thinking, expected thinking=True "
+                "(--thinking)"
             )
 
     def _numbers(self) -> dict[str, int | float]:

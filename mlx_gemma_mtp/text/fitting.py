@@ -135,7 +135,7 @@ class Fitting:
                 self._fault(f"{_inside(where, name)} is missing")
         found = {}
         for name, each in value.items():
-            if name not in properties and closed:
+            if name not in properties and name not in schema.get("required", ()) and closed:
                 self._fault(f"{_inside(where, name)} is unknown")
             found[name] = self.fit(each, properties.get(name, others or {}), _inside(where, name))
         return found

@@ -26,7 +26,11 @@ _NAME = re.compile(rf"(:?\s*call\s*:\s*)?({NAME})\s*")
 _KEY = re.compile(r"""[^\s:=,{}\[\]"'<>]+(?:[ \t]+[^\s:=,{}\[\]"'<>]+)*""")
 # The template writes keys as they are. Before a string it is plain where one ends, whatever it has in it.
 _KEY_OF_STRING = re.compile(r"""[^\s,{}\[\]"'<>]+(?=\s*:\s*<\|"\|>)""")
-_NEXT_KEY = re.compile(r"""\s*(?:<\|"\|>|["'])?([\w$@.\-]+)(?:<\|"\|>|["'])?\s*[:=](?!//)""")
+_NEXT_KEY = re.compile(
+    r"""\s*(?:<\|"\|>(?P<quoted>[^<]*)<\|"\|>|(?:<\|"\|>|["'])?(?P<bare>[^\s:=,|{}()\[\]"'<>]+)(?:<\|"\|>|["'])?)"""
+    r"\s*[:=](?!//)"
+)
+_PLAIN = re.compile(r"[\w$@.\-]+")  # a key that may follow words, unless the tool is known not to have it
 # A quote of the trained kind may follow one of another kind: models have closed strings twice.
 _AFTER_QUOTED = r'(?:<\|"\|>)?(?=\s*[,}\]])'
 _AFTER_VALUE = re.compile(_AFTER_QUOTED)
@@ -392,7 +396,9 @@ class Reader:
         words stand before it, to which what looks like a key may belong, unless the tool has it.
         """
         if key := _NEXT_KEY.match(self.text, at):
-            return not words or self._keys is None or len(self._open) > 1 or key[1] in self._keys
+            name = key["bare"] if key["quoted"] is None else key["quoted"]
+            unknown = self._keys is None or len(self._open) > 1
+            return not words or (unknown and _PLAIN.fullmatch(name) is not None) or name in (self._keys or ())
         return self.text.startswith("}", _BLANKS.match(self.text, at).end())
 
     def _bare(self, start: int, end: int) -> Bare:

@@ -13,9 +13,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..errors import UserError, clipped, shown
+from .fitting import fits
+from .fitting import kinds_of as types_of
 from .schemas import Schema
 from .tool_calls import QUOTE
 from .tools import Tools
@@ -32,7 +35,11 @@ KINDS = {  # of a schema without a type: what its keywords are about
     "string": ("pattern", "minLength", "maxLength"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
+LEAST, MOST = ("minimum", "minLength", "minItems"), ("maximum", "maxLength", "maxItems")
 KEY = r"""[^\s:,=|{}\[\]<>"']+"""  # a key that needs no quotes
+# Numbers within what a float and Python's reader of integers hold, so that each is read back as what it is.
+INTEGER = "-?(0|[1-9][0-9]{0,59})"
+NUMBER = rf"{INTEGER}(\.[0-9]{{1,60}})?([eE][+-]?[0-9]{{1,2}})?"
 
 
 class Marks(NamedTuple):
@@ -45,6 +52,10 @@ class Marks(NamedTuple):
 
 class Unsaid(Exception):
     """A keyword that a grammar cannot say."""
+
+
+class Never(Exception):
+    """No value satisfies a schema. Says which part of it."""
 
 
 def call_grammar(tools: Tools, names: Sequence[str], marks: Marks, wrong: Callable[[str], str | None]) -> str:
@@ -90,7 +101,7 @@ class Lark:
         """Returns the rule of any value."""
         if "any" not in self.rules:
             self.rules["any"] = ""
-            scalar = self.json({"type": ["number", "boolean", "null"]})
+            scalar = f'{self.terminal(f"/{NUMBER}/")} | "true" | "false" | "null"'
             string = self.string(f"/{self.char}+/", empty=True)
             self.rules["any"] = f'{string} | {scalar} | "[" (any ("," any)*)? "]" | {self.any_object()}'
         return "any"
@@ -114,7 +125,7 @@ class Lark:
         return " ".join([self.quote, *([literal(text)] if text else []), self.quote])
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """Returns the rule of what llguidance itself knows: JSON values that are no strings, lists or objects."""
+        """Returns the rule of what llguidance itself knows: numbers within bounds."""
         return self.rule(f"%json {json.dumps(schema)}")
 
 
@@ -128,20 +139,38 @@ class Parameters:
 
     def call(self) -> str:
         """Returns the rule of a call of the tool. Raises UserError."""
-        arguments = self.value(self.schema, "parameters", Lark.any_object)
+        try:
+            arguments = self.value(self.schema, "parameters", Lark.any_object)
+        except Never as error:
+            raise UserError(f"{error}; no call satisfies that: mend the schema") from None
         return self.lark.rule(f"{literal(f'call:{self.name}')} {arguments}")
 
     def value(self, schema: Schema | bool, at: str, loose: Callable[[Lark], str] = Lark.anything) -> str:
         """Returns the rule of a value that satisfies the schema. at: where it stands, for messages. loose: makes the
-        rule of what is allowed where the schema cannot be said.
+        rule of what is allowed where neither the schema nor a type can be said. Raises Never.
         """
         if schema is True:
             return self.lark.anything()
+        if schema is False:
+            raise Never(f"{self._where(at)} is false")
         try:
             return self._alternatives(whole(schema), at)
         except Unsaid as error:
             self._unsaid(str(error), at)
-            return loose(self.lark)
+        kinds = kinds_of(schema.get("type", []))
+        return self._any_of([self._typed(kind, {}, at) for kind in kinds], at) if kinds else loose(self.lark)
+
+    def _possible(self, schemas: Iterable[tuple[Schema | bool, str]], at: str) -> list[str]:
+        """The rules of alternatives, each with its place, without those that no value satisfies. Raises Never where
+        none is left.
+        """
+        rules = []
+        for schema, place in schemas:
+            with suppress(Never):
+                rules.append(self.value(schema, place))
+        if not rules:
+            raise Never(f"{self._where(at)} has no alternatives")
+        return rules
 
     def _unsaid(self, keyword: str, at: str) -> None:
         """A keyword that is left out, or refused."""
@@ -155,6 +184,8 @@ class Parameters:
 
     def _alternatives(self, schema: Schema, at: str) -> str:
         """The rule of a schema without allOf: of its alternatives, or of its types."""
+        if schema.get("not") in ({}, True) and "not" in schema:
+            raise Never(f"{self._where(at)} forbids everything")
         for keyword in UNSAID:
             if schema.get(keyword):  # `false`, 0 and the like forbid nothing
                 self._unsaid(keyword, at)
@@ -163,10 +194,14 @@ class Parameters:
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 rest = {key: each for key, each in schema.items() if key not in (keyword, *NOTES)}
-                options = [merged(rest, each) if rest else each for each in schema[keyword]]
-                return self._any_of([self.value(each, f"{at}.{keyword}") for each in options], at)
+                options = [merged(rest, each) if rest and each is not False else each for each in schema[keyword]]
+                return self._any_of(self._possible([(each, f"{at}.{keyword}") for each in options], at), at)
         if "const" in schema or "enum" in schema:
             values = [schema["const"]] if "const" in schema else schema["enum"]
+            kinds = types_of(schema)
+            values = [each for each in values if not kinds or fits(_whole(each), kinds)] or (
+                [] if self.strict else values
+            )
             return self._any_of([self._literal(each) for each in values], at)
         kinds = schema.get("type", next((kind for kind, words in KINDS.items() if set(words) & set(schema)), None))
         if kinds is None:
@@ -175,7 +210,7 @@ class Parameters:
 
     def _any_of(self, rules: Sequence[str], at: str) -> str:
         if not rules:
-            raise UserError(f"{self._where(at)} has no alternatives, expected one or more")
+            raise Never(f"{self._where(at)} has no alternatives")
         return rules[0] if len(rules) == 1 else self.lark.rule(" | ".join(dict.fromkeys(rules)))
 
     def _typed(self, kind: str, schema: Schema, at: str) -> str:
@@ -205,6 +240,8 @@ class Parameters:
         if len(said) > 1 and self.lark.wrong(f"start: %json {json.dumps(said)}"):
             self._unsaid(", ".join(key for key in said if key != "type"), at)
             said = {"type": kind}
+        if len(said) == 1:
+            return self.lark.terminal(f"/{INTEGER if kind == 'integer' else NUMBER}/")
         return self.lark.json(said)
 
     def _string(self, schema: Schema, at: str) -> str:
@@ -230,11 +267,12 @@ class Parameters:
         """The least and the most of a schema's minLength and maxLength, or minItems and maxItems; the most as text."""
         least, most = schema.get(f"min{what}", 0), schema.get(f"max{what}")
         for name, each in ((f"min{what}", least), (f"max{what}", most if most is not None else 0)):
-            if not isinstance(each, int) or isinstance(each, bool) or each < 0:
+            whole_number = isinstance(each, int) or (isinstance(each, float) and each.is_integer())
+            if not whole_number or isinstance(each, bool) or each < 0:
                 raise UserError(f"{self._where(at)} has {name} {shown(each)}, expected a whole number from 0 on")
         if most is not None and most < least:
             raise UserError(f"{self._where(at)} has min{what} {least} above max{what} {most}; no value satisfies it")
-        return least, "" if most is None else str(most)
+        return int(least), "" if most is None else str(int(most))
 
     def _array(self, schema: Schema, at: str) -> str:
         least, most = self._bounds(schema, "Items", at)
@@ -242,10 +280,16 @@ class Parameters:
         first = schema.get("prefixItems", items if isinstance(items, list) else [])
         more = schema.get("additionalItems", True) if isinstance(items, list) else items
         first = first[: int(most)] if most else first
+        if False in first:  # a list ends before a place where nothing may stand
+            first, more = first[: first.index(False)], False
+        value = None
+        with suppress(Never):
+            value = self.value(more, f"{at}[]")
+        if value is None and least > len(first):
+            raise Never(f"{self._where(at)} has minItems {least}")
         # From the end: what may follow the items so far, each with the comma before it.
         tail, rest = "", max(least - len(first), 0)
-        if more is not False and (not most or int(most) > len(first)):
-            value = self.value(more, f"{at}[]")
+        if value is not None and (not most or int(most) > len(first)):
             more_of_it = repeated(f'"," {value}', max(rest - (not first), 0), most and int(most) - max(len(first), 1))
             if not first:
                 return self.lark.rule(f'"[" ({value} {more_of_it}){"" if least else "?"} "]"')
@@ -259,6 +303,8 @@ class Parameters:
     def _object(self, schema: Schema, at: str) -> str:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         extra = schema.get("additionalProperties", "properties" not in schema)
+        if extra is False and not set(required) <= properties.keys():
+            self._unsaid("required", at)
         others = extra if isinstance(extra, Mapping) else True
         properties = {key: others for key in required} | dict(properties)
         # From the end: what may follow the keys so far, with its comma, and what may come first, without one.
@@ -267,10 +313,14 @@ class Parameters:
             pair = self.lark.pair(self.value(others, f"{at}.*"), list(properties))
             more, first = f'("," {pair})*', f'({pair} ("," {pair})*)?'
         for key in reversed(ordered(properties)):
-            if properties[key] is False:
-                continue
-            value = self.value(properties[key], f"{at}.{key}")
-            pair, optional = f"{self.lark.key(key)} {value}", key not in required
+            optional = key not in required
+            try:
+                value = self.value(properties[key], f"{at}.{key}")
+            except Never:
+                if optional:
+                    continue
+                raise
+            pair = f"{self.lark.key(key)} {value}"
             first = self.lark.rule(f"{pair} {more}" + (f" | {first}" if optional else ""))
             more = self.lark.rule(f'"," {pair} {more}' + (f" | {more}" if optional else ""))
         return self.lark.rule(f'"{{" {first} "}}"')
@@ -296,6 +346,8 @@ def merged(one: Schema, other: Schema | bool) -> Schema:
             both[key] = value
         elif key == "required":
             both[key] = [*both[key], *value]
+        elif (key in LEAST or key in MOST) and all(isinstance(each, (int, float)) for each in (both[key], value)):
+            both[key] = (max if key in LEAST else min)(both[key], value)
         elif key == "properties":
             shared = {name: merged(both[key][name], each) for name, each in value.items() if name in both[key]}
             both[key] = {**both[key], **value, **shared}
@@ -341,9 +393,17 @@ def unanchored(pattern: Any, char: str) -> str:
     begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(\\\\)*\$$", pattern) is not None
     inner = pattern[begins : len(pattern) - ends]
     bare = re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "", inner)  # without escapes and classes
-    if re.search(r"[\^$]|\(\?[=!<]", bare) or ("|" in bare and (begins or ends)):
+    outer = bare
+    while (grouped := re.sub(r"\([^()]*\)", "", outer)) != outer:
+        outer = grouped
+    if re.search(r"[\^$]|\(\?[=!<]", bare) or ("|" in outer and (begins or ends)):
         raise Unsaid("pattern")
     return f"{'' if begins else f'{char}*'}({inner}){'' if ends else f'{char}*'}"
+
+
+def _whole(value: Any) -> Any:
+    """The value as an integer where it is one: JSON's 1.0 is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _joined(parts: Sequence[str]) -> list[str]:

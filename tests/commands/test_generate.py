@@ -205,12 +205,24 @@ def broken_model(folder: Path, **changes) -> Path:
         (["--messages", "{}"], "--messages has {}, expected a JSON list of chat messages"),
         (["--messages", "[1]"], "--messages has [1], expected a JSON list of chat messages"),
         (["--messages", '[{"role": "user"}]'], "a user message has no content"),
+        (["--messages", '[{"role": "tool", "content": "x"}]', "--model", "nothing-here"], "a tool message comes first"),
+        (["--messages", json.dumps(CALLED), "--ignore-chat-template"], "--messages are given with --ignore-chat"),
         (["--messages", "[{]"], "--messages is no JSON"),
+        (["--messages", ""], "--messages '': there is no such file"),
         (["--prompt", "x", "--tools", "nothing-here.json"], "--tools nothing-here.json: there is no such file"),
         (["--prompt", "x", "--tools", "[{]"], "--tools is no JSON"),
         (["--prompt", "x", "--tools", TOOLS, "--tool-choice", "date"], "tool_choice names 'date', expected 'auto'"),
         (["--prompt", "x", "--tool-choice", "required"], "tool_choice is 'required' without tools"),
-        (["--prompt", "x", "--tools", TOOLS, "--ignore-chat-template"], "tools is given without messages"),
+        (
+            ["--prompt", "x", "--tools", TOOLS, "--ignore-chat-template"],
+            "--tools are given with --ignore-chat",
+        ),
+        (["--prompt", "x", "--tools", TOOLS, "--tool-choice", "{'type'}"], "--tool-choice is no JSON"),
+        (["--prompt", "x", "--tools", TOOLS, "--tool-choice", "{}"], "tool_choice is {}, expected 'auto'"),
+        (
+            ["--prompt", "x", "--tools", TOOLS, "--tool-choice", "now", "--ignore-eos", "--model", "nothing-here"],
+            "ignore_eos is set and tool_choice forces a call",
+        ),
         (["--prompt", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
@@ -218,6 +230,20 @@ def test_bad_input_is_one_line(capsys, argv, message):
     code, out, err = run(capsys, *argv)
     lines = [line for line in err.splitlines() if not line.startswith(("This is the small", "note:"))]
     assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_messages_on_standard_input(capsys, monkeypatch):
+    """As a log is piped; the choice of a tool may be OpenAI's object."""
+    argv = ("--tools", TOOLS, "--tool-choice", '{"type": "function", "function": {"name": "date"}}', "--messages", "-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps(CALLED).encode())))
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "tool_choice names 'date'" in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps(CALLED).encode())))
+    code, out, _ = run(capsys, *argv[:2], "--messages", "-", "--max-tokens", 4, "--temp", 0, "--json")
+    assert code == 0 and json.loads(out)["prompt"] == CALLED
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    code, _, err = run(capsys, "--messages", "-")
+    assert code == 2 and "--messages - is no JSON" in err
 
 
 def test_bad_bytes_on_standard_input(capsys, monkeypatch):

@@ -9,7 +9,8 @@ from mlx_gemma_mtp.engine.request import Request, Result
 from mlx_gemma_mtp.engine.stats import Stats
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.speculative.loop import TokenLogprob
-from mlx_gemma_mtp.text.tools import Tools
+from mlx_gemma_mtp.text.messages import normalised
+from mlx_gemma_mtp.text.tools import ToolCall, Tools
 
 BYTES = Bytes()
 END, RESPONSE = 300, 301  # end tokens: of a turn, and what follows calls
@@ -88,3 +89,16 @@ def test_why_a_request_ends(reply, end, options, reason, end_token, text, calls)
 def test_results_without_thoughts_and_calls_need_no_more_than_before():
     result = Result("text", [1], "stop", Stats(1))
     assert (result.reasoning, result.tool_calls, result.end_token) == ("", [], None)
+
+
+def test_a_result_is_a_message_of_the_next_turn():
+    """OpenAI's form, which is taken as it is; what is not there is left out."""
+    calls = [ToolCall("f", {"a": [1, "ä"]}), ToolCall("g", {})]
+    result = Result("Now.", [], "tool_calls", Stats(1), reasoning="Hm.", tool_calls=calls)
+    message = result.message()
+    assert message["tool_calls"] == [call.as_openai() for call in calls]
+    answers = [{"role": "tool", "tool_call_id": call.id, "content": "x"} for call in calls]
+    found = normalised([message, *answers])
+    assert found[0]["content"] == "Now." and found[0]["reasoning"] == "Hm." and found[2]["name"] == "g"
+    assert found[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": [1, "ä"]}}
+    assert Result("Yes.", [], "stop", Stats(1)).message() == {"role": "assistant", "content": "Yes."}

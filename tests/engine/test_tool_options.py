@@ -28,6 +28,7 @@ CALLED = [
     },
     {"role": "tool", "name": "get_weather", "content": "15 degrees"},
 ]
+ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "now"}]}
 SHORT = SamplingParams(max_tokens=16, temperature=0.0)
 DRAFTS = (0, 1, 4)
 
@@ -174,6 +175,22 @@ def test_what_the_choice_means():
         assert ToolChoice.of(named, names, several=False) == ToolChoice(("b",), forced=True, several=False)
 
 
+@pytest.mark.parametrize("flat", [True, False], ids=["of responses", "of chats"])
+def test_some_tools_are_allowed(flat):
+    """OpenAI's object of allowed tools, in both forms; calls are bound, so that no other tool is called."""
+    named = {"type": "function", "name": "b"} if flat else {"type": "function", "function": {"name": "b"}}
+
+    def allowed(mode):
+        some = {"mode": mode, "tools": [named]}
+        return {"type": "allowed_tools", **(some if flat else {"allowed_tools": some})}
+
+    assert ToolChoice.of(allowed("auto"), ("a", "b")) == ToolChoice(("b",))
+    assert ToolChoice.of(allowed("required"), ("a", "b")) == ToolChoice(("b",), forced=True)
+    tools = [{"name": "a"}, {"name": "b"}]
+    assert Calls(*tools_of(tools, allowed("auto"), True)).strict and not Calls(*tools_of(tools, "auto", True)).strict
+    assert not Calls(*tools_of(tools[1:], allowed("auto"), True)).strict
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -181,6 +198,9 @@ def test_what_the_choice_means():
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice is {'type': 'function'}, expected"),
         ({"tools": [WEATHER], "tool_choice": {"type": "custom", "name": "x"}}, "tool_choice is"),
         ({"tools": [WEATHER], "tool_choice": 5}, "tool_choice is 5, expected 'auto'"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "expected the mode 'auto' or 'required', and"),
+        ({"tools": [WEATHER], "tool_choice": ALLOWED}, "tool_choice names 'now', expected"),
+        ({"tool_choice": ALLOWED}, "tool_choice is {'type': 'allowed_tools'"),
         ({"tool_choice": "required"}, "tool_choice is 'required' without tools"),
         ({"tools": [], "tool_choice": "get_weather"}, "tool_choice is 'get_weather' without tools"),
         ({"tools": [WEATHER], "parallel_tool_calls": "no"}, "parallel_tool_calls is 'no', expected True or False"),

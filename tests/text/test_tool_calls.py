@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import gemma4
 
-from mlx_gemma_mtp.text.tool_calls import read
+from mlx_gemma_mtp.text.tool_calls import QUOTE, read
 from mlx_gemma_mtp.text.tools import ToolCall, Tools
 
 Q = '<|"|>'
@@ -200,6 +200,19 @@ def test_a_schema_tells_where_bare_words_end():
     call = one("call:f{text:note: a, b: c, count: 5}", TOOLS)
     assert call.arguments == {"text": "note: a, b: c", "count": 5} and call.faults == ()
     assert one("call:f{text:a, b: c}").arguments == {"text": "a", "b": "c"}
+
+
+def test_any_key_ends_the_value_before_it():
+    """Quoted keys with whatever they hold, and plain ones that are no words."""
+    written = "call:f{a:true,'my key':1,c:null,'':2,d:3,x/y:4,e:-1,@b:false}".replace("'", QUOTE)
+    call = one(written)
+    expected = {"a": True, "my key": 1, "c": None, "": 2, "d": 3, "x/y": 4, "e": -1, "@b": False}
+    assert call.arguments == expected and call.repaired == ()
+
+
+def test_a_required_argument_is_known():
+    tools = Tools.of([{"name": "f", "parameters": {"properties": {"a": {}}, "required": ["z"]}}])
+    assert one("call:f{z:1}", tools).faults == ()
 
 
 def test_several_calls_in_one():

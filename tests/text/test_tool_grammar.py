@@ -117,6 +117,16 @@ SCHEMAS = {
         ["{a:0.5}", "{a:3}"],
         ["{a:0}", "{a:-1}"],
     ),
+    "bounds in parts": (
+        thing(a={"allOf": [{"type": "integer", "minimum": 1}, {"minimum": 3, "maximum": 5}, {"maximum": 9}]}),
+        ["{a:3}", "{a:5}"],
+        ["{a:2}", "{a:6}"],
+    ),
+    "numbers that no reader holds": (
+        thing(a={"type": "number"}, b={}, i={"type": "integer"}),
+        ["{a:-12.5e+20}", "{a:1E-99}", "{b:0}", f"{{i:{'9' * 60}}}"],
+        ["{a:1e400}", "{b:7E0344713}", f"{{i:{'9' * 61}}}", f"{{a:{'9' * 61}}}"],
+    ),
     "multiples": (thing(a={"type": "integer", "multipleOf": 7}), ["{a:14}"], ["{a:15}"]),
     "lengths": (
         thing(a={"type": "string", "minLength": 2, "maxLength": 3}),
@@ -130,6 +140,12 @@ SCHEMAS = {
         ["{a:'abd'}", "{a:'A'}"],
     ),
     "a pattern within": (thing(a={"type": "string", "pattern": "b+\\$"}), ["{a:'axbb$x'}"], ["{a:'axb'}", "{a:''}"]),
+    "a pattern of alternatives": (
+        thing(a={"type": "string", "pattern": "^(a|b(c|d))$"}),
+        ["{a:'a'}", "{a:'bd'}"],
+        ["{a:''}", "{a:'ab'}", "{a:'b'}"],
+    ),
+    "bounds as floats": (thing(a={"type": "string", "maxLength": 2.0}), ["{a:'ab'}"], ["{a:'abc'}"]),
     "a pattern and a length": (
         thing(a={"type": "string", "pattern": "^a+", "maxLength": 3}),
         ["{a:'a'}", "{a:'aab'}"],
@@ -162,7 +178,29 @@ SCHEMAS = {
         ["{a:{x:1,y:2}}", "{a:{y:2}}"],
         ["{a:{x:1}}", "{a:{}}"],
     ),
+    "nothing may stand there": (
+        thing(a=False, b={"not": {}}, c={"enum": []}, d={"anyOf": [False, {"type": "integer"}]}, e={"anyOf": [False]}),
+        ["{d:1}", "{}"],
+        ["{a:1}", "{b:1}", "{c:1}", "{d:'x'}", "{e:1}"],
+    ),
+    "lists of nothing": (
+        thing(a={"type": "array", "items": {"not": {}}}, b={"type": "array", "prefixItems": [{}, False, {}]}),
+        ["{a:[],b:[]}", "{b:[1]}"],
+        ["{a:[1]}", "{b:[1,2]}", "{b:[1,2,3]}"],
+    ),
+    "an enum beside a type": (
+        thing(a={"type": ["string", "integer"], "enum": ["x", 1, True]}, b={"type": "string", "enum": ["y", None]}),
+        ["{a:'x'}", "{a:1}", "{b:null}"],
+        ["{a:true}"],
+    ),
+    "an enum of floats that are whole": (thing(a={"type": "integer", "enum": [1.0, 2]}), ["{a:1.0}", "{a:2}"], []),
+    "an enum of another type": (thing(a={"type": "integer", "enum": ["1", "2"]}), ["{a:'1'}"], ["{a:1}"]),
     # What cannot be said allows more.
+    "a type beside what cannot be said": (
+        thing(a={"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "b$"}]}),
+        ["{a:'zz'}"],
+        ["{a:1}"],
+    ),
     "not": (thing(a={"not": {"type": "null"}}), ["{a:null}", "{a:1}"], ["{b:1}"]),
     "looking ahead": (thing(a={"type": "string", "pattern": "(?=x)a"}), ["{a:'zz'}"], ["{a:1}"]),
     "anchors within": (thing(a={"type": "string", "pattern": "^a|b$"}), ["{a:'zz'}"], ["{a:1}"]),
@@ -214,7 +252,9 @@ def test_control_tokens_are_no_text(kit):
         (thing(a={"type": "string", "pattern": "(?=x)a"}), "parameters.a has 'pattern'"),
         (thing(a={"type": "string", "pattern": "["}), "parameters.a has 'pattern'"),
         (thing(a={"type": "integer", "minimum": 5, "maximum": 3}), "parameters.a has 'minimum, maximum'"),
-        (thing(a={"allOf": [{"minimum": 1}, {"minimum": 2}]}), "parameters.a has 'minimum'"),
+        (thing(a={"allOf": [{"pattern": "a"}, {"pattern": "b"}]}), "parameters.a has 'pattern'"),
+        (thing(a={"allOf": [{"minimum": 1}, {"minimum": "2"}]}), "parameters.a has 'minimum'"),
+        (thing(a={}) | {"required": ["b"], "additionalProperties": False}, "parameters has 'required'"),
     ],
 )
 def test_what_cannot_be_said_is_refused_where_the_tool_is_strict(bad, message):
@@ -230,8 +270,14 @@ def test_what_cannot_be_said_is_refused_where_the_tool_is_strict(bad, message):
     [
         (thing(a={"type": "array", "minItems": 3, "maxItems": 2}), "minItems 3 above maxItems 2"),
         (thing(a={"type": "string", "maxLength": -1}), "maxLength -1, expected a whole number"),
-        (thing(a={"enum": []}), "parameters.a has no alternatives"),
-        (thing(a={"anyOf": []}), "parameters.a has no alternatives"),
+        (thing(a={"enum": []}) | {"required": ["a"]}, "parameters.a has no alternatives; no call satisfies that"),
+        (thing(a={"anyOf": [False]}) | {"required": ["a"]}, "parameters.a has no alternatives"),
+        (thing(a=thing(b=False) | {"required": ["b"]}) | {"required": ["a"]}, "parameters.a.b is false; no call"),
+        (thing(a={"not": {}}) | {"required": ["a"]}, "parameters.a forbids everything; no call"),
+        (
+            thing(a={"type": "array", "items": False, "minItems": 1}) | {"required": ["a"]},
+            "parameters.a has minItems",
+        ),
     ],
 )
 def test_schemas_that_cannot_be_used(bad, message):
@@ -247,6 +293,15 @@ def test_deep_schemas_are_bound():
     kit, deep = Kit(True), tool("f", schema, strict=True)
     assert kit.refused(call("{a:" * 24 + "null" + "}" * 24), deep) is None
     assert kit.refused(call("{a:" * 23 + "null" + "}" * 23), deep) is not None
+
+
+def test_deep_lists_are_bound_in_no_time():
+    """Each part is looked at once: twice would be a million times here."""
+    schema: dict = {"type": "null"}
+    for _ in range(20):
+        schema = {"type": "array", "items": schema, "description": "d"}
+    kit, deep = Kit(True), tool("f", thing(a=schema), strict=True)
+    assert kit.refused(call("{a:" + "[" * 20 + "null" + "]" * 20 + "}"), deep) is None
 
 
 def drawn(rng: np.random.Generator, depth: int = 0) -> dict:
