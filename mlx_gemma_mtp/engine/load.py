@@ -172,13 +172,13 @@ def _find(wanted: _Wanted, listeners: _Listeners) -> tuple[hub.Pair, GenerationD
     """
     listeners.stage("looking for the model")
     pair = hub.find_pair(wanted.model, wanted.draft_model, wanted.revision)
-    if pair.drafter is None and wanted.draft_model == "auto":
-        listeners.notice(f"{pair.reason}; decoding plainly")
     listeners.stage("checking the model's files")
     loading.check_pair(pair.target, pair.drafter)
     defaults = loading.read_generation_defaults(pair.target)
     defaults.check_vocabulary(TargetConfig.from_dict(read_config(pair.target)).vocab_size)
     check_tokenizer(pair.target)
+    if pair.drafter is None and wanted.draft_model == "auto":
+        listeners.notice(f"{pair.reason}; decoding plainly")
     return pair, defaults
 
 
