@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import UserError, shown
 from ..sampling.params import LARGEST_COUNT, SamplingParams, flag, listed, whole
 from ..speculative.depth import AUTO
+from ..text.messages import are_messages
 from ..text.tool_choice import ToolChoice
 from ..text.tools import Tools
 
@@ -64,8 +65,7 @@ def tools_of(tools: Any, choice: Any, several: Any) -> tuple[Tools | None, ToolC
 
 def told_of(tools: Tools | None, prompt: Any) -> list[dict[str, Any]] | None:
     """Returns the tools as the chat template renders them, None for a prompt of ids, which holds what it should."""
-    ids = not isinstance(prompt, str) and not any(isinstance(part, Mapping) for part in prompt)
-    return None if tools is None or ids else tools.schemas
+    return tools.schemas if tools is not None and (isinstance(prompt, str) or are_messages(prompt)) else None
 
 
 def told(name: str, listener: Callable[..., None] | None) -> Callable[..., None]:

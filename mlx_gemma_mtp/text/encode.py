@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UserError, shown
 from ..sampling.params import check_unicode, flag, whole
 from .control import CLOSE, OPEN
-from .messages import Message, checked_tools, is_empty, normalised
+from .messages import Message, are_messages, checked_tools, is_empty, normalised
 from .reply import Controls, Reply
 from .template import Template
 from .tokenizer import TokenizerWrapper, load
@@ -131,8 +131,7 @@ class Text:
         flag("allow_special", allow_special)
         flag("continue_final_message", continue_final_message)
         prompt = _plain(prompt)
-        are_messages = not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt)
-        if are_messages or (isinstance(prompt, str) and chat_template and self.template.exists):
+        if are_messages(prompt) or (isinstance(prompt, str) and chat_template and self.template.exists):
             tokens = self._chat(prompt, system_prompt, thinking, tools, allow_special, continue_final_message)
         else:
             for name, given in (("tools", tools), ("continue_final_message", continue_final_message)):

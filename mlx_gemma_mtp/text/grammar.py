@@ -47,12 +47,9 @@ class Grammars:
         Raises UserError for a source that is no grammar, and for one that no text satisfies.
         """
         try:
-            grammar = Grammar(self._matcher(kind, source), self.vocab, self.end_tokens)
-            grammar.copy().check_start()
-        except ValueError as error:  # llguidance's, of a source that it cannot read, or UserError
-            reason = in_a_line(error).removeprefix("ValueError: ")
-            raise UserError(f"the {kind} {shown(source)} cannot be used: {reason}; mend it") from None
-        return grammar
+            return self._grammar(kind, source)
+        except ValueError as error:
+            raise UserError(f"the {kind} {shown(source)} cannot be used: {_reason(error)}; mend it") from None
 
     def calls(self, tools: Tools, names: Sequence[str], marks: Marks) -> Grammar:
         """Compiles the grammar of one call of one of these tools, from its opening to its closing token.
@@ -61,12 +58,15 @@ class Grammars:
         """
         source = call_grammar(tools, names, marks, self._wrong)
         try:
-            grammar = Grammar(self._matcher("grammar", source), self.vocab, self.end_tokens)
-            grammar.copy().check_start()
+            return self._grammar("grammar", source)
         except ValueError as error:
             which = clipped(", ".join(names), 80)
-            reason = in_a_line(error).removeprefix("ValueError: ")
-            raise UserError(f"calls of {which} cannot be bound to their schemas: {reason}; mend them") from None
+            raise UserError(f"calls of {which} cannot be bound to their schemas: {_reason(error)}; mend them") from None
+
+    def _grammar(self, kind: str, source: str) -> Grammar:
+        """Raises llguidance's ValueError of a source that it cannot read, UserError where no text satisfies it."""
+        grammar = Grammar(self._matcher(kind, source), self.vocab, self.end_tokens)
+        grammar.copy().check_start()
         return grammar
 
     def _wrong(self, lark: str) -> str | None:
@@ -92,6 +92,10 @@ class Grammars:
         if wrong or matcher.is_error():
             raise ValueError((messages or [matcher.get_error()])[0])
         return matcher
+
+
+def _reason(error: ValueError) -> str:
+    return in_a_line(error).removeprefix("ValueError: ")
 
 
 class Grammar:

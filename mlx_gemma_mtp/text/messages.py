@@ -36,6 +36,11 @@ CHANNEL = re.compile(f"{re.escape(OPEN)}(.*?){re.escape(CLOSE)}", re.DOTALL)
 UNCLOSED = re.compile(f"{re.escape(OPEN)}{THOUGHT}(?:\n(.*))?$", re.DOTALL)
 
 
+def are_messages(prompt: Any) -> bool:
+    """Returns whether a prompt is chat messages: neither text nor token ids."""
+    return not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt)
+
+
 def normalised(messages: Iterable[Any], thoughts: bool = True) -> list[dict[str, Any]]:
     """Returns new messages with role, content (text), and where they are given name, reasoning and tool_calls.
 

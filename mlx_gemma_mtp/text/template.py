@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
@@ -70,10 +71,12 @@ class Template:
         mark, place = _rare(f"{messages!r}{tools!r}")
         given = [*messages[:-1], {"role": "assistant", "content": place}] if continued else messages
         given = _folded(given) if self._folds else given
-        rendered = self._guarded(given, tools, thinking, not continued, "" if allow_special else mark)
+        render = partial(self._guarded, given, tools, thinking, not continued)
+        rendered = render("" if allow_special else mark)
         if not allow_special:  # else the template takes thoughts out of the assistant's text
             _check_complete(rendered.replace(mark, ""), messages[:-1] if continued else messages, tools)
-            rendered = self._as_meant(rendered, given, tools, thinking, not continued, mark)
+            if mark in rendered and not self._spells_control([*map(dict, given), *(tools or ())]):
+                rendered = self._as_meant(rendered, render(""), mark)
         if continued:
             head, found, _ = rendered.rpartition(place)
             if not found:
@@ -96,26 +99,17 @@ class Template:
         marked = [{"role": each["role"]} | self._with_marks(_without(each, "role"), mark) for each in messages]
         return self._render(marked, self._with_marks(tools, mark), thinking, reply)
 
-    def _as_meant(
-        self,
-        rendered: str,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        thinking: bool,
-        reply: bool,
-        mark: str,
-    ) -> str:
-        """Returns what the template renders without marks, where it looks for such as `</think>` in the texts and the
-        marks hide that from it, if nothing in them can become a control string; else `rendered`.
-        """
-        if mark not in rendered:
-            return rendered
+    def _spells_control(self, leaves: Any) -> bool:
+        """Whether something in these texts can become a control string, put together or not."""
         texts: list[str] = []
-        mapped(lambda text: texts.append(text) or text, [*map(dict, messages), *(tools or ())])
+        mapped(lambda text: texts.append(text) or text, leaves)
         squeezed = "".join("".join(texts).casefold().split())
-        if any(name.casefold() in squeezed for name in self._names):
-            return rendered
-        plain = self._guarded(messages, tools, thinking, reply, "")
+        return any(name.casefold() in squeezed for name in self._names)
+
+    def _as_meant(self, rendered: str, plain: str, mark: str) -> str:
+        """Returns what the template renders without marks, `plain`, where it looks for such as `</think>` in the texts
+        and the marks hide that from it, unless other control strings stand there; else `rendered`.
+        """
         if plain == rendered.replace(mark, "") or self._control.findall(plain) != self._control.findall(rendered):
             return rendered
         return plain

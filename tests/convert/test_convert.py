@@ -202,6 +202,19 @@ def run(checkpoint: Checkpoint, out: Path, *flags: str) -> int:
     return main(["--hf-path", str(checkpoint.folder), "--mlx-path", str(out), *flags])
 
 
+def watched_blocks(monkeypatch, most: int) -> list[int]:
+    """The sizes of the blocks that are read from now on, of which none may be larger than `most` bytes."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", most)
+    read, sizes = blocks.read, []
+
+    def measured(tensor, start, stop):
+        sizes.append((stop - start) * blocks.row_bytes(tensor))
+        return read(tensor, start, stop)
+
+    monkeypatch.setattr(blocks, "read", measured)
+    return sizes
+
+
 def load(folder: Path) -> tuple[dict, dict]:
     """All written tensors, and config.json."""
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]

@@ -384,6 +384,15 @@ FAULTS = {
 }  # fmt: skip
 
 
+def refusal(checkpoint: Checkpoint, adapter: Path, capsys) -> str:
+    """The one line with which an adapter is refused; nothing is written."""
+    out = adapter.parent / "out"
+    assert run(checkpoint, out, "--adapter-path", str(adapter)) == 2 and not out.exists()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    return said
+
+
 @pytest.mark.parametrize("case", FAULTS)
 def test_refused_by_name(tmp_path, capsys, case):
     fault, says = FAULTS[case]
@@ -393,10 +402,8 @@ def test_refused_by_name(tmp_path, capsys, case):
     config = PEFT | PEFT_DEFAULTS
     fault(config, tensors)
     adapter = write(tmp_path / "adapter", config, "adapter_model.safetensors", tensors)
-    assert run(checkpoint, tmp_path / "out", "--adapter-path", str(adapter)) == 2
-    said = capsys.readouterr().err
-    assert says in said and str(adapter) in said and said.count("\n") == 1, said
-    assert not (tmp_path / "out").exists()
+    said = refusal(checkpoint, adapter, capsys)
+    assert says in said and str(adapter) in said, said
 
 
 MLX_FAULTS = {
@@ -423,9 +430,8 @@ def test_refused_by_name_of_mlx_lm(tmp_path, capsys, case):
     config, tensors = dict(MLX), {f"{path}.lora_a": mx.zeros((64, 4)), f"{path}.lora_b": mx.zeros((4, 128))}
     fault(config, tensors)
     adapter = write(tmp_path / "adapter", config, "adapters.safetensors", tensors)
-    assert run(checkpoint, tmp_path / "out", "--adapter-path", str(adapter)) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1 and not (tmp_path / "out").exists(), said
+    said = refusal(checkpoint, adapter, capsys)
+    assert says in said, said
 
 
 def test_experts_that_fit_twice(tmp_path, capsys):

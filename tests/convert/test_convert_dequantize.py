@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from packed import fp8, fp8_values, packed
-from test_convert import Checkpoint, expected, load, make_drafter, make_e2b, make_moe, make_unified, run
+from test_convert import Checkpoint, expected, load, make_drafter, make_e2b, make_moe, make_unified, run, watched_blocks
 
 from convert import blocks
 from convert.cli import main
@@ -389,14 +389,7 @@ def test_stacks_and_blocks_fit_in_memory(tmp_path, monkeypatch):
     checkpoint = make_moe(tmp_path / "hf")
     checkpoint.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     as_fp8(checkpoint, (32, 32), "_scale_inv")
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1500)
-    read, sizes = blocks.read, []
-
-    def measured(tensor, start, stop):
-        sizes.append((stop - start) * blocks.row_bytes(tensor))
-        return read(tensor, start, stop)
-
-    monkeypatch.setattr(blocks, "read", measured)
+    sizes = watched_blocks(monkeypatch, 1500)
     assert run(checkpoint, tmp_path / "out", "-q") == 0
     assert 1000 < max(sizes) <= 1500
 

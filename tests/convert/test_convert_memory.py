@@ -6,7 +6,7 @@ import sys
 
 import mlx.core as mx
 import pytest
-from test_convert import BASE, ROOT, Checkpoint, H, make_moe, run, text_shapes, values, wrapper
+from test_convert import BASE, ROOT, Checkpoint, H, make_moe, run, text_shapes, values, watched_blocks, wrapper
 
 from convert import blocks
 from convert.cli import main
@@ -30,14 +30,7 @@ sys.exit(code)
 def test_at_most_a_block_is_read_at_once(tmp_path, monkeypatch, flags):
     checkpoint = make_moe(tmp_path / "hf")
     checkpoint.save()
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1500)
-    read, sizes = blocks.read, []
-
-    def measured(tensor, start, stop):
-        sizes.append((stop - start) * blocks.row_bytes(tensor))
-        return read(tensor, start, stop)
-
-    monkeypatch.setattr(blocks, "read", measured)
+    sizes = watched_blocks(monkeypatch, 1500)
     assert run(checkpoint, tmp_path / "out", *flags) == 0
     assert main(["check", str(tmp_path / "out"), "--against", str(checkpoint.folder)]) == 0
     assert 1000 < max(sizes) <= 1500

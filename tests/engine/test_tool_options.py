@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from alike import alike
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine.arguments import tools_of
@@ -30,7 +31,6 @@ CALLED = [
 ]
 ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "now"}]}
 SHORT = SamplingParams(max_tokens=16, temperature=0.0)
-DRAFTS = (0, 1, 4)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,6 @@ def ids(engine):
 
 def written(engine, call: str) -> list[int]:
     return engine.text.fast_tokenizer.encode(call, add_special_tokens=False)
-
-
-def alike(engine, prompts, params, drafts=DRAFTS, **options):
-    """The results, the same for every draft length."""
-    plain, *others = ([*engine.generate(prompts, params, num_draft_tokens=k, **options)] for k in drafts)
-    for some in others:
-        assert [each.tokens for each in some] == [each.tokens for each in plain]
-    return plain
 
 
 def test_tools_reach_the_template(engine):

@@ -1,11 +1,11 @@
 """Replies taken apart as their tokens come: text, thoughts and calls, whatever the tokens are."""
 
 import json
-import sys
 from pathlib import Path
 
 import chats
 import pytest
+from effort import calls_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from spelling import CONTROL, Bytes, Split, cut, split
@@ -277,19 +277,6 @@ def test_work_grows_with_the_tokens_alone(unit, before):
 
     def calls(count: int) -> int:
         tokens, stream = GOOGLE.encode(before + unit * count), GOOGLE.reply(TOOLS, ("STOP",))
-        made = 0
-
-        def counted(frame, event, argument):
-            nonlocal made
-            made += event in ("call", "c_call")
-
-        sys.setprofile(counted)
-        try:
-            for token in tokens:
-                stream.push(token)
-            stream.finish()
-        finally:
-            sys.setprofile(None)
-        return made
+        return calls_of(lambda: [*map(stream.push, tokens), stream.finish()])
 
     assert calls(200) <= 2 * calls(100) + 100

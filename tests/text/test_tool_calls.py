@@ -1,9 +1,9 @@
 """Calls in Gemma's syntax: what is read, what is mended and said, what is no call."""
 
 import json
-import sys
 
 import pytest
+from effort import calls_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import gemma4
@@ -349,19 +349,8 @@ def test_work_grows_with_the_length_alone(junk, before):
     """Twice the text takes at most twice the calls of Python functions and methods."""
 
     def calls(count: int) -> int:
-        made = 0
-
-        def counted(frame, event, argument):
-            nonlocal made
-            made += event in ("call", "c_call")
-
-        sys.setprofile(counted)
-        try:
-            for closed in (True, False):
-                read(before + junk * count, TOOLS, closed)
-        finally:
-            sys.setprofile(None)
-        return made
+        text = before + junk * count
+        return calls_of(lambda: [read(text, TOOLS, closed) for closed in (True, False)])
 
     assert calls(1000) <= 2 * calls(500) + 100
 
