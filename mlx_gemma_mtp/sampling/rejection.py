@@ -36,10 +36,7 @@ def accept(
     reach, rest = residuals(drafts, q, p, rules.vocab, real)
     nobody = NO_TOKEN - positions[:, :1, None].astype(mx.uint32)
     draw = uniform(rules.keys, positions, nobody)[..., 0]
-    stays = draw <= chances(reach, rest)
-    if real is not None:
-        stays &= places <= real[:, None]
-    n = mx.where(stays, places, 0).max(axis=1)
+    n = mx.where(draw <= chances(reach, rest, real), places, 0).max(axis=1)
     n = mx.where(rules.greedy[:, 0], agreeing(drafts, p.best, real)[0], n)[:, None]
     here = lambda array: mx.take_along_axis(array, n.reshape(-1, *[1] * (array.ndim - 1)), axis=1)  # noqa: E731
     left = here(rest)
@@ -76,9 +73,10 @@ def residuals(
     return reach, mx.maximum(reach[..., None] * target - mx.pad(drafted, ((0, 0), (0, 1), (0, 0))), 0.0)
 
 
-def chances(reach: mx.array, rest: mx.array) -> mx.array:
+def chances(reach: mx.array, rest: mx.array, real: mx.array | None = None) -> mx.array:
     """Returns the paper's h_i, [B, K + 1]: the chance that the first i drafts stay where no more do. That of the last
-    is its reach.
+    is its reach, and of more drafts than are real, [B], it is 0.
     """
     mass = rest.sum(axis=-1)
-    return mass / mx.maximum(mass + (1 - reach), TINY)
+    h = mass / mx.maximum(mass + (1 - reach), TINY)
+    return h if real is None else mx.where(mx.arange(h.shape[1]) <= real[:, None], h, 0.0)
