@@ -2,58 +2,109 @@
 
 from __future__ import annotations
 
-from copy import copy
-
 import mlx.core as mx
 
 from ..ops.attention import attention
-from ..ops.fused import numbers
 from .spec import KVSpec
+
+Pair = tuple[mx.array, mx.array]
 
 
 class LayerKV:
-    """Keys and values of one layer, [rows, kv_heads, slots, head_dim]."""
+    """Keys and values of one layer, [rows, kv_heads, slots, head_dim]: at first of no rows."""
 
-    def __init__(self, spec: KVSpec, rows: int, slots: int, dtype: mx.Dtype):
-        shape = (rows, spec.kv_heads, slots, spec.head_dim)
-        self.spec = spec
+    def __init__(self, spec: KVSpec, slots: int, dtype: mx.Dtype):
+        shape = (0, spec.kv_heads, slots, spec.head_dim)
+        self.spec, self.slots = spec, slots
         self.keys, self.values = mx.zeros(shape, dtype), mx.zeros(shape, dtype)
 
     @property
-    def slots(self) -> int:
-        return self.keys.shape[2]
+    def rows(self) -> int:
+        return self.keys.shape[0]
 
-    def write(self, rows: slice, slot: mx.array, keys: mx.array, values: mx.array) -> None:
-        """Writes K/V of the rows. keys, values: [B, kv_heads, T, head_dim]; slot: int32, where each value goes, of the
-        same shape.
+    @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def write(self, slot: mx.array, keys: mx.array, values: mx.array) -> None:
+        """Writes K/V of all rows. keys, values: [rows, kv_heads, T, head_dim]; slot: int32, where each value goes, of
+        the same shape.
 
         The write is in place where no other handle and no queued read of a buffer is left. Handles that are kept stay
         as they are, so that a write that was never dispatched can be dropped.
         """
-        self.keys = self._written(self.keys, rows, slot, keys)
-        self.values = self._written(self.values, rows, slot, values)
+        self.keys = mx.put_along_axis(self.keys, slot, keys, axis=2)
+        self.values = mx.put_along_axis(self.values, slot, values, axis=2)
 
-    def _written(self, old: mx.array, rows: slice, slot: mx.array, new: mx.array) -> mx.array:
-        if rows == slice(0, old.shape[0]):
-            return mx.put_along_axis(old, slot, new, axis=2)
-        written = copy(old)  # an assignment would change the old handle too
-        row, head = numbers(rows.stop, rows.start)[:, None, None], numbers(self.spec.kv_heads)[:, None]
-        written[row, head, slot[..., 0]] = new
-        return written
-
-    def attend(self, rows: slice, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
-        """Returns the attention of queries over the first `slots` slots, with scale 1: [B, heads, T, head_dim].
+    def attend(self, rows: int, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
+        """Returns the attention of queries over the first `slots` slots of the first `rows` rows, with scale 1: [rows,
+        heads, T, head_dim].
 
         queries: of that shape; mask: from `attention_mask`.
         """
         keys, values = self.keys, self.values
-        if rows != slice(0, keys.shape[0]) or slots < self.slots:
-            keys, values = keys[rows, :, :slots], values[rows, :, :slots]
+        if rows < self.rows or slots < self.slots:
+            keys, values = keys[:rows, :, :slots], values[:rows, :, :slots]
         return attention(queries, keys, values, mask)
 
-    def grow(self, slots: int) -> None:
-        """Adds slots at the end up to `slots` of them, contents kept. Rings have no end: this is for full layers."""
-        rows, heads, old, dim = self.keys.shape
-        extra = mx.zeros((rows, heads, slots - old, dim), self.keys.dtype)
-        self.keys = mx.concatenate([self.keys, extra], axis=2)
-        self.values = mx.concatenate([self.values, extra], axis=2)
+    def resize(self, rows: int, slots: int | None = None) -> None:
+        """Keeps the first `rows` rows, or adds empty ones, and adds slots at the end up to `slots` of them. It waits for
+        the device, so that the old buffers are gone when the next layer's turn comes.
+        """
+        slots = self.slots if slots is None else slots
+        assert slots >= self.slots, "a full layer's slots do not become fewer"
+        self.keys, self.values = (_resized(old, rows, slots) for old in (self.keys, self.values))
+        self.slots = slots
+        mx.eval(self.keys, self.values)
+
+    def copied(self, row: int) -> Pair:
+        """Returns copies of a row, [1, kv_heads, slots, head_dim] each; they are to be evaluated before a write."""
+        index = mx.array([row])  # a gather copies; a slice would go on reading the buffer
+        return mx.take(self.keys, index, axis=0), mx.take(self.values, index, axis=0)
+
+    def saved(self, row: int, first: int, stop: int) -> Pair:
+        """Returns copies of a row's positions first to stop - 1, in order; they are to be evaluated before a write."""
+        begin, end = first % self.slots, first % self.slots + stop - first
+        parts = [
+            (begin, min(end, self.slots)),
+            (0, max(end - self.slots, 0)),
+        ]  # the second may be empty: it makes a copy
+        return tuple(
+            mx.concatenate([whole[row : row + 1, :, a:b] for a, b in parts], axis=2)
+            for whole in (self.keys, self.values)
+        )
+
+    def assign(self, row: int, pair: Pair, first: int = 0) -> None:
+        """Makes a row of the keys and values of positions first and after, [1, kv_heads, m, head_dim], m <= slots. All
+        other slots become empty, since what nobody sees must still be finite.
+
+        Nothing is evaluated: as the first link of the next write's chain this is in place, too.
+        """
+        place = mx.array([row])
+        self.keys, self.values = (
+            mx.slice_update(old, _laid(new, first % self.slots, self.slots), place, (0,))
+            for old, new in zip((self.keys, self.values), pair, strict=True)
+        )
+
+
+def _resized(old: mx.array, rows: int, slots: int) -> mx.array:
+    """Returns a new buffer of so many rows and slots; what `old` has no room for in it is dropped, the rest is zero."""
+    _, heads, before, dim = old.shape
+    kept = old[:rows]
+    if slots > before:
+        kept = mx.concatenate([kept, mx.zeros((kept.shape[0], heads, slots - before, dim), old.dtype)], axis=2)
+    added = mx.zeros((rows - kept.shape[0], heads, slots, dim), old.dtype)  # of no rows: then this is a copy
+    return mx.concatenate([kept, added], axis=0)
+
+
+def _laid(new: mx.array, begin: int, slots: int) -> mx.array:
+    """Returns a row of `slots` slots, [1, kv_heads, slots, dim]: `new` from slot `begin` on, round the end, and zeros."""
+    _, heads, count, dim = new.shape
+    assert count <= slots, f"{count} positions for {slots} slots"
+    if count == slots and begin == 0:
+        return new
+    empty = mx.zeros((1, heads, slots - count, dim), new.dtype)
+    wrapped = max(begin + count - slots, 0)
+    if wrapped:
+        return mx.concatenate([new[:, :, count - wrapped :], empty, new[:, :, : count - wrapped]], axis=2)
+    return mx.concatenate([empty[:, :, :begin], new, empty[:, :, begin:]], axis=2)

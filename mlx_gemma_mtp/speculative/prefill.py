@@ -1,4 +1,4 @@
-"""Prefill: ragged prompts, chunk by chunk."""
+"""Prefill: prompts, each in a cache of its own, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -10,31 +10,37 @@ from ..cache.cache import Cache
 from ..models.gemma4 import Gemma4
 
 
+def chunk(target: Gemma4, caches: Sequence[Cache], pieces: Sequence[Sequence[int]]) -> mx.array:
+    """Feeds each cache of one row the next piece of its prompt, and commits it. Returns the hidden states of each
+    piece's last token, [B, H]. Nothing is evaluated.
+    """
+    raise NotImplementedError
+
+
 def prefill(
     target: Gemma4,
-    cache: Cache,
-    rows: slice,
     prompts: Sequence[Sequence[int]],
+    block: int,
+    lookback: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> mx.array:
-    """Feeds ragged prompts in chunks of the cache's block. Each row commits its own tokens alone.
+) -> tuple[list[Cache], mx.array]:
+    """Feeds whole prompts in chunks of `block` tokens, each evaluated before the next. Returns a cache of each prompt,
+    and the hidden states of their last tokens, [B, H].
 
-    progress: told after each chunk how many tokens of the longest prompt are done. Returns each row's hidden state at
-    its last token, [B, H].
+    progress: told after each chunk how many tokens of the longest prompt are done.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    padded = mx.array([list(p) + [0] * (width - len(p)) for p in prompts])
-    hidden = None
-    for start in range(0, width, cache.block):
-        tokens = padded[:, start : start + cache.block]
-        step = tokens.shape[1]
-        counts = [max(0, min(length - start, step)) for length in lengths]  # each row's own tokens in this chunk
-        last = mx.array([length - 1 - start for length in lengths])  # the last token's column, if it is in this chunk
-        here = target(tokens, cache.span(rows, step, counts), mx.clip(last, 0, step - 1))[:, 0]
-        cache.commit(rows, mx.array(counts), counts)
-        inside = ((last >= 0) & (last < step))[:, None]
-        hidden = here if hidden is None else mx.where(inside, here, hidden)
-        mx.eval(hidden, cache.lengths)
-        progress(start + step)
-    return hidden
+    raise NotImplementedError
+
+
+def batch(
+    target: Gemma4,
+    prompts: Sequence[Sequence[int]],
+    chunk: int,
+    block: int,
+    lookback: int = 0,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Cache, mx.array]:
+    """Feeds whole prompts in chunks of `chunk` tokens. Returns a cache of them all for writes of at most `block` tokens,
+    and the hidden states of their last tokens, [B, H].
+    """
+    raise NotImplementedError
