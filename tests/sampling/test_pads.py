@@ -29,9 +29,9 @@ def test_a_pad_is_not_kept_though_it_is_right():
     assert kept.tolist() == [1, 0] and newest.tolist() == [6, 5]
 
 
-def blocks(real: int, params: SamplingParams) -> tuple[np.ndarray, Distribution, Distribution, Rules, mx.array]:
-    """Every block of `real` drafts with whatever pads behind it, and the distributions along it: drafts, q, p, rules,
-    how many are real.
+def blocks(real: int, params: SamplingParams) -> tuple[np.ndarray, Distribution, Distribution, mx.array]:
+    """Every block of `real` drafts with whatever pads behind it, the distributions along it, q and p, and how many
+    drafts are real.
     """
     drafts = np.array(list(itertools.product(range(VOCAB), repeat=real)), int).reshape(VOCAB**real, real)
     pads = np.random.default_rng(real).integers(0, VOCAB, (len(drafts), DRAFTS - real))
@@ -40,7 +40,7 @@ def blocks(real: int, params: SamplingParams) -> tuple[np.ndarray, Distribution,
     rules = Rules.of([params] * len(drafts), VOCAB)
     q = Distribution.of(mx.array(DRAFTER[before[:, :-1]]), rules)
     p = Distribution.of(mx.array(TARGET[before]), rules)
-    return drafts, q, p, rules, mx.full((len(drafts),), real)
+    return drafts, q, p, mx.full((len(drafts),), real)
 
 
 def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -55,7 +55,7 @@ def test_rejection_with_fewer_real_drafts_is_exact(real, params):
     """By enumeration: over all drafts, all numbers of them that stay and all tokens behind these, the next real + 1
     tokens have the target's joint distribution.
     """
-    drafts, q, p, rules, count = blocks(real, params)
+    drafts, q, p, count = blocks(real, params)
     reach, rest = residuals(mx.array(drafts), q, p, VOCAB, count)
     h = np.array(chances(reach, rest, count), np.float64)
     names = np.broadcast_to(np.array(p.names()), rest.shape)
@@ -83,7 +83,7 @@ def test_rejection_with_fewer_real_drafts_is_exact(real, params):
 
 @pytest.mark.parametrize("luck, stay", [(2.0**-33, [0, 1, 3]), (1.0, [0, 0, 0])])
 def test_rejection_keeps_no_pad(luck, stay, monkeypatch):
-    """With all luck every real draft stays, without any no draft does, and a row without drafts draws as plain decoding."""
+    """With all luck every real draft stays, without any none does; a row without drafts draws as plain decoding."""
     rules = Rules.of([SAMPLED] * 3, VOCAB)
     logits = mx.broadcast_to(mx.array(TARGET)[FIRST], (3, DRAFTS + 1, VOCAB))
     p, q = (Distribution.of(each, rules) for each in (logits, logits[:, :DRAFTS] * 0.5))
