@@ -10,7 +10,7 @@ row does not make the others long. While all rows are of one class, a forward ga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
@@ -59,11 +59,12 @@ class Cache:
         self.classes: list[int] = []
         sliding = [spec for spec in specs if spec.window is not None]
         self._full = [spec for spec in specs if spec.window is None]
-        self._rings = Shelf(sliding, [ring_slots(spec.window, block, lookback) for spec in sliding], dtype)
+        self.rings = Shelf(sliding, [ring_slots(spec.window, block, lookback) for spec in sliding], dtype)
         self._shelves: dict[int, Shelf] = {}  # by class, rising; those without rows wait for some
-        self._room: int | None = None  # tokens that the rings and the row of an opened cache have room for
+        self._room: int | None = None  # tokens that an opened cache has room for
+        self._written: list[int] = []  # for each row a position that no write went beyond
         kinds = [spec.window is not None for spec in specs]
-        self._homes = [(sliding, kinds[:i].count(sliding)) for i, sliding in enumerate(kinds)]
+        self.homes = [(sliding, kinds[:i].count(sliding)) for i, sliding in enumerate(kinds)]
         self._seat()
 
     @property
@@ -73,7 +74,7 @@ class Cache:
     @property
     def bytes(self) -> int:
         """The bytes of all buffers, unused places included."""
-        return self._rings.bytes + sum(shelf.bytes for shelf in self._shelves.values())
+        return self.rings.bytes + sum(shelf.bytes for shelf in self._shelves.values())
 
     @property
     def buffers(self) -> list[Pair]:
@@ -91,8 +92,11 @@ class Cache:
         """Makes one empty row that holds `tokens` tokens and never more. Its buffers never grow, and its rings are no
         larger than these tokens need.
         """
-        assert not self.rows, "a cache is opened once"
-        raise NotImplementedError
+        assert not self._shelves, "a cache is opened once, before anything else"
+        full, sliding = capacity(tokens), [layer.spec for layer in self.rings.layers]
+        slots = [min(full, layer.slots) for layer in self.rings.layers]
+        self._room, self.rings = tokens, Shelf(sliding, slots, self.dtype)
+        self.arrange([Saved.empty(self.specs, self.dtype)])
 
     def arrange(self, places: Sequence[int | Saved]) -> None:
         """Goes on with these rows in this order: an int is a row as it was, a Saved comes into the batch in that place.
@@ -101,29 +105,78 @@ class Cache:
         are copied out and evaluated. What is written into the batch's buffers is not: it is the first link of the next
         write's own chain, so that no buffer is copied. Buffers grow to the rows there are, one layer after the other.
         """
-        raise NotImplementedError
+        assert self._room is None or len(places) <= 1, "a cache that was opened is of one row"
+        stay = [source for source in places if not isinstance(source, Saved)]
+        assert len(set(stay)) == len(stay), "a row has one place"
+        classes, bounds, written, index, known = [], [], [], [], []
+        for source in places:
+            if isinstance(source, Saved):
+                self._check(source)
+                classes.append(self._class(source.tokens))
+                bounds.append(source.tokens)
+                written.append(source.tokens)
+                index.append(self.rows + len(known))
+                known.append(source.tokens)
+            else:
+                classes.append(self.classes[source])
+                bounds.append(self.length_bound[source])
+                written.append(self._written[source])
+                index.append(source)
+        if index != list(range(self.rows)):
+            lengths = mx.concatenate([self.lengths, mx.array(known, mx.int32)]) if known else self.lengths
+            self.lengths = mx.take(lengths, mx.array(index, mx.int32))
+        self._place(places, classes)
+        self.length_bound, self._written = bounds, written
 
     def save(self, row: int, slack: int = 0) -> Saved:
         """Returns copies of a row's committed tokens, evaluated. No verify may be built.
 
-        slack: how many positions before the window sliding layers save besides, so that a beginning that is so many
-        tokens shorter can be restored (`Saved.first`).
+        slack: how many positions before the window sliding layers save besides, as far as they still hold them, so that
+        a beginning that is so many tokens shorter can be restored (`Saved.first`).
         """
-        raise NotImplementedError
+        tokens = self.lengths[row].item()
+        shelf = self._shelves[self.classes[row]]
+        pairs = []
+        for sliding, i in self.homes:
+            kv, place = (self.rings.layers[i], row) if sliding else (shelf.layers[i], shelf.rows.index(row))
+            first = tokens - self._held(kv, row, tokens, slack) if sliding else 0
+            pairs.append(kv.saved(place, first, tokens))
+        mx.eval(pairs)
+        return Saved(tokens, tuple(pairs))
 
     def span(self, tokens: int) -> Span:
         """Returns the view of one forward that writes `tokens` tokens past the committed ones of all rows. Rows that
-        have outgrown their class move to the next one.
+        have outgrown their class move to the next one, for which it waits for the device.
         """
-        raise NotImplementedError
+        assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
+        ahead = self.block if self._room is None else tokens
+        if any(shelf.longest(self.length_bound) + ahead > slots for slots, shelf in self._live):
+            self._grow()
+        self._written = [max(old, new + tokens) for old, new in zip(self._written, self.length_bound, strict=True)]
+        return Span(self, tokens)
 
     def growth(self, tokens: int) -> int:
-        """Returns the bytes that `span(tokens)` would add to the cache's."""
-        raise NotImplementedError
+        """Returns the bytes that a `span` would add to the cache's once the length bounds are `tokens` higher."""
+        classes = self._grown(tokens)
+        places = {each: shelf.places for each, shelf in self._shelves.items()}
+        before = sum(each * count for each, count in places.items())
+        for old, new in self._extended(classes).items():
+            places |= {new: len(self._shelves[old].rows), old: 0}
+        for each, shelf in self._shelves.items():
+            if shelf.rows and each not in classes:
+                places[each] = 0
+        for each in classes:
+            places[each] = max(places.get(each, 0), classes.count(each))
+        slot = sum(2 * spec.kv_heads * spec.head_dim for spec in self._full) * self.dtype.size
+        return (sum(each * count for each, count in places.items()) - before) * slot
 
     def trim(self) -> None:
         """Gives back the memory of unused places and of classes without rows."""
-        raise NotImplementedError
+        self._shelves = {each: shelf for each, shelf in self._shelves.items() if shelf.rows}
+        for shelf in (self.rings, *self._shelves.values()):
+            if len(shelf.rows) < shelf.places:
+                shelf.resize(len(shelf.rows))
+        self._seat()
 
     def commit(self, n: mx.array, bound: Sequence[int]) -> None:
         """Commits n tokens of each row: lengths += n. Nothing else adds to `lengths`.
@@ -139,36 +192,202 @@ class Cache:
         """
         self.length_bound = [bound - less for bound, less in zip(self.length_bound, fewer, strict=True)]
 
+    def _class(self, bound: int) -> int:
+        """Returns the class of a row by its length bound: the one that holds it and one write more."""
+        return capacity(bound + self.block if self._room is None else self._room)
+
+    def _grown(self, tokens: int = 0) -> list[int]:
+        """Returns the class of each row for its next write, once the length bounds are `tokens` higher."""
+        return [max(old, self._class(n + tokens)) for old, n in zip(self.classes, self.length_bound, strict=True)]
+
+    def _extended(self, classes: Sequence[int]) -> dict[int, int]:
+        """Returns the classes whose rows all go to one class where there are none yet: their buffers become its."""
+        found: dict[int, int] = {}
+        for old, shelf in self._shelves.items():
+            new = {classes[row] for row in shelf.rows} - {old, *found.values()}
+            new -= {each for each, other in self._shelves.items() if other.rows}
+            if new and len({classes[row] for row in shelf.rows}) == 1:
+                found[old] = new.pop()
+        return found
+
+    def _grow(self) -> None:
+        """Moves rows that have outgrown their class to the next one."""
+        assert self._room is None, f"a row that was opened for {self._room} tokens"
+        classes = self._grown()
+        for old, new in self._extended(classes).items():
+            shelf = self._shelves.pop(old)
+            shelf.resize(len(shelf.rows), new)
+            self._shelves[new] = shelf
+        before = [each for each, shelf in self._shelves.items() if shelf.rows]
+        self._place(range(self.rows), classes)
+        for each in before:
+            if not self._shelves[each].rows:
+                del self._shelves[each]
+        self._seat()
+
+    def _place(self, places: Sequence[int | Saved], classes: Sequence[int]) -> None:
+        """Puts the K/V of the rows where they belong. places: as of `arrange`; classes: each row's from now on."""
+        seats = {row: (shelf, at) for shelf in self._shelves.values() for at, row in enumerate(shelf.rows)}
+        for each in classes:
+            if each not in self._shelves:
+                self._shelves[each] = Shelf(self._full, [each] * len(self._full), self.dtype)
+        orders = [(self.rings, list(range(len(places))))]
+        for each, shelf in self._shelves.items():
+            members = [row for row, own in enumerate(classes) if own == each]
+            there = {row: seats[places[row]] for row in members if not isinstance(places[row], Saved)}
+            stay = {row: at for row, (old, at) in there.items() if old is shelf}
+            orders.append((shelf, members if len(members) == len(places) else _settled(members, stay)))
+        moved: list[tuple[Shelf, int, list[Pair]]] = []
+        for shelf, order in orders:
+            for at, row in enumerate(order):
+                if not isinstance(source := places[row], Saved):
+                    old = (shelf, source) if shelf is self.rings else seats[source]
+                    if old != (shelf, at):
+                        moved.append((shelf, at, [layer.copied(old[1]) for layer in old[0].layers]))
+        mx.eval([pairs for _, _, pairs in moved])
+        for shelf, order in orders:
+            if len(order) > shelf.places:
+                shelf.resize(len(order))
+            shelf.rows = order
+        for shelf, at, pairs in moved:
+            for layer, pair in zip(shelf.layers, pairs, strict=True):
+                layer.assign(at, pair)
+        for row, source in enumerate(places):
+            if isinstance(source, Saved):
+                self._restore(row, self._shelves[classes[row]], source)
+        self.classes = list(classes)
+        self._seat()
+
+    def _restore(self, row: int, shelf: Shelf, saved: Saved) -> None:
+        """Writes a sequence over all that is in a row's places."""
+        at = shelf.rows.index(row)
+        for (sliding, i), (keys, values) in zip(self.homes, saved.layers, strict=True):
+            layer, place = (self.rings.layers[i], row) if sliding else (shelf.layers[i], at)
+            held = min(keys.shape[2], layer.slots)
+            pair = (keys, values) if held == keys.shape[2] else (keys[:, :, -held:], values[:, :, -held:])
+            layer.assign(place, pair, saved.tokens - held)
+
+    def _check(self, saved: Saved) -> None:
+        """Asserts that a sequence holds all that its next token may see, and fits."""
+        for spec, (keys, _) in zip(self.specs, saved.layers, strict=True):
+            seen = saved.tokens if spec.window is None else min(saved.tokens, spec.window - 1 + self.lookback)
+            assert keys.shape[2] >= seen, f"{keys.shape[2]} positions of {saved.tokens} tokens, expected {seen}"
+        assert self._room is None or saved.tokens <= self._room, f"{saved.tokens} tokens where {self._room} have room"
+
+    def _held(self, kv: LayerKV, row: int, tokens: int, slack: int) -> int:
+        """Returns how many of a row's last positions are saved of a ring. What was written last may lie in the slots of
+        those before the window.
+        """
+        window = kv.spec.window - 1 + self.lookback
+        return min(tokens, window + max(min(slack, kv.slots - (self._written[row] - tokens) - window), 0))
+
     def _seat(self) -> None:
-        """Lists the buffers anew, after rows or buffers have changed."""
-        self.live = [shelf for shelf in self._shelves.values() if shelf.rows]
-        self.layers: list[list[LayerKV]] = [
-            [shelf.layers[i] for shelf in ([self._rings] if sliding else self._shelves.values())]
-            for sliding, i in self._homes
+        """Lists rows and buffers anew, after these have changed."""
+        self._shelves = dict(sorted(self._shelves.items()))
+        for shelf in (self.rings, *self._shelves.values()):
+            shelf.seat(len(self.classes))
+        self._live = [(slots, shelf) for slots, shelf in self._shelves.items() if shelf.rows]
+        self.shelves = [shelf for _, shelf in self._live]
+        self.layers = [
+            [shelf.layers[i] for shelf in ([self.rings] if sliding else self._shelves.values())]
+            for sliding, i in self.homes
         ]
+        self.gather = None
+        if any(shelf.gather is not None for shelf in self.shelves):
+            places = {row: at for at, row in enumerate(row for shelf in self.shelves for row in shelf.rows)}
+            self.gather = mx.array([places[row] for row in range(len(places))], mx.int32)
+
+
+def _settled(rows: Sequence[int], stay: Mapping[int, int]) -> list[int]:
+    """Returns which row lies in each place of a shelf: rows that are there keep their places, others come into the
+    holes, those from beyond the last place at last. stay: the places of the rows that are there.
+    """
+    kept = {at: row for row, at in stay.items() if at < len(rows)}
+    others = sorted((row for row in rows if row not in kept.values()), key=lambda row: row in stay)
+    return [kept[at] if at in kept else others.pop(0) for at in range(len(rows))]
 
 
 class Span:
     """One forward's view of the cache: `tokens` new positions T of all B rows.
 
-    Masks and slot numbers depend on the window and the number of slots alone, so that layers of one kind share them.
     With tokens == 0 (a drafter) nothing is written, and the one query sits `query_offset` from the newest token's
-    index. positions: int32 [B, T], absolute.
+    index. last: the last of the new positions alone has a query. positions: int32 [B, T], absolute, of the queries.
     """
 
     is_prefill = False
 
-    def __init__(self, cache: Cache, tokens: int, query_offset: int = 0):
-        raise NotImplementedError
+    def __init__(self, cache: Cache, tokens: int, query_offset: int = 0, last: bool = False):
+        assert -cache.lookback <= query_offset <= 0, "the rings hold the window of no query before that"
+        self.cache, self.tokens, self.lengths = cache, tokens, cache.lengths
+        steps = number(tokens - 1 if last else query_offset) if last or not tokens else numbers(tokens)
+        self.positions = self.lengths[:, None] + steps  # [B, T]
+        self._rings = [_View(self, cache.rings)]
+        self._full = [_View(self, shelf) for shelf in cache.shelves]
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Writes a layer's K/V of the new positions. layer: the index among those that own K/V; keys, values: [B,
         kv_heads, T, head_dim].
         """
-        raise NotImplementedError
+        sliding, i = self.cache.homes[layer]
+        for view in self._rings if sliding else self._full:
+            view.write(i, keys, values)
 
     def attend(self, layer: int, queries: mx.array) -> mx.array:
         """Returns the attention of queries at `positions` over a layer's K/V: [B, heads, T, head_dim], as `queries`
         are.
         """
-        raise NotImplementedError
+        sliding, i = self.cache.homes[layer]
+        if sliding:
+            return self._rings[0].attend(i, queries)
+        if self.cache.gather is None:  # all rows are of one class
+            return self._full[0].attend(i, queries)
+        attended = mx.concatenate([view.attend(i, queries) for view in self._full], axis=0)
+        return mx.take(attended, self.cache.gather, axis=0)
+
+
+class _View:
+    """A span's view of the rows of one shelf. Masks and slot numbers depend on the window and the number of slots
+    alone, so that layers of one kind share them.
+    """
+
+    def __init__(self, span: Span, shelf: Shelf):
+        self.shelf, self.tokens = shelf, span.tokens
+        self.used = shelf.longest(span.cache.length_bound) + span.tokens  # no query sees a slot from here on
+        self.lengths, self.positions, self.written = span.lengths, span.positions, span.positions
+        if shelf.gather is not None:
+            self.lengths = mx.take(self.lengths, shelf.gather)
+            self.positions = mx.take(self.positions, shelf.gather, axis=0)
+        if shelf.order is not None:
+            self.written = mx.take(self.written, shelf.order, axis=0)
+        self._slots: dict[KVSpec, mx.array] = {}
+        self._masks: dict[tuple[KVSpec, int], mx.array] = {}
+
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Writes the K/V of the shelf's rows, of keys and values of all rows."""
+        kv, order = self.shelf.layers[layer], self.shelf.order
+        if order is not None:
+            keys, values = mx.take(keys, order, axis=0), mx.take(values, order, axis=0)
+        kv.write(self._slot(kv), keys, values)
+
+    def attend(self, layer: int, queries: mx.array) -> mx.array:
+        """Returns the attention of the shelf's rows, in their order; queries: of all rows."""
+        kv, gather = self.shelf.layers[layer], self.shelf.gather
+        if gather is not None:
+            queries = mx.take(queries, gather, axis=0)
+        read = slots_read(kv.slots, self.used)
+        return kv.attend(len(self.shelf.rows), read, queries, self._mask(kv, read, queries.shape[1]))
+
+    def _slot(self, kv: LayerKV) -> mx.array:
+        if kv.spec not in self._slots:
+            slot = (self.written % number(kv.slots))[:, None, :, None]
+            self._slots[kv.spec] = mx.broadcast_to(
+                slot, (slot.shape[0], kv.spec.kv_heads, self.tokens, kv.spec.head_dim)
+            )
+        return self._slots[kv.spec]
+
+    def _mask(self, kv: LayerKV, read: int, heads: int) -> mx.array:
+        key = (kv.spec, heads)
+        if key not in self._masks:
+            seen = visible(self.lengths, self.tokens, self.positions, kv.slots, kv.spec.window, read)
+            self._masks[key] = attention_mask(seen, heads, kv.spec.kv_heads)
+        return self._masks[key]

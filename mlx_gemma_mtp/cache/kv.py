@@ -48,14 +48,16 @@ class LayerKV:
         return attention(queries, keys, values, mask)
 
     def resize(self, rows: int, slots: int | None = None) -> None:
-        """Keeps the first `rows` rows, or adds empty ones, and adds slots at the end up to `slots` of them. It waits for
-        the device, so that the old buffers are gone when the next layer's turn comes.
+        """Keeps the first `rows` rows, or adds empty ones, and adds slots at the end up to `slots` of them.
+
+        It waits for the device where contents are kept, so that the old buffers are gone when the next layer's turn
+        comes.
         """
-        slots = self.slots if slots is None else slots
-        assert slots >= self.slots, "a full layer's slots do not become fewer"
-        self.keys, self.values = (_resized(old, rows, slots) for old in (self.keys, self.values))
-        self.slots = slots
-        mx.eval(self.keys, self.values)
+        copies = self.rows > 0
+        self.slots = self.slots if slots is None else slots
+        self.keys, self.values = (_resized(old, rows, self.slots) for old in (self.keys, self.values))
+        if copies:
+            mx.eval(self.keys, self.values)
 
     def copied(self, row: int) -> Pair:
         """Returns copies of a row, [1, kv_heads, slots, head_dim] each; they are to be evaluated before a write."""
@@ -65,14 +67,9 @@ class LayerKV:
     def saved(self, row: int, first: int, stop: int) -> Pair:
         """Returns copies of a row's positions first to stop - 1, in order; they are to be evaluated before a write."""
         begin, end = first % self.slots, first % self.slots + stop - first
-        parts = [
-            (begin, min(end, self.slots)),
-            (0, max(end - self.slots, 0)),
-        ]  # the second may be empty: it makes a copy
-        return tuple(
-            mx.concatenate([whole[row : row + 1, :, a:b] for a, b in parts], axis=2)
-            for whole in (self.keys, self.values)
-        )
+        parts = (begin, min(end, self.slots)), (0, max(end - self.slots, 0))  # the second, often empty, makes a copy
+        buffers = (self.keys, self.values)
+        return tuple(mx.concatenate([old[row : row + 1, :, a:b] for a, b in parts], axis=2) for old in buffers)
 
     def assign(self, row: int, pair: Pair, first: int = 0) -> None:
         """Makes a row of the keys and values of positions first and after, [1, kv_heads, m, head_dim], m <= slots. All
@@ -80,25 +77,27 @@ class LayerKV:
 
         Nothing is evaluated: as the first link of the next write's chain this is in place, too.
         """
-        place = mx.array([row])
-        self.keys, self.values = (
-            mx.slice_update(old, _laid(new, first % self.slots, self.slots), place, (0,))
-            for old, new in zip((self.keys, self.values), pair, strict=True)
-        )
+        laid = [_laid(new, first % self.slots, self.slots) for new in pair]
+        if self.rows > 1:
+            old, place = (self.keys, self.values), mx.array([row])
+            laid = [mx.slice_update(one, new, place, (0,)) for one, new in zip(old, laid, strict=True)]
+        self.keys, self.values = laid
 
 
 def _resized(old: mx.array, rows: int, slots: int) -> mx.array:
-    """Returns a new buffer of so many rows and slots; what `old` has no room for in it is dropped, the rest is zero."""
-    _, heads, before, dim = old.shape
+    """Returns a new buffer of so many rows and slots: what is in the first rows of `old`, and zeros."""
+    count, heads, before, dim = old.shape
+    if not count:
+        return mx.zeros((rows, heads, slots, dim), old.dtype)
     kept = old[:rows]
     if slots > before:
         kept = mx.concatenate([kept, mx.zeros((kept.shape[0], heads, slots - before, dim), old.dtype)], axis=2)
-    added = mx.zeros((rows - kept.shape[0], heads, slots, dim), old.dtype)  # of no rows: then this is a copy
+    added = mx.zeros((rows - kept.shape[0], heads, slots, dim), old.dtype)  # of no rows, it makes a copy
     return mx.concatenate([kept, added], axis=0)
 
 
 def _laid(new: mx.array, begin: int, slots: int) -> mx.array:
-    """Returns a row of `slots` slots, [1, kv_heads, slots, dim]: `new` from slot `begin` on, round the end, and zeros."""
+    """Returns a row of so many slots, [1, heads, slots, dim]: `new` from slot `begin` on, round the end, and zeros."""
     _, heads, count, dim = new.shape
     assert count <= slots, f"{count} positions for {slots} slots"
     if count == slots and begin == 0:

@@ -30,10 +30,13 @@ class Shelf:
     def bytes(self) -> int:
         return sum(layer.bytes for layer in self.layers)
 
-    def seat(self, rows: Sequence[int], batch: int) -> None:
-        """Says which rows lie in the places from now on. batch: how many rows there are in all."""
-        self.rows = list(rows)
-        whole, empty = self.rows == list(range(batch)), self.places - len(rows)
+    def longest(self, bounds: Sequence[int]) -> int:
+        """Returns the largest length bound of these rows; bounds: of all rows."""
+        return max([bounds[row] for row in self.rows])
+
+    def seat(self, batch: int) -> None:
+        """Derives what follows from `rows`. batch: how many rows there are in all."""
+        whole, empty = self.rows == list(range(batch)), self.places - len(self.rows)
         self.gather = None if whole else mx.array(self.rows, mx.int32)
         self.order = None if whole and not empty else mx.array([*self.rows, *self.rows[:1] * empty], mx.int32)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from ..cache.cache import Cache
+from ..cache.packed import PackedSpan
 from ..models.gemma4 import Gemma4
 
 
@@ -14,7 +15,12 @@ def chunk(target: Gemma4, caches: Sequence[Cache], pieces: Sequence[Sequence[int
     """Feeds each cache of one row the next piece of its prompt, and commits it. Returns the hidden states of each
     piece's last token, [B, H]. Nothing is evaluated.
     """
-    raise NotImplementedError
+    counts = [len(piece) for piece in pieces]
+    tokens = mx.array([token for piece in pieces for token in piece])
+    hidden = target.prefill(tokens, PackedSpan(caches, counts))
+    for cache, count in zip(caches, counts, strict=True):
+        cache.commit(mx.array([count]), [count])
+    return hidden
 
 
 def prefill(
@@ -29,7 +35,18 @@ def prefill(
 
     progress: told after each chunk how many tokens of the longest prompt are done.
     """
-    raise NotImplementedError
+    caches = [Cache(target.config.kv, block, target.dtype, lookback) for _ in prompts]
+    for cache, prompt in zip(caches, prompts, strict=True):
+        cache.open(len(prompt))
+    hidden: dict[int, mx.array] = {}
+    for start in range(0, longest := max(map(len, prompts)), block):
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
+        fed = [caches[row] for row in rows]
+        states = chunk(target, fed, [prompts[row][start : start + block] for row in rows])
+        mx.eval(states, [cache.lengths for cache in fed])
+        hidden |= zip(rows, states, strict=True)
+        progress(min(start + block, longest))
+    return caches, mx.stack([hidden[row] for row in range(len(prompts))])
 
 
 def batch(
@@ -40,7 +57,10 @@ def batch(
     lookback: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Cache, mx.array]:
-    """Feeds whole prompts in chunks of `chunk` tokens. Returns a cache of them all for writes of at most `block` tokens,
-    and the hidden states of their last tokens, [B, H].
+    """Feeds whole prompts in chunks of `chunk` tokens. Returns one cache of them all, for writes of at most `block`
+    tokens, and the hidden states of their last tokens, [B, H].
     """
-    raise NotImplementedError
+    caches, hidden = prefill(target, prompts, chunk, lookback, progress)
+    cache = Cache(target.config.kv, block, target.dtype, lookback)
+    cache.arrange([each.save(0) for each in caches])
+    return cache, hidden
