@@ -71,7 +71,7 @@ class Guide:
                 failures[row] = in_a_line(error)
                 walked.append([only([], self.vocab)])
         counts = [len(each) - 1 for each in walked] if cut else [len(each) for each in drafts]
-        bits = np.full((len(walked), max(counts) + 1, -(-self.vocab // 32)), ALL, np.uint32)
+        bits = np.full((len(walked), max(counts, default=0) + 1, -(-self.vocab // 32)), ALL, np.uint32)
         for row, masks in enumerate(walked):
             for i, mask in enumerate(masks):
                 if mask is not None:
