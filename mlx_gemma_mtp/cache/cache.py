@@ -89,15 +89,16 @@ class Cache:
         for kv, (keys, values) in zip([kv for layer in self.layers for kv in layer], buffers, strict=True):
             kv.keys, kv.values = keys, values
 
-    def open(self, tokens: int) -> None:
-        """Makes one empty row that holds `tokens` tokens and never more. Its buffers never grow, and its rings are no
-        larger than these tokens need.
+    def open(self, tokens: int) -> Cache:
+        """Returns this cache with one empty row, which holds `tokens` tokens and never more. Its buffers never grow,
+        and its rings are no larger than these tokens need.
         """
         assert not self._shelves, "a cache is opened once, before anything else"
         full, sliding = capacity(tokens), [layer.spec for layer in self.rings.layers]
         slots = [min(full, layer.slots) for layer in self.rings.layers]
         self._room, self.rings = tokens, Shelf(sliding, slots, self.dtype)
         self.arrange([Saved.empty(self.specs, self.dtype)])
+        return self
 
     def arrange(self, places: Sequence[int | Saved]) -> None:
         """Goes on with these rows in this order: an int is a row as it was, a Saved comes into the batch in that place.
