@@ -11,6 +11,7 @@ row does not make the others long. While all rows are of one class, a forward ga
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -353,20 +354,21 @@ class _View:
     def __init__(self, span: Span, shelf: Shelf):
         self.shelf, self.tokens = shelf, span.tokens
         self.used = shelf.longest(span.cache.length_bound) + span.tokens  # no query sees a slot from here on
-        self.lengths, self.positions, self.written = span.lengths, span.positions, span.positions
+        self.lengths, self.positions = span.lengths, span.positions
         if shelf.gather is not None:
             self.lengths = mx.take(self.lengths, shelf.gather)
             self.positions = mx.take(self.positions, shelf.gather, axis=0)
-        if shelf.order is not None:
-            self.written = mx.take(self.written, shelf.order, axis=0)
         self._slots: dict[KVSpec, mx.array] = {}
         self._masks: dict[tuple[KVSpec, int], mx.array] = {}
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        """Writes the K/V of the shelf's rows, of keys and values of all rows."""
-        kv, order = self.shelf.layers[layer], self.shelf.order
-        if order is not None:
-            keys, values = mx.take(keys, order, axis=0), mx.take(values, order, axis=0)
+        """Writes the K/V of the shelf's rows, of keys and values of all rows. Zeros go into empty places."""
+        kv, shelf = self.shelf.layers[layer], self.shelf
+        if shelf.gather is not None:
+            keys, values = mx.take(keys, shelf.gather, axis=0), mx.take(values, shelf.gather, axis=0)
+        if shelf.empty:
+            zeros = _zeros((shelf.empty, *keys.shape[1:]), keys.dtype)
+            keys, values = mx.concatenate([keys, zeros], axis=0), mx.concatenate([values, zeros], axis=0)
         kv.write(self._slot(kv), keys, values)
 
     def attend(self, layer: int, queries: mx.array) -> mx.array:
@@ -379,10 +381,11 @@ class _View:
 
     def _slot(self, kv: LayerKV) -> mx.array:
         if kv.spec not in self._slots:
-            slot = (self.written % number(kv.slots))[:, None, :, None]
-            self._slots[kv.spec] = mx.broadcast_to(
-                slot, (slot.shape[0], kv.spec.kv_heads, self.tokens, kv.spec.head_dim)
-            )
+            slot, empty = (self.positions % number(kv.slots))[:, None, :, None], self.shelf.empty
+            if empty:
+                slot = mx.concatenate([slot, _zeros((empty, *slot.shape[1:]), mx.int32)], axis=0)
+            shape = (self.shelf.places, kv.spec.kv_heads, self.tokens, kv.spec.head_dim)
+            self._slots[kv.spec] = mx.broadcast_to(slot, shape)
         return self._slots[kv.spec]
 
     def _mask(self, kv: LayerKV, read: int, heads: int) -> mx.array:
@@ -391,3 +394,11 @@ class _View:
             seen = visible(self.lengths, self.tokens, self.positions, kv.slots, kv.spec.window, read)
             self._masks[key] = attention_mask(seen, heads, kv.spec.kv_heads)
         return self._masks[key]
+
+
+@lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Returns zeros that are made once and kept, so that they are no part of any graph."""
+    zeros = mx.zeros(shape, dtype)
+    mx.eval(zeros)
+    return zeros

@@ -90,20 +90,17 @@ def _resized(old: mx.array, rows: int, slots: int) -> mx.array:
     if not count:
         return mx.zeros((rows, heads, slots, dim), old.dtype)
     kept = old[:rows]
-    if slots > before:
-        kept = mx.concatenate([kept, mx.zeros((kept.shape[0], heads, slots - before, dim), old.dtype)], axis=2)
-    added = mx.zeros((rows - kept.shape[0], heads, slots, dim), old.dtype)  # of no rows, it makes a copy
-    return mx.concatenate([kept, added], axis=0)
+    if rows <= count and slots == before:
+        return mx.concatenate([kept, kept[:0]], axis=0)  # one array alone would stay a view
+    return mx.pad(kept, ((0, max(rows - count, 0)), (0, 0), (0, slots - before), (0, 0)))
 
 
 def _laid(new: mx.array, begin: int, slots: int) -> mx.array:
     """Returns a row of so many slots, [1, heads, slots, dim]: `new` from slot `begin` on, round the end, and zeros."""
     _, heads, count, dim = new.shape
     assert count <= slots, f"{count} positions for {slots} slots"
-    if count == slots and begin == 0:
-        return new
-    empty = mx.zeros((1, heads, slots - count, dim), new.dtype)
     wrapped = max(begin + count - slots, 0)
-    if wrapped:
-        return mx.concatenate([new[:, :, count - wrapped :], empty, new[:, :, : count - wrapped]], axis=2)
-    return mx.concatenate([empty[:, :, :begin], new, empty[:, :, begin:]], axis=2)
+    if not wrapped:
+        return mx.pad(new, ((0, 0), (0, 0), (begin, slots - count - begin), (0, 0)))
+    empty = mx.zeros((1, heads, slots - count, dim), new.dtype)
+    return mx.concatenate([new[:, :, count - wrapped :], empty, new[:, :, : count - wrapped]], axis=2)
