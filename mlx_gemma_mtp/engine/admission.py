@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 
-ADVANCE = 256  # tokens of text that a request is given room for when it is admitted
+ADVANCE = 256  # tokens of text
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Memory:
     room for so many tokens, its slots rounded up as the cache does. staged(tokens): of the cache of a prompt of so many
     tokens while it is prefilled. saved(tokens): of the K/V of so many tokens, kept by themselves. chunk(tokens,
     context): the most that a forward of so many prompt tokens holds beside these, where the longest prompt has
-    `context` tokens. verify(rows, context): the same of a round's verify of so many rows.
+    `context` tokens. verify(rows, context): the same of a round's verify of so many rows. advance: tokens of text that
+    a request is given room for when it is admitted.
     """
 
     limit: int
@@ -28,6 +29,7 @@ class Memory:
     saved: Callable[[int], int]
     chunk: Callable[[int, int], int]
     verify: Callable[[int, int], int]
+    advance: int = ADVANCE
 
     def alone(self, prompt: int, limit: int, chunk: int, block: int) -> int:
         """Returns the most bytes that a request takes when nothing else runs, weights included: while its prompt is
@@ -37,7 +39,7 @@ class Memory:
         """
         longest = prompt + limit
         prefilling = self.staged(prompt) + self.chunk(min(chunk, prompt), prompt)
-        joining = self.saved(prompt) + self.row(min(prompt + ADVANCE, longest) + block) + self.verify(1, prompt)
+        joining = self.saved(prompt) + self.row(min(prompt + self.advance, longest) + block) + self.verify(1, prompt)
         decoding = self.row(longest + block) + self.verify(1, longest)
         return self.weights + max(prefilling, joining, decoding)
 

@@ -9,11 +9,11 @@ The life of a request. Every arrow is one method of Scheduler, and nothing else 
               +---- _forget ----+-------------------+----------------+ |
                                 +-- _join, where the batch begins -----+
 
-WAITING: nothing of it is in memory. STAGED: its prompt is being prefilled in a cache of its own, or is prefilled and its
-first token is not drawn. READY: it waits for a row with K/V and a newest token. LIVE: it has a row of the batch. A
-request that is not LIVE and whose reader does not read is parked: it keeps its stage and is passed over. One that lost
-its row is requeued: READY while its K/V are kept, else WAITING, and then its prompt and its text are prefilled anew. A
-request that is cancelled or late leaves with the next plan, from any stage.
+WAITING: nothing of it is in memory. STAGED: its prompt is being prefilled in a cache of its own, or is prefilled and
+its first token is not drawn. READY: it waits for a row, with K/V and a newest token. LIVE: it has a row of the batch.
+A request whose reader does not read is parked: it loses its row, else keeps its stage, and is passed over. One that
+lost its row is requeued: READY while its K/V are kept, else WAITING, and then its prompt and its text are prefilled
+anew. A request that is cancelled or late leaves with the next plan, from any stage.
 
 One order decides who goes first and who gives way: the time at which a request is due (`Entry.due`).
 """
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from ..errors import UserError
-from .admission import ADVANCE, Memory
+from .admission import Memory
 
 PRIORITIES = range(-100, 101)
 LEVEL_S = 10.0  # seconds of waiting that a level of priority is worth
@@ -75,8 +75,8 @@ class Plan:
     trim: whether the batch gives back the rows and slots that it holds for nobody (after `save`, before the joins).
     places: the requests of the batch's rows in order. Those that had a row and stay keep it or move; all others join. A
     hole goes to a joiner first, then to the last row.
-    begins: whether no row was there and no request of `places` has its first token yet: the round draws it from the
-    hidden state of its prompt's last token. Otherwise every joiner has a newest token.
+    begins: whether no row stays and no request of `places` has its first token yet: the round draws it from the hidden
+    state of its prompt's last token. Otherwise every joiner has a newest token.
     pieces: what is prefilled in this round, in one forward.
     firsts: staged requests whose prompt is prefilled with this round's pieces, or was before: their first tokens are
     drawn in this round. Empty where `places` is, and where the batch begins: then a later plan draws them or lets them
@@ -104,9 +104,9 @@ class Stage(Enum):
 class Entry:
     """A request in the plan.
 
-    arrived: when it was submitted. fed: while STAGED, how many of `tokens` have K/V; else 0. text: tokens generated so
-    far. place: its row while LIVE; None before its first plan there and in all other stages. paused: whether its reader
-    does not read. leaving: why it leaves with the next plan, '' where it does not.
+    arrived: when it was submitted. fed: how many of `tokens` have K/V. text: tokens generated so far. place: its row
+    while LIVE; None in all other stages, and until `plan` has arranged the rows. paused: whether its reader does not
+    read. leaving: why it leaves with the next plan, '' where it does not.
     """
 
     job: Job
@@ -126,7 +126,7 @@ class Entry:
     @property
     def remaining(self) -> int:
         """The tokens that are still to be prefilled."""
-        return self.tokens - self.fed if self.stage in (Stage.WAITING, Stage.STAGED) else 0
+        return self.tokens - self.fed
 
     @property
     def prefilled(self) -> bool:
@@ -137,11 +137,6 @@ class Entry:
     def outside(self) -> bool:
         """Whether it has K/V, or the memory for them, outside the batch."""
         return self.stage in (Stage.STAGED, Stage.READY)
-
-    @property
-    def holds(self) -> bool:
-        """Whether the runner keeps anything of it."""
-        return self.fed > 0 or self.stage in (Stage.READY, Stage.LIVE)
 
     @property
     def due(self) -> float:
@@ -157,8 +152,8 @@ class Scheduler:
     """Says for each round who is prefilled, joins and leaves. It computes nothing: the runner does what a plan says,
     then tells what came of it (`prefilled`, `drawn`, `emitted`, `finished`), then asks for the next plan.
 
-    max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt; pieces never cross a multiple of it. grid:
-    a divisor of chunk; pieces end at its multiples, or with the prompt. block: tokens of the longest verify.
+    max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt; pieces never cross a multiple of it.
+    block: tokens of the longest verify. grid: a divisor of chunk; pieces end at its multiples, or with the prompt.
     max_waiting: requests that may wait before `submit` refuses another.
     """
 
@@ -176,21 +171,31 @@ class Scheduler:
         """Takes a request, which waits from now on. Raises UserError for one that could never fit, and where the queue
         is full.
         """
-        raise NotImplementedError
+        assert job.id not in self._entries and job.prompt > 0 and job.limit > 0 and job.priority in PRIORITIES
+        self.memory.check(job.prompt, job.limit, self.chunk, self.block)
+        if self.waiting >= self.max_waiting:
+            raise UserError(
+                f"{self.waiting} requests wait, expected at most max_waiting={self.max_waiting}; "
+                "send this one again later, or load with a larger max_waiting"
+            )
+        self._entries[job.id] = Entry(job, now)
 
     def cancel(self, id: int, reason: str = "cancelled") -> None:
         """Lets a request leave with the next plan. Nothing happens to one that is gone."""
-        raise NotImplementedError
+        if id in self._entries:
+            self._entries[id].leaving = reason
 
     def paused(self, id: int) -> None:
         """Passes a request over from the next plan on: its reader does not read. A row of it is saved. Nothing happens
         to one that is gone.
         """
-        raise NotImplementedError
+        if id in self._entries:
+            self._entries[id].paused = True
 
     def resumed(self, id: int) -> None:
         """Ends what `paused` began. Nothing happens to one that is gone."""
-        raise NotImplementedError
+        if id in self._entries:
+            self._entries[id].paused = False
 
     def plan(self, now: float, budget: int | None = None, pressure: int = NORMAL, batch_bytes: int = 0) -> Plan:
         """Returns what the next round does. The requests are in their new stages from then on.
@@ -201,38 +206,295 @@ class Scheduler:
         of this plan need less and that matters, `trim` is set. How much a row grows is not asked: its bytes are a
         function of its length.
         """
-        raise NotImplementedError
+        ended = self._end(now)
+        held = [entry for entry in self._entries.values() if entry.fed]
+        rows = self._at(Stage.LIVE)
+        for entry in rows:
+            if entry.paused:
+                self._save(entry)
+        self._grow()
+        began = self._at(Stage.LIVE)
+        self._admit(pressure)
+        if pressure >= CRITICAL:
+            self._give_back()
+        live = self._arrange()
+        begins = bool(live) and not began and not any(entry.text for entry in live)
+        pieces = self._pack(budget)
+        return Plan(
+            ended,
+            forget=tuple(entry.job.id for entry in held if not entry.fed),
+            save=tuple(entry.job.id for entry in rows if entry.stage is Stage.READY),
+            trim=self._bytes() + max(0, batch_bytes - sum(map(self._row, live))) > self.memory.limit,
+            places=tuple(entry.job.id for entry in live),
+            begins=begins,
+            pieces=pieces,
+            firsts=self._firsts(pieces) if live and not begins else (),
+        )
 
     def prefilled(self, id: int, tokens: int) -> None:
         """Says that the first `tokens` tokens of a staged request have K/V: its piece's `stop`. A requeued one, which
         has its first token, is ready with the last of them.
         """
-        raise NotImplementedError
+        entry = self._entries[id]
+        assert entry.stage is Stage.STAGED and entry.fed <= tokens <= entry.tokens
+        entry.fed = tokens
+        if entry.text and entry.prefilled:
+            entry.stage = Stage.READY
 
     def drawn(self, id: int) -> None:
-        """Says that the first token of one of the plan's `firsts` is there: it is ready. (Where none could be drawn,
-        nothing is said, and the next plan asks again.)
-        """
-        raise NotImplementedError
+        """Says that the first token of one of the plan's `firsts` is there: the request is ready."""
+        entry = self._entries[id]
+        assert entry.prefilled and not entry.text
+        entry.stage, entry.text = Stage.READY, 1
 
     def emitted(self, id: int, tokens: int) -> None:
         """Says that a row's text grew by so many tokens, its first one included where the batch began."""
-        raise NotImplementedError
+        entry = self._entries[id]
+        assert entry.stage is Stage.LIVE
+        before = entry.tokens
+        entry.text += tokens
+        entry.fed += entry.tokens - before
 
     def finished(self, id: int) -> None:
         """Says that a request is done, in whatever stage. A row of it is a hole until the next plan."""
-        raise NotImplementedError
+        del self._entries[id]
 
     @property
     def busy(self) -> bool:
         """Whether a plan would do anything now: someone leaves, or someone is there who is not paused."""
-        raise NotImplementedError
+        return any(not entry.paused or entry.leaving or entry.stage is Stage.LIVE for entry in self._entries.values())
 
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        raise NotImplementedError
+        return len(self._at(Stage.WAITING))
 
     def next_deadline(self) -> float | None:
         """Returns the first deadline of all requests; None without any."""
-        raise NotImplementedError
+        deadlines = [entry.job.deadline for entry in self._entries.values()]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    # The moves of a request that a plan makes.
+
+    def _end(self, now: float) -> tuple[tuple[int, str], ...]:
+        """Takes out who is cancelled or late. Returns their ids and why."""
+        for entry in self._entries.values():
+            if not entry.leaving and entry.job.deadline is not None and entry.job.deadline <= now:
+                entry.leaving = "timeout"
+        ended = tuple((id, entry.leaving) for id, entry in self._entries.items() if entry.leaving)
+        for id, _ in ended:
+            del self._entries[id]
+        return ended
+
+    def _stage(self, entry: Entry) -> None:
+        entry.stage = Stage.STAGED
+
+    def _join(self, entry: Entry) -> None:
+        entry.stage = Stage.LIVE
+
+    def _save(self, entry: Entry) -> None:
+        assert entry.text, "the hidden state that its first token is drawn from is not kept"
+        entry.stage, entry.place = Stage.READY, None
+
+    def _forget(self, entry: Entry) -> None:
+        entry.stage, entry.place, entry.fed = Stage.WAITING, None, 0
+
+    # What a plan is made of.
+
+    def _at(self, *stages: Stage) -> list[Entry]:
+        """Returns the requests of some stages, in the order of arrival."""
+        return [entry for entry in self._entries.values() if entry.stage in stages]
+
+    def _grow(self) -> None:
+        """Makes room for what the rows write in this round. First K/V outside the batch go, then rows, those that are
+        due last first: a row is saved where that is enough. The last row stays.
+        """
+        while self._bytes() > self.memory.limit:
+            outside, rows = self._at(Stage.STAGED, Stage.READY), self._at(Stage.LIVE)
+            if outside:
+                self._forget(max(outside, key=_yields))
+            elif len(rows) > 1:
+                self._save(max(rows, key=_yields))
+            else:
+                return
+
+    def _admit(self, pressure: int) -> None:
+        """Gives free rows to requests that are ready, and stages waiting ones, in the order of what is due.
+
+        One for which memory is missing holds back waiting ones that are due PATIENCE_S after it. So it is not overtaken
+        for ever, and meanwhile what is small goes ahead. The last place outside the batch is for prompts of one chunk,
+        so that these never wait for long ones.
+        """
+        if pressure > NORMAL:  # what has not begun is new, too
+            for entry in self._at(Stage.STAGED):
+                if not entry.fed:
+                    self._forget(entry)
+        free = self.max_rows - len(self._at(Stage.LIVE))
+        outside, last = self._outside(free, pressure)
+        candidates = (self._joinable() if free else []) + (self._waiting() if outside else [])
+        missing, smallest = None, float("inf")
+        for entry in sorted(candidates, key=_order):
+            waits = entry.stage is Stage.WAITING
+            places = outside - (last if entry.remaining > self.chunk else 0) if waits else free
+            held_back = missing is not None and entry.due > missing.due + PATIENCE_S
+            if places <= 0 or (waits and (held_back or entry.tokens >= smallest)):
+                continue
+            if not self._fits(entry):
+                missing, smallest = missing or entry, min(smallest, entry.tokens)
+            elif waits:
+                self._stage(entry)
+                outside -= 1
+            else:
+                self._join(entry)
+                free -= 1
+
+    def _outside(self, free: int, pressure: int) -> tuple[int, int]:
+        """Returns how many more requests may have K/V outside the batch, and how many of these places are for short
+        prompts. free: rows that nobody has.
+        """
+        taken = sum(not entry.paused for entry in self._at(Stage.STAGED, Stage.READY))
+        if pressure == NORMAL:
+            return free + AHEAD - taken, 1
+        return int(not taken and free == self.max_rows), 0  # one, where nothing else goes on
+
+    def _waiting(self) -> list[Entry]:
+        return [entry for entry in self._at(Stage.WAITING) if not entry.paused]
+
+    def _joinable(self) -> list[Entry]:
+        """Returns who may join: requests with a newest token. Where there is no row, and a prefilled prompt without one
+        is due first, all such prompts instead: they begin the batch.
+        """
+        prefilled = [entry for entry in self._at(Stage.STAGED, Stage.READY) if not entry.remaining and not entry.paused]
+        stage = Stage.READY
+        if prefilled and not self._at(Stage.LIVE):
+            stage = min(prefilled, key=_order).stage
+        return [entry for entry in prefilled if entry.stage is stage]
+
+    def _fits(self, entry: Entry) -> bool:
+        """Returns whether memory holds one more request in its next stage, with room to advance.
+
+        Requests outside the batch that are paused, or due after one that joins, give their K/V up for it where that is
+        enough. Where nobody else has any it fits: `submit` has looked.
+        """
+        missing = self._bytes(self.memory.advance, entry) - self.memory.limit
+        others = [other for other in self._at(Stage.STAGED, Stage.READY, Stage.LIVE) if other is not entry]
+        joins = entry.outside
+        spare = [o for o in others if o.outside and (o.paused or (joins and _order(o) > _order(entry)))]
+        given = []
+        for other in sorted(spare, key=_yields, reverse=True):
+            if missing <= 0:
+                break
+            given.append(other)
+            missing -= self._held(other)
+        if missing > 0 and len(spare) < len(others):
+            return False
+        for other in given:
+            self._forget(other)
+        return True
+
+    def _give_back(self) -> None:
+        """Forgets the K/V of requests that wait for a row."""
+        for entry in self._at(Stage.READY):
+            self._forget(entry)
+
+    def _arrange(self) -> list[Entry]:
+        """Gives every row its place and returns the rows in order. Holes go to joiners first, then to the last rows."""
+        live = self._at(Stage.LIVE)
+        joiners = sorted((entry for entry in live if entry.place is None), key=_order, reverse=True)
+        rows = {entry.place: entry for entry in live if entry.place is not None}
+        for place in range(len(live)):
+            if place not in rows:
+                rows[place] = joiners.pop() if joiners else rows.pop(max(rows))
+                rows[place].place = place
+        return [rows[place] for place in range(len(live))]
+
+    def _pack(self, budget: int | None) -> tuple[Piece, ...]:
+        """Returns the prompt tokens of a round, at most a chunk of each prompt.
+
+        Of every TURN rounds one goes to what is due first, so that a long prompt comes to its end; the others to the
+        highest priority, and there to the shortest remaining prompt.
+        """
+        staged = [entry for entry in self._at(Stage.STAGED) if entry.remaining and not entry.paused]
+        if not staged:
+            return ()
+        self._rounds += 1
+        left, pieces = self._budget(budget, staged), []
+        for entry in sorted(staged, key=_shortest if self._rounds % TURN else _order):
+            start = entry.fed
+            stop = min(entry.tokens, start + self.chunk - start % self.chunk)
+            if stop - start > left:
+                stop = start + left // self.grid * self.grid
+            if stop > start:
+                pieces.append(Piece(entry.job.id, start, stop))
+                left -= stop - start
+        return tuple(pieces)
+
+    def _budget(self, budget: int | None, staged: Sequence[Entry]) -> int:
+        """Returns how many prompt tokens a round prefills: as asked, at least one step of the grid, and no more than
+        what memory has room for.
+        """
+        rows = bool(self._at(Stage.LIVE))
+        if budget is None:
+            budget = self.chunk if rows else self.chunk * self.max_rows
+        longest = max(entry.tokens for entry in staged)
+        free = self.memory.limit - self._bytes() + self.memory.chunk(self.chunk, longest)
+        while budget > self.chunk and self.memory.chunk(budget, longest) > free:
+            budget -= self.chunk
+        return max(budget, self.grid)
+
+    def _firsts(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
+        """Returns the staged requests whose first tokens are drawn with these pieces' round."""
+        fed = {piece.id: piece.stop for piece in pieces}
+        staged = [entry for entry in self._at(Stage.STAGED) if not entry.text and not entry.paused]
+        return tuple(entry.job.id for entry in staged if fed.get(entry.job.id, entry.fed) == entry.tokens)
+
+    # Bytes.
+
+    def _row(self, entry: Entry, advance: int = 0) -> int:
+        """Returns the bytes of a row of a request with room for a verify after `advance` more tokens."""
+        most = entry.job.prompt + entry.job.limit
+        return self.memory.row(min(entry.tokens + advance, most) + self.block)
+
+    def _held(self, entry: Entry) -> int:
+        """Returns the bytes of a request's K/V outside the batch. One that joins in this plan still has them."""
+        if entry.stage is Stage.STAGED:
+            return self.memory.staged(entry.tokens)
+        joins = entry.stage is Stage.LIVE and entry.place is None
+        return self.memory.saved(entry.tokens) if joins or entry.stage is Stage.READY else 0
+
+    def _bytes(self, advance: int = 0, candidate: Entry | None = None) -> int:
+        """Returns the bytes of everything, with room for `advance` more tokens of each row.
+
+        candidate: is counted in its next stage. One that is to be staged reserves its row as well, and so do those
+        outside the batch which will want theirs before it.
+        """
+        rows, outside = self._at(Stage.LIVE), self._at(Stage.STAGED, Stage.READY)
+        total = self.memory.weights + sum(map(self._held, (*rows, *outside)))
+        if candidate is not None and candidate.outside:
+            rows = [*rows, candidate]
+        elif candidate is not None:
+            outside = [*outside, candidate]
+            total += self.memory.staged(candidate.tokens)
+            total += sum(self._row(entry, advance) for entry in outside if not entry.paused)
+        total += sum(self._row(entry, advance) for entry in rows)
+        prompts = [entry.tokens for entry in outside if entry.remaining]
+        if prompts:
+            total += self.memory.chunk(min(self.chunk, max(prompts)), max(prompts))
+        if rows:
+            total += self.memory.verify(len(rows), max(entry.tokens for entry in rows))
+        return total
+
+
+def _order(entry: Entry) -> tuple[float, int]:
+    """Sorts by what is due first."""
+    return entry.due, entry.job.id
+
+
+def _shortest(entry: Entry) -> tuple[int, int, float]:
+    """Sorts by priority, then by the shortest remaining prompt."""
+    return -entry.job.priority, entry.remaining, entry.due
+
+
+def _yields(entry: Entry) -> tuple[bool, float, int]:
+    """Sorts by who gives its memory up last: of those that are read the one that is due first."""
+    return entry.paused, *_order(entry)
