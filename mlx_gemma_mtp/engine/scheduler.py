@@ -94,13 +94,15 @@ class Plan:
 
 
 class Stage(Enum):
+    """Where a request is."""
+
     WAITING = auto()
     STAGED = auto()
     READY = auto()
     LIVE = auto()
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A request in the plan.
 
@@ -111,7 +113,6 @@ class Entry:
 
     job: Job
     arrived: float
-    stage: Stage = Stage.WAITING
     fed: int = 0
     text: int = 0
     place: int | None = None
@@ -128,15 +129,9 @@ class Entry:
         """The tokens that are still to be prefilled."""
         return self.tokens - self.fed
 
-    @property
-    def prefilled(self) -> bool:
-        """Whether it is staged, and nothing but its first token is missing."""
-        return self.stage is Stage.STAGED and not self.remaining
-
-    @property
-    def outside(self) -> bool:
-        """Whether it has K/V, or the memory for them, outside the batch."""
-        return self.stage in (Stage.STAGED, Stage.READY)
+    def late(self, now: float) -> str:
+        """Returns 'timeout' once its deadline is over, else ''."""
+        return "timeout" if self.job.deadline is not None and self.job.deadline <= now else ""
 
     @property
     def due(self) -> float:
@@ -164,38 +159,38 @@ class Scheduler:
         assert chunk % grid == 0, "pieces would not lie on the grid of chunks"
         self.max_rows, self.chunk, self.grid, self.block = max_rows, chunk, grid, block
         self.memory, self.max_waiting = memory, max_waiting
-        self._entries: dict[int, Entry] = {}
+        self._stages: dict[Stage, dict[int, Entry]] = {stage: {} for stage in Stage}  # each request is in one of them
         self._rounds = 0  # that prefilled
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a request, which waits from now on. Raises UserError for one that could never fit, and where the queue
         is full.
         """
-        assert job.id not in self._entries and job.prompt > 0 and job.limit > 0 and job.priority in PRIORITIES
+        assert self._find(job.id) is None and job.prompt > 0 and job.limit > 0 and job.priority in PRIORITIES
         self.memory.check(job.prompt, job.limit, self.chunk, self.block)
         if self.waiting >= self.max_waiting:
             raise UserError(
                 f"{self.waiting} requests wait, expected at most max_waiting={self.max_waiting}; "
                 "send this one again later, or load with a larger max_waiting"
             )
-        self._entries[job.id] = Entry(job, now)
+        self._stages[Stage.WAITING][job.id] = Entry(job, now)
 
     def cancel(self, id: int, reason: str = "cancelled") -> None:
         """Lets a request leave with the next plan. Nothing happens to one that is gone."""
-        if id in self._entries:
-            self._entries[id].leaving = reason
+        if entry := self._find(id):
+            entry.leaving = reason
 
     def paused(self, id: int) -> None:
         """Passes a request over from the next plan on: its reader does not read. A row of it is saved. Nothing happens
         to one that is gone.
         """
-        if id in self._entries:
-            self._entries[id].paused = True
+        if entry := self._find(id):
+            entry.paused = True
 
     def resumed(self, id: int) -> None:
         """Ends what `paused` began. Nothing happens to one that is gone."""
-        if id in self._entries:
-            self._entries[id].paused = False
+        if entry := self._find(id):
+            entry.paused = False
 
     def plan(self, now: float, budget: int | None = None, pressure: int = NORMAL, batch_bytes: int = 0) -> Plan:
         """Returns what the next round does. The requests are in their new stages from then on.
@@ -207,23 +202,23 @@ class Scheduler:
         function of its length.
         """
         ended = self._end(now)
-        held = [entry for entry in self._entries.values() if entry.fed]
         rows = self._at(Stage.LIVE)
+        held = [entry for entry in self._at(Stage.STAGED, Stage.READY, Stage.LIVE) if entry.fed]
         for entry in rows:
             if entry.paused:
                 self._save(entry)
         self._grow()
-        began = self._at(Stage.LIVE)
+        stay = self._at(Stage.LIVE)
         self._admit(pressure)
         if pressure >= CRITICAL:
             self._give_back()
         live = self._arrange()
-        begins = bool(live) and not began and not any(entry.text for entry in live)
+        begins = bool(live) and not stay and not any(entry.text for entry in live)
         pieces = self._pack(budget)
         return Plan(
             ended,
             forget=tuple(entry.job.id for entry in held if not entry.fed),
-            save=tuple(entry.job.id for entry in rows if entry.stage is Stage.READY),
+            save=tuple(entry.job.id for entry in rows if entry.job.id in self._stages[Stage.READY]),
             trim=self._bytes() + max(0, batch_bytes - sum(map(self._row, live))) > self.memory.limit,
             places=tuple(entry.job.id for entry in live),
             begins=begins,
@@ -235,75 +230,86 @@ class Scheduler:
         """Says that the first `tokens` tokens of a staged request have K/V: its piece's `stop`. A requeued one, which
         has its first token, is ready with the last of them.
         """
-        entry = self._entries[id]
-        assert entry.stage is Stage.STAGED and entry.fed <= tokens <= entry.tokens
+        entry = self._stages[Stage.STAGED][id]
+        assert entry.fed <= tokens <= entry.tokens
         entry.fed = tokens
-        if entry.text and entry.prefilled:
-            entry.stage = Stage.READY
+        if entry.text and not entry.remaining:
+            self._move(entry, Stage.STAGED, Stage.READY)
 
     def drawn(self, id: int) -> None:
         """Says that the first token of one of the plan's `firsts` is there: the request is ready."""
-        entry = self._entries[id]
-        assert entry.prefilled and not entry.text
-        entry.stage, entry.text = Stage.READY, 1
+        entry = self._stages[Stage.STAGED][id]
+        assert not entry.text and not entry.remaining
+        entry.text = 1
+        self._move(entry, Stage.STAGED, Stage.READY)
 
     def emitted(self, id: int, tokens: int) -> None:
         """Says that a row's text grew by so many tokens, its first one included where the batch began."""
-        entry = self._entries[id]
-        assert entry.stage is Stage.LIVE
+        entry = self._stages[Stage.LIVE][id]
         before = entry.tokens
         entry.text += tokens
         entry.fed += entry.tokens - before
 
     def finished(self, id: int) -> None:
         """Says that a request is done, in whatever stage. A row of it is a hole until the next plan."""
-        del self._entries[id]
+        del self._stages[self._stage_of(id)][id]
 
     @property
     def busy(self) -> bool:
         """Whether a plan would do anything now: someone leaves, or someone is there who is not paused."""
-        return any(not entry.paused or entry.leaving or entry.stage is Stage.LIVE for entry in self._entries.values())
+        return bool(self._stages[Stage.LIVE]) or any(not entry.paused or entry.leaving for entry in self._at(*Stage))
 
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        return len(self._at(Stage.WAITING))
+        return len(self._stages[Stage.WAITING])
 
     def next_deadline(self) -> float | None:
         """Returns the first deadline of all requests; None without any."""
-        deadlines = [entry.job.deadline for entry in self._entries.values()]
+        deadlines = [entry.job.deadline for entry in self._at(*Stage)]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     # The moves of a request that a plan makes.
 
     def _end(self, now: float) -> tuple[tuple[int, str], ...]:
         """Takes out who is cancelled or late. Returns their ids and why."""
-        for entry in self._entries.values():
-            if not entry.leaving and entry.job.deadline is not None and entry.job.deadline <= now:
-                entry.leaving = "timeout"
-        ended = tuple((id, entry.leaving) for id, entry in self._entries.items() if entry.leaving)
+        reasons = {entry.job.id: entry.leaving or entry.late(now) for entry in self._at(*Stage)}
+        ended = tuple((id, reason) for id, reason in reasons.items() if reason)
         for id, _ in ended:
-            del self._entries[id]
+            self.finished(id)
         return ended
 
     def _stage(self, entry: Entry) -> None:
-        entry.stage = Stage.STAGED
+        self._move(entry, Stage.WAITING, Stage.STAGED)
 
     def _join(self, entry: Entry) -> None:
-        entry.stage = Stage.LIVE
+        self._move(entry, self._stage_of(entry.job.id), Stage.LIVE)
 
     def _save(self, entry: Entry) -> None:
         assert entry.text, "the hidden state that its first token is drawn from is not kept"
-        entry.stage, entry.place = Stage.READY, None
+        entry.place = None
+        self._move(entry, Stage.LIVE, Stage.READY)
 
     def _forget(self, entry: Entry) -> None:
-        entry.stage, entry.place, entry.fed = Stage.WAITING, None, 0
+        entry.fed = 0
+        self._move(entry, self._stage_of(entry.job.id), Stage.WAITING)
+
+    def _move(self, entry: Entry, old: Stage, new: Stage) -> None:
+        self._stages[new][entry.job.id] = self._stages[old].pop(entry.job.id)
 
     # What a plan is made of.
 
     def _at(self, *stages: Stage) -> list[Entry]:
-        """Returns the requests of some stages, in the order of arrival."""
-        return [entry for entry in self._entries.values() if entry.stage in stages]
+        """Returns the requests of some stages."""
+        return [entry for stage in stages for entry in self._stages[stage].values()]
+
+    def _stage_of(self, id: int) -> Stage | None:
+        """Returns the stage of a request; None where it is gone."""
+        return next((stage for stage in Stage if id in self._stages[stage]), None)
+
+    def _find(self, id: int) -> Entry | None:
+        stage = self._stage_of(id)
+        return None if stage is None else self._stages[stage][id]
 
     def _grow(self) -> None:
         """Makes room for what the rows write in this round. First K/V outside the batch go, then rows, those that are
@@ -334,7 +340,7 @@ class Scheduler:
         candidates = (self._joinable() if free else []) + (self._waiting() if outside else [])
         missing, smallest = None, float("inf")
         for entry in sorted(candidates, key=_order):
-            waits = entry.stage is Stage.WAITING
+            waits = entry.job.id in self._stages[Stage.WAITING]
             places = outside - (last if entry.remaining > self.chunk else 0) if waits else free
             held_back = missing is not None and entry.due > missing.due + PATIENCE_S
             if places <= 0 or (waits and (held_back or entry.tokens >= smallest)):
@@ -364,11 +370,11 @@ class Scheduler:
         """Returns who may join: requests with a newest token. Where there is no row, and a prefilled prompt without one
         is due first, all such prompts instead: they begin the batch.
         """
-        prefilled = [entry for entry in self._at(Stage.STAGED, Stage.READY) if not entry.remaining and not entry.paused]
-        stage = Stage.READY
-        if prefilled and not self._at(Stage.LIVE):
-            stage = min(prefilled, key=_order).stage
-        return [entry for entry in prefilled if entry.stage is stage]
+        ready = [entry for entry in self._at(Stage.READY) if not entry.paused]
+        prefilled = [entry for entry in self._at(Stage.STAGED) if not entry.remaining and not entry.paused]
+        if prefilled and not self._stages[Stage.LIVE] and min(ready + prefilled, key=_order) in prefilled:
+            return prefilled
+        return ready
 
     def _fits(self, entry: Entry) -> bool:
         """Returns whether memory holds one more request in its next stage, with room to advance.
@@ -377,16 +383,16 @@ class Scheduler:
         enough. Where nobody else has any it fits: `submit` has looked.
         """
         missing = self._bytes(self.memory.advance, entry) - self.memory.limit
-        others = [other for other in self._at(Stage.STAGED, Stage.READY, Stage.LIVE) if other is not entry]
-        joins = entry.outside
-        spare = [o for o in others if o.outside and (o.paused or (joins and _order(o) > _order(entry)))]
+        waits = entry.job.id in self._stages[Stage.WAITING]
+        outside = [other for other in self._at(Stage.STAGED, Stage.READY) if other is not entry]
+        spare = [other for other in outside if other.paused or (not waits and _order(other) > _order(entry))]
         given = []
         for other in sorted(spare, key=_yields, reverse=True):
             if missing <= 0:
                 break
             given.append(other)
-            missing -= self._held(other)
-        if missing > 0 and len(spare) < len(others):
+            missing -= self._outside_bytes(other)
+        if missing > 0 and len(spare) < len(outside) + len(self._stages[Stage.LIVE]):
             return False
         for other in given:
             self._forget(other)
@@ -455,27 +461,26 @@ class Scheduler:
         most = entry.job.prompt + entry.job.limit
         return self.memory.row(min(entry.tokens + advance, most) + self.block)
 
-    def _held(self, entry: Entry) -> int:
-        """Returns the bytes of a request's K/V outside the batch. One that joins in this plan still has them."""
-        if entry.stage is Stage.STAGED:
-            return self.memory.staged(entry.tokens)
-        joins = entry.stage is Stage.LIVE and entry.place is None
-        return self.memory.saved(entry.tokens) if joins or entry.stage is Stage.READY else 0
+    def _outside_bytes(self, entry: Entry) -> int:
+        """Returns the bytes of a request's K/V outside the batch."""
+        staged = entry.job.id in self._stages[Stage.STAGED]
+        return self.memory.staged(entry.tokens) if staged else self.memory.saved(entry.tokens)
 
     def _bytes(self, advance: int = 0, candidate: Entry | None = None) -> int:
         """Returns the bytes of everything, with room for `advance` more tokens of each row.
 
-        candidate: is counted in its next stage. One that is to be staged reserves its row as well, and so do those
-        outside the batch which will want theirs before it.
+        A request that joins in this plan has its K/V twice. candidate: is counted in its next stage. One that is to be
+        staged reserves its row as well, and so do those outside the batch which will want theirs before it.
         """
         rows, outside = self._at(Stage.LIVE), self._at(Stage.STAGED, Stage.READY)
-        total = self.memory.weights + sum(map(self._held, (*rows, *outside)))
-        if candidate is not None and candidate.outside:
-            rows = [*rows, candidate]
-        elif candidate is not None:
+        total = self.memory.weights + sum(map(self._outside_bytes, outside))
+        total += sum(self.memory.saved(entry.tokens) for entry in rows if entry.place is None)
+        if candidate is not None and candidate.job.id in self._stages[Stage.WAITING]:
             outside = [*outside, candidate]
             total += self.memory.staged(candidate.tokens)
             total += sum(self._row(entry, advance) for entry in outside if not entry.paused)
+        elif candidate is not None:
+            rows = [*rows, candidate]
         total += sum(self._row(entry, advance) for entry in rows)
         prompts = [entry.tokens for entry in outside if entry.remaining]
         if prompts:
