@@ -67,6 +67,7 @@ class Worker:
         self._outboxes: dict[int, Outbox] = {}  # of each request that is not done
         self._cancels: dict[Outbox, Cancel] = {}  # events that end a call
         self._runner: Runner | None = None
+        self._give_back: Callable[[], None] = lambda: None
         self._gate, self._closed = threading.Lock(), False
         self._stopping = self._silent = False
         self._error: BaseException | None = None
@@ -84,7 +85,23 @@ class Worker:
             threads.wait_for_the_end()
             raise
 
+    def check_reader(self) -> None:
+        """Raises UserError where nobody can wait for a delivery: in a forked child, from the worker's own thread, at
+        the end of the process. A worker that is closed has delivered what there is.
+        """
+        self._check_place()
+        if self._silent:
+            threads.wait_for_the_end()
+            raise UserError("the process is ending; expected streams to be read before that")
+
     def _check(self) -> None:
+        self._check_place()
+        if self._error is not None:
+            raise RuntimeError(f"the engine's worker failed: {_said(self._error)}; load it again") from self._error
+        if self._closed:
+            raise UserError("the engine is closed; load it again")
+
+    def _check_place(self) -> None:
         if os.getpid() != self._process:
             raise UserError(
                 f"this engine was loaded in process {self._process} and this is process {os.getpid()}, forked from it; "
@@ -92,15 +109,15 @@ class Worker:
             )
         if threading.get_ident() == self._ident:
             raise UserError("the engine is called from within its own work; call it once that function has returned")
-        if self._error is not None:
-            raise RuntimeError(f"the engine's worker failed: {_said(self._error)}; load it again") from self._error
-        if self._closed:
-            raise UserError("the engine is closed; load it again")
 
-    def drive(self, make: Callable[[], Runner]) -> None:
-        """Makes the runner, in the worker's thread, and computes its rounds from now on."""
+    def drive(self, make: Callable[[], Runner], end: Callable[[], None] = lambda: None) -> None:
+        """Makes the runner, in the worker's thread, and computes its rounds from now on.
+
+        end: is called in the worker's thread once the runner is closed, unless the process ends.
+        """
 
         def begin() -> None:
+            self._give_back = end
             self._runner = make()
 
         self.call(begin)
@@ -271,6 +288,7 @@ class Worker:
         with self._gate:
             self._closed = True
         if not self._silent:
+            self._give_back()
             self._refuse()
         self._outboxes.clear()
         self._cancels.clear()
