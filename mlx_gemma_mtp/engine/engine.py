@@ -24,8 +24,9 @@ from ..models.gemma4 import Gemma4
 from ..models.loading import model_bytes, step_bytes
 from ..ops import kernels
 from ..sampling.params import MAX_ROWS, SamplingParams, count, flag
-from ..speculative.costs import CostTable
-from ..speculative.depth import AUTO, Auto, Fixed
+from ..speculative.auto import Auto
+from ..speculative.costs import MAX_DRAFTS, CostTable
+from ..speculative.depth import AUTO, Depth
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
 from .arguments import Cancel, check_depth, event, settings_of, told, told_of, tools_of
 from .calibration import KINDS, TEXT, Costs
@@ -210,24 +211,19 @@ class Engine:
         constraint = self._constraints.of(params, calls, in_thought)
         return Request(next(self._ids), index, prompt, params, stream, end_tokens, limit, stats, constraint)
 
-    def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
-        """Returns who chooses the draft length. Costs are measured or read once, when they are first needed."""
-        if self.drafter is None or drafts != AUTO:
-            return Fixed(self._most_drafts(drafts, requests))
-        kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
-        if self.frozen_costs and kind in self._autos:  # an equal call gets equal choices: nothing is kept of the last
-            self._autos[kind] = self._auto(kind, self._autos[kind].table)
-        if kind not in self._autos:
-            prompt = self.text.encode(TEXT, chat_template=False)
-            self._autos[kind] = self._auto(kind, self.costs[kind].table(self.target, self.drafter, prompt))
-        return self._autos[kind]
+    def _depth(self) -> Depth:
+        """Returns who chooses the draft lengths of a batch. All batches share what is known of each kind of text."""
+        depth = Depth(None if self.drafter is None else self._table, self.drafting.rejection, self.frozen_costs)
+        depth.autos = self._autos
+        return depth
 
-    def _auto(self, kind: str, table: CostTable) -> Auto:
-        """Returns the controller of a kind of text.
+    def _table(self, kind: str, idle: bool) -> CostTable | None:
+        """Returns the cost table of a kind of text. Where there is none it is measured, if idle, and else missing."""
+        costs = self.costs[kind]
+        return costs.table(self.target, self.drafter, self._calibration_prompt()) if idle else costs.kept()
 
-        Drafts accepted by rejection are never cut, since that would favour those that are not.
-        """
-        return Auto(table, kind == "greedy" or not self.drafting.rejection, self.frozen_costs)
+    def _calibration_prompt(self) -> list[int]:
+        return self.text.encode(TEXT, chat_template=False)
 
     def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
         """Measures the cost of rounds of each kind of text, writes it for the next starts, and uses it from now on.
@@ -240,10 +236,10 @@ class Engine:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
         repeats, progress = count("repeats", repeats, MOST_REPEATS), told("progress", progress)
         with self._in_use(), memory.wired_limit():
-            prompt, tables = self.text.encode(TEXT, chat_template=False), {}
+            prompt, tables = self._calibration_prompt(), {}
             for kind, costs in self.costs.items():
                 tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
-                self._autos[kind] = self._auto(kind, tables[kind])
+            self._depth().adopt(tables)
         return tables
 
     def _run(self, requests: list[Request], drafts: int | str, cancel: Cancel, progress: Progress) -> Iterator[Chunk]:
@@ -266,7 +262,7 @@ class Engine:
         """Returns the most drafts that a round of these requests makes: no more than the longest text can take."""
         if self.drafter is None:
             return 0
-        return Auto.most if drafts == AUTO else min(drafts, max(request.limit for request in requests))
+        return MAX_DRAFTS if drafts == AUTO else min(drafts, max(request.limit for request in requests))
 
     def _needed(self, requests: Sequence[Request], drafts: int | str) -> int:
         """Returns the bytes of K/V that a batch of these requests needs, if every text grows to its limit."""
@@ -302,7 +298,8 @@ class Engine:
             self.target,
             self.drafter,
             requests,
-            self._depth(drafts, requests),
+            self._depth(),
+            self._most_drafts(drafts, requests) if drafts != AUTO else drafts,
             self.prefill_chunk,
             self.defaults.suppress_token_ids,
             self.drafting,
