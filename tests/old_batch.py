@@ -6,12 +6,12 @@ from collections import deque
 
 from mlx_gemma_mtp.engine.request import Advance, Delivery
 from mlx_gemma_mtp.engine.scheduler import Batch
-from mlx_gemma_mtp.speculative.depth import AUTO, Fixed
+from mlx_gemma_mtp.speculative.depth import AUTO
 
 
 class Runner:
-    def __init__(self, target, drafter, settings, autos):
-        self.parts, self.settings, self.autos = (target, drafter), settings, autos
+    def __init__(self, target, drafter, tables, depth, settings):
+        self.parts, self.settings, self.tables, self.depth = (target, drafter), settings, tables, depth
         self.waiting, self.live, self.cancelled, self.paused = deque(), {}, {}, set()
         self.chunks = None
 
@@ -67,8 +67,8 @@ class Runner:
             self.chunks.close()
             self.chunks = None
             self.paused.clear()
-            if self.autos is not None:
-                self.autos.rest()
+            if self.tables is not None:
+                self.tables.learn(self.depth.learned())
         self.cancelled.clear()
         return items
 
@@ -76,12 +76,8 @@ class Runner:
         drafts, settings = some[0].drafts, self.settings
         if self.parts[1] is None or drafts != AUTO:
             drafts = 0 if self.parts[1] is None else min(drafts, max(request.limit for request in some))
-            depth = Fixed(drafts)
-        else:
-            kind = "sampled" if any(request.params.temperature for request in some) else "greedy"
-            self.autos.begin(kind)
-            depth = self.autos(kind)
-        batch = Batch(*self.parts, some, depth, settings.prefill_chunk, settings.suppress, settings.drafting)
+        parts = self.depth, drafts, settings.prefill_chunk, settings.suppress, settings.drafting
+        batch = Batch(*self.parts, some, *parts)
         return batch.run(threading.Event(), lambda done, total: self.told.append((done, total)))
 
     def fail(self, error):

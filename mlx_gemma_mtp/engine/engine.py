@@ -23,14 +23,15 @@ from ..models.loading import step_bytes
 from ..ops import kernels
 from ..sampling.params import SamplingParams, count
 from ..speculative.costs import CostTable
+from ..speculative.depth import Depth
 from ..speculative.drafting import Drafting
 from .arguments import Cancel, told
-from .autos import Autos
 from .calibration import KINDS, TEXT, Costs
 from .intake import Intake, Options
 from .request import Chunk, Request, Result
 from .settings import Settings
 from .streams import AsyncStream, Stream, encoders
+from .tables import Tables
 from .worker import Runner, Worker
 
 if TYPE_CHECKING:
@@ -74,16 +75,17 @@ class Engine:
         reason = no_drafter_reason if drafter is None else None
         self._intake = Intake(text, defaults, target.config, self.settings.num_draft_tokens, reason, figures)
         # The last references to the models are the worker's: what MLX keeps of them is its thread's.
-        autos = drafter and self._controllers(target, drafter)
-        self._models = {"target": target, "drafter": drafter, "autos": autos}
+        self._models = {"target": target, "drafter": drafter, **self._choosing(target, drafter)}
         self._worker = Worker() if worker is None else worker
         self._worker.drive(partial(_runner, self._models, self.settings), partial(_free, self._models))
         self._forgotten = finalize(self, self._worker.stop)
         self._forgotten.atexit = False
 
-    def _controllers(self, target: Gemma4, drafter: Drafter) -> Autos:
-        prompt, drafting = self.text.encode(TEXT, chat_template=False), self.settings.drafting
-        return Autos(target, drafter, self.costs, prompt, drafting.rejection, self.settings.frozen_costs)
+    def _choosing(self, target: Gemma4, drafter: Drafter | None) -> dict[str, Any]:
+        """Who chooses draft lengths, and where the costs come from; without a drafter there are none."""
+        settings, prompt = self.settings, self.text.encode(TEXT, chat_template=False)
+        tables = None if drafter is None else Tables(target, drafter, self.costs, prompt)
+        return {"tables": tables, "depth": Depth(tables, settings.drafting.rejection, settings.frozen_costs)}
 
     @overload
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Result: ...
@@ -236,9 +238,9 @@ class Engine:
         return self._model("drafter")
 
     @property
-    def autos(self) -> Autos | None:
-        """Who chooses 'auto' draft lengths; None without a drafter. Raises UserError once the engine is closed."""
-        return self._model("autos")
+    def depth(self) -> Depth:
+        """Who chooses draft lengths. Raises UserError once the engine is closed."""
+        return self._model("depth")
 
     def _model(self, name: str) -> Any:
         if name not in self._models:
@@ -289,13 +291,19 @@ class Engine:
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
         repeats, progress = count("repeats", repeats, MOST_REPEATS), told("progress", progress)
-        return self._worker.call(partial(self.autos.measured, repeats), progress)
+        return self._worker.call(partial(_calibrated, self._model("tables"), self.depth, repeats), progress)
 
 
 def _runner(models: Mapping[str, Any], settings: Settings) -> Runner:
     from .runner import Runner
 
-    return Runner(models["target"], models["drafter"], settings, models["autos"])
+    return Runner(**models, settings=settings)
+
+
+def _calibrated(tables: Tables, depth: Depth, repeats: int, progress: Progress) -> dict[str, CostTable]:
+    measured = tables.measured(repeats, progress)
+    depth.adopt(measured)
+    return measured
 
 
 def _free(models: dict[str, Any]) -> None:

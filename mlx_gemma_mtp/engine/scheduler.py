@@ -16,7 +16,8 @@ from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..sampling.distribution import Rules
 from ..sampling.penalties import TokenCounts
-from ..speculative.depth import Auto, Fixed
+from ..speculative.costs import MAX_DRAFTS
+from ..speculative.depth import AUTO, Depth, DraftRow
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
 from ..speculative.guide import guide
 from ..speculative.loop import Round, Speculation, compact
@@ -44,17 +45,18 @@ class Batch:
         target: Gemma4,
         drafter: Drafter | None,
         requests: Sequence[Request],
-        depth: Fixed | Auto,
+        depth: Depth,
+        drafts: int | str,
         prefill_chunk: int,
         suppress: Sequence[int] = (),
         drafting: Drafting = DEFAULT_DRAFTING,
     ):
         self.target, self.drafter, self.suppress = target, drafter, suppress
         self.requests, self.live = list(requests), list(requests)
-        self.depth, self.drafting = depth, drafting
+        self.depth, self.drafts, self.drafting = depth, drafts, drafting
         self._loop: Speculation | None = None  # from the prefill's end on
         self.longest = max(len(request.prompt) for request in requests)
-        self.block = max(depth.most + 1, min(prefill_chunk, self.longest))
+        self.block = max((MAX_DRAFTS if drafts == AUTO else drafts) + 1, min(prefill_chunk, self.longest))
 
     def run(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
         """Yields pieces of text as they are made, until every request is finished or `cancel` is set."""
@@ -69,9 +71,9 @@ class Batch:
 
     def _rounds(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
         loop = self._loop = self._prefill(cancel, progress)
-        emitted, seconds = loop.start(self.depth.draft(*self._rows(2))), None
+        emitted, seconds = loop.start(self.first), None
         for rounds in count():
-            due = self._rows(0)[:2], self._kept(emitted), seconds
+            due = self._kept(emitted), seconds
             chunks = self._take(emitted, loop, cancel.is_set())
             if not self.live:
                 self._count(*due)
@@ -81,14 +83,14 @@ class Batch:
             if not loop.waiting:  # nothing to choose: the host counts while the device works
                 loop.launch()
             self._count(*due)
-            width = self.depth.verify(*self._rows(1), loop.confidences, loop.waiting)
+            width = self.depth.verify(*self._rows(1), loop.confidences, [loop.waiting] * len(self.live))
             loop.launch(width)  # works while the caller reads
             if metal_available() and rounds % CLEAR_EVERY == 0:
                 mx.clear_cache()
             yielded = time.perf_counter()
             yield from chunks
             away = time.perf_counter() - yielded
-            emitted = loop.step(self.depth.draft(*self._rows(2)))
+            emitted = loop.step(max(self.depth.draft(*self._rows(2))))
             seconds = time.perf_counter() - launched
             if away >= PROMPT_CALLER * seconds:  # the round is hidden behind the caller's own work
                 seconds = None
@@ -99,10 +101,10 @@ class Batch:
             return None
         return {request.id: max(len(tokens) - 1, 0) for request, tokens in zip(self.live, emitted.tokens, strict=True)}
 
-    def _count(self, rows: tuple[list[int], int], kept: dict[int, int] | None, seconds: float | None) -> None:
-        """Tells the draft length what a round took and kept. rows: the ids of its requests, and their context."""
+    def _count(self, kept: dict[int, int] | None, seconds: float | None) -> None:
+        """Tells the draft length what a round took and kept."""
         if seconds is not None:
-            self.depth.timed(*rows, seconds)
+            self.depth.timed(seconds)
         if kept is not None:
             self.depth.observe(kept)
 
@@ -123,6 +125,7 @@ class Batch:
             request.stats.prompt_tps = len(request.prompt) / (self.prefilled - self.began)
         rules = self._rules()
         token_counts = TokenCounts.of(prompts, target.config.vocab_size) if rules.penalties else None
+        self.first = max(self.depth.draft(*self._rows(2)))
         return Speculation(
             target,
             self.drafter,
@@ -138,15 +141,13 @@ class Batch:
     def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:
         """Hands a round's tokens to their requests; those that finish leave the batch."""
         now = time.perf_counter()
-        chunks, reason = [], ""
-        if emitted.drafted is not None:
-            reason = self.depth.reason(self.live[0].id)
+        chunks = []
         reports = emitted.logprobs or [None] * len(self.live)
         rows = zip(self.live, emitted.tokens, reports, emitted.errors, strict=True)
         for request, tokens, report, error in rows:
             if not request.tokens:
                 request.stats.ttft_s = now - self.began
-            chunk = request.take(tokens, emitted.drafted, reason, report, error)
+            chunk = request.take(tokens, emitted.drafted, self.depth.reason(request.id), report, error)
             chunks.append(chunk)
             if cancelled and chunk.result is None:
                 chunks.append(request.cancel())
@@ -159,15 +160,16 @@ class Batch:
                 loop.retain(rows, self._rules())
         return chunks
 
-    def _rows(self, due: int) -> tuple[list[int], int, list[int]]:
-        """Returns what the draft length may depend on: the live requests' ids, the committed tokens of the longest row,
-        and how many drafts each row has room for.
+    def _rows(self, due: int) -> tuple[list[DraftRow], int]:
+        """Returns what the draft length may depend on: the live rows, and the committed tokens of the longest.
 
         due: tokens that each row emits before these drafts, and with their verify, whatever is accepted.
         """
-        ids = [request.id for request in self.live]
         context = max(len(request.prompt) + len(request.tokens) for request in self.live)
-        return ids, context, [max(0, request.remaining - due) for request in self.live]
+        return [
+            DraftRow(each.id, self.drafts, max(0, each.remaining - due), each.params.temperature > 0)
+            for each in self.live
+        ], context
 
     def _rules(self) -> Rules:
         return Rules.of([request.params for request in self.live], self.target.config.vocab_size, self.suppress)
