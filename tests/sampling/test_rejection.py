@@ -20,7 +20,8 @@ from mlx_gemma_mtp.sampling.distribution import Distribution, Rules, soft_cap
 from mlx_gemma_mtp.sampling.noise import gumbel, keys_of_round
 from mlx_gemma_mtp.sampling.params import REJECTION
 from mlx_gemma_mtp.sampling.rejection import chances, residuals
-from mlx_gemma_mtp.speculative.depth import CONFIDENCE, Auto
+from mlx_gemma_mtp.speculative.auto import Auto
+from mlx_gemma_mtp.speculative.choice import CONFIDENCE
 from mlx_gemma_mtp.speculative.drafting import Drafting
 
 SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, seed=5, ignore_eos=True)
@@ -197,4 +198,5 @@ def test_auto_never_cuts(engine):
             assert CONFIDENCE not in {reason for each in result.stats.depths.values() for reason in each}
     assert len(lengths) > 2
     engine._autos.clear()
-    assert not engine._auto("sampled", random_table(0)).confident and engine._auto("greedy", random_table(0)).confident
+    engine._depth().adopt({kind: random_table(0) for kind in ("sampled", "greedy")})
+    assert not engine._autos["sampled"].confident and engine._autos["greedy"].confident
