@@ -11,8 +11,6 @@ import pytest
 import tiny
 from constraints import Stairs
 
-from mlx_gemma_mtp.cache.cache import Cache
-from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.ops import topk as topk_module
 from mlx_gemma_mtp.ops.sums import sum_of_exponentials
 from mlx_gemma_mtp.sampling import candidates, drawing
@@ -22,8 +20,6 @@ from mlx_gemma_mtp.sampling.noise import gumbel, gumbel_bound
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
 from mlx_gemma_mtp.speculative.drafting import Drafts, DraftState, Mtp
-from mlx_gemma_mtp.speculative.loop import Speculation
-from mlx_gemma_mtp.speculative.prefill import prefill
 
 VOCAB, CAP, COUNT = 12_000, 30.0, 10
 SUPPRESSED = [3, 5000, 11_999]
@@ -307,19 +303,13 @@ def test_open_places_are_settled_in_the_loop(name, guided, short, monkeypatch):
     assert loop.host_syncs == 25 < loops[0].host_syncs <= 50
 
 
-def loop_of(model: Gemma4, p: SamplingParams, rows: int) -> Speculation:
-    cache = Cache(model.config.kv, rows, 64, 16, mx.float32)
-    hidden = prefill(model, cache, slice(0, rows), tiny.prompts(rows))
-    return Speculation(model, tiny.drafter(model), cache, Rules.of([p] * rows, tiny.VOCAB), hidden)
-
-
 def test_a_settled_token_is_reported(short, monkeypatch):
     """The log-probability is that of the token which was emitted, not of what stood in for it."""
     model, p = tiny.target("moe"), replace(IN_THE_LOOP["top-p"], logprobs=3)
 
     def reports() -> list:
-        loop = loop_of(model, p, 2)
-        rounds = [loop.start(0)] + [loop.step(0) for _ in range(12)]
+        loop = tiny.begun(model, None, tiny.prompts(2), p)
+        rounds = [tiny.round_of(loop, 0) for _ in range(13)]
         return [each for done in rounds for each in done.logprobs[0]][:12]
 
     short_way = reports()
@@ -340,8 +330,9 @@ def test_drafts_are_made_after_a_guess(name, share, short, monkeypatch):
         return propose(self, state, count)
 
     monkeypatch.setattr(Mtp, "propose", spied)
-    loop = loop_of(tiny.target("moe"), replace(IN_THE_LOOP[name], temperature=1.5), 3)
-    rounds = [loop.start(1)] + [loop.step(1) for _ in range(20)]
+    model = tiny.target("moe")
+    loop = tiny.begun(model, tiny.drafter(model), tiny.prompts(3), replace(IN_THE_LOOP[name], temperature=1.5))
+    rounds = [tiny.round_of(loop, 1) for _ in range(21)]
     right = np.array(mx.stack(guessed)) == [[row[-1] for row in done.tokens] for done in rounds]
     assert loop.host_syncs - len(rounds) >= 5 and right.mean() >= share
 
