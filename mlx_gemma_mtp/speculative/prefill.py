@@ -35,9 +35,7 @@ def prefill(
 
     progress: told after each chunk how many tokens of the longest prompt are done.
     """
-    caches = [Cache(target.config.kv, block, target.dtype, lookback) for _ in prompts]
-    for cache, prompt in zip(caches, prompts, strict=True):
-        cache.open(len(prompt))
+    caches = [Cache(target.config.kv, block, target.dtype, lookback).open(len(prompt)) for prompt in prompts]
     hidden: dict[int, mx.array] = {}
     for start in range(0, longest := max(map(len, prompts)), block):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]

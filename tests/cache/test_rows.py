@@ -256,7 +256,7 @@ def test_a_row_that_grows_takes_its_own_size():
     usual, old, new = peak(lambda: dispatched(cache, 1)), shorter.bytes, row_bytes(specs, 10_234, 8, 4)
     cache.length_bound[2] = 10_234
     assert cache.growth(0) == new
-    assert peak(lambda: dispatched(cache, 1)) < usual + 1.2 * (old + new) < cache.bytes / 2
+    assert peak(lambda: dispatched(cache, 1)) < usual + 1.25 * (old + new) < cache.bytes / 2
     assert cache.classes == [10_240, 10_240, 12_288, 10_240, 10_240, 10_240]
 
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from constraints import Stairs
 
+from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.ops import topk as topk_module
 from mlx_gemma_mtp.ops.sums import sum_of_exponentials
 from mlx_gemma_mtp.sampling import candidates, drawing
@@ -20,6 +21,7 @@ from mlx_gemma_mtp.sampling.noise import gumbel, gumbel_bound
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
 from mlx_gemma_mtp.speculative.drafting import Drafts, DraftState, Mtp
+from mlx_gemma_mtp.speculative.loop import Speculation
 
 VOCAB, CAP, COUNT = 12_000, 30.0, 10
 SUPPRESSED = [3, 5000, 11_999]
@@ -303,12 +305,16 @@ def test_open_places_are_settled_in_the_loop(name, guided, short, monkeypatch):
     assert loop.host_syncs == 25 < loops[0].host_syncs <= 50
 
 
+def loop_of(model: Gemma4, p: SamplingParams, rows: int) -> Speculation:
+    return tiny.begun(model, tiny.drafter(model), tiny.prompts(rows), p)
+
+
 def test_a_settled_token_is_reported(short, monkeypatch):
     """The log-probability is that of the token which was emitted, not of what stood in for it."""
     model, p = tiny.target("moe"), replace(IN_THE_LOOP["top-p"], logprobs=3)
 
     def reports() -> list:
-        loop = tiny.begun(model, None, tiny.prompts(2), p)
+        loop = loop_of(model, p, 2)
         rounds = [tiny.round_of(loop, 0) for _ in range(13)]
         return [each for done in rounds for each in done.logprobs[0]][:12]
 
@@ -330,8 +336,7 @@ def test_drafts_are_made_after_a_guess(name, share, short, monkeypatch):
         return propose(self, state, count)
 
     monkeypatch.setattr(Mtp, "propose", spied)
-    model = tiny.target("moe")
-    loop = tiny.begun(model, tiny.drafter(model), tiny.prompts(3), replace(IN_THE_LOOP[name], temperature=1.5))
+    loop = loop_of(tiny.target("moe"), replace(IN_THE_LOOP[name], temperature=1.5), 3)
     rounds = [tiny.round_of(loop, 1) for _ in range(21)]
     right = np.array(mx.stack(guessed)) == [[row[-1] for row in done.tokens] for done in rounds]
     assert loop.host_syncs - len(rounds) >= 5 and right.mean() >= share
