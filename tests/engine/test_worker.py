@@ -218,7 +218,7 @@ def test_a_worker_that_fails_tells_everybody(driven, where):
 
     broken = driven(Broken)
     for whole in (False, True):
-        with pytest.raises(RuntimeError, match="worker failed: .*load it again"):
+        with pytest.raises(RuntimeError, match=r"worker failed: .*load it again"):
             list(broken.stream(request(9), whole=whole))
     for call in (lambda: broken.worker.call(len), broken.worker.check, lambda: broken.stream(request())):
         with pytest.raises(RuntimeError, match="worker failed") as raised:
@@ -309,9 +309,8 @@ def test_an_event_that_raises_ends_its_call_alone(driven):
 def test_progress_is_told_in_the_readers_thread(driven):
     """Of all prompts together; a prompt that is prefilled once more, after a preemption, counts once."""
     shared, told = driven(), []
-    stream = shared.stream(
-        request(2, 0, prompt=5), request(2, 1, prompt=7), progress=lambda *how: told.append((threading.get_ident(), how))
-    )
+    asked = request(2, 0, prompt=5), request(2, 1, prompt=7)
+    stream = shared.stream(*asked, progress=lambda *how: told.append((threading.get_ident(), how)))
     list(stream)
     assert told == [(threading.get_ident(), (5, 12)), (threading.get_ident(), (12, 12))]
 
