@@ -47,7 +47,7 @@ class Runner:
         if not self.live and self.waiting:
             first = self.waiting[0]
             same = [request for request in self.waiting if request.drafts == first.drafts]
-            some = list({request.index: request for request in reversed(same)}.values())  # chunks name their index alone
+            some = list({request.index: request for request in reversed(same)}.values())
             some = sorted(some, key=lambda request: request.id)[: self.settings.max_rows]
             self.live = {request.id: request for request in some}
             self.waiting = deque(request for request in self.waiting if request.id not in self.live)

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 BEGIN = """
 import asyncio, atexit, gc, os, signal, sys, threading, time
 from exits import Small, interrupted_soon
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 """
 # Each: what runs, and the exit code that is due. `engine` is a Small.
 CASES = {
