@@ -151,18 +151,16 @@ def prompt_of(engine: Engine, which: int, length: int) -> list[int]:
 
 
 def request_of(engine: Engine, asked: Asked, now: float = 0.0) -> Request:
-    """The request as the engine makes it."""
+    """The request as the engine makes it, with a deadline by the schedule's clock."""
     params, options = EVERY[asked.settings]
-    params = replace(params, max_tokens=asked.limit)
-    deadline = None if asked.timeout is None else now + asked.timeout
-    (request,) = engine.requests(
-        [prompt_of(engine, *asked.prompt)], params, num_draft_tokens=asked.drafts, priority=asked.priority, **options
-    )
-    request.deadline = deadline
+    options = Options(num_draft_tokens=asked.drafts, priority=asked.priority, **options)
+    prompts = [prompt_of(engine, *asked.prompt)]
+    (request,) = engine.intake.requests(prompts, replace(params, max_tokens=asked.limit), options)
+    request.deadline = None if asked.timeout is None else now + asked.timeout
     return request
 
 
-def runner_of(engine: Engine, clock: Callable[[], float], schedule: Schedule):
+def runner_of(engine: Engine, clock: Callable[[], float], schedule: Schedule) -> Runner:
     """A runner of the engine's models, without a thread."""
     raise NotImplementedError
 
@@ -230,7 +228,7 @@ class Drive:
 
     def take(self, deliveries: Sequence) -> None:
         for delivery in deliveries:
-            if delivery.chunk is None:  # how far a prompt is
+            if not isinstance(delivery, Delivery):  # how far a prompt is
                 continue
             outcome = self.outcomes[delivery.id]
             assert not outcome.over, (outcome.asked, delivery)
