@@ -23,13 +23,13 @@ import numpy as np
 
 from mlx_gemma_mtp.cli.plots import dress, fitted, panels, spread
 from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostTable
-from mlx_gemma_mtp.speculative.depth import Auto, Fixed
+from mlx_gemma_mtp.speculative.depth import AUTO, Depth, DraftRow
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 CONTEXT = 512
 SEGMENT = 400  # tokens of one class in the mixture
 START = 64  # rounds in which a controller may still lose a little
-FAST = 1e9  # room for drafts: no limit
+FREE = 10**9  # room for drafts: no limit
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,25 @@ EXACT = Clock()
 NOISY = Clock(0.1, 0.05)
 
 
-def replay(trace: Trace, table: CostTable, depth: Fixed | Auto, clock: Clock = EXACT, seed: int = 0) -> Run:
-    """One row's text under a rule, in the order in which the scheduler asks it."""
-    draws = np.random.default_rng(seed)
+def replay(
+    trace: Trace, table: CostTable, drafts: int | str, clock: Clock = EXACT, seed: int = 0, chooser: Depth | None = None
+) -> Run:
+    """One row's text under a rule, in the order in which a batch asks it.
+
+    drafts: a number, or 'auto', then by this table unless the chooser has another.
+    """
+    draws, depth = np.random.default_rng(seed), chooser or by(table)
     verify, draft = table.verify_at(1, CONTEXT), table.draft_at(1)
-    at, rounds = 0, []
-    made = depth.draft([0], CONTEXT, [FAST])
+    at, rounds, rows = 0, [], [DraftRow(0, drafts, FREE, False)]
+    [made] = depth.draft(rows, CONTEXT)
     while at < len(trace.accepted):
         sure = trace.confidences[at, :made].astype(float).tolist()
-        width = depth.verify([0], CONTEXT, [FAST], [sure], made)
+        width = depth.verify(rows, CONTEXT, [sure], [made])
         width = made if width is None else width
         kept = min(width, int(trace.accepted[at]))
         rounds.append(Step(at, at + kept + 1, made, width, verify[width] + made * draft))
-        made = depth.draft([0], CONTEXT, [FAST])
-        depth.timed([0], CONTEXT, clock.observe(verify[width] + made * draft, draws, len(rounds)))
+        [made] = depth.draft(rows, CONTEXT)
+        depth.timed(clock.observe(verify[width] + made * draft, draws, len(rounds)))
         depth.observe({0: kept})
         at += kept + 1
     return Run(rounds)
@@ -142,7 +147,8 @@ def replay(trace: Trace, table: CostTable, depth: Fixed | Auto, clock: Clock = E
 def against_plain(
     trace: Trace,
     truth: CostTable,
-    depth: Fixed | Auto,
+    drafts: int | str,
+    table: CostTable,
     rows: int,
     rounds: int,
     clock: Clock = NOISY,
@@ -151,26 +157,32 @@ def against_plain(
 ) -> list[tuple[float, float]]:
     """For each of `rounds` rounds, the seconds that plain decoding takes for its tokens, and those of the round.
 
-    rows: parts of the text from different places, in one batch; start: tokens before the first. The rule has any table;
-    rounds take what `truth` says, and are observed by a clock.
+    drafts: a number, or 'auto', then by any table. rows: parts of the text from different places, in one batch; start:
+    tokens before the first. Rounds take what `truth` says, and are observed by a clock.
     """
+    depth = by(table)
     draws, count = np.random.default_rng(seed), len(trace.accepted)
     at = [int(place) for place in draws.integers(0, count, rows)]
-    ids, room, context, found = list(range(rows)), [FAST] * rows, start, []
-    made = depth.draft(ids, context, room)
+    batch, context, found = [DraftRow(row, drafts, FREE, False) for row in range(rows)], start, []
+    made = max(depth.draft(batch, context))
     for _ in range(rounds):
         sure = [trace.confidences[place % count, :made].astype(float).tolist() for place in at]
-        width = depth.verify(ids, context, room, sure, made)
+        width = depth.verify(batch, context, sure, [made] * rows)
         width = made if width is None else width
         kept = [min(width, int(trace.accepted[place % count])) for place in at]
         verify, draft = truth.verify_at(rows, context), truth.draft_at(rows)
         found.append((verify[0] * (1 + sum(kept) / rows), verify[width] + made * draft))
-        made = depth.draft(ids, context, room)
-        depth.timed(ids, context, clock.observe(verify[width] + made * draft, draws, len(found)))
-        depth.observe(dict(zip(ids, kept, strict=True)))
+        made = max(depth.draft(batch, context))
+        depth.timed(clock.observe(verify[width] + made * draft, draws, len(found)))
+        depth.observe(dict(enumerate(kept)))
         at = [place + each + 1 for place, each in zip(at, kept, strict=True)]
         context = start + int(sum(each[0] / verify[0] for each in found))
     return found
+
+
+def by(table: CostTable) -> Depth:
+    """Returns a chooser of its own, by this table."""
+    return Depth(lambda kind, idle: table)
 
 
 def oracle(trace: Trace, table: CostTable) -> float:
@@ -186,7 +198,7 @@ def oracle(trace: Trace, table: CostTable) -> float:
 
 def fixed_rates(trace: Trace, table: CostTable) -> list[float]:
     """Tokens a second of K = 0..MAX_DRAFTS."""
-    return [replay(trace, table, Fixed(drafts)).rate for drafts in range(MAX_DRAFTS + 1)]
+    return [replay(trace, table, drafts).rate for drafts in range(MAX_DRAFTS + 1)]
 
 
 def rounds_to_adapt(trace: Trace, run: Run, table: CostTable, good: float = 0.95, window: int = 16) -> list[int]:
@@ -200,7 +212,7 @@ def rounds_to_adapt(trace: Trace, run: Run, table: CostTable, good: float = 0.95
         for i in range(len(inside)):
             some = inside[i : i + window]
             piece = trace[some[0].start : some[-1].end]
-            if sum(each.seconds for each in some) * good <= replay(piece, table, Fixed(best)).seconds:
+            if sum(each.seconds for each in some) * good <= replay(piece, table, best).seconds:
                 break
         found.append(i)
     return found
@@ -212,7 +224,7 @@ def report(traces: dict[str, Trace], tables: dict[str, CostTable]) -> list[dict[
     for machine, table in tables.items():
         for name, trace in traces.items():
             fixed = fixed_rates(trace, table)
-            run = replay(trace, table, Auto(table))
+            run = replay(trace, table, AUTO)
             best = int(np.argmax(fixed))
             lines.append(
                 {
@@ -282,13 +294,13 @@ def astray(
         return sum(plain for plain, _ in found[start:end]) / sum(seconds for _, seconds in found[start:end])
 
     lengths = [
-        against_plain(trace, truth, Fixed(drafts), rows, rounds, EXACT, rows) for drafts in range(MAX_DRAFTS + 1)
+        against_plain(trace, truth, drafts, truth, rows, rounds, EXACT, rows) for drafts in range(MAX_DRAFTS + 1)
     ]
     best = max(share(each, START, rounds) for each in lengths)
     tables = wrong_shapes(truth) | {f"scattered {i}": scattered(truth, i) for i in range(scattered_tables)}
     lines = []
     for kind, table in tables.items():
-        found = against_plain(trace, truth, Auto(table), rows, rounds, NOISY, sum(map(ord, kind + name)) + rows)
+        found = against_plain(trace, truth, AUTO, table, rows, rounds, NOISY, sum(map(ord, kind + name)) + rows)
         lines.append(
             {"table": kind, "first": share(found, 0, START), "then": share(found, START, rounds), "best": best}
         )

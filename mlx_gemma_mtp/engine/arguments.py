@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import UserError, shown
-from ..sampling.params import LARGEST_COUNT, SamplingParams, flag, listed, whole
+from ..sampling.params import LARGEST_COUNT, SamplingParams, flag, listed, number, whole
 from ..speculative.depth import AUTO
 from ..text.messages import are_messages
 from ..text.tool_choice import ToolChoice
 from ..text.tools import Tools
+
+PRIORITIES = 100
+LONGEST = 1e9  # seconds: more than a machine runs
 
 
 @runtime_checkable
@@ -27,6 +30,24 @@ def check_depth(drafts: int | str) -> int | str:
         return AUTO
     expected = f"'{AUTO}', or a whole number from 0 (plain decoding) to {LARGEST_COUNT}"
     return whole("num_draft_tokens", drafts, lambda n: 0 <= n <= LARGEST_COUNT, expected)
+
+
+def check_priority(priority: int) -> int:
+    """Returns the priority as Python's int. Raises UserError for what is none."""
+    expected = f"a whole number from {-PRIORITIES} to {PRIORITIES}; the higher goes first"
+    return whole("priority", priority, lambda n: -PRIORITIES <= n <= PRIORITIES, expected)
+
+
+def seconds(name: str, value: float | None) -> float | None:
+    """Returns seconds as Python's float, None for no limit. Raises UserError."""
+    expected = f"seconds above 0, at most {LONGEST:g}, or None, which is no limit"
+    return None if value is None else number(name, value, lambda s: 0 < s <= LONGEST, expected)
+
+
+def limit_of(name: str, value: int | None) -> int | None:
+    """Returns a limit in bytes as Python's int, None for the machine's own. Raises UserError."""
+    expected = "bytes, a whole number of 1 or more, or None, which is what the machine has"
+    return None if value is None else whole(name, value, lambda n: 1 <= n <= 2**63 - 1, expected)
 
 
 def event(cancel: Any) -> Cancel:

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import asyncio
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+from weakref import finalize
 
 import mlx.core as mx
 
-from ..cache.spec import kv_bytes
 from ..errors import UserError
 from ..files.progress import Progress
-from ..machine import blas, memory
+from ..machine import blas
 from ..machine.device import metal_available
 from ..models import loading
 from ..models.config import GenerationDefaults
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
-from ..models.loading import model_bytes, step_bytes
+from ..models.loading import step_bytes
 from ..ops import kernels
-from ..sampling.params import MAX_ROWS, SamplingParams, count, flag
+from ..sampling.params import SamplingParams, count
 from ..speculative.costs import CostTable
-from ..speculative.depth import AUTO, Auto, Fixed
-from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
-from .arguments import Cancel, check_depth, event, settings_of, told, told_of, tools_of
+from ..speculative.depth import Depth
+from ..speculative.drafting import Drafting
+from .arguments import Cancel, told
 from .calibration import KINDS, TEXT, Costs
-from .constraints import Calls, Constraints
+from .intake import Intake, Options
 from .request import Chunk, Request, Result
-from .scheduler import Batch
-from .stats import Stats
+from .settings import Settings
+from .streams import AsyncStream, Stream, encoders
+from .tables import Tables
+from .worker import Runner, Worker
 
 if TYPE_CHECKING:
     from ..text.encode import Prompt, Text
 
-PREFILL_CHUNK = 256
+T = TypeVar("T")
 MOST_REPEATS = 1000  # of a calibration
 LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth quantising
 
@@ -45,8 +45,9 @@ LIGHT_DRAFT = 0.15  # of a target step's bytes: a draft that reads more is worth
 class Engine:
     """A target, its drafter and its tokenizer; make it with `load`.
 
-    Several streams may be open at once and be read in any order. One thread at a time: a call from a second thread
-    while the engine computes raises UserError, and so does any call in a process that was forked after the load.
+    Any thread may call it, and so may coroutines; all calls share one batch. Its own thread computes. `close` ends what
+    runs and gives the memory back, and so does a `with` block, or forgetting the engine. Every call raises UserError
+    after that, in a process that was forked after the load, and from a function that the engine's own thread calls.
     """
 
     def __init__(
@@ -57,28 +58,34 @@ class Engine:
         defaults: GenerationDefaults,
         *,
         no_drafter_reason: str | None = None,
-        num_draft_tokens: int | str = AUTO,
-        max_rows: int = MAX_ROWS,
-        prefill_chunk: int = PREFILL_CHUNK,
-        drafting: Drafting = DEFAULT_DRAFTING,
         costs: Mapping[str, Costs] | None = None,
-        frozen_costs: bool = False,
+        worker: Worker | None = None,
+        **settings: Any,
     ):
-        self.target, self.drafter, self.text, self.defaults = target, drafter, text, defaults
-        self.num_draft_tokens, self.max_rows, self.prefill_chunk = num_draft_tokens, max_rows, prefill_chunk
-        self.drafting, self.frozen_costs = drafting, frozen_costs
+        """worker: the one in whose thread the models were loaded; None makes one. settings: fields of Settings."""
+        self.text, self.defaults = text, defaults
+        self.settings = Settings(**settings, suppress=tuple(defaults.suppress_token_ids))
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
-        self._autos: dict[str, Auto] = {}
-        self._ids = itertools.count()  # requests, whichever call they come from
-        # Reentrant: a stream that is forgotten may be closed by the garbage collector amid another one's round.
-        self._lock, self._process = threading.RLock(), os.getpid()
-        self._no_drafter_reason = no_drafter_reason
-        self.end_tokens = text.end_token_ids.union(defaults.eos_token_ids, target.config.eos_token_ids)
-        self._constraints = Constraints(text, target.config.vocab_size, self.end_tokens)
-        self._target_bytes = step_bytes(target)
-        self._draft_bytes = step_bytes(drafter) if drafter else 0
-        self._weight_bytes = sum(model_bytes(model) for model in (target, drafter) if model is not None)
-        self._kv_bytes = 0  # of the batches of open streams
+        self._target_bytes, self._draft_bytes = step_bytes(target), step_bytes(drafter) if drafter else 0
+        figures = {
+            "accept": self.settings.drafting.accept,
+            "target_step_bytes": self._target_bytes,
+            "draft_step_bytes": self._draft_bytes,
+        }
+        reason = no_drafter_reason if drafter is None else None
+        self._intake = Intake(text, defaults, target.config, self.settings.num_draft_tokens, reason, figures)
+        # The last references to the models are the worker's: what MLX keeps of them is its thread's.
+        self._models = {"target": target, "drafter": drafter, **self._choosing(target, drafter)}
+        self._worker = Worker() if worker is None else worker
+        self._worker.drive(partial(_runner, self._models, self.settings), partial(_free, self._models))
+        self._forgotten = finalize(self, self._worker.stop)
+        self._forgotten.atexit = False
+
+    def _choosing(self, target: Gemma4, drafter: Drafter | None) -> dict[str, Any]:
+        """Who chooses draft lengths, and where the costs come from; without a drafter there are none."""
+        settings, prompt = self.settings, self.text.encode(TEXT, chat_template=False)
+        tables = None if drafter is None else Tables(target, drafter, self.costs, prompt)
+        return {"tables": tables, "depth": Depth(tables, settings.drafting.rejection, settings.frozen_costs)}
 
     @overload
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Result: ...
@@ -98,10 +105,18 @@ class Engine:
         batch. `stream` describes the options.
         """
         prompts, single = self.text.prompts(prompt)
-        chunks = self.stream(prompts, params, **options)
-        results = {chunk.index: chunk.result for chunk in chunks if chunk.result is not None}
-        ordered = [results[index] for index in sorted(results)]
-        return ordered[0] if single else ordered
+        return _results(list(self._stream(prompts, params, Options(**options), whole=True)), single)
+
+    async def agenerate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> Result | list[Result]:
+        """Returns what `generate` does. A task that is cancelled meanwhile cancels its requests."""
+        prompts, single = self.text.prompts(prompt)
+        stream = self._astream(prompts, params, Options(**options), whole=True)
+        return _results([chunk async for chunk in stream], single)
 
     def stream(
         self,
@@ -116,9 +131,11 @@ class Engine:
         allow_special: bool = False,
         continue_final_message: bool = False,
         num_draft_tokens: int | str | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
         cancel: Cancel | None = None,
         progress: Progress | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Stream:
         """Yields pieces of text as they are made. The last chunk of each prompt carries its Result.
 
         prompt: text (a user turn, or raw text with chat_template=False), chat messages, or token ids (a list or an
@@ -130,30 +147,115 @@ class Engine:
         the tool that the reply must call, by its name or as OpenAI's object. parallel_tool_calls: whether a reply may
         make several calls. allow_special: takes control strings in messages for control tokens. continue_final_message:
         goes on with the last message, which is the assistant's. num_draft_tokens: drafts a round; 0 decodes plainly,
-        'auto' follows cost and acceptance, None is the engine's. cancel: an event; once it is set, generation ends
-        after the current round. progress: called with the prefill's tokens done and in all.
+        'auto' follows cost and acceptance, None is the engine's. timeout: seconds after which the reply ends with
+        finish_reason 'timeout' and the text so far. priority: -100 to 100; the higher goes first. cancel: an event;
+        once it is set, generation ends after the current round. progress: called with the prompts' tokens that are
+        prefilled and all of them, by whoever reads the stream.
 
-        Raises UserError before anything is generated: for an empty prompt, a prompt beyond the context or the memory,
-        image or audio parts, and whatever is out of range or cannot be done together.
+        The stream ends, with what it has, when it is closed, forgotten, or its engine is closed. A reader that falls
+        behind delays nobody but itself.
+
+        Raises UserError before anything is generated: at once for an empty prompt, a prompt beyond the context, image
+        or audio parts, and whatever is out of range or cannot be done together; with the first chunk for what is beyond
+        the memory, and where too many requests wait.
         """
-        prompts, _ = self.text.prompts(prompt)
-        every = settings_of(params, len(prompts))
-        drafts = self.num_draft_tokens if num_draft_tokens is None else check_depth(num_draft_tokens)
-        flag("chat_template", chat_template)
-        special = {"allow_special": allow_special, "continue_final_message": continue_final_message}
-        tools, choice = tools_of(tools, tool_choice, parallel_tool_calls)
-        cancel, progress = event(cancel), told("progress", progress)
-        with self._in_use():
-            encode = partial(self.text.encode, system_prompt=system_prompt, chat_template=chat_template, **special)
-            encoded = [
-                encode(prompt, thinking=settings.thinking, tools=told_of(tools, prompt))
-                for prompt, settings in zip(prompts, every, strict=True)
-            ]
-            calls = self._constraints.calls(tools, choice, any(settings.grammars for settings in every))
-            requests = [self._request(i, tokens, every[i], drafts, calls) for i, tokens in enumerate(encoded)]
-            for request in requests:
-                self._check_fits(request, drafts)
-        return self._guarded(self._run(requests, drafts, cancel, progress))
+        options = Options(
+            system_prompt,
+            chat_template,
+            tools,
+            tool_choice,
+            parallel_tool_calls,
+            allow_special,
+            continue_final_message,
+            num_draft_tokens,
+            timeout,
+            priority,
+            cancel,
+            progress,
+        )
+        return self._stream(self.text.prompts(prompt)[0], params, options)
+
+    def astream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> AsyncStream:
+        """Yields what `stream` does, to `async for`. It begins, and raises, when the first chunk is asked for."""
+        return self._astream(self.text.prompts(prompt)[0], params, Options(**options))
+
+    def _stream(self, prompts: list[Prompt], params: Any, options: Options, whole: bool = False) -> Stream:
+        self._worker.check()
+        requests = self._intake.requests(prompts, params, options)
+        return Stream(self._worker, requests, options.cancel, options.progress, self, whole)
+
+    def _astream(self, prompts: list[Prompt], params: Any, options: Options, whole: bool = False) -> AsyncStream:
+        async def begin() -> list[Request]:
+            self._worker.check()
+            take_in = partial(self._intake.requests, prompts, params, options)
+            return await asyncio.get_running_loop().run_in_executor(encoders(), take_in)
+
+        return AsyncStream(self._worker, begin, options.cancel, options.progress, self, whole)
+
+    def call(self, function: Callable[..., T], *listeners: Callable[..., None]) -> T:
+        """Runs a function of one's own with the models, in the thread that computes, between two rounds.
+
+        Returns what it returns and raises what it raises. listeners: its arguments, functions that are called in the
+        caller's thread.
+        """
+        return self._worker.call(function, *listeners)
+
+    def close(self) -> None:
+        """Ends what runs, with finish_reason 'cancelled', and gives the memory back. Closing once more does nothing."""
+        self._worker.close()
+        self._forgotten.detach()
+
+    async def aclose(self) -> None:
+        """Closes the engine; other tasks go on meanwhile."""
+        await asyncio.get_running_loop().run_in_executor(encoders(), self.close)
+
+    def __enter__(self) -> Engine:
+        self._worker.check()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Engine:
+        return self.__enter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    @property
+    def target(self) -> Gemma4:
+        """The target. Raises UserError once the engine is closed."""
+        return self._model("target")
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """The drafter, None where texts are decoded plainly. Raises UserError once the engine is closed."""
+        return self._model("drafter")
+
+    @property
+    def depth(self) -> Depth:
+        """Who chooses draft lengths. Raises UserError once the engine is closed."""
+        return self._model("depth")
+
+    def _model(self, name: str) -> Any:
+        if name not in self._models:
+            self._worker.check()
+        return self._models[name]
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text, unless its request ignores them."""
+        return self._intake.end_tokens
+
+    @property
+    def drafting(self) -> Drafting:
+        """How drafts are made and accepted."""
+        return self.settings.drafting
 
     @property
     def description(self) -> str:
@@ -179,56 +281,6 @@ class Engine:
             f"{self._target_bytes / 1e6:,.1f} MB; --draft-bits 8 (draft_bits=8 in Python) makes it lighter{where}"
         )
 
-    def _request(
-        self, index: int, prompt: list[int], params: SamplingParams, drafts: int | str, calls: Calls
-    ) -> Request:
-        context = self.target.config.context
-        if len(prompt) >= context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, expected fewer than the context of {context}; shorten it"
-            )
-        params = params.resolved(self.defaults)
-        vocabulary = self.target.config.vocab_size
-        for token in params.logit_bias:
-            if token >= vocabulary:
-                raise UserError(f"logit_bias has token id {token}, expected 0 to {vocabulary - 1}")
-        reason = self._no_drafter_reason if self.drafter is None else None if drafts else "the draft length is 0"
-        stats = Stats(
-            len(prompt),
-            mtp=reason is None,
-            mtp_reason=reason,
-            blas=blas.name(),
-            seed=params.seed,
-            accept=self.drafting.accept,
-            target_step_bytes=self._target_bytes,
-            draft_step_bytes=self._draft_bytes,
-        )
-        end_tokens = frozenset() if params.ignore_eos else self.end_tokens
-        limit = min(params.max_tokens, context - len(prompt))
-        in_thought = self.text.opens_thought(prompt)
-        stream = self.text.stream(params.stop, calls.read, in_thought)
-        constraint = self._constraints.of(params, calls, in_thought)
-        return Request(next(self._ids), index, prompt, params, stream, end_tokens, limit, stats, constraint)
-
-    def _depth(self, drafts: int | str, requests: Sequence[Request]) -> Fixed | Auto:
-        """Returns who chooses the draft length. Costs are measured or read once, when they are first needed."""
-        if self.drafter is None or drafts != AUTO:
-            return Fixed(self._most_drafts(drafts, requests))
-        kind = "sampled" if any(request.params.temperature for request in requests) else "greedy"
-        if self.frozen_costs and kind in self._autos:  # an equal call gets equal choices: nothing is kept of the last
-            self._autos[kind] = self._auto(kind, self._autos[kind].table)
-        if kind not in self._autos:
-            prompt = self.text.encode(TEXT, chat_template=False)
-            self._autos[kind] = self._auto(kind, self.costs[kind].table(self.target, self.drafter, prompt))
-        return self._autos[kind]
-
-    def _auto(self, kind: str, table: CostTable) -> Auto:
-        """Returns the controller of a kind of text.
-
-        Drafts accepted by rejection are never cut, since that would favour those that are not.
-        """
-        return Auto(table, kind == "greedy" or not self.drafting.rejection, self.frozen_costs)
-
     def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
         """Measures the cost of rounds of each kind of text, writes it for the next starts, and uses it from now on.
         Takes a minute or two.
@@ -239,112 +291,29 @@ class Engine:
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
         repeats, progress = count("repeats", repeats, MOST_REPEATS), told("progress", progress)
-        with self._in_use(), memory.wired_limit():
-            prompt, tables = self.text.encode(TEXT, chat_template=False), {}
-            for kind, costs in self.costs.items():
-                tables[kind] = costs.measured(self.target, self.drafter, prompt, repeats, progress)
-                self._autos[kind] = self._auto(kind, tables[kind])
-        return tables
+        return self._worker.call(partial(_calibrated, self._model("tables"), self.depth, repeats), progress)
 
-    def _run(self, requests: list[Request], drafts: int | str, cancel: Cancel, progress: Progress) -> Iterator[Chunk]:
-        waiting = requests
-        try:
-            with memory.wired_limit():
-                while waiting and not cancel.is_set():
-                    some = waiting[: self._rows_that_fit(waiting, drafts)]
-                    waiting, taken = waiting[len(some) :], self._needed(some, drafts)
-                    self._kv_bytes += taken
-                    try:
-                        yield from self._batch(some, drafts).run(cancel, progress)
-                    finally:
-                        self._kv_bytes -= taken
-            yield from [request.cancel() for request in waiting]  # for these nothing was prefilled or measured
-        finally:
-            self._learn()
 
-    def _most_drafts(self, drafts: int | str, requests: Sequence[Request]) -> int:
-        """Returns the most drafts that a round of these requests makes: no more than the longest text can take."""
-        if self.drafter is None:
-            return 0
-        return Auto.most if drafts == AUTO else min(drafts, max(request.limit for request in requests))
+def _runner(models: Mapping[str, Any], settings: Settings) -> Runner:
+    from .runner import Runner
 
-    def _needed(self, requests: Sequence[Request], drafts: int | str) -> int:
-        """Returns the bytes of K/V that a batch of these requests needs, if every text grows to its limit."""
-        most, longest = self._most_drafts(drafts, requests), max(len(request.prompt) for request in requests)
-        block = max(most + 1, min(self.prefill_chunk, longest))
-        tokens = max(longest + block, *(len(request.prompt) + request.limit + most + 1 for request in requests))
-        return kv_bytes(self.target.config.kv, tokens, len(requests), block, self.target.dtype.size)
+    return Runner(**models, settings=settings)
 
-    def _check_fits(self, request: Request, drafts: int | str) -> None:
-        """Raises UserError for a text that would not fit even alone."""
-        memory.check(
-            self._weight_bytes + self._needed([request], drafts),
-            f"a prompt of {len(request.prompt)} tokens with max_tokens={request.limit} on this model",
-            "lower max_tokens, shorten the prompt, or take a smaller model",
-        )
 
-    def _rows_that_fit(self, waiting: Sequence[Request], drafts: int | str) -> int:
-        """Returns how many of the requests, from the first on, go into one batch: as many as max_rows and memory allow.
+def _calibrated(tables: Tables, depth: Depth, repeats: int, progress: Progress) -> dict[str, CostTable]:
+    measured = tables.measured(repeats, progress)
+    depth.adopt(measured)
+    return measured
 
-        Raises UserError where open streams leave too little for one.
-        """
-        free = memory.total_bytes() - self._weight_bytes - self._kv_bytes
-        for rows in range(min(self.max_rows, len(waiting)), 0, -1):
-            if self._needed(waiting[:rows], drafts) <= free:
-                return rows
-        raise UserError(
-            f"the next prompt needs {self._needed(waiting[:1], drafts) / 1e9:.1f} GB of K/V, weights and open streams "
-            f"leave {max(free, 0) / 1e9:.1f} GB; finish or close other streams first, or lower max_tokens"
-        )
 
-    def _batch(self, requests: list[Request], drafts: int | str) -> Batch:
-        return Batch(
-            self.target,
-            self.drafter,
-            requests,
-            self._depth(drafts, requests),
-            self.prefill_chunk,
-            self.defaults.suppress_token_ids,
-            self.drafting,
-        )
+def _free(models: dict[str, Any]) -> None:
+    """Gives the models' memory back. A module refers to itself by what it compiled, so it waits for a collector."""
+    models.clear()
+    gc.collect()
+    mx.clear_cache()
 
-    def _learn(self) -> None:
-        """Writes what rounds took for the next start. A call that is closed early does so, too."""
-        for kind, auto in self._autos.items():
-            self.costs[kind].learn(*auto.learned())
 
-    @contextmanager
-    def _in_use(self, wait: bool = False) -> Iterator[None]:
-        """Holds the engine for this thread, as long as the block runs. wait: for another thread's round to end.
-
-        Raises UserError in a forked child (Metal, BLAS and MLX's threads do not survive a fork), and where another
-        thread is computing and nothing says to wait.
-        """
-        if os.getpid() != self._process:
-            raise UserError(
-                f"this engine was loaded in process {self._process} and this is process {os.getpid()}, forked from it; "
-                "load it in the child, which multiprocessing must start with 'spawn'"
-            )
-        if not self._lock.acquire(blocking=wait):
-            raise UserError(
-                "the engine is computing in another thread; expected one thread at a time: give prompts as one list, "
-                "read streams in turn, or hold a threading.Lock around each call"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def _guarded(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Yields the chunks. The engine is held while each is made, and free while the caller has it."""
-        try:
-            while True:
-                with self._in_use():
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                yield chunk
-        finally:
-            if os.getpid() == self._process:  # a child's copy of the stream has nothing to give back
-                with self._in_use(wait=True):
-                    chunks.close()
+def _results(chunks: Sequence[Chunk], single: bool) -> Result | list[Result]:
+    """The results of a call, in the order of its prompts; of a single prompt its own."""
+    ordered = [chunk.result for chunk in sorted(chunks, key=lambda chunk: chunk.index)]
+    return ordered[0] if single else ordered

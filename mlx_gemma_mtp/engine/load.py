@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,12 @@ from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import MTP, Drafting
 from ..text.tokenizer_files import check_tokenizer
-from .arguments import check_depth, told
+from .arguments import check_depth, limit_of, told
 from .calibration import Costs
-from .engine import PREFILL_CHUNK, Engine
+from .engine import Engine
+from .settings import MAX_WAITING, PREFILL_CHUNK
 from .warmup import making_ready, warm_up
+from .worker import Worker
 
 if TYPE_CHECKING:
     from ..text.encode import Text
@@ -57,6 +60,9 @@ def load(
     accept: str = COUPLED,
     draft_source: str = MTP,
     frozen_costs: bool = False,
+    max_waiting: int = MAX_WAITING,
+    memory_limit: int | None = None,
+    wired_limit: bool = False,
     notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
     stage: Callable[[str], None] | None = None,
@@ -69,17 +75,20 @@ def load(
     costs as the file has them, so that equal calls get equal draft lengths. dtype: 'float32', 'bfloat16' or 'float16'
     for weights that are not quantised, of both models; None keeps the target's on Metal and is float32 on a CPU, which
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
-    vocabulary head to at most 4, a centroid head not at all. max_rows: prompts in one batch; others wait, and each
-    takes the memory of its K/V. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
+    vocabulary head to at most 4, a centroid head not at all. max_rows: requests in one batch; others wait, and each
+    takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit: bytes
+    that weights, K/V and what a pass computes may take together; None is what the machine has. wired_limit: keeps
+    weights wired in a Mac's memory. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
     query, 0 or -1 after the newest token's index. draft_temperature: a factor of the request's, for drafts alone.
     draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter.
     accept: 'coupled' (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is
-    the target's, but the text depends on the drafts). notice: called with a sentence that the user should know.
-    progress: called with the parts read and all parts of each model. stage: called with what takes seconds now, ''
-    when it is over.
+    the target's, but the text depends on the drafts). notice: called with a sentence that the user should know; after
+    the load it may be called in any thread. progress: called with the parts read and all parts of each model. stage:
+    called with what takes seconds now, '' when it is over.
     """
     _check_process()
-    listeners = _Listeners(told("notice", notice), told("progress", progress), told("stage", stage))
+    notice = told("notice", notice)
+    listeners = _Listeners(notice, told("progress", progress), told("stage", stage))
     wanted = _Wanted.of(model, draft_model, revision, dtype, draft_bits)
     settings = {
         "num_draft_tokens": check_depth(num_draft_tokens),
@@ -87,12 +96,20 @@ def load(
         "prefill_chunk": count("prefill_chunk", prefill_chunk),
         "drafting": Drafting(draft_position, draft_temperature, accept, draft_source),
         "frozen_costs": flag("frozen_costs", frozen_costs),
+        "max_waiting": count("max_waiting", max_waiting),
+        "memory_limit": limit_of("memory_limit", memory_limit),
+        "wired_limit": flag("wired_limit", wired_limit),
     }
     pair, defaults = _find(wanted, listeners)
-    target, drafter = _open(pair, wanted, settings["prefill_chunk"], listeners)
-    text = _make_ready(pair, target, drafter, settings["max_rows"], listeners)
-    costs = Costs.of_pair(pair, target, drafter, listeners.notice, settings["drafting"])
-    return Engine(target, drafter, text, defaults, no_drafter_reason=pair.reason, costs=costs, **settings)
+    worker = Worker()
+    try:
+        make_ready = partial(_make_ready, pair, wanted, settings, notice)
+        target, drafter, text, costs = worker.call(make_ready, *listeners.each())
+        reason = pair.reason
+        return Engine(target, drafter, text, defaults, no_drafter_reason=reason, costs=costs, worker=worker, **settings)
+    except BaseException:
+        worker.stop()
+        raise
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,10 @@ class _Listeners:
     notice: Callable[[str], None]
     progress: Progress
     stage: Callable[[str], None]
+
+    def each(self) -> tuple[Callable[[str], None], Progress, Callable[[str], None]]:
+        """Returns the three, in order."""
+        return self.notice, self.progress, self.stage
 
 
 @dataclass(frozen=True)
@@ -201,12 +222,19 @@ def _open(pair: hub.Pair, wanted: _Wanted, prefill_chunk: int, listeners: _Liste
     return target, drafter
 
 
-def _make_ready(pair: hub.Pair, target: Gemma4, drafter: Drafter | None, max_rows: int, listeners: _Listeners) -> Text:
-    """Returns the tokenizer. Meanwhile the models run for the first time."""
-    listeners.stage(making_ready(target))
-    text = _load_text(pair.target, target, drafter, max_rows, listeners.notice)
-    listeners.stage("")
-    return text
+def _make_ready(
+    pair: hub.Pair, wanted: _Wanted, settings: Mapping[str, Any], notice: Callable[[str], None], *listeners: Any
+) -> tuple[Gemma4, Drafter | None, Text, dict[str, Costs]]:
+    """Returns both models, which have run for the first time, the tokenizer and the costs of rounds.
+
+    notice: for what comes up after the load. listeners: a _Listeners' three, for the load itself.
+    """
+    told = _Listeners(*listeners)
+    target, drafter = _open(pair, wanted, settings["prefill_chunk"], told)
+    told.stage(making_ready(target))
+    text = _load_text(pair.target, target, drafter, settings["max_rows"], notice)
+    told.stage("")
+    return target, drafter, text, Costs.of_pair(pair, target, drafter, notice, settings["drafting"])
 
 
 def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) -> tuple[Gemma4, Drafter | None]:

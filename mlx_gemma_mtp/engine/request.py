@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import in_a_line
 from ..sampling.params import SamplingParams
+from ..speculative.depth import AUTO
 from ..speculative.guide import Constraint
-from ..speculative.loop import TokenLogprob
+from ..speculative.readback import TokenLogprob
 from ..text.reply import NOTHING, Piece, Reply
 from ..text.tools import ToolCall
 from .stats import Stats
@@ -21,11 +22,10 @@ class Result:
 
     text: the generated text, without thoughts and calls. tokens: all generated ids but the end token; a stop string's
     tokens are kept. finish_reason: 'stop' (an end token or a stop string), 'tool_calls' (the same, after calls of
-    tools), 'length' (max_tokens, or the context is full), 'cancelled' or 'error'. stats: figures, complete once the
-    whole batch is done. logprobs: one entry for each token, where the request asked for them. error: why the text could
-    not go on, in one line, with finish_reason 'error'; text and tokens hold what came before. reasoning: the thoughts.
-    tool_calls: the calls of tools, where the request has tools. end_token: the end token that came, None where another
-    thing ended the text.
+    tools), 'length' (max_tokens, or the context is full), 'timeout', 'cancelled' or 'error'. stats: figures. logprobs:
+    one entry for each token, where the request asked for them. error: why the text could not go on, in one line, with
+    finish_reason 'error'; text and tokens hold what came before. reasoning: the thoughts. tool_calls: the calls of
+    tools, where the request has tools. end_token: the end token that came, None where another thing ended the text.
     """
 
     text: str
@@ -69,12 +69,31 @@ class Chunk:
     tool_calls: list[ToolCall] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """A chunk of a request. id: the request's."""
+
+    id: int
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class Advance:
+    """How far a request's prompt is prefilled. id: the request's. done, total: tokens."""
+
+    id: int
+    done: int
+    total: int
+
+
 @dataclass
 class Request:
     """One prompt and the state of its answer.
 
     id: unique in the engine. index: the prompt's number in its call. limit: the most tokens to generate, by max_tokens
-    and the context. tokens, pieces, logprobs: what was generated so far. finish_reason: set once the request is done.
+    and the context. drafts: how many to make a round, or 'auto'. priority: the higher goes first. deadline: when the
+    request ends, in time.monotonic's seconds; None is never. tokens, pieces, logprobs: what was generated so far.
+    finish_reason: set once the request is done.
     """
 
     id: int
@@ -86,6 +105,9 @@ class Request:
     limit: int
     stats: Stats
     constraint: Constraint | None = None
+    drafts: int | str = AUTO
+    priority: int = 0
+    deadline: float | None = None
     tokens: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -134,9 +156,12 @@ class Request:
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
         return self._chunk(pieces, before)
 
-    def cancel(self) -> Chunk:
-        """Ends the request with what it has, and returns its last chunk."""
-        self.finish_reason = "cancelled"
+    def cancel(self, reason: str = "cancelled", error: str | None = None) -> Chunk:
+        """Ends the request with what it has, and returns its last chunk.
+
+        reason: its finish_reason. error: why it cannot go on, in one line, with the reason 'error'.
+        """
+        self.finish_reason, self.error = reason, error
         return self._chunk([], len(self.tokens))
 
     def _chunk(self, pieces: list[Piece], start: int) -> Chunk:

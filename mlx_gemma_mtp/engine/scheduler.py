@@ -1,186 +1,505 @@
-"""The batch: which request is in which row, which is done, which leaves."""
+"""The plan of a round: who is prefilled, who joins, who leaves. Numbers of the host alone; the arrays are the runner's.
+
+The life of a request. Every arrow is one method of Scheduler, and nothing else moves a request:
+
+    submit          _stage         prefilled, drawn         _join         finished
+    -----> WAITING --------> STAGED --------------> READY --------> LIVE --------> gone
+              ^                 |                   |   ^            | ^
+              |                 |                   |   +-- _save ---+ |
+              +---- _forget ----+-------------------+----------------+ |
+                                +-- _join, where the batch begins -----+
+
+WAITING: nothing of it is in memory. STAGED: its prompt is being prefilled in a cache of its own, or is prefilled and
+its first token is not drawn. READY: it waits for a row, with K/V and a newest token. LIVE: it has a row of the batch.
+A request whose reader does not read is parked: it loses its row, else keeps its stage, and is passed over. One that
+lost its row is requeued: READY while its K/V are kept, else WAITING, and then its prompt and its text are prefilled
+anew. A request that is cancelled or late leaves with the next plan, from any stage.
+
+One order decides who goes first and who gives way: the time at which a request is due (`Entry.due`).
+"""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
 
-import mlx.core as mx
+from ..errors import UserError
+from .admission import Memory
 
-from ..cache.cache import Cache
-from ..files.progress import Progress
-from ..machine.device import metal_available
-from ..models.drafter import Drafter
-from ..models.gemma4 import Gemma4
-from ..sampling.distribution import Rules
-from ..sampling.penalties import TokenCounts
-from ..speculative.depth import Auto, Fixed
-from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
-from ..speculative.guide import guide
-from ..speculative.loop import Round, Speculation, compact
-from ..speculative.prefill import prefill
-from .request import Chunk, Request
+PRIORITIES = range(-100, 101)
+LEVEL_S = 10.0  # seconds of waiting that a level of priority is worth
+TOKEN_S = 1e-3  # seconds that a prompt token is worth: about what its prefill takes
+PATIENCE_S = 10.0  # how much later a request may be due that goes before one for which memory is missing
+AHEAD = 4  # requests with K/V outside the batch, beyond its free rows; the last place is for prompts of one chunk
+TURN = 4  # every so many rounds prompts are prefilled in the order, else the shortest first
 
-# Rounds from one time to the next that MLX gives its unused buffers back on Metal, the prefill's at first: prompts come
-# in ever new sizes and full layers grow, so that else they pile up to its limit.
-CLEAR_EVERY = 256
-PROMPT_CALLER = 0.05  # of a round: a caller that takes longer with a chunk spoils the round's time
+NORMAL, WARNING, CRITICAL = 1, 2, 4  # the system's levels of memory pressure
 
 
-class Cancelled(Exception):
-    """Ends a prefill whose call was cancelled."""
+@dataclass(frozen=True)
+class Job:
+    """What the plan knows of a request.
+
+    id: unique. prompt: its tokens. limit: the most tokens to generate. priority: -100 to 100, higher goes first.
+    deadline: when it ends unfinished, by the clock of `plan`; None for never.
+    """
+
+    id: int
+    prompt: int
+    limit: int
+    priority: int = 0
+    deadline: float | None = None
 
 
-class Batch:
-    """Requests that are prefilled together and decoded in common rounds. A finished row leaves at once.
+@dataclass(frozen=True)
+class Piece:
+    """Tokens start to stop of a request's prompt, to be prefilled in this round.
 
-    Row i of the speculative loop holds live[i].
+    They begin where the last piece ended. Of a requeued request the text so far belongs to the prompt, but for its
+    newest token, which its first verify feeds.
+    """
+
+    id: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a round does, in the order of the fields. Ids are those of jobs.
+
+    ended: who leaves unfinished, and why ('cancelled', 'timeout' or what `cancel` was told); all K/V of it go.
+    forget: whose K/V go, be they a row, saved or staged; it will be prefilled anew from its first token.
+    save: rows whose K/V are saved before their places are given away.
+    trim: whether the batch gives back the rows and slots that it holds for nobody (after `save`, before the joins).
+    places: the requests of the batch's rows in order. Those that had a row and stay keep it or move; all others join. A
+    hole goes to a joiner first, then to the last row.
+    begins: whether no row stays and no request of `places` has its first token yet: the round draws it from the hidden
+    state of its prompt's last token. Otherwise every joiner has a newest token.
+    pieces: what is prefilled in this round, in one forward.
+    firsts: staged requests whose prompt is prefilled with this round's pieces, or was before: their first tokens are
+    drawn in this round. Empty where `places` is, and where the batch begins: then a later plan draws them or lets them
+    begin the batch, so the hidden state of a prompt's last token is kept until then.
+    """
+
+    ended: tuple[tuple[int, str], ...] = ()
+    forget: tuple[int, ...] = ()
+    save: tuple[int, ...] = ()
+    trim: bool = False
+    places: tuple[int, ...] = ()
+    begins: bool = False
+    pieces: tuple[Piece, ...] = ()
+    firsts: tuple[int, ...] = ()
+
+
+class Stage(Enum):
+    """Where a request is."""
+
+    WAITING = auto()
+    STAGED = auto()
+    READY = auto()
+    LIVE = auto()
+
+
+@dataclass(eq=False)
+class Entry:
+    """A request in the plan.
+
+    arrived: when it was submitted. fed: how many of `tokens` have K/V. text: tokens generated so far. place: its row
+    while LIVE; None in all other stages, and until `plan` has arranged the rows. paused: whether its reader does not
+    read. leaving: why it leaves with the next plan, '' where it does not.
+    """
+
+    job: Job
+    arrived: float
+    fed: int = 0
+    text: int = 0
+    place: int | None = None
+    paused: bool = False
+    leaving: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that a row of it has K/V of: the prompt, and the text but for its newest token."""
+        return self.job.prompt + max(self.text - 1, 0)
+
+    @property
+    def remaining(self) -> int:
+        """The tokens that are still to be prefilled."""
+        return self.tokens - self.fed
+
+    def late(self, now: float) -> str:
+        """Returns 'timeout' once its deadline is over, else ''."""
+        return "timeout" if self.job.deadline is not None and self.job.deadline <= now else ""
+
+    @property
+    def due(self) -> float:
+        """When its turn comes, in seconds: its arrival and the time of its prefill, less what its priority is worth.
+
+        It does not depend on the present, and whoever arrives long enough after a request is due after it. So the order
+        ages by itself, and nobody waits for ever.
+        """
+        return self.arrived + self.remaining * TOKEN_S - self.job.priority * LEVEL_S
+
+
+class Scheduler:
+    """Says for each round who is prefilled, joins and leaves. It computes nothing: the runner does what a plan says,
+    then tells what came of it (`prefilled`, `drawn`, `emitted`, `finished`), then asks for the next plan.
+
+    max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt; pieces never cross a multiple of it.
+    block: tokens of the longest verify. grid: a divisor of chunk; pieces end at its multiples, or with the prompt.
+    max_waiting: requests that may wait before `submit` refuses another.
     """
 
     def __init__(
-        self,
-        target: Gemma4,
-        drafter: Drafter | None,
-        requests: Sequence[Request],
-        depth: Fixed | Auto,
-        prefill_chunk: int,
-        suppress: Sequence[int] = (),
-        drafting: Drafting = DEFAULT_DRAFTING,
+        self, max_rows: int, chunk: int, memory: Memory, *, block: int, grid: int | None = None, max_waiting: int = 1024
     ):
-        self.target, self.drafter, self.suppress = target, drafter, suppress
-        self.requests, self.live = list(requests), list(requests)
-        self.depth, self.drafting = depth, drafting
-        self._loop: Speculation | None = None  # from the prefill's end on
-        self.longest = max(len(request.prompt) for request in requests)
-        self.block = max(depth.most + 1, min(prefill_chunk, self.longest))
+        grid = grid or chunk
+        assert chunk % grid == 0, "pieces would not lie on the grid of chunks"
+        self.max_rows, self.chunk, self.grid, self.block = max_rows, chunk, grid, block
+        self.memory, self.max_waiting = memory, max_waiting
+        self._stages: dict[Stage, dict[int, Entry]] = {stage: {} for stage in Stage}  # each request is in one of them
+        self._rounds = 0  # that prefilled
 
-    def run(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
-        """Yields pieces of text as they are made, until every request is finished or `cancel` is set."""
-        self.began = time.perf_counter()
-        mx.reset_peak_memory()
-        try:
-            yield from self._rounds(cancel, progress)
-        except Cancelled:
-            yield from [request.cancel() for request in self.live]
-        finally:  # also when the caller closes the stream early
-            self._close()
+    def submit(self, job: Job, now: float) -> None:
+        """Takes a request, which waits from now on. Raises UserError for one that could never fit, and where the queue
+        is full.
+        """
+        assert self._find(job.id) is None and job.prompt > 0 and job.limit > 0 and job.priority in PRIORITIES
+        self.memory.check(job.prompt, job.limit, self.chunk, self.block)
+        if self.waiting >= self.max_waiting:
+            raise UserError(
+                f"{self.waiting} requests wait, expected at most max_waiting={self.max_waiting}; "
+                "send this one again later, or load with a larger max_waiting"
+            )
+        self._stages[Stage.WAITING][job.id] = Entry(job, now)
 
-    def _rounds(self, cancel: threading.Event, progress: Progress) -> Iterator[Chunk]:
-        loop = self._loop = self._prefill(cancel, progress)
-        emitted, seconds = loop.start(self.depth.draft(*self._rows(2))), None
-        for rounds in count():
-            due = self._rows(0)[:2], self._kept(emitted), seconds
-            chunks = self._take(emitted, loop, cancel.is_set())
-            if not self.live:
-                self._count(*due)
-                yield from chunks
-                break
-            launched = time.perf_counter()
-            if not loop.waiting:  # nothing to choose: the host counts while the device works
-                loop.launch()
-            self._count(*due)
-            width = self.depth.verify(*self._rows(1), loop.confidences, loop.waiting)
-            loop.launch(width)  # works while the caller reads
-            if metal_available() and rounds % CLEAR_EVERY == 0:
-                mx.clear_cache()
-            yielded = time.perf_counter()
-            yield from chunks
-            away = time.perf_counter() - yielded
-            emitted = loop.step(self.depth.draft(*self._rows(2)))
-            seconds = time.perf_counter() - launched
-            if away >= PROMPT_CALLER * seconds:  # the round is hidden behind the caller's own work
-                seconds = None
+    def cancel(self, id: int, reason: str = "cancelled") -> None:
+        """Lets a request leave with the next plan. Nothing happens to one that is gone."""
+        if entry := self._find(id):
+            entry.leaving = reason
 
-    def _kept(self, emitted: Round) -> dict[int, int] | None:
-        """Returns how many drafts each request kept in a round; None for the first round, which verifies none."""
-        if emitted.drafted is None:
-            return None
-        return {request.id: max(len(tokens) - 1, 0) for request, tokens in zip(self.live, emitted.tokens, strict=True)}
+    def paused(self, id: int) -> None:
+        """Passes a request over from the next plan on: its reader does not read. A row of it is saved. Nothing happens
+        to one that is gone.
+        """
+        if entry := self._find(id):
+            entry.paused = True
 
-    def _count(self, rows: tuple[list[int], int], kept: dict[int, int] | None, seconds: float | None) -> None:
-        """Tells the draft length what a round took and kept. rows: the ids of its requests, and their context."""
-        if seconds is not None:
-            self.depth.timed(*rows, seconds)
-        if kept is not None:
-            self.depth.observe(kept)
+    def resumed(self, id: int) -> None:
+        """Ends what `paused` began. Nothing happens to one that is gone."""
+        if entry := self._find(id):
+            entry.paused = False
 
-    def _prefill(self, cancel: threading.Event, progress: Progress) -> Speculation:
-        def told(done: int) -> None:
-            if cancel.is_set():
-                raise Cancelled
-            progress(min(done, self.longest), self.longest)
+    def plan(self, now: float, budget: int | None = None, pressure: int = NORMAL, batch_bytes: int = 0) -> Plan:
+        """Returns what the next round does. The requests are in their new stages from then on.
 
-        if cancel.is_set():  # nobody waits for the first chunk either
-            raise Cancelled
-        prompts, target = [request.prompt for request in self.requests], self.target
-        shape = (len(prompts), self.longest + self.block, self.block)
-        cache = Cache(target.config.kv, *shape, target.dtype, lookback=self.drafting.lookback)
-        hidden = prefill(target, cache, slice(0, len(prompts)), prompts, told)
-        self.prefilled = time.perf_counter()
-        for request in self.requests:
-            request.stats.prompt_tps = len(request.prompt) / (self.prefilled - self.began)
-        rules = self._rules()
-        token_counts = TokenCounts.of(prompts, target.config.vocab_size) if rules.penalties else None
-        return Speculation(
-            target,
-            self.drafter,
-            cache,
-            rules,
-            hidden,
-            self.drafting,
-            token_counts,
-            guide([request.constraint for request in self.requests], target.config.vocab_size),
-            self.depth.confident,
+        now: seconds of the clock of arrivals and deadlines. budget: prompt tokens that the round may prefill, rounded
+        down to the grid, at least one step of it; None for a chunk of each row, or one chunk in all where rows decode.
+        pressure: the system's level. batch_bytes: what the batch's buffers hold, unused rows included; where the rows
+        of this plan need less and that matters, `trim` is set. How much a row grows is not asked: its bytes are a
+        function of its length.
+        """
+        ended = self._end(now)
+        rows = self._at(Stage.LIVE)
+        held = [entry for entry in self._at(Stage.STAGED, Stage.READY, Stage.LIVE) if entry.fed]
+        for entry in rows:
+            if entry.paused:
+                self._save(entry)
+        self._grow()
+        stay = self._at(Stage.LIVE)
+        self._admit(pressure)
+        if pressure >= CRITICAL:
+            self._give_back()
+        live = self._arrange()
+        begins = bool(live) and not stay and not any(entry.text for entry in live)
+        pieces = self._pack(budget)
+        return Plan(
+            ended,
+            forget=tuple(entry.job.id for entry in held if not entry.fed),
+            save=tuple(entry.job.id for entry in rows if entry.job.id in self._stages[Stage.READY]),
+            trim=self._bytes() + max(0, batch_bytes - sum(map(self._row, live))) > self.memory.limit,
+            places=tuple(entry.job.id for entry in live),
+            begins=begins,
+            pieces=pieces,
+            firsts=self._firsts(pieces) if live and not begins else (),
         )
 
-    def _take(self, emitted: Round, loop: Speculation, cancelled: bool) -> list[Chunk]:
-        """Hands a round's tokens to their requests; those that finish leave the batch."""
-        now = time.perf_counter()
-        chunks, reason = [], ""
-        if emitted.drafted is not None:
-            reason = self.depth.reason(self.live[0].id)
-        reports = emitted.logprobs or [None] * len(self.live)
-        rows = zip(self.live, emitted.tokens, reports, emitted.errors, strict=True)
-        for request, tokens, report, error in rows:
-            if not request.tokens:
-                request.stats.ttft_s = now - self.began
-            chunk = request.take(tokens, emitted.drafted, reason, report, error)
-            chunks.append(chunk)
-            if cancelled and chunk.result is None:
-                chunks.append(request.cancel())
-            request.stats.generation_tokens = len(request.tokens)
-            request.stats.generation_tps = len(request.tokens) / max(now - self.prefilled, 1e-9)
-        rows = compact([request.finish_reason is None for request in self.live])
-        if len(rows) < len(self.live):
-            self.live = [self.live[row] for row in rows]
-            if rows:
-                loop.retain(rows, self._rules())
-        return chunks
-
-    def _rows(self, due: int) -> tuple[list[int], int, list[int]]:
-        """Returns what the draft length may depend on: the live requests' ids, the committed tokens of the longest row,
-        and how many drafts each row has room for.
-
-        due: tokens that each row emits before these drafts, and with their verify, whatever is accepted.
+    def prefilled(self, id: int, tokens: int) -> None:
+        """Says that the first `tokens` tokens of a staged request have K/V: its piece's `stop`. A requeued one, which
+        has its first token, is ready with the last of them.
         """
-        ids = [request.id for request in self.live]
-        context = max(len(request.prompt) + len(request.tokens) for request in self.live)
-        return ids, context, [max(0, request.remaining - due) for request in self.live]
+        entry = self._stages[Stage.STAGED][id]
+        assert entry.fed <= tokens <= entry.tokens
+        entry.fed = tokens
+        if entry.text and not entry.remaining:
+            self._move(entry, Stage.STAGED, Stage.READY)
 
-    def _rules(self) -> Rules:
-        return Rules.of([request.params for request in self.live], self.target.config.vocab_size, self.suppress)
+    def drawn(self, id: int) -> None:
+        """Says that the first token of one of the plan's `firsts` is there: the request is ready."""
+        entry = self._stages[Stage.STAGED][id]
+        assert not entry.text and not entry.remaining
+        entry.text = 1
+        self._move(entry, Stage.STAGED, Stage.READY)
 
-    def _close(self) -> None:
-        """Figures of the whole batch, however it ended."""
-        self.depth.forget([request.id for request in self.requests])
-        if self._loop is None:
-            return
-        seconds = max(time.perf_counter() - self.prefilled, 1e-9)
-        tokens = sum(len(request.tokens) for request in self.requests)
-        for request in self.requests:
-            request.stats.host_syncs = self._loop.host_syncs
-            request.stats.say_why_off()
-            request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-            request.stats.batch_generation_tps = tokens / seconds
+    def emitted(self, id: int, tokens: int) -> None:
+        """Says that a row's text grew by so many tokens, its first one included where the batch began."""
+        entry = self._stages[Stage.LIVE][id]
+        before = entry.tokens
+        entry.text += tokens
+        entry.fed += entry.tokens - before
+
+    def finished(self, id: int) -> None:
+        """Says that a request is done, in whatever stage. A row of it is a hole until the next plan."""
+        del self._stages[self._stage_of(id)][id]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a plan would do anything now: someone leaves, or someone is there who is not paused."""
+        return bool(self._stages[Stage.LIVE]) or any(not entry.paused or entry.leaving for entry in self._at(*Stage))
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._stages[Stage.WAITING])
+
+    def next_deadline(self) -> float | None:
+        """Returns the first deadline of all requests; None without any."""
+        deadlines = [entry.job.deadline for entry in self._at(*Stage)]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    # The moves of a request that a plan makes.
+
+    def _end(self, now: float) -> tuple[tuple[int, str], ...]:
+        """Takes out who is cancelled or late. Returns their ids and why."""
+        reasons = {entry.job.id: entry.leaving or entry.late(now) for entry in self._at(*Stage)}
+        ended = tuple((id, reason) for id, reason in reasons.items() if reason)
+        for id, _ in ended:
+            self.finished(id)
+        return ended
+
+    def _stage(self, entry: Entry) -> None:
+        self._move(entry, Stage.WAITING, Stage.STAGED)
+
+    def _join(self, entry: Entry) -> None:
+        self._move(entry, self._stage_of(entry.job.id), Stage.LIVE)
+
+    def _save(self, entry: Entry) -> None:
+        assert entry.text, "the hidden state that its first token is drawn from is not kept"
+        entry.place = None
+        self._move(entry, Stage.LIVE, Stage.READY)
+
+    def _forget(self, entry: Entry) -> None:
+        entry.fed = 0
+        self._move(entry, self._stage_of(entry.job.id), Stage.WAITING)
+
+    def _move(self, entry: Entry, old: Stage, new: Stage) -> None:
+        self._stages[new][entry.job.id] = self._stages[old].pop(entry.job.id)
+
+    # What a plan is made of.
+
+    def _at(self, *stages: Stage) -> list[Entry]:
+        """Returns the requests of some stages."""
+        return [entry for stage in stages for entry in self._stages[stage].values()]
+
+    def _stage_of(self, id: int) -> Stage | None:
+        """Returns the stage of a request; None where it is gone."""
+        return next((stage for stage in Stage if id in self._stages[stage]), None)
+
+    def _find(self, id: int) -> Entry | None:
+        stage = self._stage_of(id)
+        return None if stage is None else self._stages[stage][id]
+
+    def _grow(self) -> None:
+        """Makes room for what the rows write in this round. First K/V outside the batch go, then rows, those that are
+        due last first: a row is saved where that is enough. The last row stays.
+        """
+        while self._bytes() > self.memory.limit:
+            outside, rows = self._at(Stage.STAGED, Stage.READY), self._at(Stage.LIVE)
+            if outside:
+                self._forget(max(outside, key=_yields))
+            elif len(rows) > 1:
+                self._save(max(rows, key=_yields))
+            else:
+                return
+
+    def _admit(self, pressure: int) -> None:
+        """Gives free rows to requests that are ready, and stages waiting ones, in the order of what is due.
+
+        One for which memory is missing holds back waiting ones that are due PATIENCE_S after it. So it is not overtaken
+        for ever, and meanwhile what is small goes ahead. The last place outside the batch is for prompts of one chunk,
+        so that these never wait for long ones.
+        """
+        if pressure > NORMAL:  # what has not begun is new, too
+            for entry in self._at(Stage.STAGED):
+                if not entry.fed:
+                    self._forget(entry)
+        free = self.max_rows - len(self._at(Stage.LIVE))
+        outside, last = self._outside(free, pressure)
+        candidates = (self._joinable() if free else []) + (self._waiting() if outside else [])
+        missing, smallest = None, float("inf")
+        for entry in sorted(candidates, key=_order):
+            waits = entry.job.id in self._stages[Stage.WAITING]
+            places = outside - (last if entry.remaining > self.chunk else 0) if waits else free
+            held_back = missing is not None and entry.due > missing.due + PATIENCE_S
+            if places <= 0 or (waits and (held_back or entry.tokens >= smallest)):
+                continue
+            if not self._fits(entry):
+                missing, smallest = missing or entry, min(smallest, entry.tokens)
+            elif waits:
+                self._stage(entry)
+                outside -= 1
+            else:
+                self._join(entry)
+                free -= 1
+
+    def _outside(self, free: int, pressure: int) -> tuple[int, int]:
+        """Returns how many more requests may have K/V outside the batch, and how many of these places are for short
+        prompts. free: rows that nobody has.
+        """
+        taken = sum(not entry.paused for entry in self._at(Stage.STAGED, Stage.READY))
+        if pressure == NORMAL:
+            return free + AHEAD - taken, 1
+        return int(not taken and free == self.max_rows), 0  # one, where nothing else goes on
+
+    def _waiting(self) -> list[Entry]:
+        return [entry for entry in self._at(Stage.WAITING) if not entry.paused]
+
+    def _joinable(self) -> list[Entry]:
+        """Returns who may join: requests with a newest token. Where there is no row, and a prefilled prompt without one
+        is due first, all such prompts instead: they begin the batch.
+        """
+        ready = [entry for entry in self._at(Stage.READY) if not entry.paused]
+        prefilled = [entry for entry in self._at(Stage.STAGED) if not entry.remaining and not entry.paused]
+        if prefilled and not self._stages[Stage.LIVE] and min(ready + prefilled, key=_order) in prefilled:
+            return prefilled
+        return ready
+
+    def _fits(self, entry: Entry) -> bool:
+        """Returns whether memory holds one more request in its next stage, with room to advance.
+
+        Requests outside the batch that are paused, or due after one that joins, give their K/V up for it where that is
+        enough. Where nobody else has any it fits: `submit` has looked.
+        """
+        missing = self._bytes(self.memory.advance, entry) - self.memory.limit
+        waits = entry.job.id in self._stages[Stage.WAITING]
+        outside = [other for other in self._at(Stage.STAGED, Stage.READY) if other is not entry]
+        spare = [other for other in outside if other.paused or (not waits and _order(other) > _order(entry))]
+        given = []
+        for other in sorted(spare, key=_yields, reverse=True):
+            if missing <= 0:
+                break
+            given.append(other)
+            missing -= self._outside_bytes(other)
+        if missing > 0 and len(spare) < len(outside) + len(self._stages[Stage.LIVE]):
+            return False
+        for other in given:
+            self._forget(other)
+        return True
+
+    def _give_back(self) -> None:
+        """Forgets the K/V of requests that wait for a row."""
+        for entry in self._at(Stage.READY):
+            self._forget(entry)
+
+    def _arrange(self) -> list[Entry]:
+        """Gives every row its place and returns the rows in order. Holes go to joiners first, then to the last rows."""
+        live = self._at(Stage.LIVE)
+        joiners = sorted((entry for entry in live if entry.place is None), key=_order, reverse=True)
+        rows = {entry.place: entry for entry in live if entry.place is not None}
+        for place in range(len(live)):
+            if place not in rows:
+                rows[place] = joiners.pop() if joiners else rows.pop(max(rows))
+                rows[place].place = place
+        return [rows[place] for place in range(len(live))]
+
+    def _pack(self, budget: int | None) -> tuple[Piece, ...]:
+        """Returns the prompt tokens of a round, at most a chunk of each prompt.
+
+        Of every TURN rounds one goes to what is due first, so that a long prompt comes to its end; the others to the
+        highest priority, and there to the shortest remaining prompt.
+        """
+        staged = [entry for entry in self._at(Stage.STAGED) if entry.remaining and not entry.paused]
+        if not staged:
+            return ()
+        self._rounds += 1
+        left, pieces = self._budget(budget, staged), []
+        for entry in sorted(staged, key=_shortest if self._rounds % TURN else _order):
+            start = entry.fed
+            stop = min(entry.tokens, start + self.chunk - start % self.chunk)
+            if stop - start > left:
+                stop = start + left // self.grid * self.grid
+            if stop > start:
+                pieces.append(Piece(entry.job.id, start, stop))
+                left -= stop - start
+        return tuple(pieces)
+
+    def _budget(self, budget: int | None, staged: Sequence[Entry]) -> int:
+        """Returns how many prompt tokens a round prefills: as asked, at least one step of the grid, and no more than
+        what memory has room for.
+        """
+        rows = bool(self._at(Stage.LIVE))
+        if budget is None:
+            budget = self.chunk if rows else self.chunk * self.max_rows
+        longest = max(entry.tokens for entry in staged)
+        free = self.memory.limit - self._bytes() + self.memory.chunk(self.chunk, longest)
+        while budget > self.chunk and self.memory.chunk(budget, longest) > free:
+            budget -= self.chunk
+        return max(budget, self.grid)
+
+    def _firsts(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
+        """Returns the staged requests whose first tokens are drawn with these pieces' round."""
+        fed = {piece.id: piece.stop for piece in pieces}
+        staged = [entry for entry in self._at(Stage.STAGED) if not entry.text and not entry.paused]
+        return tuple(entry.job.id for entry in staged if fed.get(entry.job.id, entry.fed) == entry.tokens)
+
+    # Bytes.
+
+    def _row(self, entry: Entry, advance: int = 0) -> int:
+        """Returns the bytes of a row of a request with room for a verify after `advance` more tokens."""
+        most = entry.job.prompt + entry.job.limit
+        return self.memory.row(min(entry.tokens + advance, most) + self.block)
+
+    def _outside_bytes(self, entry: Entry) -> int:
+        """Returns the bytes of a request's K/V outside the batch."""
+        staged = entry.job.id in self._stages[Stage.STAGED]
+        return self.memory.staged(entry.tokens) if staged else self.memory.saved(entry.tokens)
+
+    def _bytes(self, advance: int = 0, candidate: Entry | None = None) -> int:
+        """Returns the bytes of everything, with room for `advance` more tokens of each row.
+
+        A request that joins in this plan has its K/V twice. candidate: is counted in its next stage. One that is to be
+        staged reserves its row as well, and so do those outside the batch which will want theirs before it.
+        """
+        rows, outside = self._at(Stage.LIVE), self._at(Stage.STAGED, Stage.READY)
+        total = self.memory.weights + sum(map(self._outside_bytes, outside))
+        total += sum(self.memory.saved(entry.tokens) for entry in rows if entry.place is None)
+        if candidate is not None and candidate.job.id in self._stages[Stage.WAITING]:
+            outside = [*outside, candidate]
+            total += self.memory.staged(candidate.tokens)
+            total += sum(self._row(entry, advance) for entry in outside if not entry.paused)
+        elif candidate is not None:
+            rows = [*rows, candidate]
+        total += sum(self._row(entry, advance) for entry in rows)
+        prompts = [entry.tokens for entry in outside if entry.remaining]
+        if prompts:
+            total += self.memory.chunk(min(self.chunk, max(prompts)), max(prompts))
+        if rows:
+            total += self.memory.verify(len(rows), max(entry.tokens for entry in rows))
+        return total
+
+
+def _order(entry: Entry) -> tuple[float, int]:
+    """Sorts by what is due first."""
+    return entry.due, entry.job.id
+
+
+def _shortest(entry: Entry) -> tuple[int, int, float]:
+    """Sorts by priority, then by the shortest remaining prompt."""
+    return -entry.job.priority, entry.remaining, entry.due
+
+
+def _yields(entry: Entry) -> tuple[bool, float, int]:
+    """Sorts by who gives its memory up last: of those that are read the one that is due first."""
+    return entry.paused, *_order(entry)

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import operator
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from ..speculative.choice import REASONS
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What all rows did in some time.
+
+    seconds: of decoding. tokens: that all rows emitted. rounds: with rows in them. rows: of all these rounds together.
+    host_syncs: readbacks.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    rounds: int = 0
+    rows: int = 0
+    host_syncs: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, earlier: Totals) -> Totals:
+        return Totals(*map(operator.sub, astuple(self), astuple(earlier)))
+
+
 @dataclass
 class Stats:
-    """Figures of one request. Times are in seconds, rates in tokens a second over the request's own time in its batch.
+    """Figures of one request. Times are in seconds, rates in tokens a second over the request's own time as a row.
 
     rounds: verify passes; the first token comes from the prefill. drafted, accepted: draft tokens that were verified,
     and that were kept. acceptance_by_position[i]: the share of the rounds with at least i + 1 drafts that kept at least
     i + 1. offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept at least i + 1. depths[K]:
-    rounds that verified K drafts, counted by the reason (choice.REASONS). batch_generation_tps: tokens of the whole
-    batch over its time. host_syncs: readbacks of the whole batch. accept: the rule by which sampled drafts were kept.
+    rounds that verified K drafts, counted by the reason (choice.REASONS). batch_generation_tps: tokens of all rows
+    while this request was decoded, over that time. rows: how many shared a round with it, itself included, in the mean.
+    host_syncs: readbacks while it was a row. preemptions: how often it left its row for others, to go on later.
+    accept: the rule by which sampled drafts were kept.
     target_step_bytes, draft_step_bytes: bytes of weights read for one token of the target, and for one draft.
     """
 
@@ -30,6 +54,8 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     host_syncs: int = 0
+    rows: float = 0.0
+    preemptions: int = 0
     peak_memory_gb: float = 0.0
     mtp: bool = False
     mtp_reason: str | None = None
@@ -55,6 +81,12 @@ class Stats:
         for i in range(drafted):
             self.offered[i] += 1
             self.kept[i] += i < accepted
+
+    def share(self, total: Totals) -> None:
+        """Sets the figures of all rows. total: what they did while this request was one of them."""
+        self.batch_generation_tps = total.tokens / max(total.seconds, 1e-9)
+        self.rows = total.rows / total.rounds if total.rounds else 0.0
+        self.host_syncs = total.host_syncs
 
     def say_why_off(self) -> None:
         """Sets mtp to False with the commonest reason, where there is a drafter but no round verified a draft."""

@@ -16,14 +16,15 @@ from .costs import MAX_DRAFTS, CostTable
 from .history import History, Trust, expected
 
 FIXED, BEST, PROBE, CHECK, OFF, LIMIT = "fixed", "best", "probe", "check", "off", "limit"
-CONFIDENCE, GRAMMAR = "confidence", "grammar"
+CONFIDENCE, GRAMMAR, JOINED = "confidence", "grammar", "joined"
 REASONS = {
     FIXED: "the length that was asked for",
     BEST: "the most tokens a second by measured cost and acceptance",
     PROBE: "a look whether drafts, or more of them, would pay",
     CHECK: "a look at what a plain round takes now",
     OFF: "drafts do not pay at present",
-    LIMIT: "no row has room for drafts before its end",
+    LIMIT: "the text has no room for more drafts before its end",
+    JOINED: "the text had just joined the batch, without drafts",
     GRAMMAR: "drafts that the grammar refuses were cut before the verify",
     CONFIDENCE: "drafts that the drafter itself doubts were cut before the verify",
 }
@@ -98,15 +99,17 @@ class Purse:
         return Purse(max(PURSE_LEAST, min(PURSE_MOST, self.left + earned + PURSE_ROUND)))
 
 
-def affordable(prices: Prices, pool: History, room: int, purse: Purse) -> list[int]:
+def affordable(prices: Prices, pool: History, room: int, purse: Purse, share: float = 1.0) -> list[int]:
     """Returns the draft lengths from 1 to `room` whose worst case the purse covers.
 
     A length beyond the longest timed one, n, is at most 2 n + 1. It counts only the tokens that the timed lengths are
     sure to gain, and it is never tried by a text with fewer than SHORT tokens left. pool: the counts of all requests.
-    room: drafts that the row with most room can take.
+    room: drafts that the row with most room can take. share: of the batch's rows, those that would draft.
     """
     longest = prices.tried if room < SHORT else 2 * prices.tried + 1
     sure = _sure(pool)
+    if share < 1:
+        sure = [1 + share * (tokens - 1) for tokens in sure]
     return [
         drafts
         for drafts in range(1, min(MAX_DRAFTS, room, longest) + 1)
@@ -132,22 +135,31 @@ def _sure(pool: History) -> list[float]:
 
 
 def choose(
-    prices: Prices, histories: Sequence[History], pool: History, useful: Sequence[int], pause: Pause, purse: Purse
+    prices: Prices,
+    histories: Sequence[History],
+    pool: History,
+    useful: Sequence[int],
+    pause: Pause,
+    purse: Purse,
+    partners: int = 0,
 ) -> Choice:
     """Returns one draft length for all rows.
 
     prices: the seconds of rounds. histories: the counts of each row. pool: the counts of all requests. useful: for each
     row, how many drafts its limit leaves room for. pause: counts of rounds since the last probe and check. purse: what
-    drafts may still lose.
+    drafts may still lose. partners: further rows in the batch, which pay for the round and emit one token, whatever is
+    chosen here.
     """
     most, seconds = min(MAX_DRAFTS, max(useful)), prices.rounds
     tokens = _tokens(tuple(histories), pool, tuple(min(room, MAX_DRAFTS) for room in useful))
+    if partners:
+        tokens = [emitted + partners for emitted in tokens]
     rates = [emitted / cost for emitted, cost in zip(tokens, seconds, strict=True)]
     if most < 1:
         return Choice(0, LIMIT, rates[0])
     if prices.live and (pause.checking or (not prices.anchored and pause.checks < CHECK_MOST)):
         return Choice(0, CHECK, rates[0])
-    lengths = affordable(prices, pool, max(useful), purse)
+    lengths = affordable(prices, pool, max(useful), purse, len(histories) / (len(histories) + partners))
     best = max(lengths, key=rates.__getitem__, default=0)
     hopes = [emitted / cost for emitted, cost in zip(tokens, prices.hope, strict=True)]
     hope = max(lengths, key=hopes.__getitem__, default=0)
@@ -171,13 +183,14 @@ def worthwhile(
 ) -> int:
     """Returns how many of the drafts that were made to verify, at least the first.
 
-    confidences: [rows][K]. useful: for each row, how many drafts its limit leaves room for. rate: tokens a second that
-    the time would yield in another round.
+    confidences: of each row, those of its drafts. useful: for each row, how many drafts its limit leaves room for.
+    rate: tokens a second that the time would yield in another round.
     """
-    made = len(confidences[0])
+    made = max(map(len, confidences))
     if made < 2:
         return made
-    rows = [expected([trust.rate(each) for each in row], room) for row, room in zip(confidences, useful, strict=True)]
+    rates = [[trust.rate(each) for each in row] + [0.0] * (made - len(row)) for row in confidences]
+    rows = [expected(row, room) for row, room in zip(rates, useful, strict=True)]
     return max(range(1, made + 1), key=lambda width: sum(row[width] for row in rows) - rate * prices.verify(width))
 
 

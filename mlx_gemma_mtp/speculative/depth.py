@@ -1,251 +1,227 @@
-"""Who chooses the draft length of a batch: a number that was asked for, or what cost and acceptance say.
+"""Who chooses how many drafts the rows of a running batch make: a number that was asked for, or cost and acceptance.
 
 In exact arithmetic the emitted text never depends on any of this.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from .choice import CONFIDENCE, FIXED, GRAMMAR, PROBE, Choice, Pause, Purse, choose, worthwhile
-from .correction import Correction, Prices
-from .costs import MAX_DRAFTS, CostTable
-from .history import LASTING, RECENT, History, Trust
+from .auto import Auto, Part
+from .choice import FIXED, JOINED, Choice
+from .costs import MAX_DRAFTS, UNKNOWN, CostTable, Drafted, Verified
+from .history import History
 
 AUTO = "auto"  # what the user says for all of this
-CONTEXT_STEP = 64
-UNTIMED = 8  # rounds that were not timed, after which the table is taken as it is
-OUTLIER = 2.0  # a round's time is not believed beyond this factor
-LEARN = 16  # rounds that are timed in a cell before the next start hears of it
+GREEDY, SAMPLED = "greedy", "sampled"  # kinds of text: their rounds differ in cost, and their drafts in acceptance
+NEW = History()
+
+# Gives the cost table of a kind of text. idle: no row is running, so that a table that is not there may be measured
+# now; else None stands for it.
+Tables = Callable[[str, bool], CostTable | None]
 
 
-@dataclass(frozen=True)
-class Verified:
-    """One row's part in a verify.
+class DraftRow(NamedTuple):
+    """What the draft length may depend on in one row.
 
-    choice: how many drafts were made, and why. width: drafts that were verified. allowed: drafts that the grammars
-    left, the most in any row. confidences: of all drafts that were made; () where the drafter is not asked. context:
-    committed tokens of the longest row. seconds: the verify's time without the next drafts; None before it is timed.
+    id: the request's, unique in the engine. drafts: the number that it asked for, or AUTO. useful: how many drafts its
+    limit leaves room for. sampled: whether its tokens are drawn with noise.
     """
 
-    choice: Choice
-    width: int
-    allowed: int
-    confidences: tuple[float, ...]
-    context: int
-    seconds: float | None = None
+    id: int
+    drafts: int | str
+    useful: int
+    sampled: bool
 
-    def cut(self, trust: Trust) -> list[float]:
-        """Returns for each draft that was made and not verified the chance that it would have been kept.
 
-        For a draft that a grammar refuses the chance is 0.
+class Chosen(NamedTuple):
+    """The drafts of a round, which wait to be verified.
+
+    counts: by request. most: the largest of them when they were chosen. auto, choice: who chose for the automatic rows,
+    and what; None where there was no such row.
+    """
+
+    counts: dict[int, int]
+    most: int = 0
+    auto: Auto | None = None
+    choice: Choice | None = None
+
+
+class Pass(NamedTuple):
+    """A verify.
+
+    chosen: the drafts it verifies. parts: by request, of the automatic rows. reasons: by request, of all rows. rows:
+    all of them. partners: rows of a fixed length. context: committed tokens of the longest row. width: drafts verified,
+    the most in any row. own: the most in any automatic row, if these were alone. steady: no row has just joined.
+    """
+
+    chosen: Chosen
+    parts: dict[int, Part]
+    reasons: dict[int, str]
+    rows: int = 0
+    partners: int = 0
+    context: int = 0
+    width: int = 0
+    own: int = 0
+    steady: bool = False
+
+
+class Depth:
+    """Chooses the draft lengths of a running batch, whose rows join, leave and differ in what they ask for.
+
+    A round calls `verify` once its rows are known, `draft` for the next round's drafts, and when it is over `timed`
+    (unless its time was disturbed) and `observe`. The first round of a batch, whose tokens follow the prefill, has no
+    verify: it calls `draft` alone. Rows may join before any `verify` and before any `draft`, and go at any time.
+    """
+
+    def __init__(self, tables: Tables | None, rejection: bool = False, frozen: bool = False):
+        """Starts with nothing known.
+
+        tables: the source of cost tables; None where there is no drafter, and nothing is drafted. rejection: sampled
+        drafts are accepted by rejection, so they are never cut, which would favour those that are not. frozen: no clock
+        influences a choice, and a batch that begins anew is chosen for as if it were the first.
         """
-        doubted = [trust.rate(each) for each in self.confidences[self.width : self.allowed]]
-        return doubted + [0.0] * (self.choice.drafts - self.allowed)
+        self.tables, self.rejection, self.frozen = tables, rejection, frozen
+        self.autos: dict[str, Auto] = {}  # by kind of text
+        self._own: dict[int, History] = {}
+        self._chosen, self._pass, self._seconds = Chosen({}), Pass(Chosen({}), {}, {}), None
 
     @property
-    def reason(self) -> str:
-        """The code of the reason for the width."""
-        if self.width < self.allowed:
-            return CONFIDENCE
-        return GRAMMAR if self.allowed < self.choice.drafts else self.choice.reason
+    def confident(self) -> bool:
+        """Whether the drafts that were chosen last are wanted with their confidences."""
+        return self._chosen.auto is not None and self._chosen.auto.confident
 
+    def draft(self, rows: Sequence[DraftRow], context: int) -> list[int]:
+        """Returns how many drafts to make for each row.
 
-class Fixed:
-    """A draft length that the caller asked for. 0 is plain decoding."""
-
-    confident = False  # asks the drafter how sure it is
-
-    def __init__(self, drafts: int):
-        self.most = drafts
-
-    def forget(self, ids: Sequence[int]) -> None:
-        """Does nothing: a fixed length keeps nothing of a request."""
-
-    def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
-        """Returns the length that was asked for, or less where no row has room for it."""
-        return max(0, min(self.most, max(useful)))
+        rows: in any order, `useful` as of the verify of these drafts. context: committed tokens of the longest row. A
+        batch begins anew where none of the rows was in the last verify or choice; then a table of costs may be
+        measured, which takes about a second once.
+        """
+        if self.tables is None:
+            counts = {row.id: 0 for row in rows}
+            self._chosen = Chosen(counts)
+            return [*counts.values()]
+        automatic = [row for row in rows if row.drafts == AUTO]
+        begins = not any(row.id in self._chosen.counts or row.id in self._pass.reasons for row in rows)
+        if begins and rows:
+            self._pass = Pass(Chosen({}), {}, {})
+            if self.frozen:
+                self.autos |= {kind: auto.anew() for kind, auto in self.autos.items()}  # equal calls, equal choices
+        auto, choice = None, None
+        if automatic:
+            auto = self._auto(SAMPLED if any(row.sampled for row in rows) else GREEDY, begins)
+            histories = [self._own.get(row.id, NEW) for row in automatic]
+            choice = auto.choose(len(rows), context, histories, [row.useful for row in automatic])
+        counts = {row.id: max(0, min(choice.drafts if row.drafts == AUTO else row.drafts, row.useful)) for row in rows}
+        self._chosen = Chosen(counts, max(counts.values(), default=0), auto, choice)
+        return [*counts.values()]
 
     def verify(
         self,
-        rows: Sequence[int],
+        rows: Sequence[DraftRow],
         context: int,
-        useful: Sequence[int],
         confidences: Sequence[Sequence[float]],
-        allowed: int,
+        waiting: Sequence[int],
     ) -> int | None:
-        """Returns None: all drafts that were made are verified."""
-        return None
+        """Returns how many drafts of each row to verify, at most; None for all that wait.
 
-    def reason(self, row: int) -> str:
-        """Returns the code of the reason for the length."""
-        return FIXED
-
-    def observe(self, accepted: Mapping[int, int]) -> None:
-        """Does nothing: a fixed length needs no counts."""
-
-    def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
-        """Does nothing: a fixed length needs no times."""
-
-
-class Auto:
-    """A draft length that follows cost and acceptance. Common counts stay for the next batch; a request's own end with
-    it.
-
-    Each round calls four methods: `draft` before its drafts are made, `verify` once they are there, `timed` when the
-    round is over (unless its time was disturbed), and `observe` once it is known which drafts were kept. The drafts of
-    a round are made before the previous round is timed and observed. Rounds of several batches may interleave.
-    """
-
-    most = MAX_DRAFTS
-
-    def __init__(self, table: CostTable, confident: bool = True, frozen: bool = False):
-        """Starts from a table of measured costs.
-
-        confident: drafts with low confidence are cut before the verify; False verifies all that were made. frozen: the
-        table is not corrected, so no clock influences a choice.
+        rows: in any order, `useful` as of this verify. context: committed tokens of the longest row. confidences: of
+        each row, those of its drafts. waiting: of each row, how many of its drafts its grammar left; 0 where it has
+        just joined.
         """
-        self.table, self.confident, self.frozen = table, confident, frozen
-        self.pool, self.trust, self.pause, self.purse = History(), Trust(), Pause(), Purse()
-        self.correction, self._untimed = Correction(), 0
-        self._rounds: Counter[tuple[int, int, int]] = Counter()  # timed since `learned`, by (rows, context, drafts)
-        self._own: dict[int, History] = {}
-        # By request, since rounds of several batches may interleave; the rows of a batch have the same choice.
-        self._drafted: dict[int, Choice] = {}  # of the drafts that wait to be verified
-        self._verified: dict[int, Verified] = {}  # the last verify
-        self._prices: dict[tuple[int, int, bool], Prices] = {}  # until the next time comes
+        chosen, counts = self._chosen, self._chosen.counts
+        reasons = {row.id: FIXED if row.id in counts or row.drafts == 0 else JOINED for row in rows}
+        steady = all(row.id in counts for row in rows)
+        if chosen.auto is None:
+            self._pass = Pass(chosen, {}, reasons)
+            return None
+        own, partners, floor = [], 0, 0
+        for row, sure, left in zip(rows, confidences, waiting, strict=True):
+            if row.drafts == AUTO and row.id in counts:
+                allowed = min(left, counts[row.id])
+                own.append((row, tuple(sure[:allowed]), allowed))
+            elif row.id in counts:
+                partners, floor = partners + 1, max(floor, left)
+        useful, allowed = [row.useful for row, _, _ in own], [left for _, _, left in own]
+        width = chosen.auto.width(chosen.choice, len(rows), context, [sure for _, sure, _ in own], allowed, useful)
+        most = max(width, floor)
+        parts = {row.id: Part(counts[row.id], left, min(left, most), sure) for row, sure, left in own}
+        reasons |= {id_: part.reason(chosen.choice) for id_, part in parts.items()}
+        self._pass = Pass(chosen, parts, reasons, len(rows), partners, context, most, width, steady)
+        self._seconds = None
+        return most
 
-    def forget(self, ids: Sequence[int]) -> None:
-        """Drops what is kept of these requests alone. Call it when their batch has ended."""
-        for row in ids:
-            for kept in (self._own, self._drafted, self._verified):
-                kept.pop(row, None)
+    def reason(self, request: int) -> str:
+        """Returns the code of the reason for the last verified length of a request; "" where it had no verify."""
+        return self._pass.reasons.get(request, "")
 
-    def draft(self, rows: Sequence[int], context: int, useful: Sequence[int]) -> int:
-        """Returns how many drafts to make.
+    def timed(self, seconds: float) -> None:
+        """Takes in the time of the last verified round.
 
-        rows: the requests' ids, unique in the engine. context: committed tokens of the longest row. useful: for each
-        row, how many drafts its limit leaves room for.
+        seconds: of the verify and of the drafts that were made after it, and of nothing else. Rounds that rows joined,
+        and those between two kinds of text, are not believed.
         """
-        own = [self._own.get(row, History()) for row in rows]
-        prices = self.prices(len(rows), context)
-        choice = choose(prices, own, self.pool, useful, self.pause, self.purse)
-        self.pause = self.pause.chosen(choice.reason)
-        self._drafted |= dict.fromkeys(rows, choice)
-        return choice.drafts
-
-    def verify(
-        self,
-        rows: Sequence[int],
-        context: int,
-        useful: Sequence[int],
-        confidences: Sequence[Sequence[float]],
-        allowed: int,
-    ) -> int:
-        """Returns how many of the drafts to verify.
-
-        rows: the requests' ids. context: committed tokens of the longest row. useful: for each row, how many drafts its
-        limit leaves room for. confidences: [rows][K], of all drafts that were made. allowed: drafts that the grammars
-        left, the most in any row.
-        """
-        choice, width = self._drafted[rows[0]], allowed
-        if self.confident and allowed > 1:
-            left = [row[:allowed] for row in confidences]
-            width = worthwhile(self.prices(len(rows), context), self.trust, left, useful, choice.rate)
-        self._verified |= {
-            row: Verified(choice, width, allowed, tuple(each), context)
-            for row, each in zip(rows, confidences, strict=True)
-        }
-        return width
-
-    def reason(self, row: int) -> str:
-        """Returns the code of the reason for the last verified length. row: the id of one of the round's requests."""
-        return self._verified[row].reason
+        past, made = self._pass, self._chosen.most
+        auto = past.chosen.auto
+        if auto is None or auto is not self._chosen.auto or not past.steady or max(past.width, made) > MAX_DRAFTS:
+            return
+        alone = auto.timed(past.rows, past.context, past.width, made, past.chosen.most > 0, seconds)
+        self._seconds = alone if past.width == past.own else None  # a partner's drafts are no loss of ours
 
     def observe(self, accepted: Mapping[int, int]) -> None:
         """Takes in how many drafts each request kept in the last verified round.
 
-        accepted: request id -> drafts kept.
+        accepted: request id -> drafts kept. Who is not in it, has gone or has just joined teaches nothing.
         """
-        verified = self._verified[next(iter(accepted))]
-        if verified.choice.drafts:
-            for row, kept in accepted.items():
-                width, cut = verified.width, self._verified[row].cut(self.trust)
-                self._own[row] = self._own.get(row, History()).after(width, kept, RECENT, cut)
-                self.pool = self.pool.after(width, kept, LASTING, cut)
-                self.trust = self.trust.after(self._verified[row].confidences[:width], kept)
-        self.purse = self.purse.after(self._earned(verified, sum(accepted.values()) / len(accepted), len(accepted)))
-        if verified.choice.reason == PROBE:
-            self.pause = self.pause.probed(sum(accepted.values()))
-        self._untimed += 1
-
-    def _earned(self, verified: Verified, kept: float, rows: int) -> float:
-        """Returns what a round's drafts earned against plain decoding, in plain rounds. kept: a row."""
-        if not verified.choice.drafts:
-            return 0.0
-        prices = self.prices(rows, verified.context)
-        drafts = verified.choice.drafts * prices.draft
-        took = prices.verify(verified.width) + drafts
-        if verified.seconds is not None:  # what it took, unless something else happened meanwhile
-            took = max(took / OUTLIER, min(took * OUTLIER, verified.seconds + drafts))
-        return 1 + kept - took / prices.rounds[0]
-
-    def timed(self, rows: Sequence[int], context: int, seconds: float) -> None:
-        """Takes in the time of the last verified round.
-
-        rows: the ids of its requests. context: committed tokens of the longest row. seconds: of the verify and of the
-        drafts that were made after it.
-        """
-        if self.frozen:
+        past = self._pass
+        kept = {id_: min(accepted[id_], part.width) for id_, part in past.parts.items() if id_ in accepted}
+        auto, choice = past.chosen.auto, past.chosen.choice
+        if not kept:
             return
-        made, width = self._drafted[rows[0]].drafts, self._verified[rows[0]].width
-        before = self.correction
-        self.correction = before.after(self.table, len(rows), _step(context), width, made, seconds)
-        if not self.correction.says_the_same(before, (len(rows), width)):
-            self._prices.clear()
-        if (len(rows), 0) in before.rounds and (len(rows), 0) not in self.correction.rounds:
-            self.pause = replace(self.pause, checks=0)  # plain rounds are to be timed anew
-        self._untimed = 0
-        if not made and not self._verified[rows[0]].choice.drafts:
-            return  # what a plain round took is asked for nowhere else
-        nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
-        verify = seconds / self.correction.pace - made * self.prices(len(rows), context).draft
-        self._verified |= {row: replace(self._verified[row], seconds=verify) for row in rows}
-        self._rounds[len(rows), nearest, width] += 1
+        for id_, count in kept.items():
+            if past.parts[id_].made:
+                self._own[id_] = auto.observe(past.parts[id_], count, self._own.get(id_, NEW))
+        auto.earned(choice, sum(kept.values()), len(kept) + past.partners, past.context, past.own, self._seconds)
 
-    def learned(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
-        """Returns costs.Verified and costs.Drafted for the cells that were timed often since the last call.
+    def leave(self, requests: Iterable[int]) -> None:
+        """Takes in that these requests left the batch, whose drafts that wait are lost. They may come back."""
+        for id_ in requests:
+            for kept in (self._chosen.counts, self._pass.parts, self._pass.reasons):
+                kept.pop(id_, None)
 
-        A plain round keeps the table's seconds and the others are scaled to it, so a busy hour does not spoil the file.
+    def forget(self, requests: Sequence[int]) -> None:
+        """Drops all that is kept of these requests alone. Call it when they have ended."""
+        self.leave(requests)
+        for id_ in requests:
+            self._own.pop(id_, None)
+
+    def adopt(self, tables: Mapping[str, CostTable]) -> None:
+        """Goes on with these tables, by kind of text. Call it between two batches."""
+        self.autos |= {kind: self._new(kind, table) for kind, table in tables.items()}
+
+    def learned(self) -> dict[str, tuple[Verified, Drafted]]:
+        """Returns by kind of text costs.Verified and costs.Drafted of the cells that were timed often since the last
+        call, in the scale of the kind's own table.
         """
-        verified, drafted = {}, {}
-        for rows, context, width in [cell for cell, rounds in self._rounds.items() if rounds >= LEARN and cell[2]]:
-            prices, plain = self.prices(rows, context), self.table.verify_at(rows, context)[0]
-            verified[rows, context, 0] = plain
-            verified[rows, context, width] = plain * prices.verify(width) / prices.rounds[0]
-            drafted[rows] = plain * prices.draft / prices.rounds[0]
-            del self._rounds[rows, context, width]
-        return verified, drafted
+        return {kind: auto.learned() for kind, auto in self.autos.items()}
 
-    def prices(self, rows: int, context: int) -> Prices:
-        """Returns the current estimate of what rounds cost. rows: how many. context: committed tokens of the longest
-        row.
+    def _auto(self, kind: str, begins: bool) -> Auto:
+        """Returns what is known of a kind of text. begins: whether the batch does, so that no row is running.
+
+        A kind whose own table is not there yet goes by another's until a batch begins.
         """
-        trusted = self.frozen or (self._untimed >= UNTIMED and not self.correction.rounds)
-        context = _step(context)
-        if (rows, context, trusted) not in self._prices:
-            if trusted:
-                rounds = self.table.rounds_at(rows, context)
-                found = Prices(rounds, self.table.draft_at(rows), rounds)
-            else:
-                found = self.correction.prices(self.table, rows, context)
-            self._prices[rows, context, trusted] = found
-        return self._prices[rows, context, trusted]
+        auto = self.autos.get(kind)
+        if auto is None or (auto.borrowed and begins):
+            table = self.tables(kind, begins)
+            if table is not None:
+                auto = self._new(kind, table) if auto is None else auto.on(table)
+            elif auto is None:
+                others = (each.table for each in self.autos.values() if not each.borrowed)
+                auto = self._new(kind, next(others, UNKNOWN), borrowed=True)
+            self.autos[kind] = auto
+        return auto
 
-
-def _step(context: int) -> int:
-    """Returns the next multiple of CONTEXT_STEP: the same for many rounds, so that prices stay."""
-    return -(-context // CONTEXT_STEP) * CONTEXT_STEP
+    def _new(self, kind: str, table: CostTable, borrowed: bool = False) -> Auto:
+        return Auto(table, kind == GREEDY or not self.rejection, self.frozen, borrowed)

@@ -13,7 +13,7 @@ from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine import scheduler
 from mlx_gemma_mtp.engine.constraints import Calls
 from mlx_gemma_mtp.engine.engine import Engine
-from mlx_gemma_mtp.speculative.depth import Fixed
+from mlx_gemma_mtp.speculative.depth import Depth
 from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.text.tool_choice import ToolChoice
 
@@ -103,7 +103,7 @@ def test_nobody_waits_for_what_is_cancelled(engine, monkeypatch):
     cancel = threading.Event()
     cancel.set()
     request = engine._request(0, engine.text.encode(PROMPTS[0]), GREEDY, 4, NO_CALLS)
-    batch = scheduler.Batch(engine.target, engine.drafter, [request], Fixed(4), 256)
+    batch = scheduler.Batch(engine.target, engine.drafter, [request], Depth(None), 4, 256)
     [chunk] = batch.run(cancel, lambda done, total: made.append(done))
     assert chunk.result.finish_reason == "cancelled" and made == []
 

@@ -14,6 +14,7 @@ from mlx_gemma_mtp.engine import calibration
 from mlx_gemma_mtp.engine.calibration import KINDS, Costs
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.ops import expert_paths, kernels
+from mlx_gemma_mtp.speculative.auto import LEARN, UNTIMED, Auto
 from mlx_gemma_mtp.speculative.choice import (
     BEST,
     CHECK,
@@ -36,11 +37,21 @@ from mlx_gemma_mtp.speculative.choice import (
     worthwhile,
 )
 from mlx_gemma_mtp.speculative.correction import Correction, Prices
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable
-from mlx_gemma_mtp.speculative.depth import LEARN, UNTIMED, Auto
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, CostFile, CostTable
+from mlx_gemma_mtp.speculative.depth import AUTO, Depth, DraftRow
 from mlx_gemma_mtp.speculative.history import History, Trust, expected
 
 FREE = 10**6  # room for drafts
+ROW = DraftRow(0, AUTO, FREE, False)
+
+
+def by(costs: CostTable, **options) -> Depth:
+    return Depth(lambda kind, idle: costs, **options)
+
+
+def known(depth: Depth) -> Auto:
+    """What it knows of greedy text."""
+    return depth.autos["greedy"]
 
 
 def seen(drafted: int, accepted: int, times: int = 40) -> History:
@@ -121,14 +132,14 @@ def test_rows_share_one_length():
 
 
 def test_probes_back_off_and_find_the_way_back():
-    auto, kept = Auto(table(0.1, 0.2), frozen=True), 0
+    depth, kept = by(table(0.1, 0.2), frozen=True), 0
     lengths, reasons = [], []
     for step in range(160):
-        drafts = auto.draft([0], 100, [FREE])
-        width = auto.verify([0], 100, [FREE], [[0.9] * drafts], drafts)
+        [drafts] = depth.draft([ROW], 100)
+        width = depth.verify([ROW], 100, [[0.9] * drafts], [drafts])
         kept = 0 if step < 110 else width
-        reasons.append(auto.reason(0))
-        auto.observe({0: kept})
+        reasons.append(depth.reason(0))
+        depth.observe({0: kept})
         lengths.append(width)
     probes = [i for i, reason in enumerate(reasons) if reason == PROBE and i < 110]
     gaps = np.diff(probes)
@@ -158,24 +169,26 @@ def test_drafts_behind_a_refused_one_say_nothing_of_confidence():
 
 
 def test_a_cut_is_said():
-    auto = Auto(table(0.3, 0.01), frozen=True)
-    made = auto.draft([0], 100, [FREE])
-    assert made > 1 and auto.verify([0], 100, [FREE], [[0.9] + [0.01] * (made - 1)], made) == 1
-    auto.draft([0], 100, [FREE])
-    assert auto.reason(0) == CONFIDENCE
-    auto.observe({0: 1})
+    depth = by(table(0.3, 0.01), frozen=True)
+    [made] = depth.draft([ROW], 100)
+    assert made > 1 and depth.verify([ROW], 100, [[0.9] + [0.01] * (made - 1)], [made]) == 1
+    depth.draft([ROW], 100)
+    assert depth.reason(0) == CONFIDENCE
+    depth.observe({0: 1})
 
 
 @pytest.mark.parametrize("confident", [True, False])
 def test_what_a_grammar_cuts_was_drafted_in_vain(confident):
     """A sure drafter, whose first draft a grammar refuses every time: after some rounds nothing is drafted."""
-    auto, made, reasons = Auto(table(0.1, 0.1), confident, frozen=True), [], []
+    depth, made, reasons = by(table(0.1, 0.1), rejection=not confident, frozen=True), [], []
+    rows = [DraftRow(7, AUTO, FREE, sampled=True)]
     for _ in range(60):
-        drafts = auto.draft([7], 100, [FREE])
-        assert auto.verify([7], 100, [FREE], [[0.99] * drafts if confident else []], 0) == 0
+        [drafts] = depth.draft(rows, 100)
+        assert depth.confident == confident
+        assert depth.verify(rows, 100, [[0.99] * drafts if confident else []], [0]) == 0
         made.append(drafts)
-        reasons.append(auto.reason(7))
-        auto.observe({7: 0})
+        reasons.append(depth.reason(7))
+        depth.observe({7: 0})
     assert made[0] > 0 and reasons[0] == GRAMMAR and sum(made[:8]) <= 20 and sum(made[8:]) <= 8
     assert {OFF, GRAMMAR} == set(reasons) and all(
         (each == GRAMMAR) == bool(n) for each, n in zip(reasons, made, strict=True)
@@ -184,14 +197,15 @@ def test_what_a_grammar_cuts_was_drafted_in_vain(confident):
 
 def test_a_grammar_cuts_before_doubt_does():
     """Of five drafts the grammar leaves three and doubt two: the third is a doubt, the fourth a failure."""
-    auto = Auto(table(0.1, 0.01), frozen=True)
-    made = auto.draft([3], 100, [FREE])
+    depth = by(table(0.1, 0.01), frozen=True)
+    [made] = depth.draft([ROW], 100)
     assert made >= 5
-    assert auto.verify([3], 100, [FREE], [[0.9, 0.9, 0.01, 0.9, 0.9] + [0.9] * (made - 5)], 3) == 2
-    assert auto.reason(3) == CONFIDENCE
-    auto.observe({3: 2})
-    first, second, third, fourth = auto.pool.tried[:4]
-    assert (first, second, third) == (1, 1, 1) and fourth == pytest.approx(0.01) and auto.pool.kept[3] == 0
+    assert depth.verify([ROW], 100, [[0.9, 0.9, 0.01, 0.9, 0.9] + [0.9] * (made - 5)], [3]) == 2
+    assert depth.reason(0) == CONFIDENCE
+    depth.observe({0: 2})
+    pool = known(depth).pool
+    first, second, third, fourth = pool.tried[:4]
+    assert (first, second, third) == (1, 1, 1) and fourth == pytest.approx(0.01) and pool.kept[3] == 0
 
 
 def test_drafting_follows_a_schema(engine):
@@ -201,30 +215,30 @@ def test_drafting_follows_a_schema(engine):
               "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
     params = SamplingParams(max_tokens=60, temperature=0.0, json_schema=json.dumps(schema), seed=0)
     auto = with_table(engine, table(0.1, 0.1))._autos["greedy"]
-    made, draft = [], auto.draft
-    auto.draft = lambda *about: made.append(draft(*about)) or made[-1]
+    made, choose = [], auto.choose
+    auto.choose = lambda *about: made.append(choose(*about)) or made[-1]
     drafted, lengths = [], []
     for _ in range(3):
         made.clear()
         stats = engine.generate("Invent a user.", params).stats
-        drafted.append((sum(made), stats.drafted))
+        drafted.append((sum(each.drafts for each in made), stats.drafted))
         lengths.append(stats.depths)
     assert GRAMMAR in {reason for each in lengths for reasons in each.values() for reason in reasons}
     assert drafted[2][0] <= 2 * drafted[2][1] + 8, drafted
 
 
-def run(auto: Auto, truth: CostTable, rounds: int, keep: float, late: float = 1.0, room: int = FREE) -> list[tuple]:
-    """(drafts, reason) of rounds of one row that keeps this share of its drafts, by the scheduler's order; late: what
-    the clock says over the truth.
+def run(depth: Depth, truth: CostTable, rounds: int, keep: float, late: float = 1.0, room: int = FREE) -> list[tuple]:
+    """(drafts, reason) of rounds of one row that keeps this share of its drafts, in a batch's order; late: what the
+    clock says over the truth.
     """
-    verify, draft, found = truth.verify_at(1, 100), truth.draft_at(1), []
-    made = auto.draft([0], 100, [room])
+    verify, draft, found, rows = truth.verify_at(1, 100), truth.draft_at(1), [], [ROW._replace(useful=room)]
+    [made] = depth.draft(rows, 100)
     for _ in range(rounds):
-        width = auto.verify([0], 100, [room], [[0.9] * made], made)
-        now, made = made, auto.draft([0], 100, [room])
-        auto.timed([0], 100, (verify[width] + made * draft) * late)
-        found.append((now, auto.reason(0)))
-        auto.observe({0: int(width * keep)})
+        width = depth.verify(rows, 100, [[0.9] * made], [made])
+        now, [made] = made, depth.draft(rows, 100)
+        depth.timed((verify[width] + made * draft) * late)
+        found.append((now, depth.reason(0)))
+        depth.observe({0: int(width * keep)})
     return found
 
 
@@ -260,26 +274,26 @@ def test_one_time_alone_is_half_believed():
 def test_the_machine_may_be_slower_than_the_table_throughout():
     """Only ratios matter: ten times the table's seconds, the same choices."""
     costs = table(0.1, 0.1)
-    assert run(Auto(costs), costs, 60, 1.0, late=10.0) == run(Auto(costs), costs, 60, 1.0)
-    assert run(Auto(costs), costs, 60, 1.0)[-1][0] == MAX_DRAFTS
+    assert run(by(costs), costs, 60, 1.0, late=10.0) == run(by(costs), costs, 60, 1.0)
+    assert run(by(costs), costs, 60, 1.0)[-1][0] == MAX_DRAFTS
 
 
 def test_a_table_that_flatters_is_found_out():
     """A verify of many drafts no dearer than of one: by a frozen table drafting goes on, by times it stops."""
     truth = table(0.5, 0.3)
     flat = CostTable.of({(r, 100, w): 1.0 + 0.05 * (w > 0) for r in ROWS for w in range(MAX_DRAFTS + 1)}, {1: 0.01})
-    assert sum(drafts for drafts, _ in run(Auto(flat), truth, 80, 0.4)[20:]) <= 12
-    assert sum(drafts for drafts, _ in run(Auto(flat, frozen=True), truth, 80, 0.4)[20:]) > 40
+    assert sum(drafts for drafts, _ in run(by(flat), truth, 80, 0.4)[20:]) <= 12
+    assert sum(drafts for drafts, _ in run(by(flat, frozen=True), truth, 80, 0.4)[20:]) > 40
 
 
 def test_a_table_that_deters_is_found_out():
     truth, dear = table(0.02, 0.05), table(0.9, 0.6)
-    assert min(drafts for drafts, why in run(Auto(dear), truth, 200, 1.0)[150:] if why != CHECK) >= 4
-    assert max(drafts for drafts, _ in run(Auto(dear, frozen=True), truth, 200, 1.0)) <= 1
+    assert min(drafts for drafts, why in run(by(dear), truth, 200, 1.0)[150:] if why != CHECK) >= 4
+    assert max(drafts for drafts, _ in run(by(dear, frozen=True), truth, 200, 1.0)) <= 1
 
 
 def test_plain_rounds_are_timed_first_and_now_and_then():
-    found = run(Auto(table(0.1, 0.1)), table(0.1, 0.1), 300, 1.0)
+    found = run(by(table(0.1, 0.1)), table(0.1, 0.1), 300, 1.0)
     assert [why for _, why in found[:4]] == [CHECK] * 4 and found[4] == (1, BEST)
     checks = [i for i, (_, why) in enumerate(found) if why == CHECK]
     assert 2 <= len(checks) - 4 <= 20 and all(found[i][0] == 0 for i in checks)
@@ -287,11 +301,11 @@ def test_plain_rounds_are_timed_first_and_now_and_then():
 
 def test_where_no_round_is_timed_the_table_holds():
     """A caller that takes its time with every chunk: then no times come."""
-    auto, lengths = Auto(table(0.05, 0.05)), []
+    depth, lengths = by(table(0.05, 0.05)), []
     for _ in range(UNTIMED + 12):
-        made = auto.draft([0], 100, [FREE])
-        lengths.append(auto.verify([0], 100, [FREE], [[0.9] * made], made))
-        auto.observe({0: lengths[-1]})
+        [made] = depth.draft([ROW], 100)
+        lengths.append(depth.verify([ROW], 100, [[0.9] * made], [made]))
+        depth.observe({0: lengths[-1]})
     assert lengths[:CHECK_MOST] == [0] * CHECK_MOST and lengths[-1] == MAX_DRAFTS
 
 
@@ -321,9 +335,9 @@ def test_a_few_late_rounds_are_no_change_of_pace():
 
 
 def test_when_rounds_with_drafts_change_plain_ones_are_timed_anew():
-    auto, truth = Auto(table(0.1, 0.1)), table(0.1, 0.1)
-    assert run(auto, truth, 60, 1.0)[-1][0] == MAX_DRAFTS
-    later = [why for _, why in run(auto, truth, 12, 1.0, late=3.0)]
+    depth, truth = by(table(0.1, 0.1)), table(0.1, 0.1)
+    assert run(depth, truth, 60, 1.0)[-1][0] == MAX_DRAFTS
+    later = [why for _, why in run(depth, truth, 12, 1.0, late=3.0)]
     assert later.count(CHECK) >= 3, later
 
 
@@ -335,17 +349,17 @@ def test_a_machine_that_comes_and_goes(slow, phase):
         truth = replay.read_table(replay.DATA / "costs" / f"{machine}.json")
         for trace in traces.values():
             for rows in (1, 2, 4, 8):
-                rounds = replay.against_plain(trace, truth, Auto(truth), rows, 300, clock, rows)
+                rounds = replay.against_plain(trace, truth, AUTO, truth, rows, 300, clock, rows)
                 found.append(sum(plain for plain, _ in rounds) / sum(seconds for _, seconds in rounds))
     assert sorted(found)[1] > 0.95 and sorted(found)[len(found) // 2] > 0.985, sorted(found)
 
 
 def test_no_clock_reaches_a_frozen_table():
     costs = table(0.1, 0.1)
-    assert run(Auto(costs, frozen=True), costs, 80, 0.7, late=9.0) == run(Auto(costs, frozen=True), costs, 80, 0.7)
-    slow = Auto(costs, frozen=True)
+    assert run(by(costs, frozen=True), costs, 80, 0.7, late=9.0) == run(by(costs, frozen=True), costs, 80, 0.7)
+    slow = by(costs, frozen=True)
     run(slow, table(2.0, 2.0), 40, 1.0)
-    assert slow.correction == Correction() and slow.learned() == ({}, {})
+    assert known(slow).correction == Correction() and slow.learned() == {"greedy": ({}, {})}
 
 
 def test_a_purse_bounds_what_drafts_lose():
@@ -372,55 +386,55 @@ def test_a_length_that_was_not_timed_is_affordable_by_what_the_timed_ones_keep()
 def test_the_purse_is_told_what_a_round_earned():
     """Verify and drafts by the table where it is frozen; by the clock else; a plain round earns none."""
     costs = table(0.1, 0.2)
-    auto = Auto(costs, frozen=True)
-    made = auto.draft([0], 100, [FREE])
-    assert auto.verify([0], 100, [FREE], [[0.9] * made], made) == made == 2
-    auto.observe({0: 1})
-    assert auto.purse.left == pytest.approx(Purse().after(2 - costs.rounds_at(1, 100)[2]).left)
+    depth = by(costs, frozen=True)
+    [made] = depth.draft([ROW], 100)
+    assert depth.verify([ROW], 100, [[0.9] * made], [made]) == made == 2
+    depth.observe({0: 1})
+    assert known(depth).purse.left == pytest.approx(Purse().after(2 - costs.rounds_at(1, 100)[2]).left)
 
     def left(late: float) -> float:
-        auto = Auto(costs)
-        run(auto, costs, 4, 0.0)
-        assert auto.purse.left == pytest.approx(PURSE_FIRST + 4 * PURSE_ROUND)  # plain so far
-        assert auto.verify([0], 100, [FREE], [[0.9]], 1) == 1
-        auto.draft([0], 100, [FREE])
-        auto.timed([0], 100, late * 1.3)
-        auto.observe({0: 1})
-        return auto.purse.left
+        depth = by(costs)
+        run(depth, costs, 4, 0.0)
+        assert known(depth).purse.left == pytest.approx(PURSE_FIRST + 4 * PURSE_ROUND)  # plain so far
+        assert depth.verify([ROW], 100, [[0.9]], [1]) == 1
+        depth.draft([ROW], 100)
+        depth.timed(late * 1.3)
+        depth.observe({0: 1})
+        return known(depth).purse.left
 
     assert left(1.0) > left(1.3) + 0.2 > left(1.6) + 0.4
 
 
 def test_everybodys_history_lasts_longer_than_a_requests_own():
-    auto = Auto(table(0.02, 0.02), frozen=True)
-    run(auto, table(0.02, 0.02), 60, 1.0)
-    assert auto.pool.tried[0] > 25 and 9 < auto._own[0].tried[0] < 11
-    auto.forget([0])
-    assert not auto._own and auto.pool.tried[0] > 25
+    depth = by(table(0.02, 0.02), frozen=True)
+    run(depth, table(0.02, 0.02), 60, 1.0)
+    assert known(depth).pool.tried[0] > 25 and 9 < depth._own[0].tried[0] < 11
+    depth.forget([0])
+    assert not depth._own and known(depth).pool.tried[0] > 25
 
 
 def test_a_short_text_tries_nothing_new():
     costs = table(0.01, 0.01)
-    rounds = run(Auto(costs), costs, 30, 1.0, room=SHORT - 1)
+    rounds = run(by(costs), costs, 30, 1.0, room=SHORT - 1)
     assert not any(drafts for drafts, _ in rounds)
-    auto = Auto(costs)
-    run(auto, costs, 60, 1.0)
-    assert run(auto, costs, 5, 1.0, room=SHORT - 1)[-1][0] == MAX_DRAFTS  # what is known to pay is done
+    depth = by(costs)
+    run(depth, costs, 60, 1.0)
+    assert run(depth, costs, 5, 1.0, room=SHORT - 1)[-1][0] == MAX_DRAFTS  # what is known to pay is done
     waiting = Pause(rounds=1000)
     assert chosen(table(0.9, 0.5), seen(7, 0), SHORT - 1, waiting) == (0, OFF)
     assert chosen(table(0.9, 0.5), seen(7, 0), SHORT, waiting) == (1, PROBE)
 
 
 def test_what_was_learned_stands_in_proportion_to_the_tables_plain_round():
-    auto, truth = Auto(table(0.02, 0.02)), table(0.3, 0.2)
-    run(auto, truth, 100, 1.0, late=5.0)
-    verified, drafted = auto.learned()
+    depth, truth = by(table(0.02, 0.02)), table(0.3, 0.2)
+    run(depth, truth, 100, 1.0, late=5.0)
+    verified, drafted = depth.learned()["greedy"]
     lengths = {width for _, _, width in verified} - {0}
     assert lengths and {cell[:2] for cell in verified} == {(1, 100)} and set(drafted) == {1}
     assert verified[1, 100, 0] == 1.0
     for width in lengths:
         assert verified[1, 100, width] + width * drafted[1] == pytest.approx(truth.rounds_at(1, 100)[width], rel=0.1)
-    assert auto.learned() == ({}, {}) and LEARN == 16
+    assert depth.learned() == {"greedy": ({}, {})} and LEARN == 16
 
 
 def test_break_even():
@@ -439,7 +453,7 @@ TABLES = {path.stem: replay.read_table(path) for path in sorted((replay.DATA / "
 def test_replay_emits_the_whole_text():
     """Every rule walks the same text; a fixed length's rate follows from counting by hand."""
     trace, costs = TRACES["code"], TABLES["m4max-26b"]
-    for rule in (replay.Fixed(3), Auto(costs)):
+    for rule in (3, AUTO):
         run = replay.replay(trace, costs, rule)
         assert 0 <= run.tokens - len(trace.accepted) <= MAX_DRAFTS
     at = rounds = 0
@@ -456,7 +470,7 @@ def test_auto_is_never_wrong_for_long(machine, text):
     """
     trace, costs = TRACES[text], TABLES[machine]
     fixed = replay.fixed_rates(trace, costs)
-    run = replay.replay(trace, costs, Auto(costs))
+    run = replay.replay(trace, costs, AUTO)
     assert run.rate >= 0.97 * fixed[0]
     assert run.rate >= 0.95 * max(fixed)
     assert run.rate <= replay.oracle(trace, costs) * (1 + 1e-9)
@@ -550,7 +564,7 @@ def test_frozen_costs_give_equal_calls_equal_lengths(engine, monkeypatch):
     assert depths[0] == depths[1] == depths[2]
     assert all(auto.frozen for auto in engine._autos.values())
     monkeypatch.setattr(engine, "frozen_costs", False)
-    assert not engine._auto("greedy", UNKNOWN).frozen
+    assert not engine._depth().frozen
 
 
 def test_frozen_costs_from_load_and_from_the_command_line(monkeypatch):

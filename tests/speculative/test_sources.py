@@ -16,7 +16,7 @@ from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.sampling.params import ACCEPT
 from mlx_gemma_mtp.speculative import drafting
-from mlx_gemma_mtp.speculative.depth import Auto
+from mlx_gemma_mtp.speculative.auto import Auto
 from mlx_gemma_mtp.speculative.drafting import MTP, SOURCES, Drafting, Drafts, DraftState, Embed
 
 PROMPTS = ["def mean(values):\n    total = 0\n    for value in values:", "What is a list?"]

@@ -1,0 +1,53 @@
+"""Admission by bytes: what requests take, and whether one can ever fit. Numbers of the host alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+ADVANCE = 256  # tokens of text
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where the bytes of a run go.
+
+    limit: all that the run may hold. weights: what both models hold. row(tokens): of a row of the batch whose K/V have
+    room for so many tokens, its slots rounded up as the cache does. staged(tokens): of the cache of a prompt of so many
+    tokens while it is prefilled. saved(tokens): of the K/V of so many tokens, kept by themselves. chunk(tokens,
+    context): the most that a forward of so many prompt tokens holds beside these, where the longest prompt has
+    `context` tokens. verify(rows, context): the same of a round's verify of so many rows. advance: tokens of text that
+    a request is given room for when it is admitted.
+    """
+
+    limit: int
+    weights: int
+    row: Callable[[int], int]
+    staged: Callable[[int], int]
+    saved: Callable[[int], int]
+    chunk: Callable[[int, int], int]
+    verify: Callable[[int, int], int]
+    advance: int = ADVANCE
+
+    def alone(self, prompt: int, limit: int, chunk: int, block: int) -> int:
+        """Returns the most bytes that a request takes when nothing else runs, weights included: while its prompt is
+        prefilled, while it joins the batch, or when its text has reached its limit.
+
+        prompt, limit: tokens. chunk: prompt tokens a forward. block: tokens of the longest verify.
+        """
+        longest = prompt + limit
+        prefilling = self.staged(prompt) + self.chunk(min(chunk, prompt), prompt)
+        joining = self.saved(prompt) + self.row(min(prompt + self.advance, longest) + block) + self.verify(1, prompt)
+        decoding = self.row(longest + block) + self.verify(1, longest)
+        return self.weights + max(prefilling, joining, decoding)
+
+    def check(self, prompt: int, limit: int, chunk: int, block: int) -> None:
+        """Raises UserError for a request that would not fit even alone."""
+        needed = self.alone(prompt, limit, chunk, block)
+        if needed > self.limit:
+            raise UserError(
+                f"a prompt of {prompt} tokens with max_tokens={limit} needs {needed / 1e9:.1f} GB with the model, the "
+                f"limit is {self.limit / 1e9:.1f} GB; lower max_tokens, shorten the prompt, or take a smaller model"
+            )

@@ -1,0 +1,419 @@
+"""The runner: it does what the plan of a round says, with the arrays of the batch and of the prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import mlx.core as mx
+
+from ..cache.cache import Cache
+from ..cache.saved import Saved
+from ..errors import in_a_line
+from ..machine.device import metal_available
+from ..models.drafter import Drafter
+from ..models.gemma4 import Gemma4
+from ..sampling.penalties import TokenCounts
+from ..sampling.rules import Rules
+from ..speculative.budget import Budget
+from ..speculative.depth import Depth, DraftRow
+from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
+from ..speculative.guide import Guide, guide
+from ..speculative.loop import Firsts, Joiner, Speculation
+from ..speculative.prefill import chunk
+from ..speculative.readback import Round
+from .outbox import Item
+from .request import Advance, Delivery, Request
+from .scheduler import NORMAL, Job, Piece, Plan, Scheduler
+from .stats import Totals
+
+# Rounds from one time to the next that MLX gives its unused buffers back on Metal: prompts come in ever new sizes, so
+# that else they pile up to its limit.
+CLEAR_EVERY = 256
+SLOW_CALLER = 0.05  # of a round: a caller that takes longer to deliver spoils the round's time
+
+
+@dataclass
+class Held:
+    """What the runner holds of a request.
+
+    staged: its K/V while its prompt is prefilled, a cache of one row. saved: its K/V while it waits for a row. hidden:
+    [H], the target's hidden state at its prompt's last token, until its first token is drawn. submitted, began,
+    prefilled: when it came, and when its prefill began and ended. since: what all rows had done when it became one of
+    them, None while it is none; shared: what they did while it was one before.
+    """
+
+    request: Request
+    submitted: float
+    staged: Cache | None = None
+    saved: Saved | None = None
+    hidden: mx.array | None = None
+    began: float | None = None
+    prefilled: float = 0.0
+    since: Totals | None = None
+    shared: Totals = field(default_factory=Totals)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is prefilled: the prompt, and of a request that lost its K/V its text but for the newest token."""
+        return self.request.prompt + self.request.tokens[:-1]
+
+    @property
+    def context(self) -> int:
+        return len(self.request.prompt) + len(self.request.tokens)
+
+    def becomes_row(self, totals: Totals) -> None:
+        """Counts from now on what all rows do. totals: what they did so far."""
+        if self.since is None:
+            self.since = totals
+
+    def leaves_row(self, totals: Totals) -> None:
+        """Ends what `becomes_row` began, and tells the request's stats."""
+        if self.since is not None:
+            self.shared, self.since = self.shared + (totals - self.since), None
+            self.request.stats.share(self.shared)
+
+
+class Runner:
+    """Rounds of all requests of an engine: the rows of the batch, and the prompts that are prefilled beside it.
+
+    A call of `round` reads back what runs, hands its tokens to the requests, asks for the next plan, arranges the rows
+    by it and dispatches their verify: that runs while the caller delivers.
+    """
+
+    def __init__(
+        self,
+        target: Gemma4,
+        drafter: Drafter | None,
+        scheduler: Scheduler,
+        depth: Depth,
+        budget: Budget,
+        *,
+        suppress: Sequence[int] = (),
+        drafting: Drafting = DEFAULT_DRAFTING,
+        pressure: Callable[[], int] = lambda: NORMAL,
+        idle: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Starts without requests.
+
+        suppress: tokens that nobody may say. pressure: the system's level of memory pressure. idle: is called when the
+        last request has ended. clock: of arrivals and deadlines, in seconds.
+        """
+        self.target, self.drafter, self.drafting, self.suppress = target, drafter, drafting, suppress
+        self.scheduler, self.depth, self.budget = scheduler, depth, budget
+        self.pressure, self.idle, self.clock = pressure, idle, clock
+        self.held: dict[int, Held] = {}  # by request
+        self.rows: list[int] = []  # the requests of the batch's rows
+        self.totals = Totals()
+        self._loop = self._new_loop()
+        self._plan = Plan()
+        self._due: tuple[dict[int, int], float | None] | None = None  # of the last round, which is to be counted
+        # When the last verify was dispatched, when `round` returned after that, and the last readback.
+        self._launched = self._returned = self._last = 0.0
+        self._rounds = count(1)
+
+    # What the worker asks.
+
+    @property
+    def busy(self) -> bool:
+        """Whether a round would advance anything."""
+        return bool(self.rows or self._plan.pieces) or self.scheduler.busy
+
+    def submit(self, request: Request) -> None:
+        """Takes a request in. Raises UserError for one that can never fit, and where too many wait."""
+        now = self.clock()
+        job = Job(request.id, len(request.prompt), request.limit, request.priority, request.deadline)
+        self.scheduler.submit(job, now)
+        if not self.held:
+            mx.reset_peak_memory()
+        self.held[request.id] = Held(request, now)
+
+    def cancel(self, id: int, reason: str = "cancelled") -> None:
+        """Has the next round end a request; one that is done is passed over. reason: its finish_reason."""
+        self.scheduler.cancel(id, reason)
+
+    def pause(self, id: int) -> None:
+        """Lets a request rest until `resume`; one that is done is passed over."""
+        self.scheduler.paused(id)
+
+    def resume(self, id: int) -> None:
+        """Lets a request go on."""
+        self.scheduler.resumed(id)
+
+    def next_deadline(self) -> float | None:
+        """Returns when the next request is to be ended, by the clock; None where none is."""
+        return self.scheduler.next_deadline()
+
+    def round(self) -> list[Item]:
+        """Computes one round, and returns what it gives. The last Delivery of a request carries its Result."""
+        items = self._read()
+        plan = self._plan = self.scheduler.plan(
+            self.clock(), self.budget.tokens(len(self.rows)), self.pressure(), self._loop.cache.bytes
+        )
+        for id, reason in plan.ended:
+            items.append(self._end(id, reason))
+        self._arrange(plan)
+        self._launch()
+        if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
+            mx.clear_cache()
+        if not self.held:
+            self.idle()
+        self._returned = self.clock()
+        return items
+
+    def fail(self, error: Exception) -> list[Item]:
+        """Ends, with finish_reason 'error', the requests of a round that raised, and is ready for others.
+
+        These are the rows, and the prompts that it prefilled or that were to join; where there are none, all requests.
+        """
+        plan, rows = self._plan, self.rows
+        failed = dict.fromkeys([*rows, *plan.places, *(piece.id for piece in plan.pieces), *plan.firsts])
+        self._loop, self.rows, self._plan, self._due = self._new_loop(), [], Plan(), None
+        ids = [id for id in failed if id in self.held] or list(self.held)
+        return [self._end(id, "error", f"a round failed: {in_a_line(error)}", done=True) for id in ids]
+
+    def close(self) -> list[Item]:
+        """Ends every request with finish_reason 'cancelled', and gives back what it holds."""
+        items = [self._end(id, "cancelled", done=True) for id in list(self.held)]
+        self._loop, self.rows, self._plan, self._due = self._new_loop(), [], Plan(), None
+        self.idle()
+        return items
+
+    # A round.
+
+    def _read(self) -> list[Item]:
+        """Queues what the last plan asked for besides its verify, reads the round back, and hands its tokens on."""
+        plan, staged, began = self._plan, [], self.clock()
+        hidden = self._prefill(plan.pieces)
+        for piece in plan.pieces:
+            held = self.held[piece.id]
+            staged += [held.staged.lengths, *(array for pair in held.staged.buffers for array in pair)]
+        if self.rows:
+            away = began - self._returned
+            return self._step(plan, hidden, staged, away)
+        if not plan.pieces:
+            return []
+        mx.eval(hidden, staged)
+        self._last = self.clock()
+        self.budget.took(0, self._last - began, _tokens(plan.pieces), True)
+        return self._prefilled(plan.pieces)
+
+    def _prefill(self, pieces: Sequence[Piece]) -> mx.array | None:
+        """Builds the forward of the next pieces of prompts. Returns the hidden states of their last tokens, [P, H]."""
+        if not pieces:
+            return None
+        caches, tokens, now = [], [], self.clock()
+        for piece in pieces:
+            held = self.held[piece.id]
+            if piece.start == 0:
+                held.staged = Cache(
+                    self.target.config.kv, self.scheduler.chunk, self.target.dtype, self.drafting.lookback
+                )
+                held.staged.open(len(held.tokens))
+                held.began = held.began or now
+            caches.append(held.staged)
+            tokens.append(held.tokens[piece.start : piece.stop])
+        hidden = chunk(self.target, caches, tokens)
+        for i, piece in enumerate(pieces):
+            held = self.held[piece.id]
+            if piece.stop == len(held.tokens):
+                held.hidden = hidden[i]
+        return hidden
+
+    def _prefilled(self, pieces: Sequence[Piece]) -> list[Item]:
+        """Takes in that pieces of prompts were prefilled, and returns how far these are."""
+        items: list[Item] = []
+        for piece in pieces:
+            held = self.held[piece.id]
+            self.scheduler.prefilled(piece.id, piece.stop)
+            if held.request.tokens:  # it comes back to a place where it was before
+                if piece.stop == len(held.tokens):
+                    self._save_staged(held)
+                continue
+            if piece.stop == len(held.tokens):
+                held.prefilled = self.clock()
+                held.request.stats.prompt_tps = len(held.tokens) / max(held.prefilled - held.began, 1e-9)
+            items.append(Advance(piece.id, piece.stop, len(held.tokens)))
+        return items
+
+    def _save_staged(self, held: Held) -> None:
+        """Keeps of a prompt's cache what a row needs."""
+        held.saved, held.staged, held.hidden = held.staged.save(0), None, None
+
+    def _step(self, plan: Plan, hidden: mx.array | None, staged: list[mx.array], away: float) -> list[Item]:
+        """Runs the round of the rows, and what is prefilled beside them.
+
+        away: seconds that the caller took since the verify was dispatched.
+        """
+        firsts = self._firsts(plan.firsts)
+        rows, context = self._draft_rows(2), self._context()
+        counts = self.depth.draft(rows, context)
+        self._loop.confident = self.depth.confident
+        syncs = self._loop.host_syncs
+        done = self._loop.step(counts, firsts, staged if hidden is None else [hidden, *staged])
+        now, before = self.clock(), self.totals
+        emitted = sum(map(len, done.tokens)) + (0 if done.firsts is None else len(done.firsts.tokens))
+        self.totals += Totals(now - self._last, emitted, 1, len(rows), self._loop.host_syncs - syncs)
+        seconds, self._last = now - self._launched, now
+        clean = self.budget.took(len(rows), seconds, _tokens(plan.pieces), firsts is not None)
+        clean = clean and away < SLOW_CALLER * seconds  # else the round is hidden behind the caller's own work
+        items = self._prefilled(plan.pieces)
+        drawn = () if done.firsts is None else plan.firsts
+        for id in drawn:
+            self.held[id].becomes_row(before)
+        kept = {
+            id: len(tokens) - 1
+            for id, tokens, drafted in zip(self.rows, done.tokens, done.drafted, strict=True)
+            if drafted is not None and tokens
+        }
+        self._due = kept, seconds if clean else None
+        items += self._take(self.rows, done, self.scheduler.emitted)
+        if drawn:
+            items += self._take(drawn, done.firsts, lambda id, tokens: self._drawn(id))
+        return items
+
+    def _firsts(self, ids: Sequence[int]) -> Firsts | None:
+        """Returns what the first tokens of these staged prompts are drawn from."""
+        if not ids:
+            return None
+        hidden = mx.stack([self.held[id].hidden for id in ids])
+        return Firsts(hidden, [len(self.held[id].tokens) for id in ids], *self._inputs(ids))
+
+    def _drawn(self, id: int) -> None:
+        """Takes in that a staged prompt's first token is there: it waits for a row."""
+        self.scheduler.drawn(id)
+        self._save_staged(self.held[id])
+
+    def _take(self, ids: Sequence[int], done: Round, told: Callable[[int, int], None]) -> list[Item]:
+        """Hands a round's tokens to their requests. told: is called with each that goes on, and with its tokens."""
+        now, items = self.clock(), []
+        reports = done.logprobs or [None] * len(ids)
+        for id, tokens, drafted, report, error in zip(
+            list(ids), done.tokens, done.drafted, reports, done.errors, strict=True
+        ):
+            held = self.held[id]
+            request, stats = held.request, held.request.stats
+            if not request.tokens:
+                stats.ttft_s = now - held.submitted
+            reason = "" if drafted is None else self.depth.reason(id)
+            items.append(Delivery(id, request.take(tokens, drafted, reason, report, error)))
+            stats.generation_tokens = len(request.tokens)
+            stats.generation_tps = len(request.tokens) / max(now - held.prefilled, 1e-9)
+            if request.finish_reason is None:
+                told(id, len(tokens))
+            else:
+                self.scheduler.finished(id)
+                self._let_go(id)
+        return items
+
+    def _arrange(self, plan: Plan) -> None:
+        """Brings the rows into the places that the plan gives them."""
+        for id in plan.save:
+            held = self.held[id]
+            held.saved = self._loop.save(self.rows.index(id))
+            held.request.stats.preemptions += 1
+        for id in plan.forget:
+            held = self.held[id]
+            held.saved = held.staged = held.hidden = None
+        gone = [id for id in self.rows if id not in plan.places]
+        self.depth.leave(gone)
+        for id in gone:
+            if id in self.held:
+                self.held[id].leaves_row(self.totals)
+        if plan.trim:
+            self._go_on_with([id for id in self.rows if id in plan.places])
+            self._loop.cache.trim()
+        if list(plan.places) != self.rows:
+            self._go_on_with(plan.places)
+
+    def _go_on_with(self, ids: Sequence[int]) -> None:
+        """Goes on with the rows of these requests in this order. Those that had none join."""
+        old = {id: row for row, id in enumerate(self.rows)}
+        places: list[int | Joiner] = []
+        for id in ids:
+            places.append(old[id] if id in old else self._joiner(self.held[id]))
+        self._loop.arrange(places, *self._inputs(ids))
+        self.rows = list(ids)
+
+    def _joiner(self, held: Held) -> Joiner:
+        """Returns a request's K/V for a row of the batch. The runner has none of it any more."""
+        hidden = held.hidden
+        if held.saved is None:
+            self._save_staged(held)
+        saved, held.saved = held.saved, None
+        held.becomes_row(self.totals)
+        newest = held.request.tokens[-1] if held.request.tokens else None
+        return Joiner(saved, newest, None if newest is not None else hidden)
+
+    def _inputs(self, ids: Sequence[int]) -> tuple[Rules | None, TokenCounts | None, Guide | None]:
+        """Returns the settings, the token counts and the constraints of these requests, after all of their text."""
+        if not ids:
+            return None, None, None
+        requests, vocab = [self.held[id].request for id in ids], self.target.config.vocab_size
+        rules, counts = Rules.of([request.params for request in requests], vocab, self.suppress), None
+        if rules.penalties:
+            prompts, texts = [request.prompt for request in requests], [request.tokens for request in requests]
+            counts = TokenCounts.of(prompts, vocab, texts)
+        return rules, counts, guide([request.constraint for request in requests], vocab)
+
+    def _launch(self) -> None:
+        """Dispatches the next verify, and counts the last round: where nothing is to be chosen, meanwhile."""
+        due, self._due = self._due, None
+        if not self.rows:
+            return
+        self._launched = self.clock()
+        if not any(self._loop.waiting):
+            self._loop.launch()
+        if due is not None:
+            kept, seconds = due
+            if seconds is not None:
+                self.depth.timed(seconds)
+            self.depth.observe({id: drafts for id, drafts in kept.items() if id in self.held})
+        if not self._plan.begins:  # the first tokens have no verify
+            width = self.depth.verify(self._draft_rows(1), self._context(), self._loop.confidences, self._loop.waiting)
+            self._loop.launch(width)
+
+    def _draft_rows(self, due: int) -> list[DraftRow]:
+        """Returns what the draft length may depend on in each row.
+
+        due: tokens that each row emits before these drafts, and with their verify, whatever is accepted.
+        """
+        return [
+            DraftRow(id, request.drafts, max(0, request.remaining - due), bool(request.params.temperature))
+            for id, request in ((id, self.held[id].request) for id in self.rows)
+        ]
+
+    def _context(self) -> int:
+        """The committed tokens of the longest row."""
+        return max(self.held[id].context for id in self.rows)
+
+    # Requests that end.
+
+    def _end(self, id: int, reason: str, error: str | None = None, done: bool = False) -> Delivery:
+        """Ends a request with what it has. done: the scheduler does not know of it yet."""
+        if done:
+            self.scheduler.finished(id)
+        chunk = self.held[id].request.cancel(reason, error)
+        self._let_go(id)
+        return Delivery(id, chunk)
+
+    def _let_go(self, id: int) -> None:
+        """Drops all that is held of a request, and completes its figures."""
+        held = self.held.pop(id)
+        held.leaves_row(self.totals)
+        held.request.stats.say_why_off()
+        held.request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
+        self.depth.forget([id])
+
+    def _new_loop(self) -> Speculation:
+        """Returns a batch without rows."""
+        block = self.scheduler.block
+        cache = Cache(self.target.config.kv, block, self.target.dtype, self.drafting.lookback)
+        return Speculation(self.target, self.drafter, cache, self.drafting)
+
+
+def _tokens(pieces: Iterable[Piece]) -> int:
+    return sum(piece.stop - piece.start for piece in pieces)

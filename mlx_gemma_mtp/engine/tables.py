@@ -1,0 +1,35 @@
+"""The cost tables of an engine's pair: read from their file, or measured where nothing else runs; written back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from ..models.drafter import Drafter
+from ..models.gemma4 import Gemma4
+from ..speculative.costs import CostTable, Drafted, Verified
+from .calibration import Costs
+
+
+class Tables:
+    """A source of cost tables for speculative.depth.Depth. Everything is called in the worker's thread.
+
+    costs: of each kind of text. prompt: token ids that rounds are timed after.
+    """
+
+    def __init__(self, target: Gemma4, drafter: Drafter, costs: Mapping[str, Costs], prompt: Sequence[int]):
+        self.target, self.drafter, self.costs, self.prompt = target, drafter, costs, prompt
+
+    def __call__(self, kind: str, idle: bool) -> CostTable | None:
+        """Returns the table of a kind of text. Where there is none it is measured, if idle; else None stands for it."""
+        costs = self.costs[kind]
+        return costs.table(self.target, self.drafter, self.prompt) if idle else costs.kept()
+
+    def measured(self, repeats: int, progress: Callable[[int, int], None]) -> dict[str, CostTable]:
+        """Measures the table of every kind anew, writes and returns it. Takes a minute or two."""
+        parts = self.target, self.drafter, self.prompt, repeats, progress
+        return {kind: costs.measured(*parts) for kind, costs in self.costs.items()}
+
+    def learn(self, learned: Mapping[str, tuple[Verified, Drafted]]) -> None:
+        """Writes, by kind, what rounds took in use (`Depth.learned`) for the next start."""
+        for kind, timed in learned.items():
+            self.costs[kind].learn(*timed)

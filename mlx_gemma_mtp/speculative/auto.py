@@ -1,0 +1,198 @@
+"""What is known of one kind of text, and the draft lengths that follow: by cost and acceptance."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from .choice import CONFIDENCE, GRAMMAR, LIMIT, PROBE, Choice, Pause, Purse, choose, worthwhile
+from .correction import Correction, Prices
+from .costs import CostTable, Drafted, Verified
+from .history import LASTING, RECENT, History, Trust
+
+CONTEXT_STEP = 64
+UNTIMED = 8  # rounds that were not timed, after which the table is taken as it is
+OUTLIER = 2.0  # a round's time is not believed beyond this factor
+LEARN = 16  # rounds that are timed in a cell before the next start hears of it
+
+
+class Part(NamedTuple):
+    """An automatic row's part in a verify.
+
+    made: drafts that were made for it. allowed: those of them that its grammar left. width: those of them that were
+    verified. confidences: of the allowed ones; () where the source of drafts was not asked.
+    """
+
+    made: int
+    allowed: int
+    width: int
+    confidences: tuple[float, ...]
+
+    def cut(self, trust: Trust) -> list[float]:
+        """Returns for each draft that was made and not verified the chance that it would have been kept.
+
+        For a draft that a grammar refuses the chance is 0.
+        """
+        doubted = [trust.rate(each) for each in self.confidences[self.width : self.allowed]]
+        return doubted + [0.0] * (self.made - self.allowed)
+
+    def reason(self, choice: Choice) -> str:
+        """Returns the code of the reason for the width. choice: that of the round's drafts."""
+        if self.width < self.allowed:
+            return CONFIDENCE
+        if self.allowed < self.made:
+            return GRAMMAR
+        return LIMIT if self.made < choice.drafts else choice.reason
+
+
+class Auto:
+    """What is known of one kind of text, and the draft lengths that follow from it.
+
+    It knows costs and everybody's acceptance, and nothing of a single request. One length serves all automatic rows of
+    a batch. Their partners, whose length is fixed, count as rows that emit one token a round.
+    """
+
+    def __init__(self, table: CostTable, confident: bool = True, frozen: bool = False, borrowed: bool = False):
+        """Starts from a table of measured costs.
+
+        confident: drafts with low confidence are cut before the verify; False verifies all that were made. frozen: the
+        table is not corrected, so no clock influences a choice. borrowed: the table is of another kind, or a guess.
+        """
+        self.table, self.confident, self.frozen, self.borrowed = table, confident, frozen, borrowed
+        self.pool, self.trust, self.pause, self.purse = History(), Trust(), Pause(), Purse()
+        self.correction, self._untimed = Correction(), 0
+        self._rounds: Counter[tuple[int, int, int]] = Counter()  # timed since `learned`, by (rows, context, drafts)
+        self._prices: dict[tuple[int, int, bool], Prices] = {}  # until the next time comes
+
+    def on(self, table: CostTable) -> Auto:
+        """Returns one that begins with this table, its own, and knows of acceptance what this one knows."""
+        auto = Auto(table, self.confident, self.frozen)
+        auto.pool, auto.trust = self.pool, self.trust
+        return auto
+
+    def anew(self) -> Auto:
+        """Returns one that knows no more than this one did at first."""
+        return Auto(self.table, self.confident, self.frozen, self.borrowed)
+
+    def choose(self, rows: int, context: int, histories: Sequence[History], useful: Sequence[int]) -> Choice:
+        """Returns how many drafts each automatic row makes at most, and why.
+
+        rows: all rows of the batch. context: committed tokens of the longest row. histories, useful: of the automatic
+        rows, what they kept so far and how many drafts their limits leave room for.
+        """
+        prices = self.prices(rows, context)
+        choice = choose(prices, histories, self.pool, useful, self.pause, self.purse, rows - len(histories))
+        self.pause = self.pause.chosen(choice.reason)
+        return choice
+
+    def width(
+        self,
+        choice: Choice,
+        rows: int,
+        context: int,
+        confidences: Sequence[Sequence[float]],
+        allowed: Sequence[int],
+        useful: Sequence[int],
+    ) -> int:
+        """Returns how many drafts of the automatic rows to verify.
+
+        choice: that of the drafts. rows: all rows of the batch. context: committed tokens of the longest row.
+        confidences: of each automatic row, those of its drafts; fewer where the source of drafts was not asked.
+        allowed: of each, how many drafts its grammar left. useful: of each, how many its limit leaves room for.
+        """
+        most = max(allowed, default=0)
+        if (
+            not self.confident
+            or most < 2
+            or any(len(sure) < left for sure, left in zip(confidences, allowed, strict=True))
+        ):
+            return most
+        return worthwhile(self.prices(rows, context), self.trust, confidences, useful, choice.rate)
+
+    def observe(self, part: Part, kept: int, own: History) -> History:
+        """Takes in how many drafts a row kept, and returns what it kept so far. own: what it kept before."""
+        cut = part.cut(self.trust)
+        self.pool = self.pool.after(part.width, kept, LASTING, cut)
+        self.trust = self.trust.after(part.confidences[: part.width], kept)
+        return own.after(part.width, kept, RECENT, cut)
+
+    def earned(
+        self, choice: Choice, kept: int, rows: int, context: int, width: int, seconds: float | None = None
+    ) -> None:
+        """Takes in what a round's drafts earned against plain decoding.
+
+        choice: that of the drafts. kept: by all rows together. rows: that had a part in it. width: drafts verified.
+        seconds: of the verify, without the next drafts; None where they are not known.
+        """
+        earned = 0.0
+        if choice.drafts:
+            prices = self.prices(rows, context)
+            drafts = choice.drafts * prices.draft
+            took = prices.verify(width) + drafts
+            if seconds is not None:  # what it took, unless something else happened meanwhile
+                took = max(took / OUTLIER, min(took * OUTLIER, seconds + drafts))
+            earned = 1 + kept / rows - took / prices.rounds[0]
+        self.purse = self.purse.after(earned)
+        if choice.reason == PROBE:
+            self.pause = self.pause.probed(kept)
+        self._untimed += 1
+
+    def timed(self, rows: int, context: int, width: int, made: int, drafting: bool, seconds: float) -> float | None:
+        """Takes in the time of a round, and returns the seconds of its verify at the machine's usual pace.
+
+        rows: how many. context: committed tokens of the longest. width: drafts verified. made: drafts made after it.
+        drafting: whether drafts were made for this verify. Where it is plain all around, it returns None: nobody asks.
+        """
+        if self.frozen:
+            return None
+        before = self.correction
+        self.correction = before.after(self.table, rows, _step(context), width, made, seconds)
+        if not self.correction.says_the_same(before, (rows, width)):
+            self._prices.clear()
+        if (rows, 0) in before.rounds and (rows, 0) not in self.correction.rounds:
+            self.pause = replace(self.pause, checks=0)  # plain rounds are to be timed anew
+        self._untimed = 0
+        if not made and not drafting:
+            return None
+        nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
+        self._rounds[rows, nearest, width] += 1
+        return seconds / self.correction.pace - made * self.prices(rows, context).draft
+
+    def learned(self) -> tuple[Verified, Drafted]:
+        """Returns costs.Verified and costs.Drafted for the cells that were timed often since the last call.
+
+        A plain round keeps the table's seconds and the others are scaled to it, so a busy hour does not spoil the file.
+        """
+        verified, drafted = {}, {}
+        if self.borrowed:  # its times have no scale
+            return verified, drafted
+        for rows, context, width in [cell for cell, rounds in self._rounds.items() if rounds >= LEARN and cell[2]]:
+            prices, plain = self.prices(rows, context), self.table.verify_at(rows, context)[0]
+            verified[rows, context, 0] = plain
+            verified[rows, context, width] = plain * prices.verify(width) / prices.rounds[0]
+            drafted[rows] = plain * prices.draft / prices.rounds[0]
+            del self._rounds[rows, context, width]
+        return verified, drafted
+
+    def prices(self, rows: int, context: int) -> Prices:
+        """Returns the current estimate of what rounds cost. rows: how many. context: committed tokens of the longest
+        row.
+        """
+        trusted = self.frozen or (self._untimed >= UNTIMED and not self.correction.rounds)
+        context = _step(context)
+        if (rows, context, trusted) not in self._prices:
+            if trusted:
+                rounds = self.table.rounds_at(rows, context)
+                found = Prices(rounds, self.table.draft_at(rows), rounds)
+            else:
+                found = self.correction.prices(self.table, rows, context)
+            self._prices[rows, context, trusted] = found
+        return self._prices[rows, context, trusted]
+
+
+def _step(context: int) -> int:
+    """Returns the next multiple of CONTEXT_STEP: the same for many rounds, so that prices stay."""
+    return -(-context // CONTEXT_STEP) * CONTEXT_STEP
