@@ -2,20 +2,17 @@
 back once.
 """
 
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
 from batches import KINDS, Alone, Row, settings, take
-from constraints import Stairs
 
 from mlx_gemma_mtp.cache.cache import Cache
-from mlx_gemma_mtp.sampling.params import REJECTION
 from mlx_gemma_mtp.speculative.drafting import DEFAULT_DRAFTING, Drafting
 from mlx_gemma_mtp.speculative.loop import Firsts, Joiner, Speculation
-from mlx_gemma_mtp.speculative.prefill import chunk, prefill
+from mlx_gemma_mtp.speculative.prefill import chunk
 
 CHUNK, MOST = 16, 5  # tokens of a prompt at once; drafts
 
