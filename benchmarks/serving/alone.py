@@ -13,8 +13,8 @@ NOW, BEFORE = "now", "before"
 
 
 def measure(
-    workers: dict[str, Worker], prompts: Sequence[list[int]], drafts: Sequence[int | str], max_tokens: int, repeats: int,
-    note: Callable[[str], None],
+    workers: dict[str, Worker], prompts: Sequence[list[int]], drafts: Sequence[int | str], max_tokens: int,
+    repeats: int, note: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Of each draft length the ratio of `before`'s seconds to those of `now`, of whole calls and of decoding."""
     found = {}

@@ -55,7 +55,7 @@ def methods(system: System) -> dict[str, Callable[..., Any]]:
         "call": lambda **request: asdict(system.call(Request(**request))),
         "trace": lambda **request: trace(system, **request),
         "serve": lambda **backlog: asdict(system.serve(Backlog(**backlog))),
-    }
+    } | system.methods()
 
 
 def answer(known: dict[str, Callable[..., Any]], line: str) -> dict[str, Any]:

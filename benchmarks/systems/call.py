@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,10 @@ class System(ABC):
     @abstractmethod
     def call(self, request: Request) -> Timing:
         """One call, timed."""
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """What else can be asked of this system alone."""
+        return {}
 
     def serve(self, backlog: Backlog) -> Served:
         """A backlog, timed. Raises NotImplementedError where the system cannot take requests in while others run."""

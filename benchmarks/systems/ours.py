@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from mlx.utils import tree_flatten
 
+from benchmarks.serving import probes
 from benchmarks.systems.call import TOP_K, TOP_P, Backlog, Clock, MlxSystem, Request, Served, Timing
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.models.loading import step_bytes
@@ -54,6 +56,10 @@ class Ours(MlxSystem):
             timing.accepted += stats.accepted
             timing.add(stats.offered, stats.kept)  # rounds of a chosen draft length are not alike
         return timing
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """What benchmarks.serving counts in this process."""
+        return probes.methods(self.engine)
 
     def serve(self, backlog: Backlog) -> Served:
         """In one call, or, where all rows must be free before others join, in calls of `rows` prompts."""
