@@ -11,27 +11,33 @@ import mlx.core as mx
 
 from ..cache.cache import Cache
 from ..cache.saved import Saved
+from ..cache.spec import row_bytes
 from ..errors import in_a_line
+from ..machine import memory
 from ..machine.device import metal_available
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
+from ..models.loading import model_bytes
 from ..sampling.penalties import TokenCounts
 from ..sampling.rules import Rules
 from ..speculative.budget import Budget
-from ..speculative.depth import Depth, DraftRow
-from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
+from ..speculative.depth import AUTO, Depth, DraftRow
 from ..speculative.guide import Guide, guide
 from ..speculative.loop import Firsts, Joiner, Speculation
 from ..speculative.prefill import chunk
 from ..speculative.readback import Round
+from .admission import Memory
 from .outbox import Item
 from .request import Advance, Delivery, Request
 from .scheduler import NORMAL, Job, Piece, Plan, Scheduler
+from .settings import Settings
 from .stats import Totals
+from .tables import Tables
 
 # Rounds from one time to the next that MLX gives its unused buffers back on Metal: prompts come in ever new sizes, so
 # that else they pile up to its limit.
 CLEAR_EVERY = 256
+WIDEST = 15  # drafts that a request may ask for, unless the engine was made for more
 SLOW_CALLER = 0.05  # of a round: a caller that takes longer to deliver spoils the round's time
 
 
@@ -87,24 +93,35 @@ class Runner:
         self,
         target: Gemma4,
         drafter: Drafter | None,
-        scheduler: Scheduler,
+        tables: Tables | None,
         depth: Depth,
-        budget: Budget,
+        settings: Settings,
         *,
-        suppress: Sequence[int] = (),
-        drafting: Drafting = DEFAULT_DRAFTING,
+        scheduler: Scheduler | None = None,
+        budget: Budget | None = None,
         pressure: Callable[[], int] = lambda: NORMAL,
-        idle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Starts without requests.
 
-        suppress: tokens that nobody may say. pressure: the system's level of memory pressure. idle: is called when the
-        last request has ended. clock: of arrivals and deadlines, in seconds.
+        tables: where the costs come from that `depth` chooses by. scheduler, budget: None for those of the settings.
+        pressure: the system's level of memory pressure. clock: of arrivals and deadlines, in seconds.
         """
-        self.target, self.drafter, self.drafting, self.suppress = target, drafter, drafting, suppress
-        self.scheduler, self.depth, self.budget = scheduler, depth, budget
-        self.pressure, self.idle, self.clock = pressure, idle, clock
+        self.target, self.drafter, self.tables, self.depth, self.settings = target, drafter, tables, depth, settings
+        self.drafting = settings.drafting
+        drafts = settings.num_draft_tokens
+        block = max(WIDEST, 0 if drafts == AUTO else drafts) + 1
+        chunk = settings.prefill_chunk
+        self.scheduler = scheduler or Scheduler(
+            settings.max_rows,
+            chunk,
+            room(target, drafter, settings, block),
+            block=block,
+            grid=_grid(chunk),
+            max_waiting=settings.max_waiting,
+        )
+        self.budget = budget or Budget(chunk, _grid(chunk))
+        self.pressure, self.clock = pressure, clock
         self.held: dict[int, Held] = {}  # by request
         self.rows: list[int] = []  # the requests of the batch's rows
         self.totals = Totals()
@@ -160,7 +177,7 @@ class Runner:
         if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
             mx.clear_cache()
         if not self.held:
-            self.idle()
+            self._learn()
         self._returned = self.clock()
         return items
 
@@ -179,7 +196,7 @@ class Runner:
         """Ends every request with finish_reason 'cancelled', and gives back what it holds."""
         items = [self._end(id, "cancelled", done=True) for id in list(self.held)]
         self._loop, self.rows, self._plan, self._due = self._new_loop(), [], Plan(), None
-        self.idle()
+        self._learn()
         return items
 
     # A round.
@@ -251,7 +268,7 @@ class Runner:
         firsts = self._firsts(plan.firsts)
         rows, context = self._draft_rows(2), self._context()
         counts = self.depth.draft(rows, context)
-        self._loop.confident = self.depth.confident
+        pass  # confident
         syncs = self._loop.host_syncs
         done = self._loop.step(counts, firsts, staged if hidden is None else [hidden, *staged])
         now, before = self.clock(), self.totals
@@ -353,7 +370,7 @@ class Runner:
         if not ids:
             return None, None, None
         requests, vocab = [self.held[id].request for id in ids], self.target.config.vocab_size
-        rules, counts = Rules.of([request.params for request in requests], vocab, self.suppress), None
+        rules, counts = Rules.of([request.params for request in requests], vocab, self.settings.suppress), None
         if rules.penalties:
             prompts, texts = [request.prompt for request in requests], [request.tokens for request in requests]
             counts = TokenCounts.of(prompts, vocab, texts)
@@ -382,9 +399,13 @@ class Runner:
         due: tokens that each row emits before these drafts, and with their verify, whatever is accepted.
         """
         return [
-            DraftRow(id, request.drafts, max(0, request.remaining - due), bool(request.params.temperature))
+            DraftRow(id, self._most(request), max(0, request.remaining - due), bool(request.params.temperature))
             for id, request in ((id, self.held[id].request) for id in self.rows)
         ]
+
+    def _most(self, request: Request) -> int | str:
+        """How many drafts a request asked for, as far as the cache has room for them."""
+        return AUTO if request.drafts == AUTO else min(request.drafts, self.scheduler.block - 1)
 
     def _context(self) -> int:
         """The committed tokens of the longest row."""
@@ -408,12 +429,36 @@ class Runner:
         held.request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
         self.depth.forget([id])
 
+    def _learn(self) -> None:
+        """Keeps what rounds took for the next start."""
+        if self.tables is not None:
+            self.tables.learn(self.depth.learned())
+
     def _new_loop(self) -> Speculation:
         """Returns a batch without rows."""
         block = self.scheduler.block
         cache = Cache(self.target.config.kv, block, self.target.dtype, self.drafting.lookback)
-        return Speculation(self.target, self.drafter, cache, self.drafting)
+        return Speculation(self.target, self.drafter, cache, self.drafting, confident=self.drafter is not None)
 
 
 def _tokens(pieces: Iterable[Piece]) -> int:
     return sum(piece.stop - piece.start for piece in pieces)
+
+
+def _grid(chunk: int) -> int:
+    """The steps in which a budget is spent: a quarter of a chunk, where that divides it."""
+    return chunk // 4 if chunk % 4 == 0 else chunk
+
+
+def room(target: Gemma4, drafter: Drafter | None, settings: Settings, block: int) -> Memory:
+    specs, size, back = target.config.kv, target.dtype.size, settings.drafting.lookback
+    weights = sum(model_bytes(model) for model in (target, drafter) if model is not None)
+    return Memory(
+        settings.memory_limit or memory.total_bytes(),
+        weights,
+        lambda tokens: row_bytes(specs, tokens, block, size, back),
+        lambda tokens: row_bytes(specs, tokens, settings.prefill_chunk, size, back),
+        lambda tokens: row_bytes(specs, tokens, 1, size, back),
+        lambda tokens, context: 0,
+        lambda rows, context: 0,
+    )
