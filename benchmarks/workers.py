@@ -10,6 +10,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import OPENBLAS, ROOT
@@ -42,11 +43,13 @@ def missing(peer: str) -> str | None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What it takes to start a worker."""
+    """What it takes to start a worker. rows: of its batches, None for its default. root: the checkout it runs."""
 
     system: str
     pair: Pair
     blas: str
+    rows: int | None = None
+    root: Path = ROOT
 
     def start(self) -> Worker:
         return Worker(self)
@@ -62,9 +65,10 @@ class Worker:
             environment["LD_PRELOAD"] = OPENBLAS
         folders = [str(folder) for folder in (setup.pair.target, setup.pair.drafter) if folder]
         self.system, self._log = setup.system, tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
+        options = [] if setup.rows is None else ["--rows", str(setup.rows)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.systems", setup.system, *folders], cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            [sys.executable, "-m", "benchmarks.systems", setup.system, *folders, *options], cwd=setup.root,
+            env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
         try:
             self.about: dict[str, Any] = self._answer()

@@ -19,7 +19,11 @@ from hypothesis import strategies as st
 
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.engine.engine import Engine
-from mlx_gemma_mtp.engine.request import Chunk, Request, Result
+from mlx_gemma_mtp.engine.intake import Options
+from mlx_gemma_mtp.engine.request import Chunk, Delivery, Request, Result
+from mlx_gemma_mtp.engine.runner import Runner
+from mlx_gemma_mtp.speculative.budget import Budget
+from mlx_gemma_mtp.speculative.depth import Depth
 
 CHUNK = 64  # prompt tokens a forward pass: prompts of a chunk, of several, and of parts of one
 LONGEST = 24  # tokens of a text
@@ -65,12 +69,9 @@ DRAFTS = (0, 1, 4, "auto")
 
 @cache
 def engine_of(pair: str) -> Engine:
-    """The engine of a pair, loaded once. Its draft lengths follow a table that nothing changes."""
+    """The engine of a pair, loaded once."""
     options = {"num_draft_tokens": 4, "dtype": "float32", "prefill_chunk": CHUNK, "frozen_costs": True}
-    engine = load(**PAIRS[pair], **options)
-    for costs in engine.costs.values():
-        costs.table = lambda *_: table(0.02, 0.1)
-    return engine
+    return load(**PAIRS[pair], **options)
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,13 @@ class Asked:
 @dataclass(frozen=True)
 class Schedule:
     """rows: the most in a batch. spare: bytes for K/V as a multiple of what the largest request needs alone, None for
-    all that there is. budget: prompt tokens a round, None for what the runner chooses.
+    all that there is. budget: prompt tokens a round.
     """
 
     requests: tuple[Asked, ...]
     rows: int = 8
     spare: float | None = None
-    budget: int | None = None
+    budget: int = CHUNK
 
 
 @dataclass
@@ -118,6 +119,7 @@ class Outcome:
     asked: Asked
     chunks: list[Chunk] = field(default_factory=list)
     first: int | None = None  # the round of its first token
+    last: int | None = None  # and of its last
     rounds: int = 0
     over: bool = False
 
@@ -151,20 +153,32 @@ def prompt_of(engine: Engine, which: int, length: int) -> list[int]:
 
 
 def request_of(engine: Engine, asked: Asked, now: float = 0.0) -> Request:
-    """The request as the engine makes it."""
+    """The request as the engine makes it, with a deadline by the schedule's clock."""
     params, options = EVERY[asked.settings]
-    params = replace(params, max_tokens=asked.limit)
-    deadline = None if asked.timeout is None else now + asked.timeout
-    (request,) = engine.requests(
-        [prompt_of(engine, *asked.prompt)], params, num_draft_tokens=asked.drafts, priority=asked.priority, **options
-    )
-    request.deadline = deadline
+    options = Options(num_draft_tokens=asked.drafts, priority=asked.priority, **options)
+    prompts = [prompt_of(engine, *asked.prompt)]
+    (request,) = engine._intake.requests(prompts, replace(params, max_tokens=asked.limit), options)
+    request.deadline = None if asked.timeout is None else now + asked.timeout
     return request
 
 
-def runner_of(engine: Engine, clock: Callable[[], float], schedule: Schedule):
-    """A runner of the engine's models, without a thread."""
-    raise NotImplementedError
+def runner_of(engine: Engine, clock: Callable[[], float], schedule: Schedule) -> Runner:
+    """A runner of the engine's models, without a thread. Costs and budget are constants: no clock chooses anything."""
+    depth = Depth(lambda kind, idle: table(0.02, 0.1), frozen=True)
+    settings = replace(engine.settings, max_rows=schedule.rows)
+    make = lambda settings: Runner(  # noqa: E731
+        engine.target, engine.drafter, None, depth, settings,
+        budget=Budget(CHUNK, CHUNK // 4, schedule.budget), clock=clock,
+    )  # fmt: skip
+    runner = make(settings)
+    if schedule.spare is None:
+        return runner
+    scheduler = runner.scheduler
+    sizes = [
+        scheduler.memory.alone(asked.prompt[1], asked.limit, CHUNK, scheduler.block) for asked in schedule.requests
+    ]
+    weights = scheduler.memory.weights
+    return make(replace(settings, memory_limit=weights + int(schedule.spare * (max(sizes) - weights))))
 
 
 class Drive:
@@ -230,13 +244,14 @@ class Drive:
 
     def take(self, deliveries: Sequence) -> None:
         for delivery in deliveries:
-            if delivery.chunk is None:  # how far a prompt is
+            if not isinstance(delivery, Delivery):  # how far a prompt is
                 continue
             outcome = self.outcomes[delivery.id]
             assert not outcome.over, (outcome.asked, delivery)
             outcome.chunks.append(delivery.chunk)
-            if outcome.first is None and delivery.chunk.tokens:
-                outcome.first = self.now
+            if delivery.chunk.tokens:
+                outcome.first = self.now if outcome.first is None else outcome.first
+                outcome.last = self.now
             outcome.over = delivery.chunk.result is not None
 
 
@@ -307,7 +322,7 @@ def schedules(settings: Sequence[str] = tuple(EVERY), most: int = 9) -> st.Searc
         st.lists(_requests(settings), min_size=1, max_size=most).map(tuple),
         rows=st.sampled_from([8, 1, 2, 3]),
         spare=st.sampled_from([None, 1.1, 1.5, 2.5]),
-        budget=st.sampled_from([None, CHUNK, 2 * CHUNK]),
+        budget=st.sampled_from([CHUNK, CHUNK // 4, 2 * CHUNK]),
     )
 
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.systems.call import Request, System
+from benchmarks.systems.call import Backlog, Request, System
 
 
-def load(name: str, target: str, drafter: str) -> System:
+def load(name: str, target: str, drafter: str, rows: int | None) -> System:
     if name == "mlx-lm":
         from benchmarks.systems.lm import MlxLm as Named
     elif name == "mlx-vlm":
@@ -26,7 +26,9 @@ def load(name: str, target: str, drafter: str) -> System:
     elif name == "transformers":
         from benchmarks.systems.hf import Transformers as Named
     else:
-        from benchmarks.systems.ours import Ours as Named
+        from benchmarks.systems.ours import Ours
+
+        return Ours(target, drafter, rows)
     return Named(target, drafter)
 
 
@@ -52,7 +54,8 @@ def methods(system: System) -> dict[str, Callable[..., Any]]:
     return {
         "call": lambda **request: asdict(system.call(Request(**request))),
         "trace": lambda **request: trace(system, **request),
-    }
+        "serve": lambda **backlog: asdict(system.serve(Backlog(**backlog))),
+    } | system.methods()
 
 
 def answer(known: dict[str, Callable[..., Any]], line: str) -> dict[str, Any]:
@@ -68,10 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("system", choices=("mlx_gemma_mtp", "mlx-lm", "mlx-vlm", "transformers"))
     parser.add_argument("target", help="folder of the target")
     parser.add_argument("drafter", nargs="?", default="", help="folder of the drafter")
+    parser.add_argument("--rows", type=int, help="of a batch, for the system that is told so when it is loaded")
     args = parser.parse_args(argv)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not end up between the replies
-    system = load(args.system, args.target, args.drafter)
+    system = load(args.system, args.target, args.drafter, args.rows)
     print(json.dumps({"result": system.about()}), file=replies, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(methods(system), line)), file=replies, flush=True)

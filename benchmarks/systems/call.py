@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,30 @@ class Timing:
             total[: len(more)] = [a + b for a, b in zip(total, more, strict=False)]
 
 
+@dataclass(frozen=True)
+class Backlog:
+    """Requests that all wait from the start; texts have exactly so many tokens as their limits say, greedily.
+
+    rows: the most that are decoded at once. joining: how many rows must be free before the next requests are taken in;
+    `rows` is a batch after the other.
+    """
+
+    prompts: list[list[int]]
+    limits: list[int]
+    rows: int
+    drafts: Drafts
+    joining: int = 1
+
+
+@dataclass
+class Served:
+    """What a backlog took. first_seconds: until each request's first token."""
+
+    tokens: list[list[int]]
+    seconds: float
+    first_seconds: list[float]
+
+
 class Clock:
     """Times of a call's first tokens."""
 
@@ -88,6 +112,14 @@ class System(ABC):
     @abstractmethod
     def call(self, request: Request) -> Timing:
         """One call, timed."""
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """What else can be asked of this system alone."""
+        return {}
+
+    def serve(self, backlog: Backlog) -> Served:
+        """A backlog, timed. Raises NotImplementedError where the system cannot take requests in while others run."""
+        raise NotImplementedError(f"{type(self).__name__} takes no backlog")
 
 
 class MlxSystem(System):

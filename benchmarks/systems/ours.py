@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from mlx.utils import tree_flatten
 
-from benchmarks.systems.call import TOP_K, TOP_P, Clock, MlxSystem, Request, Timing
+from benchmarks.serving import probes
+from benchmarks.systems.call import TOP_K, TOP_P, Backlog, Clock, MlxSystem, Request, Served, Timing
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.models.loading import step_bytes
 
@@ -14,8 +17,8 @@ MOST_ROWS = 128  # more than anybody asks for: every call is one batch, as with 
 
 
 class Ours(MlxSystem):
-    def __init__(self, target: str, drafter: str) -> None:
-        self.engine = load(model=target, draft_model=drafter or "none", max_rows=MOST_ROWS)
+    def __init__(self, target: str, drafter: str, rows: int | None = None) -> None:
+        self.engine = load(model=target, draft_model=drafter or "none", max_rows=rows or MOST_ROWS)
 
     def about(self) -> dict[str, Any]:
         """What computes, and the bytes of weights that a pass reads."""
@@ -53,3 +56,24 @@ class Ours(MlxSystem):
             timing.accepted += stats.accepted
             timing.add(stats.offered, stats.kept)  # rounds of a chosen draft length are not alike
         return timing
+
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """What benchmarks.serving counts in this process."""
+        return probes.methods(self.engine)
+
+    def serve(self, backlog: Backlog) -> Served:
+        """In one call, or, where all rows must be free before others join, in calls of `rows` prompts."""
+        every = [SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True) for limit in backlog.limits]
+        count = len(backlog.prompts)
+        size = backlog.rows if backlog.joining == backlog.rows else count
+        began, first, results = time.perf_counter(), {}, {}
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            chunks = self.engine.stream(backlog.prompts[part], every[part], num_draft_tokens=backlog.drafts)
+            for chunk in chunks:
+                if chunk.tokens:
+                    first.setdefault(start + chunk.index, time.perf_counter() - began)
+                if chunk.result is not None:
+                    results[start + chunk.index] = chunk.result
+        seconds = time.perf_counter() - began
+        return Served([results[i].tokens for i in range(count)], seconds, [first[i] for i in range(count)])

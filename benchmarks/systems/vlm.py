@@ -5,6 +5,8 @@ Its block is the newest token and the drafts; a block above the drafter's own (4
 
 from __future__ import annotations
 
+import time
+
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 from mlx_vlm import load
@@ -12,7 +14,7 @@ from mlx_vlm.generate import BatchGenerator, stream_generate
 from mlx_vlm.speculative.drafters import load_drafter
 from mlx_vlm.speculative.utils import speculative_stats_since, speculative_stats_snapshot
 
-from benchmarks.systems.call import TOP_K, TOP_P, Clock, MlxSystem, Request, Timing, plain
+from benchmarks.systems.call import TOP_K, TOP_P, Backlog, Clock, MlxSystem, Request, Served, Timing, plain
 
 
 class MlxVlm(MlxSystem):
@@ -24,11 +26,7 @@ class MlxVlm(MlxSystem):
         run = self._one if len(request.prompts) == 1 else self._many
         if not request.drafts:
             return plain(run(request, {}))
-        drafting = {
-            "draft_model": self.drafter,
-            "draft_kind": self.kind,
-            "draft_block_size": request.drafts + 1,
-        }
+        drafting = self._drafting(request.drafts)
         before = speculative_stats_snapshot(self.drafter)
         timing = run(request, drafting)
         # A round is counted once for the whole batch, with the mean of its rows' accepted drafts.
@@ -36,6 +34,9 @@ class MlxVlm(MlxSystem):
         timing.passes = timing.rounds = rounds or 0
         timing.accepted, timing.drafted = accepted or 0, drafted or 0
         return timing
+
+    def _drafting(self, drafts: int) -> dict:
+        return {"draft_model": self.drafter, "draft_kind": self.kind, "draft_block_size": drafts + 1} if drafts else {}
 
     def _one(self, request: Request, drafting: dict) -> Timing:
         clock, tokens = Clock(1), []
@@ -57,19 +58,8 @@ class MlxVlm(MlxSystem):
         clock = Clock(rows)
         if request.temperature:
             drafting = drafting | {"sampler": make_sampler(request.temperature, top_p=TOP_P, top_k=TOP_K)}
-        generator = BatchGenerator(
-            self.model.language_model,
-            self.processor,
-            prefill_batch_size=rows,
-            completion_batch_size=rows,
-            compute_logprobs=False,
-            **drafting,
-        )
-        kwargs = []
-        for prompt in request.prompts:
-            embedded = self.model.get_input_embeddings(mx.array([prompt]), None).to_dict()
-            kwargs.append({key: value for key, value in embedded.items() if value is not None})
-        uids = generator.insert(request.prompts, request.max_tokens, prompt_kwargs=kwargs)
+        generator = self._generator(rows, rows, drafting)
+        uids = self._insert(generator, request.prompts, [request.max_tokens] * rows)
         tokens: dict[int, list[int]] = {uid: [] for uid in uids}
         while generator.has_work:
             for response in generator.next()[1]:
@@ -79,3 +69,42 @@ class MlxVlm(MlxSystem):
         generator.close()
         made = [tokens[uid] for uid in uids]
         return clock.timing(made, max(len(row) for row in made) - 1)
+
+    def _generator(self, rows: int, joining: int, options: dict) -> BatchGenerator:
+        """joining: rows that must be free before the next prompts are taken in."""
+        return BatchGenerator(
+            self.model.language_model,
+            self.processor,
+            prefill_batch_size=joining,
+            completion_batch_size=rows,
+            compute_logprobs=False,
+            **options,
+        )
+
+    def _insert(self, generator: BatchGenerator, prompts: list[list[int]], limits: list[int]) -> list[int]:
+        kwargs = []
+        for prompt in prompts:
+            embedded = self.model.get_input_embeddings(mx.array([prompt]), None).to_dict()
+            kwargs.append({key: value for key, value in embedded.items() if value is not None})
+        return generator.insert(prompts, limits, prompt_kwargs=kwargs)
+
+    def serve(self, backlog: Backlog) -> Served:
+        """Its continuous batching: all requests are inserted at once, and it takes them in as rows become free. A batch
+        with drafts takes nothing in before all of its rows have ended.
+        """
+        criteria = self.processor.tokenizer.stopping_criteria
+        ends, criteria.eos_token_ids = criteria.eos_token_ids, []
+        began, tokens, first = time.perf_counter(), {}, {}
+        try:
+            generator = self._generator(backlog.rows, backlog.joining, self._drafting(backlog.drafts))
+            uids = self._insert(generator, backlog.prompts, backlog.limits)
+            while generator.has_work:
+                for response in generator.next()[1]:
+                    if response.token is not None:
+                        first.setdefault(response.uid, time.perf_counter() - began)
+                        tokens.setdefault(response.uid, []).append(response.token)
+            generator.close()
+        finally:
+            criteria.eos_token_ids = ends
+        seconds = time.perf_counter() - began
+        return Served([tokens[uid] for uid in uids], seconds, [first[uid] for uid in uids])

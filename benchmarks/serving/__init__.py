@@ -1,0 +1,1 @@
+"""Many requests at once, measured: `python -m benchmarks.serving PART`."""
