@@ -211,6 +211,7 @@ def test_who_comes_back_goes_on(pair, alone):
     model, drafter = pair
     prompts = tiny.prompts(2)
     loop = tiny.begun(model, drafter, prompts, tiny.PENALISED)
+    assert loop.save(1).tokens == len(prompts[1])  # before its first token, which comes all the same
     texts = [list(tokens) for tokens in tiny.round_of(loop, 4).tokens]
     saved = [loop.save(row) for row in range(2)]
     loop.arrange([])
