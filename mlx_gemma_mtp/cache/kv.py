@@ -99,6 +99,8 @@ def _laid(new: mx.array, begin: int, slots: int) -> mx.array:
     """Returns a row of so many slots, [1, heads, slots, dim]: `new` from slot `begin` on, round the end, and zeros."""
     _, heads, count, dim = new.shape
     assert count <= slots, f"{count} positions for {slots} slots"
+    if count == slots and begin == 0:
+        return new
     wrapped = max(begin + count - slots, 0)
     if not wrapped:
         return mx.pad(new, ((0, 0), (0, 0), (begin, slots - count - begin), (0, 0)))

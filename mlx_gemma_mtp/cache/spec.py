@@ -56,6 +56,12 @@ def staged_bytes(specs: Sequence[KVSpec], tokens: int, block: int, item_size: in
     return _bytes(specs, slots, item_size)
 
 
+def saved_bytes(specs: Sequence[KVSpec], tokens: int, item_size: int, lookback: int = 0) -> int:
+    """Returns the bytes of a sequence of so many tokens by itself (`Cache.save` without slack)."""
+    slots = [tokens if s.window is None else min(tokens, s.window - 1 + lookback) for s in specs]
+    return _bytes(specs, slots, item_size)
+
+
 def _bytes(specs: Sequence[KVSpec], slots: Sequence[int], item_size: int) -> int:
     return sum(2 * n * spec.kv_heads * spec.head_dim for n, spec in zip(slots, specs, strict=True)) * item_size
 

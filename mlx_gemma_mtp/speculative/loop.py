@@ -151,7 +151,8 @@ class Speculation:
         """Returns copies of a row's K/V, which with its newest token make a Joiner (see Cache.save): between a round
         and the next `launch`. A verify that was built is dropped.
         """
-        self._go_on_with(self.inputs)
+        if isinstance(self._verify, Verify):
+            self._go_on_with(self.inputs)
         return self.cache.save(row, slack)
 
     def launch(self, width: int | None = None) -> None:

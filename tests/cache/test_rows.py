@@ -13,7 +13,7 @@ from benchmarks.trace import primitives
 from mlx_gemma_mtp.cache.cache import Cache, Span
 from mlx_gemma_mtp.cache.kv import LayerKV
 from mlx_gemma_mtp.cache.saved import Saved
-from mlx_gemma_mtp.cache.spec import KVSpec, capacity, row_bytes, staged_bytes
+from mlx_gemma_mtp.cache.spec import KVSpec, capacity, row_bytes, saved_bytes, staged_bytes
 
 SPECS = (KVSpec(2, 4, 40), KVSpec(1, 4, None), KVSpec(2, 4, 40), KVSpec(2, 4, None))
 
@@ -113,7 +113,7 @@ def test_rows_that_grow_into_one_class_lie_in_order():
 
 
 def test_bytes_are_what_was_said():
-    """Of a row in a batch, of a prompt's own cache, and of a batch that shrinks."""
+    """Of a row in a batch, of a batch that shrinks, of a saved row, and of a prompt's own cache."""
     lengths = [3, 247, 248, 1000, 1271, 1272, 6000]
     cache = batch(lengths, lookback=1).cache
     each = [row_bytes(SPECS, n, 9, 4, lookback=1) for n in lengths]
@@ -125,6 +125,9 @@ def test_bytes_are_what_was_said():
     cache.arrange([])
     cache.trim()
     assert cache.bytes == 0
+    for tokens in (1, 39, 40, 41, 300):
+        saved, _ = prompt(Cache(SPECS, 9, mx.float32, lookback=1), tokens, 64, seed=tokens)
+        assert saved.bytes == saved_bytes(SPECS, tokens, 4, lookback=1)
     for tokens in (1, 48, 49, 300, 5000):
         own = Cache(SPECS, 64, mx.float32, lookback=1)
         own.open(tokens)

@@ -8,7 +8,7 @@ from spelling import Bytes
 from mlx_gemma_mtp.engine.request import Request, Result
 from mlx_gemma_mtp.engine.stats import Stats
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from mlx_gemma_mtp.speculative.loop import TokenLogprob
+from mlx_gemma_mtp.speculative.readback import TokenLogprob
 from mlx_gemma_mtp.text.messages import normalised
 from mlx_gemma_mtp.text.tools import ToolCall, Tools
 

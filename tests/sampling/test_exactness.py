@@ -26,7 +26,7 @@ from mlx_gemma_mtp.sampling.rejection import residuals
 from mlx_gemma_mtp.speculative import drafting, rounds
 from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.guide import guide, only
-from mlx_gemma_mtp.speculative.loop import Speculation
+from mlx_gemma_mtp.speculative.loop import Joiner, Speculation
 
 VOCAB, ROWS, FEWER, SOME, FIRST = 5, 200_000, 60_000, 20_000, 2
 TABLE = np.random.default_rng(5).normal(size=(VOCAB, VOCAB)).astype(np.float32) * 0.7
@@ -63,11 +63,16 @@ class Lengths(Cache):
 
     def __init__(self, rows: int):
         super().__init__((), 8, mx.float32)
-        self.arrange([Saved(1, ())])  # one stands for all
+        super().arrange([Saved(1, ())])  # one stands for all
         self.lengths, self.length_bound = mx.ones((rows,), mx.int32), [1] * rows
 
     def span(self, tokens: int) -> Span:
         return Span(self, tokens)
+
+    def arrange(self, places: Sequence[int | Saved]) -> None:
+        old = self.length_bound
+        self.length_bound = [each.tokens if isinstance(each, Saved) else old[each] for each in places]
+        self.lengths = mx.array(self.length_bound)
 
 
 class ToyDrafter:
@@ -96,17 +101,14 @@ def draw(
     rows, or one for each; length: tokens instead of three; settings: of Speculation.begin.
     """
     length, drafts = settings.pop("length", 3), map(partial(spread, count), itertools.cycle(drafts))
-    seeds = np.stack([np.arange(count), np.full(count, 77)], axis=1).astype(np.uint32)
-    rows = lambda value: mx.broadcast_to(value, (count, *value.shape[1:]))  # noqa: E731
-    rules = Rules.of([params], VOCAB)
-    each = {name: rows(getattr(rules, name)) for name in ("temperature", "top_k", "rest", "min_p", "greedy")}
     loop = Speculation(
         ToyTarget(),
         ToyDrafter(drafter),
         Lengths(count),
         Drafting(temperature=settings.pop("draft_temperature", 1.0), accept=accept),
     )
-    loop.begin(mx.full((count, 1), FIRST), replace(rules, **each, keys=mx.array(seeds)), **settings)
+    rules = with_seeds(Rules.of([params], VOCAB), np.arange(count))
+    loop.begin(mx.full((count, 1), FIRST), rules, **settings)
     texts = loop.step(next(drafts)).tokens
     first = loop.step(next(drafts)).tokens
     for text, more in zip(texts, first, strict=True):
@@ -115,6 +117,15 @@ def draw(
         for text, more in zip(texts, loop.step(next(drafts)).tokens, strict=True):
             text += more
     return np.array([text[:length] for text in texts]), float(np.mean([len(row) - 1 for row in first]))
+
+
+def with_seeds(rules: Rules, seeds: np.ndarray) -> Rules:
+    """Rules of one row as those of many, each with its own seed."""
+    rows = lambda value: mx.broadcast_to(value, (len(seeds), *value.shape[1:]))  # noqa: E731
+    names = ("temperature", "top_k", "rest", "min_p", "greedy", "free", "open")
+    each = {name: rows(value) for name in names if (value := getattr(rules, name)) is not None}
+    keys = np.stack([seeds, np.full(len(seeds), 77)], axis=1).astype(np.uint32)
+    return replace(rules, **each, keys=mx.array(keys))
 
 
 def spread(count: int, drafts: int | Sequence[int]) -> list[int]:
@@ -198,6 +209,25 @@ def test_joint_distribution_by_rejection(index):
 def test_joint_distribution_by_rejection_everywhere(params, schedule, name):
     drawn, _ = draw(DRAFTERS[name], params, ROWS, REJECTION, schedule, draft_temperature=1.3)
     assert deviation(drawn, params) < 3.09
+
+
+@pytest.mark.parametrize("params", SETTINGS[4:6], ids=lambda p: f"T{p.temperature}-k{p.top_k}-p{p.top_p}")
+@pytest.mark.parametrize("name", ["good", "bad"])
+def test_joint_distribution_by_rejection_of_rows_that_join(name, params):
+    """Rows whose partners come after their drafts were made, and these partners, which have none at first."""
+    half = SOME // 2
+    rules = with_seeds(Rules.of([params], VOCAB), np.arange(2 * half))
+    loop = Speculation(ToyTarget(), ToyDrafter(DRAFTERS[name]), Lengths(half), Drafting(accept=REJECTION))
+    loop.begin(mx.full((half, 1), FIRST), rules.of_rows(slice(0, half)))
+    texts = loop.step(spread(half, (3, 1, 2))).tokens
+    joiners = [Joiner(Saved(0, ()), FIRST)] * half
+    loop.arrange([*joiners, *range(half)], rules.of_rows(mx.concatenate([mx.arange(half, 2 * half), mx.arange(half)])))
+    texts = [[] for _ in joiners] + texts
+    for drafts in ((2, 3, 0), (3, 1), (1, 3), (3,), (3,)):
+        for text, more in zip(texts, loop.step(spread(2 * half, drafts)).tokens, strict=True):
+            text += more
+    drawn = np.array([text[:3] for text in texts])
+    assert deviation(drawn[:half], params) < 3.09 and deviation(drawn[half:], params) < 3.09
 
 
 def _target_alone(drafts, q, p, vocab, real):

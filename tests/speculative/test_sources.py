@@ -77,7 +77,7 @@ def test_the_loop_says_what_plain_decoding_says(source, params, accept):
     texts, loop = tiny.decode(model, drafts, batch, 3, 24, params, constraints=rows(), drafting=source)
     assert texts == plain and type(loop.proposer) is SOURCES[source.source]
     syncs = loop.host_syncs
-    loop.step(3)
+    tiny.round_of(loop, 3)
     assert loop.host_syncs == syncs + 1
 
 

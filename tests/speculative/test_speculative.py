@@ -287,7 +287,7 @@ def test_a_long_cache_is_written_in_place_after_rows_left(wide, rows):
     for _ in range(3):
         tiny.round_of(loop, 3)
     movers = sum(place != row for place, row in enumerate(rows))
-    assert mx.get_peak_memory() - before < (movers + 1) * one_row < 4 * one_row or movers == 3
+    assert mx.get_peak_memory() - before < (1.5 * movers + 0.5) * one_row < 4 * one_row
 
 
 @pytest.mark.parametrize("places", [[0, 1, "new"], ["new", 1, 2], [2, "new", 1], ["new", "new", "new"]])
@@ -307,8 +307,8 @@ def test_a_long_cache_is_written_in_place_after_rows_joined(wide, places):
     for _ in range(3):
         tiny.round_of(loop, 3)
     movers = sum(place not in ("new", at) for at, place in enumerate(places))
-    new = places.count("new")  # each is laid out once as a row
-    assert mx.get_peak_memory() - before < (movers + new + 0.5) * one_row
+    new = places.count("new")  # each is laid out once as a row, and movers are copied out besides
+    assert mx.get_peak_memory() - before < (1.5 * movers + new + 0.5) * one_row
 
 
 def test_the_bound_of_the_lengths_follows_the_tokens(moe):
