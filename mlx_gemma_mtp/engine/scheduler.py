@@ -31,7 +31,7 @@ from .admission import Memory
 PRIORITIES = range(-100, 101)
 LEVEL_S = 10.0  # seconds of waiting that a level of priority is worth
 TOKEN_S = 1e-3  # seconds that a prompt token is worth: about what its prefill takes
-PATIENCE_S = 10.0  # how much later a request may be due that goes before one for which memory is missing
+PATIENCE_S = 10.0  # how long after it was due a request for which memory is missing lets others go before it
 AHEAD = 4  # requests with K/V outside the batch, beyond its free rows; the last place is for prompts of one chunk
 TURN = 4  # every so many rounds prompts are prefilled in the order, else the shortest first
 
@@ -208,7 +208,7 @@ class Scheduler:
                 self._save(entry)
         self._grow()
         stay = self._at(Stage.LIVE)
-        self._admit(pressure)
+        self._admit(now, pressure)
         if pressure >= CRITICAL:
             self._give_back()
         live = self._arrange()
@@ -323,12 +323,12 @@ class Scheduler:
             else:
                 return
 
-    def _admit(self, pressure: int) -> None:
+    def _admit(self, now: float, pressure: int) -> None:
         """Gives free rows to requests that are ready, and stages waiting ones, in the order of what is due.
 
-        One for which memory is missing holds back waiting ones that are due PATIENCE_S after it. So it is not overtaken
-        for ever, and meanwhile what is small goes ahead. The last place outside the batch is for prompts of one chunk,
-        so that these never wait for long ones.
+        While memory is missing for one, what is small goes ahead; but nothing new does once it was due PATIENCE_S ago,
+        so that it is not overtaken for ever. The last place outside the batch is for prompts of one chunk: these never
+        wait for long ones.
         """
         if pressure > NORMAL:  # what has not begun is new, too
             for entry in self._at(Stage.STAGED):
@@ -341,7 +341,7 @@ class Scheduler:
         for entry in sorted(candidates, key=_order):
             waits = entry.job.id in self._stages[Stage.WAITING]
             places = outside - (last if entry.remaining > self.chunk else 0) if waits else free
-            held_back = missing is not None and entry.due > missing.due + PATIENCE_S
+            held_back = missing is not None and now > missing.due + PATIENCE_S
             if places <= 0 or (waits and (held_back or entry.tokens >= smallest)):
                 continue
             if not self._fits(entry):
