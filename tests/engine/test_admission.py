@@ -29,7 +29,7 @@ NOTHING = Memory(
             1000 + 7 * 64 + 1000,
         ),
         ({"chunk": lambda tokens, context: 7 * tokens}, 7 * 64),  # no more tokens than a chunk has
-        ({"saved": lambda tokens: tokens, "row": lambda tokens: tokens}, 1000 + 1000 + 256 + 8),
+        ({"saved": lambda tokens: 10 * tokens, "row": lambda tokens: tokens}, 10_000 + 1256 + 8),
         ({"row": lambda tokens: tokens, "verify": lambda rows, context: 9 * rows * context}, 5000 + 8 + 9 * 5000),
     ],
     ids=["weights", "prefill", "chunk", "join", "decode"],
