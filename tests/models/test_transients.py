@@ -113,7 +113,7 @@ def test_a_chunk_holds_no_more_than_was_said(model, count, context):
     assert held <= said <= 3 * held
 
 
-@pytest.mark.parametrize(("rows", "width", "context"), [(1, 4, 64), (4, 8, 1024), (8, 4, 512)])
+@pytest.mark.parametrize(("rows", "width", "context"), [(1, 8, 1024), (4, 8, 1024), (8, 4, 512)])
 def test_a_verify_holds_no_more_than_was_said(model, rows, width, context):
     held = peak(verify, model, rows, width, context)
     said = Transients(model.config, 4, width, False).verify(rows, width, context)
