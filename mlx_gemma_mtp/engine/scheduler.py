@@ -71,7 +71,7 @@ class Plan:
     ended: who leaves unfinished, and why ('cancelled', 'timeout' or what `cancel` was told); all K/V of it go.
     forget: whose K/V go, be they a row, saved or staged; it will be prefilled anew from its first token.
     save: rows whose K/V are saved before their places are given away.
-    trim: whether the batch gives back the rows and slots that it holds for nobody (after `save`, before the joins).
+    trim: whether the batch gives back the rows and slots that it holds for nobody, once those that leave are out.
     places: the requests of the batch's rows in order. Those that had a row and stay keep it or move; all others join. A
     hole goes to a joiner first, then to the last row.
     begins: whether no row stays and no request of `places` has its first token yet: the round draws it from the hidden
@@ -312,11 +312,11 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Makes room for what the rows write in this round. First K/V outside the batch go, then rows, those that are
-        due last first: a row is saved where that is enough. The last row stays.
+        due last first: a row is saved where that is enough. The last request that holds anything stays as it is.
         """
         while self._bytes() > self.memory.limit:
             outside, rows = self._at(Stage.STAGED, Stage.READY), self._at(Stage.LIVE)
-            if outside:
+            if outside and len(outside) + len(rows) > 1:
                 self._forget(max(outside, key=_yields))
             elif len(rows) > 1:
                 self._save(max(rows, key=_yields))
@@ -334,9 +334,9 @@ class Scheduler:
             for entry in self._at(Stage.STAGED):
                 if not entry.fed:
                     self._forget(entry)
-        free = self.max_rows - len(self._at(Stage.LIVE))
+        free = self.max_rows - len(self._stages[Stage.LIVE])
         outside, last = self._outside(free, pressure)
-        candidates = (self._joinable() if free else []) + (self._waiting() if outside else [])
+        candidates = (self._joinable() if free else []) + (self._waiting() if outside > 0 else [])
         missing, smallest = None, float("inf")
         for entry in sorted(candidates, key=_order):
             waits = entry.job.id in self._stages[Stage.WAITING]
@@ -438,11 +438,10 @@ class Scheduler:
         """Returns how many prompt tokens a round prefills: as asked, at least one step of the grid, and no more than
         what memory has room for.
         """
-        rows = bool(self._at(Stage.LIVE))
         if budget is None:
-            budget = self.chunk if rows else self.chunk * self.max_rows
+            budget = self.chunk if self._stages[Stage.LIVE] else self.chunk * self.max_rows
         longest = max(entry.tokens for entry in staged)
-        free = self.memory.limit - self._bytes() + self.memory.chunk(self.chunk, longest)
+        free = self.memory.limit - self._bytes() + self.memory.chunk(min(self.chunk, longest), longest)
         while budget > self.chunk and self.memory.chunk(budget, longest) > free:
             budget -= self.chunk
         return max(budget, self.grid)

@@ -633,3 +633,19 @@ def test_a_full_queue_refuses():
     run.submit(Job(3, 4, 4))
     run.run()
     assert len(run.done) == 4
+
+
+def test_one_that_outgrew_what_its_prefill_may_take_comes_back_alone():
+    """Its K/V went, and to make them anew takes more than memory has: alone it does it all the same, and once."""
+    memory = replace(memory_of(), staged=lambda tokens: 14 + 3 * tokens)
+    memory = replace(memory, limit=memory.alone(8, 60, CHUNK, BLOCK))
+    run = Model(Scheduler(2, CHUNK, memory, block=BLOCK), memory)
+    run.submit(Job(0, 8, 60))
+    for _ in range(40):
+        run.round()
+    run.pause(0)
+    run.submit(Job(1, 4, 3))
+    assert run.round(pressure=CRITICAL).forget == (0,)
+    run.resume(0)
+    fed = sum(len(run.round().pieces) for _ in range(12))
+    assert run.rows == [0] and fed <= 1 + -(-46 // CHUNK)
