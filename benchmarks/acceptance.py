@@ -26,16 +26,14 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
-from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.sampling.distribution import Rules, soft_cap
 from mlx_gemma_mtp.sampling.noise import gumbel
 from mlx_gemma_mtp.sampling.params import ACCEPT
 from mlx_gemma_mtp.speculative.drafting import Drafting
-from mlx_gemma_mtp.speculative.prefill import prefill
+from mlx_gemma_mtp.speculative.prefill import batch
 
 PROMPTS = Path(__file__).parent.parent / "tests" / "data" / "prompts.json"
-ROWS = slice(0, 1)
 
 
 @dataclass
@@ -77,8 +75,7 @@ class Walk:
         self.target, self.drafter, self.steps = engine.target, engine.drafter, steps
         self.params, self.key = params, Rules.of([params], engine.target.config.vocab_size).keys
         tokens = engine.text.encode(prompt)
-        self.cache = Cache(self.target.config.kv, 1, len(tokens) + 64, max(64, steps + 1), self.target.dtype)
-        self.hidden = prefill(self.target, self.cache, ROWS, [tokens])
+        self.cache, self.hidden = batch(self.target, [tokens], chunk=64, block=steps + 1)
         self.position = len(tokens)
         self.token = self.drawn(self.target_p(self.hidden[:, None])[0], self.position)
 
@@ -96,7 +93,7 @@ class Walk:
 
     def drafts(self, factor: float, greedy: bool) -> tuple[list[int], list[np.ndarray]]:
         """The drafts after the newest token, and q at each: sampled with the text's noise, or the likeliest."""
-        span = self.cache.span(ROWS, 0)
+        span = self.cache.span(0)
         rotations = self.drafter.ropes.tables(span.positions)
         token, hidden, tokens, qs = self.token, self.hidden, [], []
         for i in range(self.steps):
@@ -113,14 +110,14 @@ class Walk:
     def verify(self, drafts: list[int]) -> list[np.ndarray]:
         """p at each draft's position and after the last; commits nothing."""
         tokens = mx.array([[self.token, *drafts]])
-        self._verified = self.target(tokens, self.cache.span(ROWS, tokens.shape[1]))
+        self._verified = self.target(tokens, self.cache.span(tokens.shape[1]))
         return self.target_p(self._verified)
 
     def advance(self, drafts: list[int], ps: list[np.ndarray]) -> int:
         """Goes on as the package does; drafts kept."""
         kept = agreeing(self, drafts, ps)
         token = self.drawn(ps[kept], self.position + 1 + kept)
-        self.cache.commit(ROWS, mx.array([kept + 1]), [kept + 1])
+        self.cache.commit(mx.array([kept + 1]), [kept + 1])
         self.hidden = self._verified[:, kept]
         self.position, self.token = self.position + kept + 1, token
         return kept

@@ -124,8 +124,8 @@ def recorded_inputs(engine: Engine, prompt: str, tokens: int) -> tuple[mx.array,
     if ids.size < tokens:
         raise UserError(f"the prompt has {ids.size} tokens, expected at least {tokens}; ask for fewer")
     with watched(engine.target) as log:
-        cache = Cache(engine.target.config.kv, 1, ids.size, ids.size, engine.target.dtype)
-        mx.eval(engine.target(ids, cache.span(slice(0, 1), ids.size)), log)
+        cache = Cache(engine.target.config.kv, ids.size, engine.target.dtype).open(ids.size)
+        mx.eval(engine.target(ids, cache.span(ids.size)), log)
     return _with_experts(log[0][-tokens:], engine.target.config.hidden_size)
 
 

@@ -24,8 +24,6 @@ from mlx_gemma_mtp.sampling.distribution import Rules
 from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS
 from mlx_gemma_mtp.speculative.drafting import DraftState, Mtp
 
-ROW = slice(0, 1)
-
 
 def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
     """accepted uint8 [n], confidences float16 [n, MAX_DRAFTS] at the tokens of one answer."""
@@ -33,17 +31,15 @@ def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tu
     head = engine.text.encode(prompt, chat_template=chat)
     result = engine.generate(head, params, num_draft_tokens=0)
     text = [*head, *result.tokens]
-    cache = Cache(
-        target.config.kv, 1, len(text) + MAX_DRAFTS, len(text), target.dtype, lookback=engine.drafting.lookback
-    )
-    hidden = target(mx.array([text]), cache.span(ROW, len(text)))
+    cache = Cache(target.config.kv, len(text), target.dtype, engine.drafting.lookback).open(len(text))
+    hidden = target(mx.array([text]), cache.span(len(text)))
     rules = Rules.of([params.resolved(engine.defaults)], target.config.vocab_size, engine.defaults.suppress_token_ids)
     source = Mtp(drafter, target.embed, engine.drafting, confident=True)
     accepted, confidences = [], []
     for at in range(len(head), len(text) - MAX_DRAFTS):
         cache.lengths = mx.array([at], mx.int32)
         token, state = mx.array([text[at]]), hidden[:, at - 1]
-        drafts, sure, _ = source.propose(DraftState(cache, ROW, token, state, rules, None), MAX_DRAFTS)
+        drafts, sure, *_ = source.propose(DraftState(cache, token, state, rules, None), MAX_DRAFTS)
         agree = np.array(drafts)[0] == np.array(text[at + 1 : at + 1 + MAX_DRAFTS])
         accepted.append(int(np.cumprod(agree).sum()))
         confidences.append(np.array(sure)[0])

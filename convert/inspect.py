@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_gemma_mtp.cache.spec import kv_bytes
+from mlx_gemma_mtp.cache.spec import row_bytes
 from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.models.quantization import plain
 
@@ -130,7 +130,7 @@ def _drafter_name(where: str) -> str:
 
 def _kv(model: Checkpoint) -> dict[str, int]:
     """Context length -> bytes of the cache of one sequence."""
-    return {str(tokens): kv_bytes(model.config.kv, tokens, 1, BLOCK, KV_ITEM) for tokens in CONTEXTS}
+    return {str(tokens): row_bytes(model.config.kv, tokens, BLOCK, KV_ITEM) for tokens in CONTEXTS}
 
 
 def _lines(report: dict) -> Iterator[str]:

@@ -33,8 +33,8 @@ def main() -> None:
         return experts, weights
 
     moe.route = recording
-    cache = Cache(target.config.kv, 1, tokens.shape[1], tokens.shape[1], target.dtype)
-    mx.eval(target(tokens, cache.span(slice(0, 1), tokens.shape[1])))
+    cache = Cache(target.config.kv, tokens.size, target.dtype).open(tokens.size)
+    mx.eval(target(tokens, cache.span(tokens.size)))
     experts = np.stack([np.array(layer)[-TOKENS:] for layer in chosen]).astype(np.uint8)
     np.savez_compressed(DATA / "routings.npz", experts=experts)
     print(f"{DATA / 'routings.npz'}: {experts.shape}, {(DATA / 'routings.npz').stat().st_size} bytes")

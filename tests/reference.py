@@ -12,17 +12,15 @@ from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.sampling.distribution import soft_cap
 
-ROW = slice(0, 1)
-
 
 def forward(model: Gemma4, tokens: Sequence[int], chunks: Sequence[int] = ()) -> tuple[np.ndarray, Cache, mx.array]:
     """Logits [n, V] of a text fed in chunks of these sizes (then token by token), the cache, the last hidden state."""
     sizes = [*chunks, *[1] * (len(tokens) - sum(chunks))] if chunks else [len(tokens)]
-    cache = Cache(model.config.kv, 1, len(tokens), max(sizes), mx.float32)
+    cache = Cache(model.config.kv, max(sizes), mx.float32).open(len(tokens))
     logits, start = [], 0
     for size in sizes:
-        hidden = model(mx.array([list(tokens[start : start + size])]), cache.span(ROW, size))
-        cache.commit(ROW, mx.array([size]), [size])
+        hidden = model(mx.array([list(tokens[start : start + size])]), cache.span(size))
+        cache.commit(mx.array([size]), [size])
         logits.append(np.array(soft_cap(model.logits(hidden), model.config.softcap))[0])
         start += size
     return np.concatenate(logits), cache, hidden[:, -1]
@@ -31,7 +29,7 @@ def forward(model: Gemma4, tokens: Sequence[int], chunks: Sequence[int] = ()) ->
 def draft_steps(target: Gemma4, drafter: Drafter, tokens: Sequence[int], steps: int) -> tuple[list, list, list]:
     """Greedy draft steps after `tokens`, whose last one has no K/V yet: tokens, (logits, ids), carried hidden."""
     _, cache, hidden = forward(target, tokens[:-1])
-    span = Span(cache, ROW, 0)
+    span = Span(cache, 0)
     rotations = drafter.ropes.tables(span.positions)
     newest, drafted, scores, carried = mx.array([tokens[-1]]), [], [], []
     for _ in range(steps):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_gemma_mtp.cache.cache import Cache, Span
+from mlx_gemma_mtp.cache.cache import Span
 from mlx_gemma_mtp.models import gemma4
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.models.drafter import Drafter
@@ -16,10 +16,11 @@ from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.sampling.distribution import Rules
 from mlx_gemma_mtp.sampling.params import REJECTION, SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
-from mlx_gemma_mtp.speculative.drafting import Drafting
-from mlx_gemma_mtp.speculative.guide import Constraint, guide
+from mlx_gemma_mtp.speculative.drafting import DEFAULT_DRAFTING, Drafting
+from mlx_gemma_mtp.speculative.guide import Constraint, Guide, guide
 from mlx_gemma_mtp.speculative.loop import Speculation, compact
-from mlx_gemma_mtp.speculative.prefill import prefill
+from mlx_gemma_mtp.speculative.prefill import batch
+from mlx_gemma_mtp.speculative.readback import Round
 
 VOCAB = 97
 ROPES = {
@@ -118,12 +119,17 @@ def _randomise(model, seed: int):
     return model
 
 
-def target(kind: str = "moe", seed: int = 0) -> Gemma4:
-    return _randomise(gemma4.build(TargetConfig.from_dict(target_dict(kind))), seed)
+def target(kind: str = "moe", seed: int = 0, change: Callable[[dict], dict] = dict) -> Gemma4:
+    """change: of the raw config."""
+    return _randomise(gemma4.build(TargetConfig.from_dict(change(target_dict(kind)))), seed)
 
 
-def drafter(model: Gemma4, kind: str = "moe", centroids: bool = False, seed: int = 1) -> Drafter:
-    return _randomise(Drafter(DrafterConfig.from_dict(drafter_dict(kind, centroids), model.config)), seed)
+def drafter(
+    model: Gemma4, kind: str = "moe", centroids: bool = False, seed: int = 1, change: Callable[[dict], dict] = dict
+) -> Drafter:
+    """change: of the raw config."""
+    raw = change(drafter_dict(kind, centroids))
+    return _randomise(Drafter(DrafterConfig.from_dict(raw, model.config)), seed)
 
 
 class OracleDrafter:
@@ -153,6 +159,43 @@ class OracleDrafter:
         return (mx.arange(self.vocabulary)[None] == y).astype(mx.float32), None
 
 
+def begun(
+    model: Gemma4,
+    drafts: Drafter | OracleDrafter | None,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    chunk: int = 16,
+    block: int = 16,
+    constraints: Sequence[Constraint | None] = (),
+    drafting: Drafting = DEFAULT_DRAFTING,
+    confident: bool = False,
+) -> Speculation:
+    """The bare loop over these prompts, prefilled in chunks; its cache is made for writes of `block` tokens."""
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    cache, hidden = batch(model, prompts, chunk, block, drafting.lookback)
+    loop = Speculation(model, drafts, cache, drafting, confident)
+    loop.begin(hidden, *settings(model, params, prompts, constraints=constraints))
+    return loop
+
+
+def settings(
+    model: Gemma4,
+    params: Sequence[SamplingParams],
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]] | None = None,
+    constraints: Sequence[Constraint | None] = (),
+) -> tuple[Rules, TokenCounts | None, Guide | None]:
+    """What a batch of these rows is decoded by, after these texts."""
+    vocab = model.config.vocab_size
+    rules = Rules.of(params, vocab)
+    return rules, TokenCounts.of(prompts, vocab, texts) if rules.penalties else None, guide(constraints, vocab)
+
+
+def round_of(loop: Speculation, num_draft: int) -> Round:
+    """One round, with as many drafts for every row."""
+    return loop.step([num_draft] * loop.cache.rows)
+
+
 def decode(
     model: Gemma4,
     drafts: Drafter | OracleDrafter | None,
@@ -160,30 +203,13 @@ def decode(
     num_draft: int,
     count: int,
     params: SamplingParams = GREEDY,
-    block: int = 16,
-    constraints: Sequence[Constraint | None] = (),
-    **settings,
+    **parts,
 ) -> tuple[list[list[int]], Speculation]:
-    """`count` tokens for every prompt through the bare loop, and the loop. settings: of Speculation."""
-    longest = max(map(len, prompts))
-    cache = Cache(model.config.kv, len(prompts), longest, max(block, num_draft + 1), mx.float32)
-    rules = Rules.of([params] * len(prompts), model.config.vocab_size)
-    hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
-    token_counts = TokenCounts.of(prompts, model.config.vocab_size) if rules.penalties else None
-    guided = guide(constraints, model.config.vocab_size)
-    loop = Speculation(
-        model,
-        drafts if num_draft else None,
-        cache,
-        rules,
-        hidden,
-        token_counts=token_counts,
-        guide=guided,
-        **settings,
-    )
-    texts = [list(row) for row in loop.start(num_draft).tokens]
+    """`count` tokens for every prompt through the bare loop, and the loop. parts: of `begun`."""
+    loop = begun(model, drafts if num_draft else None, prompts, params, **parts)
+    texts: list[list[int]] = [[] for _ in prompts]
     while min(map(len, texts)) < count:
-        for text, tokens in zip(texts, loop.step(num_draft).tokens, strict=True):
+        for text, tokens in zip(texts, round_of(loop, num_draft).tokens, strict=True):
             text += tokens
     return [text[:count] for text in texts], loop
 
@@ -197,20 +223,14 @@ def rejected(
     count: int,
 ) -> list[list[int]]:
     """The same where drafts are accepted by rejection, with settings for each row; a row that has its tokens leaves."""
-    longest = max(map(len, prompts))
-    cache = Cache(model.config.kv, len(prompts), longest, 16, mx.float32)
-    rules = Rules.of(params, model.config.vocab_size)
-    token_counts = TokenCounts.of(prompts, model.config.vocab_size) if rules.penalties else None
-    hidden = prefill(model, cache, slice(0, len(prompts)), prompts)
-    loop = Speculation(
-        model, drafts, cache, rules, hidden, drafting=Drafting(accept=REJECTION), token_counts=token_counts
-    )
-    names, texts = list(range(len(prompts))), [list(row) for row in loop.start(num_draft).tokens]
+    loop = begun(model, drafts, prompts, params, drafting=Drafting(accept=REJECTION))
+    names, texts = list(range(len(prompts))), [[] for _ in prompts]
     while stay := compact([len(texts[name]) < count for name in names]):
         if len(stay) < len(names):
             names = [names[place] for place in stay]
-            loop.retain(stay, Rules.of([params[name] for name in names], model.config.vocab_size))
-        for name, tokens in zip(names, loop.step(num_draft).tokens, strict=True):
+            every = ([each[name] for name in names] for each in (params, prompts, texts))
+            loop.arrange(stay, *settings(model, *every))
+        for name, tokens in zip(names, round_of(loop, num_draft).tokens, strict=True):
             texts[name] += tokens
     return [text[:count] for text in texts]
 

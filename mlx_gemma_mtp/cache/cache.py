@@ -3,6 +3,9 @@
 Token j past the committed ones of row b is written to slot (lengths[b] + j) % slots of each layer. Writing does not
 change `lengths`; `commit` does, and nothing else. There is no rollback: a rejected token is a slot that no query may
 see and that the next write covers.
+
+Sliding layers keep a ring for every row. Full layers keep each row in the buffers of its capacity class, so that a long
+row does not make the others long. While all rows are of one class, a forward gathers nothing.
 """
 
 from __future__ import annotations
@@ -10,231 +13,318 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
-import numpy as np
 
-from ..ops import fused
-from ..ops.attention import attention_mask, slots_read
 from ..ops.fused import number, numbers
-from .kv import LayerKV
-from .spec import CAPACITY_STEP, KVSpec
-
-
-def visible(
-    lengths: mx.array, written: int, queries: mx.array, slots: int, window: int | None, read: int | None = None
-) -> mx.array:
-    """Returns which slots each query may see, bool [B, 1, T, read].
-
-    lengths: [B] tokens committed. written: how many tokens this forward writes past them, 0 for none. queries: [B, T]
-    absolute positions. slots: of the layer. window: how many keys a query sees, itself included; None for all. read:
-    how many slots are asked about, from the first on; None for all.
-
-    After the write, slot s holds the newest position p <= last with p % slots == s. A stale token in that slot
-    (written, never committed) lies exactly `slots` later than p, so the ring law slots >= window + block - 1 puts p
-    out of sight.
-    """
-    lengths, queries, last = lengths[:, None, None, None], queries[:, None, :, None], number(written - 1)
-    if window is None:  # a full layer never wraps
-        return fused.in_line(lengths, queries, numbers(read or slots), last)
-    return fused.in_ring(lengths, queries, numbers(read or slots), last, number(slots), number(window - 1))
+from .kv import LayerKV, Pair
+from .saved import Saved
+from .shelf import Shelf
+from .spec import KVSpec, capacity, ring_slots
+from .view import View
 
 
 class Cache:
-    """Keys and values of all rows.
+    """Keys and values of the rows of a batch. It begins with no rows: `arrange` brings them, or `open`.
 
-    specs: one entry for each layer that owns K/V. rows: how many sequences. capacity: tokens that full layers hold at
-    first, rounded up to 256; they grow as `span` needs. block: the longest write, which with the window sets the size
-    of the rings. lookback: how far before the newest token's index a drafter's query may sit; its window begins so much
+    specs: one entry for each layer that owns K/V. block: the longest write, which with the window sets the size of the
+    rings. lookback: how far before the newest token's index a drafter's query may sit; its window begins so much
     earlier. lengths: int32 [rows], tokens committed. length_bound: for each row a number that the host knows its length
-    not to exceed.
+    not to exceed. classes: each row's capacity class. layers: for each layer its LayerKVs, one in sliding layers, one
+    for each class in full layers.
     """
 
-    def __init__(
-        self,
-        specs: Sequence[KVSpec],
-        rows: int,
-        capacity: int,
-        block: int,
-        dtype: mx.Dtype,
-        ring_slots: int | None = None,
-        lookback: int = 0,
-    ):
-        self.block, self.lookback = block, lookback
-        self.lengths = mx.zeros((rows,), mx.int32)
-        self.length_bound = [0] * rows
-        self.layers = []
-        for spec in specs:
-            least = spec.window and spec.window + block - 1 + lookback
-            ring = ring_slots or least if spec.window else None
-            assert not spec.window or ring >= least, "ring law: slots >= window + block - 1 + lookback"
-            self.layers.append(LayerKV(spec, rows, ring or _round_up(capacity), dtype))
+    def __init__(self, specs: Sequence[KVSpec], block: int, dtype: mx.Dtype, lookback: int = 0):
+        self.specs, self.block, self.dtype, self.lookback = tuple(specs), block, dtype, lookback
+        self.lengths = mx.zeros((0,), mx.int32)
+        self.length_bound: list[int] = []
+        self.classes: list[int] = []
+        sliding = [spec for spec in specs if spec.window is not None]
+        self._full = [spec for spec in specs if spec.window is None]
+        self.rings = Shelf(sliding, [ring_slots(spec.window, block, lookback) for spec in sliding], dtype)
+        self._shelves: dict[int, Shelf] = {}  # by class, rising; those without rows wait for some
+        self._room: int | None = None  # tokens that an opened cache has room for
+        self._written: list[int] = []  # for each row a position that no write went beyond
+        kinds = [spec.window is not None for spec in specs]
+        self.homes = [(sliding, kinds[:i].count(sliding)) for i, sliding in enumerate(kinds)]
+        self._seat()
 
     @property
     def rows(self) -> int:
-        return self.lengths.shape[0]
+        return len(self.length_bound)
 
     @property
-    def buffers(self) -> list[tuple[mx.array, mx.array]]:
-        """The keys and values of all layers. A write copies a buffer while its handle is kept; assigning the handles
-        that were there before drops a write that was only built.
+    def bytes(self) -> int:
+        """The bytes of all buffers, unused places included."""
+        return self.rings.bytes + sum(shelf.bytes for shelf in self._shelves.values())
+
+    @property
+    def buffers(self) -> list[Pair]:
+        """The keys and values of all layers, in their order. A write copies a buffer while its handle is kept;
+        assigning the handles that were there before drops a write that was only built.
         """
-        return [(layer.keys, layer.values) for layer in self.layers]
+        return [(kv.keys, kv.values) for layer in self.layers for kv in layer]
 
     @buffers.setter
-    def buffers(self, buffers: Sequence[tuple[mx.array, mx.array]]) -> None:
-        for layer, (keys, values) in zip(self.layers, buffers, strict=True):
-            layer.keys, layer.values = keys, values
+    def buffers(self, buffers: Sequence[Pair]) -> None:
+        for kv, (keys, values) in zip([kv for layer in self.layers for kv in layer], buffers, strict=True):
+            kv.keys, kv.values = keys, values
 
-    def span(self, rows: slice, tokens: int, counts: Sequence[int] | None = None) -> Span:
-        """Returns the view of one forward that writes `tokens` tokens past the committed ones of the rows. Full layers
-        grow where they have no room for these.
+    def open(self, tokens: int) -> Cache:
+        """Returns this cache with one empty row, which holds `tokens` tokens and never more. Its buffers never grow,
+        and its rings are no larger than these tokens need.
+        """
+        assert not self._shelves, "a cache is opened once, before anything else"
+        full, sliding = capacity(tokens), [layer.spec for layer in self.rings.layers]
+        slots = [min(full, layer.slots) for layer in self.rings.layers]
+        self._room, self.rings = tokens, Shelf(sliding, slots, self.dtype)
+        self.arrange([Saved.empty(self.specs, self.dtype)])
+        return self
 
-        counts: how many of the tokens are each row's own, the rest is padding; None for all.
+    def arrange(self, places: Sequence[int | Saved]) -> None:
+        """Goes on with these rows in this order: an int is a row as it was, a Saved comes into the batch in that place.
+
+        It is called between a readback and the next launch, and no verify may be built. Rows that change their place
+        are copied out and evaluated. What is written into the batch's buffers is not: it is the first link of the next
+        write's own chain, so that no buffer is copied. Buffers grow to the rows there are, one layer after the other.
+        """
+        assert self._room is None or len(places) <= 1, "a cache that was opened is of one row"
+        stay = [source for source in places if not isinstance(source, Saved)]
+        assert len(set(stay)) == len(stay), "a row has one place"
+        classes, bounds, written, index, known = [], [], [], [], []
+        for source in places:
+            if isinstance(source, Saved):
+                self._check(source)
+                classes.append(self._class(source.tokens))
+                bounds.append(source.tokens)
+                written.append(source.tokens)
+                index.append(self.rows + len(known))
+                known.append(source.tokens)
+            else:
+                classes.append(self.classes[source])
+                bounds.append(self.length_bound[source])
+                written.append(self._written[source])
+                index.append(source)
+        if index != list(range(self.rows)):
+            lengths = mx.concatenate([self.lengths, mx.array(known, mx.int32)]) if known else self.lengths
+            self.lengths = mx.take(lengths, mx.array(index, mx.int32))
+        self._place(places, classes)
+        self.length_bound, self._written = bounds, written
+
+    def save(self, row: int, slack: int = 0) -> Saved:
+        """Returns copies of a row's committed tokens, evaluated. No verify may be built.
+
+        slack: how many positions before the window sliding layers save besides, as far as they still hold them, so that
+        a beginning that is so many tokens shorter can be restored (`Saved.first`).
+        """
+        tokens = self.lengths[row].item()
+        shelf = self._shelves[self.classes[row]]
+        pairs = []
+        for sliding, i in self.homes:
+            kv, place = (self.rings.layers[i], row) if sliding else (shelf.layers[i], shelf.rows.index(row))
+            first = tokens - self._held(kv, row, tokens, slack) if sliding else 0
+            pairs.append(kv.saved(place, first, tokens))
+        mx.eval(pairs)
+        return Saved(tokens, tuple(pairs))
+
+    def span(self, tokens: int) -> Span:
+        """Returns the view of one forward that writes `tokens` tokens past the committed ones of all rows. Rows that
+        have outgrown their class move to the next one, for which it waits for the device.
         """
         assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
-        needed = self.longest(rows) + tokens
-        for layer in self.layers:
-            if layer.spec.window is None and layer.slots < needed:
-                layer.grow(_round_up(needed))
-        return Span(self, rows, tokens, counts=counts)
+        ahead = self.block if self._room is None else tokens
+        if any(shelf.longest(self.length_bound) + ahead > slots for slots, shelf in self._live):
+            self._grow()
+        self._written = [max(old, new + tokens) for old, new in zip(self._written, self.length_bound, strict=True)]
+        return Span(self, tokens)
 
-    def longest(self, rows: slice) -> int:
-        """Returns the length bound of the longest of these rows."""
-        return max(self.length_bound[rows])
+    def growth(self, tokens: int) -> int:
+        """Returns the bytes that a `span` would add to the cache's once the length bounds are `tokens` higher."""
+        classes = self._grown(tokens)
+        places = {each: shelf.places for each, shelf in self._shelves.items()}
+        before = sum(each * count for each, count in places.items())
+        for old, new in self._extended(classes).items():
+            places |= {new: len(self._shelves[old].rows), old: 0}
+        for each, shelf in self._shelves.items():
+            if shelf.rows and each not in classes:
+                places[each] = 0
+        for each in classes:
+            places[each] = max(places.get(each, 0), classes.count(each))
+        slot = sum(2 * spec.kv_heads * spec.head_dim for spec in self._full) * self.dtype.size
+        return (sum(each * count for each, count in places.items()) - before) * slot
 
-    def commit(self, rows: slice, n: mx.array, bound: Sequence[int]) -> None:
-        """Commits n tokens of each row: lengths[rows] += n. Nothing else adds to `lengths`.
+    def trim(self) -> None:
+        """Gives back the memory of unused places and of classes without rows."""
+        self._shelves = {each: shelf for each, shelf in self._shelves.items() if shelf.rows}
+        for shelf in (self.rings, *self._shelves.values()):
+            if len(shelf.rows) < shelf.places:
+                shelf.resize(len(shelf.rows))
+        self._seat()
+
+    def commit(self, n: mx.array, bound: Sequence[int]) -> None:
+        """Commits n tokens of each row: lengths += n. Nothing else adds to `lengths`.
 
         n: int32 [B]. bound: for each row a number that the host knows n not to exceed.
         """
-        if rows == slice(0, self.rows):
-            self.lengths = self.lengths + n
-        else:
-            self.lengths = self.lengths.at[rows].add(n)
-        self.length_bound[rows] = [old + more for old, more in zip(self.length_bound[rows], bound, strict=True)]
+        self.lengths = self.lengths + n
+        self.length_bound = [old + more for old, more in zip(self.length_bound, bound, strict=True)]
 
-    def tighten_length_bound(self, rows: slice, fewer: Sequence[int]) -> None:
+    def tighten_length_bound(self, fewer: Sequence[int]) -> None:
         """Lowers the length bounds: the host has read that so many fewer tokens of each row were committed than the
         bound given to `commit`.
         """
-        self.length_bound[rows] = [bound - less for bound, less in zip(self.length_bound[rows], fewer, strict=True)]
+        self.length_bound = [bound - less for bound, less in zip(self.length_bound, fewer, strict=True)]
 
-    def move(self, rows: Mapping[int, int]) -> None:
-        """Copies rows over others; rows: source by destination. So the last live rows fill the holes of those that
-        left.
+    def _class(self, bound: int) -> int:
+        """Returns the class of a row by its length bound: the one that holds it and one write more."""
+        return capacity(bound + self.block if self._room is None else self._room)
 
-        The rows are copied out first and evaluated, since a write to a buffer that is still read copies the buffer.
-        Then one row is written and evaluated after the other, since a second write before a host sync copies it, too.
-        (One write of several rows is a scatter, which takes ten times as long on a CPU.)
+    def _grown(self, tokens: int = 0) -> list[int]:
+        """Returns the class of each row for its next write, once the length bounds are `tokens` higher."""
+        return [max(old, self._class(n + tokens)) for old, n in zip(self.classes, self.length_bound, strict=True)]
+
+    def _extended(self, classes: Sequence[int]) -> dict[int, int]:
+        """Returns the classes whose rows all go to one class where there are none yet: their buffers become its."""
+        found: dict[int, int] = {}
+        for old, shelf in self._shelves.items():
+            new = {classes[row] for row in shelf.rows} - {old, *found.values()}
+            new -= {each for each, other in self._shelves.items() if other.rows}
+            if new and len({classes[row] for row in shelf.rows}) == 1:
+                found[old] = new.pop()
+        return found
+
+    def _grow(self) -> None:
+        """Moves rows that have outgrown their class to the next one."""
+        assert self._room is None, f"a row that was opened for {self._room} tokens"
+        classes = self._grown()
+        for old, new in self._extended(classes).items():
+            shelf = self._shelves.pop(old)
+            shelf.resize(len(shelf.rows), new)
+            self._shelves[new] = shelf
+        before = [each for each, shelf in self._shelves.items() if shelf.rows]
+        self._place(range(self.rows), classes)
+        for each in before:
+            if not self._shelves[each].rows:
+                del self._shelves[each]
+        self._seat()
+
+    def _place(self, places: Sequence[int | Saved], classes: Sequence[int]) -> None:
+        """Puts the K/V of the rows where they belong. places: as of `arrange`; classes: each row's from now on."""
+        seats = {row: (shelf, at) for shelf in self._shelves.values() for at, row in enumerate(shelf.rows)}
+        for each in classes:
+            if each not in self._shelves:
+                self._shelves[each] = Shelf(self._full, [each] * len(self._full), self.dtype)
+        orders = [(self.rings, list(range(len(places))))]
+        for each, shelf in self._shelves.items():
+            members = [row for row, own in enumerate(classes) if own == each]
+            there = {row: seats[places[row]] for row in members if not isinstance(places[row], Saved)}
+            stay = {row: at for row, (old, at) in there.items() if old is shelf}
+            orders.append((shelf, members if len(members) == len(places) else _settled(members, stay)))
+        moved: list[tuple[Shelf, int, list[Pair]]] = []
+        for shelf, order in orders:
+            for at, row in enumerate(order):
+                if not isinstance(source := places[row], Saved):
+                    old = (shelf, source) if shelf is self.rings else seats[source]
+                    if old != (shelf, at):
+                        moved.append((shelf, at, [layer.copied(old[1]) for layer in old[0].layers]))
+        mx.eval([pairs for _, _, pairs in moved])
+        for shelf, order in orders:
+            if len(order) > shelf.places:
+                shelf.resize(len(order))
+            shelf.rows = order
+        for shelf, at, pairs in moved:
+            for layer, pair in zip(shelf.layers, pairs, strict=True):
+                layer.assign(at, pair)
+        for row, source in enumerate(places):
+            if isinstance(source, Saved):
+                self._restore(row, self._shelves[classes[row]], source)
+        self.classes = list(classes)
+        self._seat()
+
+    def _restore(self, row: int, shelf: Shelf, saved: Saved) -> None:
+        """Writes a sequence over all that is in a row's places."""
+        at = shelf.rows.index(row)
+        for (sliding, i), (keys, values) in zip(self.homes, saved.layers, strict=True):
+            layer, place = (self.rings.layers[i], row) if sliding else (shelf.layers[i], at)
+            held = min(keys.shape[2], layer.slots)
+            pair = (keys, values) if held == keys.shape[2] else (keys[:, :, -held:], values[:, :, -held:])
+            layer.assign(place, pair, saved.tokens - held)
+
+    def _check(self, saved: Saved) -> None:
+        """Asserts that a sequence holds all that its next token may see, and fits."""
+        for spec, (keys, _) in zip(self.specs, saved.layers, strict=True):
+            seen = saved.tokens if spec.window is None else min(saved.tokens, spec.window - 1 + self.lookback)
+            assert keys.shape[2] >= seen, f"{keys.shape[2]} positions of {saved.tokens} tokens, expected {seen}"
+        assert self._room is None or saved.tokens <= self._room, f"{saved.tokens} tokens where {self._room} have room"
+
+    def _held(self, kv: LayerKV, row: int, tokens: int, slack: int) -> int:
+        """Returns how many of a row's last positions are saved of a ring. What was written last may lie in the slots of
+        those before the window.
         """
-        if not rows:
-            return
-        copies = {}
-        for place, source in rows.items():
-            row = mx.array([source])  # a gather copies; a slice would go on reading the buffer
-            copies[place] = self.lengths[row], [(keys[row], values[row]) for keys, values in self.buffers]
-        mx.eval(list(copies.values()))
-        for place, (length, copied) in copies.items():
-            self.lengths[place : place + 1] = length
-            for layer, (keys, values) in zip(self.layers, copied, strict=True):
-                layer.keys[place : place + 1], layer.values[place : place + 1] = keys, values
-            mx.eval([[layer.keys, layer.values] for layer in self.layers])
-        for place, bound in [(place, self.length_bound[source]) for place, source in rows.items()]:
-            self.length_bound[place] = bound
+        window = kv.spec.window - 1 + self.lookback
+        return min(tokens, window + max(min(slack, kv.slots - (self._written[row] - tokens) - window), 0))
 
-    def clear(self, row: int) -> None:
-        """Empties a row for a new sequence. No query sees its old contents."""
-        self.lengths[row] = self.length_bound[row] = 0
+    def _seat(self) -> None:
+        """Lists rows and buffers anew, after these have changed."""
+        self._shelves = dict(sorted(self._shelves.items()))
+        for shelf in (self.rings, *self._shelves.values()):
+            shelf.seat(len(self.classes))
+        self._live = [(slots, shelf) for slots, shelf in self._shelves.items() if shelf.rows]
+        self.shelves = [shelf for _, shelf in self._live]
+        self.layers = [
+            [shelf.layers[i] for shelf in ([self.rings] if sliding else self._shelves.values())]
+            for sliding, i in self.homes
+        ]
+        self.gather = None
+        if any(shelf.gather is not None for shelf in self.shelves):
+            places = {row: at for at, row in enumerate(row for shelf in self.shelves for row in shelf.rows)}
+            self.gather = mx.array([places[row] for row in range(len(places))], mx.int32)
+
+
+def _settled(rows: Sequence[int], stay: Mapping[int, int]) -> list[int]:
+    """Returns which row lies in each place of a shelf: rows that are there keep their places, others come into the
+    holes, those from beyond the last place at last. stay: the places of the rows that are there.
+    """
+    kept = {at: row for row, at in stay.items() if at < len(rows)}
+    others = sorted((row for row in rows if row not in kept.values()), key=lambda row: row in stay)
+    return [kept[at] if at in kept else others.pop(0) for at in range(len(rows))]
 
 
 class Span:
-    """One forward's view of the cache: `tokens` new positions T of a contiguous range of B rows.
+    """One forward's view of the cache: `tokens` new positions T of all B rows.
 
-    Masks and slot numbers depend on the window and the number of slots alone, so that layers of one kind share them.
     With tokens == 0 (a drafter) nothing is written, and the one query sits `query_offset` from the newest token's
-    index. positions: int32 [B, T], absolute.
-
-    With `counts` the forward belongs to a prefill of ragged prompts: whatever it computes token by token, it computes
-    for the N = sum(counts) tokens that are no padding, packed one behind the other. packed_index: int32 [N], the places
-    from 0 to B * T - 1 of the packed tokens. unpack_index: int32 [B * T], where each place's token lies among the
-    packed ones; for padding it is any. Both are None where there is no padding. is_prefill: layers run eagerly, since
-    the shape of a prompt hardly comes again and compiling for it would not pay.
+    index. last: the last of the new positions alone has a query. positions: int32 [B, T], absolute, of the queries.
     """
 
-    def __init__(
-        self, cache: Cache, rows: slice, tokens: int, query_offset: int = 0, counts: Sequence[int] | None = None
-    ):
+    is_prefill = False
+
+    def __init__(self, cache: Cache, tokens: int, query_offset: int = 0, last: bool = False):
         assert -cache.lookback <= query_offset <= 0, "the rings hold the window of no query before that"
-        self.cache, self.rows, self.tokens = cache, rows, tokens
-        self.used = cache.longest(rows) + tokens  # no query sees a slot from here on
-        self.is_prefill, self.packed_index, self.unpack_index, self._real = counts is not None, None, None, None
-        if counts is not None and min(counts) < tokens:
-            real = np.arange(tokens) < np.array(counts)[:, None]  # [B, T]
-            self._real = mx.array(real)[:, None, :, None]
-            self.packed_index = mx.array(np.flatnonzero(real).astype(np.int32))
-            self.unpack_index = mx.array(np.where(real.ravel(), np.cumsum(real, dtype=np.int32) - 1, 0))
-        full = rows == slice(0, cache.rows)
-        self.lengths = cache.lengths if full else cache.lengths[rows]
-        steps = numbers(tokens) if tokens else number(query_offset)
+        self.cache, self.tokens, self.lengths = cache, tokens, cache.lengths
+        steps = number(tokens - 1 if last else query_offset) if last or not tokens else numbers(tokens)
         self.positions = self.lengths[:, None] + steps  # [B, T]
-        self._masks: dict[tuple[KVSpec, int, int], mx.array] = {}
-        self._slots: dict[tuple[KVSpec, int], mx.array] = {}
+        self._rings = [self._view(cache.rings)]
+        self._full = [self._view(shelf) for shelf in cache.shelves]
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Writes a layer's K/V of the new positions. layer: the index among those that own K/V; keys, values: [B,
         kv_heads, T, head_dim].
         """
-        kv = self.cache.layers[layer]
-        if self._real is not None:  # padding repeats another row's token; nobody sees it, but 0 times NaN is NaN
-            keys, values = (mx.where(self._real, new, 0) for new in (keys, values))
-        kv.write(self.rows, self._slot(kv.spec, kv.slots), keys, values)
+        sliding, i = self.cache.homes[layer]
+        for view in self._rings if sliding else self._full:
+            view.write(i, keys, values)
 
     def attend(self, layer: int, queries: mx.array) -> mx.array:
         """Returns the attention of queries at `positions` over a layer's K/V: [B, heads, T, head_dim], as `queries`
         are.
         """
-        kv = self.cache.layers[layer]
-        read = slots_read(kv.slots, self.used)
-        return kv.attend(self.rows, read, queries, self._mask(kv.spec, kv.slots, read, queries.shape[1]))
+        sliding, i = self.cache.homes[layer]
+        if sliding:
+            return self._rings[0].attend(i, queries)
+        if self.cache.gather is None:  # all rows are of one class
+            return self._full[0].attend(i, queries)
+        attended = mx.concatenate([view.attend(i, queries) for view in self._full], axis=0)
+        return mx.take(attended, self.cache.gather, axis=0)
 
-    def _slot(self, spec: KVSpec, slots: int) -> mx.array:
-        key = (spec, slots)
-        if key not in self._slots:
-            slot = (self.positions % number(slots))[:, None, :, None]
-            shape = (slot.shape[0], spec.kv_heads, self.tokens, spec.head_dim)
-            self._slots[key] = mx.broadcast_to(slot, shape)
-        return self._slots[key]
-
-    def _mask(self, spec: KVSpec, slots: int, read: int, heads: int) -> mx.array:
-        key = (spec, slots, heads)
-        if key not in self._masks:
-            seen = visible(self.lengths, self.tokens, self.positions, slots, spec.window, read)
-            self._masks[key] = attention_mask(seen, heads, spec.kv_heads)
-        return self._masks[key]
-
-
-class LastTokenSpan(Span):
-    """The view of one token of each row of a span, for the layers that follow once all tokens' K/V are written.
-
-    column: int32 [B], which of the span's T tokens goes on; only its query is asked. gather_index: int32 [B], where
-    that token lies among the span's packed ones.
-    """
-
-    def __init__(self, span: Span, column: mx.array):
-        super().__init__(span.cache, span.rows, span.tokens)
-        self.is_prefill = span.is_prefill
-        self.positions = mx.take_along_axis(span.positions, column[:, None], axis=1)
-        index = mx.arange(column.size) * span.tokens + column
-        self.gather_index = index if span.unpack_index is None else span.unpack_index[index]
-        self._column = column[:, None, None, None]
-
-    def of(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-        """Returns the tokens that go on of arrays of all packed tokens: [N, ...] each -> [B, ...]."""
-        return tuple(each[self.gather_index] for each in inputs)
-
-    def gather_queries(self, queries: mx.array) -> mx.array:
-        """Returns the queries of the tokens that go on: [B, heads, T, head_dim] -> [B, heads, 1, head_dim]."""
-        return mx.take_along_axis(queries, self._column, axis=2)
-
-
-def _round_up(tokens: int) -> int:
-    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
+    def _view(self, shelf: Shelf) -> View:
+        used = shelf.longest(self.cache.length_bound) + self.tokens
+        return View(shelf, self.lengths, self.positions, self.tokens, used)

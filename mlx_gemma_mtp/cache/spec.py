@@ -1,11 +1,11 @@
-"""What a cache must know of a layer that owns keys and values."""
+"""What a cache must know of a layer that owns keys and values, and how many bytes follow from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CAPACITY_STEP = 256
+SMALLEST, STEADY = 256, 1024  # tokens: the smallest capacity class, and the one from which on an octave has four
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,55 @@ class KVSpec:
     window: int | None
 
 
-def kv_bytes(specs: Sequence[KVSpec], tokens: int, rows: int, block: int, item_size: int) -> int:
-    """Returns the bytes that a cache takes for `tokens` positions of `rows` sequences.
+def capacity(tokens: int) -> int:
+    """Returns the capacity class of a row: how many slots full layers keep for so many tokens.
 
-    Rings have window + block - 1 positions, however short the text is. Full layers grow in steps of 256. item_size:
-    bytes of a number.
+    The classes are 256, 512, 1024, and then four an octave: 1280, 1536, 1792, 2048, 2560, 3072 and so on. So a row
+    that grows is copied seldom, and at most a fifth of what it takes is unused.
     """
-    whole = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
-    slots = [spec.window + block - 1 if spec.window else whole for spec in specs]
-    per_row = sum(2 * n * spec.kv_heads * spec.head_dim for n, spec in zip(slots, specs, strict=True))
-    return rows * per_row * item_size
+    octave = (max(tokens, 1) - 1).bit_length()  # of 2^(octave - 1) < tokens <= 2^octave
+    if tokens <= STEADY:
+        return max(SMALLEST, 1 << octave)
+    step = 1 << (octave - 3)
+    return -(-tokens // step) * step
+
+
+def ring_slots(window: int, block: int, lookback: int = 0) -> int:
+    """Returns the slots of a sliding layer's ring, by the ring law. block: the longest write. lookback: how far before
+    the newest token's index a drafter's query may sit.
+    """
+    return window + block - 1 + lookback
+
+
+def row_bytes(specs: Sequence[KVSpec], tokens: int, block: int, item_size: int, lookback: int = 0) -> int:
+    """Returns the bytes that a row of so many tokens takes in a batch's cache: whole rings, however short the text is,
+    and in full layers the class that holds it and one block more.
+
+    block: the longest write. item_size: bytes of a number.
+    """
+    full = capacity(tokens + block)
+    return _bytes(
+        specs, [full if s.window is None else ring_slots(s.window, block, lookback) for s in specs], item_size
+    )
+
+
+def staged_bytes(specs: Sequence[KVSpec], tokens: int, block: int, item_size: int, lookback: int = 0) -> int:
+    """Returns the bytes of a cache opened for one row of at most so many tokens (`Cache.open`). block: the chunk."""
+    full = capacity(tokens)
+    slots = [full if s.window is None else min(full, ring_slots(s.window, block, lookback)) for s in specs]
+    return _bytes(specs, slots, item_size)
+
+
+def saved_bytes(specs: Sequence[KVSpec], tokens: int, item_size: int, lookback: int = 0) -> int:
+    """Returns the bytes of a sequence of so many tokens by itself (`Cache.save` without slack)."""
+    slots = [tokens if s.window is None else min(tokens, s.window - 1 + lookback) for s in specs]
+    return _bytes(specs, slots, item_size)
+
+
+def _bytes(specs: Sequence[KVSpec], slots: Sequence[int], item_size: int) -> int:
+    return sum(2 * n * spec.kv_heads * spec.head_dim for n, spec in zip(slots, specs, strict=True)) * item_size
+
+
+def kv_bytes(specs: Sequence[KVSpec], tokens: int, rows: int, block: int, item_size: int) -> int:
+    """Returns the bytes that a batch's cache takes for `tokens` positions of `rows` sequences, see `row_bytes`."""
+    return rows * row_bytes(specs, tokens, block, item_size)

@@ -162,6 +162,6 @@ def _log_probability(engine: Engine, prompt: list[int], text: list[int]) -> floa
 def _logits(engine: Engine, tokens: list[int]) -> mx.array:
     """The target's soft-capped logits after each token, float32 [1, T, V], in one pass with a cache of its own."""
     config = engine.target.config
-    cache = Cache(config.kv, 1, len(tokens), len(tokens), engine.target.dtype)
-    hidden = engine.target(mx.array([tokens]), cache.span(slice(0, 1), len(tokens)))
+    cache = Cache(config.kv, len(tokens), engine.target.dtype).open(len(tokens))
+    hidden = engine.target(mx.array([tokens]), cache.span(len(tokens)))
     return soft_cap(engine.target.logits(hidden), config.softcap)

@@ -75,10 +75,10 @@ def of_experts(model: Gemma4) -> Iterator[tuple[str, list[int]]]:
 
 def of_passes(model: Gemma4, prompt: Sequence[int]) -> list[int]:
     """Returns the widths at which a whole pass gives its first token the hidden state of a pass of that token alone."""
-    cache = Cache(model.config.kv, 1, len(prompt) + max(WIDTHS), max(len(prompt), max(WIDTHS)), model.dtype)
-    row, tokens = slice(0, 1), mx.array([list(prompt)])
-    mx.eval(model(tokens, cache.span(row, tokens.shape[1])))
-    cache.commit(row, mx.array([tokens.shape[1]]), [tokens.shape[1]])
+    cache = Cache(model.config.kv, max(len(prompt), *WIDTHS), model.dtype).open(len(prompt) + max(WIDTHS))
+    tokens = mx.array([list(prompt)])
+    mx.eval(model(tokens, cache.span(tokens.shape[1])))
+    cache.commit(mx.array([tokens.shape[1]]), [tokens.shape[1]])
     following = mx.random.randint(0, model.config.vocab_size, (1, max(WIDTHS)), key=mx.random.key(0))
-    first = [model(following[:, :width], cache.span(row, width))[:, 0] for width in WIDTHS]
+    first = [model(following[:, :width], cache.span(width))[:, 0] for width in WIDTHS]
     return [width for width, hidden in zip(WIDTHS, first, strict=True) if mx.array_equal(hidden, first[0]).item()]

@@ -14,7 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..cache.cache import Cache
 from ..engine.engine import Engine
 from ..errors import UserError
 from ..models.gemma4 import Gemma4
@@ -22,7 +21,7 @@ from ..models.moe import Router
 from ..sampling.distribution import Rules
 from ..sampling.params import SamplingParams
 from ..speculative.loop import Round, Speculation, compact
-from ..speculative.prefill import prefill
+from ..speculative.prefill import batch
 
 
 class Watched(nn.Module):
@@ -110,30 +109,26 @@ def trace(
 
     loop = _begin(engine, prompts, params, num_draft)
     with watched(engine.target) as log:
-        take(loop.start(num_draft))
+        take(loop.step([num_draft] * len(live)))
         while stay := compact([not texts[row].ended for row in live]):
             if len(stay) < len(live):
                 live = [live[place] for place in stay]
-                log.clear()  # of the pass that was built for all of them: `retain` drops it
-                loop.retain(stay, _rules(engine, params, len(live)))
+                log.clear()  # of the pass that was built for all of them: `arrange` drops it
+                loop.arrange(stay, _rules(engine, params, len(live)))
             loop.launch()
             launched, log[:] = log[:], []  # `step` builds the next pass
-            done = loop.step(num_draft)
+            done = loop.step([num_draft] * len(live))
             verifies.append(Verify(tuple(live), _gathered(launched, len(live)), take(done)))
     return [text.tokens for text in texts], verifies
 
 
 def _begin(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, num_draft: int) -> Speculation:
-    """Prefills, as scheduler.Batch does; with no drafts the drafter stays out."""
-    target, longest = engine.target, max(map(len, prompts))
-    block = max(num_draft + 1, min(engine.prefill_chunk, longest))
-    cache = Cache(
-        target.config.kv, len(prompts), longest + block, block, target.dtype, lookback=engine.drafting.lookback
-    )
-    hidden = prefill(target, cache, slice(0, len(prompts)), prompts)
-    rules = _rules(engine, params, len(prompts))
-    drafter = engine.drafter if num_draft else None
-    return Speculation(target, drafter, cache, rules, hidden, engine.drafting)
+    """Prefills the prompts together; with no drafts the drafter stays out."""
+    chunk = min(engine.prefill_chunk, max(map(len, prompts)))
+    cache, hidden = batch(engine.target, prompts, chunk, num_draft + 1, engine.drafting.lookback)
+    loop = Speculation(engine.target, engine.drafter if num_draft else None, cache, engine.drafting)
+    loop.begin(hidden, _rules(engine, params, len(prompts)))
+    return loop
 
 
 def _rules(engine: Engine, params: SamplingParams, rows: int) -> Rules:

@@ -102,9 +102,10 @@ class Bench:
     ):
         self.target, self.drafter, self.drafting = target, drafter, drafting
         self.rows, self.context = rows, max(context, len(prompt))
-        block = max(MAX_DRAFTS + 1, len(prompt))
-        self.cache = Cache(target.config.kv, rows, self.context + 5 * block, block, target.dtype)
-        self.hidden = prefill(target, self.cache, slice(0, rows), [prompt] * rows)
+        (prefilled,), hidden = prefill(target, [prompt], len(prompt), drafting.lookback)
+        self.cache = Cache(target.config.kv, MAX_DRAFTS + 1, target.dtype, drafting.lookback)
+        self.cache.arrange([prefilled.save(0)] * rows)
+        self.hidden = mx.repeat(hidden, rows, axis=0)
         self.rules = Rules.of([params] * rows, target.config.vocab_size)
 
     def rounds(self, width: int) -> tuple[float, float]:
@@ -114,10 +115,10 @@ class Bench:
         """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
         self.cache.length_bound = [self.context] * self.rows
-        parts = self.target, self.drafter, self.cache, self.rules, self.hidden, self.drafting
-        loop = Speculation(*parts, confident=True)
-        loop.start(width)
-        loop.step(width)
+        loop = Speculation(self.target, self.drafter, self.cache, self.drafting, confident=True)
+        loop.begin(self.hidden, self.rules)
+        for _ in range(2):
+            loop.step([width] * self.rows)
         chained, alone = _seconds(loop, width), _seconds(loop, 0)
         loop.launch()  # what was built must not stay behind as a copy of the cache
         mx.synchronize()
@@ -127,7 +128,7 @@ class Bench:
 def _seconds(loop: Speculation, drafts: int) -> float:
     began = time.perf_counter()
     loop.launch()
-    loop.step(drafts)
+    loop.step([drafts] * loop.cache.rows)
     return time.perf_counter() - began
 
 

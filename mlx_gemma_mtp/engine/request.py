@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import in_a_line
 from ..sampling.params import SamplingParams
 from ..speculative.guide import Constraint
-from ..speculative.loop import TokenLogprob
+from ..speculative.readback import TokenLogprob
 from ..text.reply import NOTHING, Piece, Reply
 from ..text.tools import ToolCall
 from .stats import Stats

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache.cache import LastTokenSpan, Span
+from ..cache.cache import Span
+from ..cache.packed import LastTokens, PackedSpan
 from ..ops.fused import geglu, number
 from .config import LayerSpec, MoESpec, TargetConfig
 from .layers import MLP, Attention, RMSNorm, rms_norm, rooted, rotation
@@ -48,50 +49,39 @@ class Block(DerivedWeights):
     def __call__(
         self,
         x: mx.array,
-        span: Span,
+        span: Span | PackedSpan | LastTokens,
         tables: tuple[mx.array, ...],
         inputs: tuple[mx.array, ...] = (),
-        narrow: LastTokenSpan | None = None,
+        last: LastTokens | None = None,
     ) -> mx.array:
         """Returns the residual stream after this layer. x: [N, hidden], the tokens of the span -> [N, hidden].
 
         tables: from `Ropes.tables`, of the layer's kind. inputs: the per-layer input [N, per_layer_size], where the
-        model has one. narrow: a view of one token of each row of the span; then all tokens write K/V, and only these go
-        on, [B, hidden].
+        model has one. last: a view of the last token of each piece of a prefill; then all tokens write K/V, and only
+        these go on, [B, hidden].
         """
-        if span.is_prefill:
-            queries, *new = self.pre_attention(x, tables, span.unpack_index)
-        else:
-            queries, *new = self._pre_attention(x, tables)
+        eager = span.is_prefill  # a prompt's shape hardly comes again: compiling for it would not pay
+        queries, *new = (self.pre_attention if eager else self._pre_attention)(x, tables)
         if new:
             span.write(self.kv_layer, *new)
-        if narrow is not None:
-            x, queries, inputs = x[narrow.gather_index], narrow.gather_queries(queries), narrow.of(inputs)
-            span = narrow
+        if last is not None:
+            span, (x, queries, *inputs) = last, last.of((x, queries, *inputs))
         attended = span.attend(self.kv_layer, queries)
-        return (
-            self.post_attention(x, attended, *inputs, packed_index=span.packed_index)
-            if span.is_prefill
-            else self._post_attention(x, attended, *inputs)
-        )
+        return (self.post_attention if eager else self._post_attention)(x, attended, *inputs)
 
-    def pre_attention(
-        self, x: mx.array, tables: tuple[mx.array, ...], unpack_index: mx.array | None = None
-    ) -> tuple[mx.array, ...]:
+    def pre_attention(self, x: mx.array, tables: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
         """Returns the queries, and where the layer owns them keys and values, each [B, heads, T, head_dim]. x: [N,
         hidden].
         """
-        return self.self_attn.project(self.input_layernorm(x), tables, unpack_index)
+        return self.self_attn.project(self.input_layernorm(x), tables)
 
-    def post_attention(
-        self, x: mx.array, attended: mx.array, *inputs: mx.array, packed_index: mx.array | None = None
-    ) -> mx.array:
+    def post_attention(self, x: mx.array, attended: mx.array, *inputs: mx.array) -> mx.array:
         """Returns the residual stream of the next layer, [N, hidden].
 
         x: [N, hidden]; attended: [B, heads, T, head_dim], what attention brought; inputs: the per-layer input, where
-        the model has one; packed_index: the span's, where x is packed.
+        the model has one.
         """
-        x = self.post_attention_layernorm.add(x, self.self_attn.join(attended, packed_index), self._one)
+        x = self.post_attention_layernorm.add(x, self.self_attn.join(attended), self._one)
         return self.finish(x, self.feedforward(x), *inputs)
 
     def feedforward(self, x: mx.array) -> mx.array:
@@ -177,36 +167,43 @@ class Gemma4(nn.Module):
         """The type that is computed in. (A table in MLX's FP4 and FP8 modes gives bf16, whatever this is.)"""
         return self.norm.weight.dtype
 
-    def __call__(self, tokens: mx.array, span: Span, column: mx.array | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, span: Span) -> mx.array:
         """Writes K/V and returns the hidden states after the last norm, [B, T, hidden]. tokens: [B, T], T ==
         span.tokens.
-
-        column: [B], the one token of each row whose state is wanted, [B, 1, hidden]. Then no other token goes on once
-        the last layer that owns K/V has written them: that is the last layer, but in E2B it comes before the middle.
         """
-        flat = tokens.reshape(-1) if span.packed_index is None else tokens.reshape(-1)[span.packed_index]
-        x = self.embed(flat)  # [N, hidden]: products of two axes are fewer primitives
-        steps = list(zip(self.layers, self.per_layer_inputs(flat, x), strict=True))
-        if column is None:
-            assert span.packed_index is None, "of packed rows one column each is asked for"
-            return self.norm(self._through(steps, x, span)).reshape(*tokens.shape, -1)
-        last, narrow = self.writers - 1, LastTokenSpan(span, column)
-        x = self._through(steps[:last], x, span)
-        x = self._through(steps[last : last + 1], x, span, narrow)
-        rest = [(layer, narrow.of(inputs)) for layer, inputs in steps[last + 1 :]]
-        return self.norm(self._through(rest, x, narrow))[:, None]
+        x, steps = self._begin(tokens.reshape(-1))  # products of two axes are fewer primitives
+        return self.norm(self._through(steps, x, span)).reshape(*tokens.shape, -1)
+
+    def prefill(self, tokens: mx.array, span: PackedSpan) -> mx.array:
+        """Writes K/V of pieces of prompts and returns the hidden states of each piece's last token, [B, hidden].
+        tokens: [N], packed.
+
+        No other token goes on once the last layer that owns K/V has written them: that is the last layer, but in E2B it
+        comes before the middle.
+        """
+        x, steps = self._begin(tokens)
+        writing, last = self.writers - 1, LastTokens(span)
+        x = self._through(steps[:writing], x, span)
+        x = self._through(steps[writing : writing + 1], x, span, last)
+        rest = [(layer, last.of(inputs)) for layer, inputs in steps[writing + 1 :]]
+        return self.norm(self._through(rest, x, last))
+
+    def _begin(self, tokens: mx.array) -> tuple[mx.array, list[tuple[Block, tuple[mx.array, ...]]]]:
+        """Returns the embeddings of tokens [N], [N, hidden], and the layers, each with its per-layer inputs."""
+        x = self.embed(tokens)
+        return x, list(zip(self.layers, self.per_layer_inputs(tokens, x), strict=True))
 
     def _through(
         self,
         steps: Sequence[tuple[Block, tuple[mx.array, ...]]],
         x: mx.array,
-        span: Span,
-        narrow: LastTokenSpan | None = None,
+        span: Span | PackedSpan | LastTokens,
+        last: LastTokens | None = None,
     ) -> mx.array:
         """Returns x [N, hidden] after these layers, each with its per-layer inputs."""
         tables = self.ropes.tables(span.positions)
         for layer, inputs in steps:
-            x = layer(x, span, tables[layer.kind], inputs, narrow)
+            x = layer(x, span, tables[layer.kind], inputs, last)
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:

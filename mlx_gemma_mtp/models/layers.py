@@ -165,18 +165,13 @@ class Attention(DerivedWeights):
         self._norms, self._swapped_norms = norms, swap_halves(norms)
         self._size_eps = number(self.spec.kv.head_dim * self.eps)
 
-    def project(
-        self, x: mx.array, tables: Sequence[mx.array], unpack_index: mx.array | None = None
-    ) -> tuple[mx.array, ...]:
+    def project(self, x: mx.array, tables: Sequence[mx.array]) -> tuple[mx.array, ...]:
         """Returns queries, and where the layer owns them keys and values, each [B, heads, T, head_dim].
 
-        x: [N, hidden]. tables: from the rotation's `tables`, of the tokens' positions in B rows. unpack_index: the
-        span's, where x is packed.
+        x: [N, hidden]. tables: from the rotation's `tables`, of the tokens' positions in B rows.
         """
-        spec, projected = self.spec, self.qkv(x)
-        if unpack_index is not None:
-            projected = projected[unpack_index]
-        heads = _split_heads(projected, tables[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
+        spec = self.spec
+        heads = _split_heads(self.qkv(x), tables[0].shape[0], spec.kv.head_dim)  # [B, q + k + v heads, T, D]
         heads = rms_norm(heads, self.eps, self._size_eps)  # one norm and one rotation for all heads
         if not spec.owns_kv:
             return (self.rotation.rotate(heads, self._norms, self._swapped_norms, *tables),)
@@ -187,12 +182,9 @@ class Attention(DerivedWeights):
         turned = self.rotation.rotate(heads, self._norms, self._swapped_norms, *tables)
         return *mx.split(turned, [spec.heads], axis=1), values
 
-    def join(self, attended: mx.array, packed_index: mx.array | None = None) -> mx.array:
-        """Returns the output projection of what the heads attended to: [B, heads, T, head_dim] -> [N, hidden].
-        packed_index: the span's, where the result is to be packed.
-        """
-        joined = _join_heads(attended)
-        return self.o_proj(joined if packed_index is None else joined[packed_index])
+    def join(self, attended: mx.array) -> mx.array:
+        """Returns the output projection of what the heads attended to: [B, heads, T, head_dim] -> [N, hidden]."""
+        return self.o_proj(_join_heads(attended))
 
 
 def _split_heads(x: mx.array, rows: int, head_dim: int) -> mx.array:

@@ -16,7 +16,7 @@ def slots_read(slots: int, used: int) -> int:
     On Metal it is all of them: MLX's fused kernels split their sums by the number of slots, so another number gives
     other bits. Elsewhere it is the used ones, rounded up.
     """
-    return slots if metal_available() else min(slots, -(-used // READ_STEP) * READ_STEP)
+    return slots if metal_available() else min(slots, -(-max(used, 1) // READ_STEP) * READ_STEP)
 
 
 def attention_mask(seen: mx.array, heads: int, kv_heads: int) -> mx.array:

@@ -124,6 +124,10 @@ class Distribution:
         """Returns the distributions of the rows index [n], without their peaks."""
         return Distribution(*(None if a is None else a[index] for a in (self.best, self.scores, self.tokens)))
 
+    def first(self, positions: int) -> Distribution:
+        """Returns the distributions at the first positions, without their peaks."""
+        return Distribution(*(None if a is None else a[:, :positions] for a in (self.best, self.scores, self.tokens)))
+
 
 def sample(
     logits: mx.array,
@@ -209,12 +213,15 @@ def _order(allowed: mx.array, scores: mx.array, rules: Rules) -> mx.array:
     return mx.take_along_axis(order, mx.argsort(-mx.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
 
 
-def accept(drafts: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+def accept(drafts: mx.array, targets: mx.array, real: mx.array | None = None) -> tuple[mx.array, mx.array]:
     """Returns n [B], how many drafts are kept, and the token after them, [B].
 
     A draft is kept while it and all before it equal the target's tokens. drafts: [B, K]; targets: [B, K + 1], drawn
-    without a look at the drafts, which is why the text does not depend on them.
+    without a look at the drafts, which is why the text does not depend on them. real: int32 [B], how many of a row's
+    drafts count, the others are pads; None for all.
     """
     same = (drafts == targets[:, :-1]).astype(mx.int32)
     n = mx.cumprod(same, axis=1).sum(axis=1).astype(mx.int32)
+    if real is not None:
+        n = mx.minimum(n, real)
     return n, mx.take_along_axis(targets, n[:, None], axis=1)[:, 0]

@@ -62,14 +62,16 @@ class TokenCounts:
     vocab: int
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], vocab: int) -> TokenCounts:
-        """Returns the counts after these prompts, before anything was generated."""
-        distinct = [np.unique(np.asarray(tokens, np.int32)) for tokens in prompts]
-        tokens = np.full((len(prompts), max(map(len, distinct))), NONE, np.int32)
-        for row, each in enumerate(distinct):
-            tokens[row, : len(each)] = each
-        listed = mx.array(tokens)
-        return cls(listed, listed != NONE, mx.zeros((len(prompts), 1, tokens.shape[1]), mx.int32), vocab)
+    def of(
+        cls, prompts: Sequence[Sequence[int]], vocab: int, texts: Sequence[Sequence[int]] | None = None
+    ) -> TokenCounts:
+        """Returns the counts after these prompts and what was generated after each. texts: None where nothing was."""
+        lists = [_in_order(*each) for each in zip(prompts, texts or [()] * len(prompts), strict=True)]
+        tokens = np.full((len(lists), max(len(each) for each, _, _ in lists)), NONE, np.int32)
+        counts, prompt = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+        for row, (listed, own, text) in enumerate(lists):
+            tokens[row, : len(listed)], counts[row, : len(listed)], prompt[row, :own] = listed, text, True
+        return cls(mx.array(tokens), mx.array(prompt), mx.array(counts)[:, None], vocab)
 
     @property
     def places(self) -> int:
@@ -142,6 +144,21 @@ class TokenCounts:
             rows = [mx.broadcast_to(dense, (*ids.shape[:2], self.vocab)) for dense in each]
             each = tuple(mx.take_along_axis(dense, ids, axis=-1) for dense in rows)
         return each[0] > 0, each[1]
+
+
+def _in_order(prompt: Sequence[int], text: Sequence[int]) -> tuple[np.ndarray, int, np.ndarray]:
+    """Returns each token once, the prompt's by id and then the text's as they came, how many are the prompt's, and how
+    often the text has each.
+    """
+    own = np.unique(np.asarray(prompt, np.int32))
+    said, first, counts = np.unique(np.asarray(text, np.int32), return_index=True, return_counts=True)
+    by_first = np.argsort(first)
+    said, counts = said[by_first], counts[by_first]
+    new = ~np.isin(said, own)
+    text_counts = np.zeros(len(own) + new.sum(), np.int32)
+    text_counts[np.searchsorted(own, said[~new])] = counts[~new]
+    text_counts[len(own) :] = counts[new]
+    return np.concatenate([own, said[new]]), len(own), text_counts
 
 
 def scattered(tokens: mx.array, values: mx.array, vocab: int) -> mx.array:

@@ -6,7 +6,7 @@ target would not have said are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -68,44 +68,72 @@ class Drafting:
 
 
 class Drafts(NamedTuple):
-    """K drafts of each row.
+    """K drafts of each row, of which a row may have fewer real ones. A draft beyond these is a pad: it is never kept,
+    whatever it is.
 
     tokens: int32 [B, K], ids of the vocabulary. confidence: float32 [B, K], how sure the source is of each, from 0 to 1
     (the drafter: the probability of its likeliest token, before temperature and filters). [B, 0] where nobody asked, or
     from a source that cannot say: then each counts as 1 until the drafts that were kept show what they are worth. q:
     the distribution that the tokens were drawn from, K positions, with noise under `noise.keys_of_round`, for
-    acceptance by rejection alone; None where they were not drawn.
+    acceptance by rejection alone; None where they were not drawn. counts: how many drafts of each row are real; None
+    for all, which is all that a source says.
     """
 
     tokens: mx.array
     confidence: mx.array
     q: Distribution | None = None
+    counts: tuple[int, ...] | None = None
+
+    @property
+    def real(self) -> mx.array | None:
+        """int32 [B], how many drafts of each row are real; None: all."""
+        return None if self.counts is None else mx.array(self.counts, mx.int32)
+
+    @property
+    def of_each(self) -> list[int]:
+        """How many drafts of each row are real."""
+        rows, width = self.tokens.shape
+        return [width] * rows if self.counts is None else list(self.counts)
 
     @classmethod
     def none(cls, rows: int) -> Drafts:
         """Returns no drafts, K = 0, of so many rows."""
         return cls(mx.zeros((rows, 0), mx.int32), mx.zeros((rows, 0)))
 
-    def first(self, count: int) -> Drafts:
-        """Returns the first `count` drafts of each row."""
-        assert self.q is None, "drafts that were drawn are not cut: it would change the distribution of the text"
-        return Drafts(self.tokens[:, :count], self.confidence[:, :count])
+    def counted(self, counts: Sequence[int]) -> Drafts:
+        """Returns the drafts with so many real ones in each row. A place where no row has one is left out."""
+        width = max(counts)
+        of_rows = None if min(counts) == width else tuple(counts)
+        if width == self.tokens.shape[1]:
+            return self._replace(counts=of_rows)
+        return Drafts(self.tokens[:, :width], self.confidence[:, :width], self.q and self.q.first(width), of_rows)
 
-    def of_rows(self, index: mx.array) -> Drafts:
-        """Returns the drafts of the rows index [n]."""
-        return Drafts(self.tokens[index], self.confidence[index], self.q and self.q.of_rows(index))
+    def arranged(self, places: Sequence[int], pads: mx.array) -> Drafts:
+        """Returns the drafts of other rows, in this order.
+
+        places: a number below B is a row as it was, B + j the j-th of J new ones, which has none. pads: [J], a token
+        of each of these for places where others have drafts.
+        """
+        rows, width = self.tokens.shape
+        if not rows:
+            return Drafts.none(len(places))
+        counts = self.of_each + [0] * pads.shape[0]
+        index = mx.array(list(places))
+        old = mx.minimum(index, rows - 1)  # of a new row it is anything
+        tokens = mx.concatenate([self.tokens, mx.repeat(pads[:, None], width, axis=1)], axis=0)[index]
+        drafts = Drafts(tokens, self.confidence[old], self.q and self.q.of_rows(old))
+        return drafts.counted([counts[place] for place in places])
 
 
 class DraftState(NamedTuple):
     """What a source may look at: a round's rows, after its tokens were committed.
 
-    cache: the K/V of all rows; a source reads it and writes nothing. rows: the B rows of the round. newest: int32 [B],
-    each row's newest token, which the cache does not hold yet. hidden: [B, H], the target's hidden state that predicted
-    it. rules: the target's. token_counts: the tokens up to the newest, where the rules have penalties.
+    cache: the K/V of the B rows; a source reads it and writes nothing. newest: int32 [B], each row's newest token,
+    which the cache does not hold yet. hidden: [B, H], the target's hidden state that predicted it. rules: the target's.
+    token_counts: the tokens up to the newest, where the rules have penalties.
     """
 
     cache: Cache
-    rows: slice
     newest: mx.array
     hidden: mx.array
     rules: Rules
@@ -134,7 +162,7 @@ class Mtp:
         noise is nobody else's.
         """
         token, hidden, token_counts = state.newest, state.hidden, state.token_counts
-        span = Span(state.cache, state.rows, 0, self.drafting.position)
+        span = Span(state.cache, 0, self.drafting.position)
         rules = state.rules.drafting(self.drafting.temperature)
         if self.drafting.rejection:
             rules = replace(rules, keys=keys_of_round(rules.keys, span.lengths))

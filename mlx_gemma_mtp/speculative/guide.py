@@ -41,11 +41,11 @@ class Failure(NamedTuple):
 class Look(NamedTuple):
     """What the constraints say of a round's drafts.
 
-    width: how many drafts of each row to verify. mask: uint32 [B, width + 1, words], see Constraint. failures: the
-    reason of each row whose constraint raised; such a row may say nothing.
+    counts: how many drafts of each row to verify. mask: uint32 [B, max(counts) + 1, words], see Constraint. failures:
+    the reason of each row whose constraint raised; such a row may say nothing.
     """
 
-    width: int
+    counts: list[int]
     mask: mx.array
     failures: dict[int, str]
 
@@ -59,8 +59,9 @@ class Guide:
     def look(self, drafts: Sequence[Sequence[int]], cut: bool = True) -> Look:
         """Returns how many drafts to verify, and the masks of the next token and of the one after each draft.
 
-        drafts: K for every row. cut: verify as many drafts as the constraint of some row allows. Without it all K are
-        verified. Whatever comes after a row's first refused draft is not masked: it cannot be emitted.
+        drafts: of each row, pads left out. cut: verify those alone that the row's constraint allows. Without it all are
+        verified. Whatever comes after a row's first refused draft, or after its last one, is not masked: it cannot be
+        emitted.
         """
         walked, failures = [], {}
         for row, (constraint, tokens) in enumerate(zip(self.constraints, drafts, strict=True)):
@@ -69,13 +70,13 @@ class Guide:
             except Exception as error:  # whatever it is, it is this row's alone
                 failures[row] = in_a_line(error)
                 walked.append([only([], self.vocab)])
-        width = max(map(len, walked)) - 1 if cut else len(drafts[0])
-        bits = np.full((len(walked), width + 1, -(-self.vocab // 32)), ALL, np.uint32)
+        counts = [len(each) - 1 for each in walked] if cut else [len(each) for each in drafts]
+        bits = np.full((len(walked), max(counts, default=0) + 1, -(-self.vocab // 32)), ALL, np.uint32)
         for row, masks in enumerate(walked):
             for i, mask in enumerate(masks):
                 if mask is not None:
                     bits[row, i] = mask
-        return Look(width, mx.array(bits), failures)
+        return Look(counts, mx.array(bits), failures)
 
     def advance(self, emitted: Sequence[Sequence[int]]) -> dict[int, Failure]:
         """Moves each row's constraint on by its emitted tokens; nothing else moves one. Returns the failures of the

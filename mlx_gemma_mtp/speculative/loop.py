@@ -1,8 +1,8 @@
-"""The loop: prefill, then rounds of draft, verify, accept, commit. Plain decoding is the same loop with no drafts.
+"""The loop: rounds of draft, verify, accept, commit. Plain decoding is the same loop with no drafts.
 
 Order of a round: VERIFY runs while ACCEPT, COMMIT and the next DRAFT are queued behind it and the next VERIFY is built;
 one readback fetches what was emitted; then the next VERIFY is dispatched. So every read of the cache has finished when
-a verify writes it, and the write is in place.
+a verify writes it, and the write is in place. Rows leave and join between the readback and that dispatch.
 """
 
 from __future__ import annotations
@@ -10,165 +10,53 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import chain
 
 import mlx.core as mx
 
 from ..cache.cache import Cache
-from ..machine.device import metal_available
+from ..cache.saved import Saved
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
-from ..ops.topk import total
-from ..sampling import rejection
-from ..sampling.distribution import Distribution, Rules, accept, logprobs
-from ..sampling.drawing import UNDECIDED, draw, settled
 from ..sampling.penalties import TokenCounts
+from ..sampling.rules import Rules
 from .drafting import DEFAULT_DRAFTING, SOURCES, Drafting, Drafts, DraftState
 from .guide import Guide
-
-NOT_FINITE = "the model's scores are not finite (NaN or infinity): its weights are damaged, or the dtype is too narrow"
-NOTHING_ALLOWED = "no token is allowed here: the constraint, logit_bias and suppressed tokens leave none in common"
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """The model's own log-probability of an emitted token, and (token, log-probability) of the likeliest ones at its
-    place, best first.
-    """
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
+from .readback import Read, Round
+from .rounds import Inputs, Prefilled, Verify, accepted
 
 
 @dataclass(frozen=True)
-class Round:
-    """What one round gave: the tokens that each row emitted.
+class Joiner:
+    """A sequence that comes into the batch.
 
-    drafted: how many drafts of each row were verified; None for the first round, which follows the prefill. errors: for
-    each row why it cannot go on, or None. A row with an error has only the tokens that are good, and must leave.
-    logprobs: one for each token, where the rules ask for them.
+    saved: its K/V. newest: its newest token, which these do not hold yet. None: its first token is not drawn yet; then
+    hidden, [H], is the target's hidden state at its last token.
     """
 
-    tokens: list[list[int]]
-    drafted: int | None
-    errors: list[str | None]
-    logprobs: list[list[TokenLogprob]] | None = None
+    saved: Saved
+    newest: int | None = None
+    hidden: mx.array | None = None
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """All that one round begins with, for rows 0 to B - 1 of the cache. A round makes the inputs of the next; nothing
-    else of it stays.
+class Firsts:
+    """Staged prompts whose last chunk is queued: their first tokens come with a round of the batch.
 
-    newest: int32 [B], each row's newest token, which the cache does not hold yet; None after the prefill, where it
-    does. drafts: the K drafts to be verified behind it. token_counts: the tokens up to the newest, where the rules have
-    penalties. guide: the rows' constraints, None where every row is free. mask: uint32 [B, K + 1, words], bit t % 32 of
-    word t // 32 set where the guide allows token t; None without a guide.
+    hidden: [J, H], the target's hidden states at their last tokens, which need not be evaluated. positions: of the
+    tokens that these predict, the lengths of the prompts. rules, token_counts, guide: theirs, see Inputs.
     """
 
-    newest: mx.array | None
-    drafts: Drafts
+    hidden: mx.array
+    positions: Sequence[int]
     rules: Rules
-    token_counts: TokenCounts | None
-    guide: Guide | None
-    mask: mx.array | None
+    token_counts: TokenCounts | None = None
+    guide: Guide | None = None
 
-    @property
-    def rows(self) -> slice:
-        return slice(0, self.drafts.tokens.shape[0])
-
-    @property
-    def width(self) -> int:
-        """K, how many drafts are to be verified."""
-        return self.drafts.tokens.shape[1]
-
-    def first(self, width: int) -> Inputs:
-        """Returns the inputs with the first `width` drafts alone."""
-        mask = None if self.mask is None else self.mask[:, : width + 1]
-        return replace(self, drafts=self.drafts.first(width), mask=mask)
-
-    def of_rows(self, rows: Sequence[int], rules: Rules) -> Inputs:
-        """Returns the inputs of these rows alone, row rows[i] in place i. rules: of these rows, in this order."""
-        index, guide = mx.array(list(rows)), self.guide and self.guide.of_rows(rows)
-        return Inputs(
-            self.newest[index],
-            self.drafts.of_rows(index),
-            rules,
-            self.token_counts.of_rows(index) if rules.penalties else None,
-            guide,
-            None if guide is None else self.mask[index],
-        )
-
-
-class Verify:
-    """The target's forward over a round's newest tokens and drafts. It is built first, and then dispatched or dropped.
-
-    inputs: the round's. hidden: [B, K + 1, H]. positions: [B, K + 1], of the tokens that the hidden states predict.
-    """
-
-    def __init__(self, target: Gemma4, cache: Cache, inputs: Inputs):
-        tokens = mx.concatenate([inputs.newest[:, None], inputs.drafts.tokens], axis=1)
-        span = cache.span(inputs.rows, tokens.shape[1])
-        self._cache, self._before = cache, cache.buffers  # while these handles are kept, a write is a copy
-        self.inputs, self.positions = inputs, span.positions + 1
-        self.hidden = target(tokens, span)
-        self.dispatched = False
-
-    def dispatch(self) -> None:
-        """Lets the forward run. Its writes are in place, since the last handles of the old buffers go."""
-        self._before.clear()
-        if not metal_available():  # layer by layer: MLX walks a whole graph before its first operation begins
-            for buffers in self._cache.buffers:
-                mx.async_eval(*buffers)
-        mx.async_eval(self.hidden)
-        self.dispatched = True
-
-    def drop(self) -> None:
-        """Gives the cache back as it was before this forward was built."""
-        assert not self.dispatched, "a forward that was dispatched has written"
-        self._cache.buffers = self._before
-
-
-class Prefilled:
-    """The prefill, in the place of the first round's verify. It has no drafts, and its tokens are committed.
-
-    hidden: [B, 1, H], of each row's last token. positions: [B, 1], of the tokens that the hidden states predict.
-    """
-
-    dispatched = True
-
-    def __init__(self, cache: Cache, inputs: Inputs, hidden: mx.array):
-        self.inputs, self.hidden, self.positions = inputs, hidden[:, None], cache.lengths[inputs.rows][:, None]
-
-
-class Undecided(NamedTuple):
-    """What a verify may have left to be settled.
-
-    last: bool [B], whether it is the row's last token. logits, token_counts: of each position.
-    """
-
-    last: mx.array
-    logits: mx.array
-    token_counts: TokenCounts | None
-
-
-class Accepted(NamedTuple):
-    """What a verify decided, as arrays on the device.
-
-    tokens: int32 [B, K + 1], of which kept + 1 count. kept: int32 [B], how many drafts stay. newest: [B], the token
-    after them, or a guess where it is UNDECIDED. sums: float32 [B, K + 1], of the logits of each position, finite
-    where all of these are. peaks: [B, K + 1], the target's Distribution.peak, or None. report: what sampling.logprobs
-    says of the tokens, where the rules ask for it, or nothing. undecided: None where no token can be.
-    """
-
-    tokens: mx.array
-    kept: mx.array
-    newest: mx.array
-    sums: mx.array
-    peaks: mx.array | None
-    report: tuple[mx.array, ...]
-    undecided: Undecided | None
+    def prefilled(self) -> Prefilled:
+        """Returns what their first tokens are drawn from."""
+        inputs = Inputs.of_prefill(len(self.positions), self.rules, self.token_counts, self.guide)
+        return Prefilled(inputs, self.hidden, mx.array(list(self.positions), mx.int32))
 
 
 def compact(live: Sequence[bool]) -> list[int]:
@@ -178,53 +66,15 @@ def compact(live: Sequence[bool]) -> list[int]:
     return [place if live[place] else movers.pop() for place in range(count)]
 
 
-def accepted(target: Gemma4, verify: Verify | Prefilled) -> Accepted:
-    """Returns which drafts of a verify stay, and the token after them. It reads no cache and waits for nothing."""
-    inputs, cap = verify.inputs, target.config.softcap
-    drafts, rules = inputs.drafts, inputs.rules
-    token_counts = inputs.token_counts and inputs.token_counts.at_each(drafts.tokens)
-    logits, undecided = target.logits(verify.hidden), None
-    if drafts.q is None or rules.all_greedy:
-        drawn = draw(logits, rules, verify.positions, cap, token_counts=token_counts, mask=inputs.mask)
-        tokens, peak = drawn.tokens, drawn.peak
-        kept, newest = accept(drafts.tokens, tokens)  # no draft is UNDECIDED
-        if not drawn.certain:
-            undecided = Undecided(newest == UNDECIDED, logits, token_counts)
-            newest = mx.take_along_axis(drawn.guess, kept[:, None], axis=1)[:, 0]
-    else:
-        p = Distribution.of(logits, rules, cap, token_counts=token_counts, mask=inputs.mask)
-        tokens, kept, newest = rejection.accept(drafts.tokens, drafts.q, p, rules, verify.positions)
-        peak = p.peak
-    report = () if rules.logprobs is None else logprobs(logits, tokens, cap, rules.logprobs)
-    return Accepted(tokens, kept, newest, total(logits), peak, report, undecided)
-
-
-def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) -> tuple[list[int], str | None]:
-    """Returns a row's tokens up to the first that is not good, and why it is not, or None where all are good.
-
-    A token is not good where the logits that it was drawn from are not finite, or where the row's settings left none to
-    draw. sums, peaks: the row's part of those in Accepted. A refused draft can make the logits of good tokens NaN: its
-    K/V stay in the row's slots, and attention multiplies what it does not see by 0, which leaves NaN as it is. Then the
-    row ends, though plain decoding would have gone on.
-    """
-    for i in range(len(tokens)):
-        if not math.isfinite(sums[i]):
-            return list(tokens[:i]), NOT_FINITE
-        if peaks and peaks[i] == -math.inf:
-            return list(tokens[:i]), NOTHING_ALLOWED
-    return list(tokens), None
-
-
 class Speculation:
-    """The loop over rows 0 to B - 1 of a cache: `start`, then `step` after `step`. Rows leave in between (`retain`).
+    """The loop over the rows of a cache: rows come and leave by `arrange`, and `step` after `step` runs a round.
 
-    hidden: [B, H] of each row's last token, from `prefill`. drafter: None decodes plainly. drafting: where drafts come
-    from, and how they are accepted. token_counts: the prompts, where the rules have penalties. guide: the rows'
-    constraints; then the drafts are read before the verify is built, and those that are refused cut (but see
-    rejection.py). confident: read the drafts' confidences with every round, into `confidences`, [B][K] for the drafts
-    that were made last, also for those that the guide cut.
+    It begins without rows, over a cache that has none. drafter: None decodes plainly. drafting: where drafts come from,
+    and how they are accepted. confident: read the drafts' confidences with every round, into `confidences`: for each
+    row those of the drafts that wait.
 
-    What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
+    With a guide the drafts are read before the verify is built, and those that it refuses are cut (but see
+    rejection.py). What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
     """
 
     def __init__(
@@ -232,99 +82,142 @@ class Speculation:
         target: Gemma4,
         drafter: Drafter | None,
         cache: Cache,
-        rules: Rules,
-        hidden: mx.array,
         drafting: Drafting = DEFAULT_DRAFTING,
-        token_counts: TokenCounts | None = None,
-        guide: Guide | None = None,
         confident: bool = False,
     ):
         self.target, self.cache, self.confident = target, cache, confident
         self.drafting, make = drafting, SOURCES[drafting.source]
         self.proposer = None if drafter is None else make(drafter, target.embed, drafting, confident)
-        rows = hidden.shape[0]
-        mask = guide and guide.look([[]] * rows).mask  # of the first token
-        self.inputs = Inputs(None, Drafts.none(rows), rules, token_counts, guide, mask)
-        self.confidences: list[list[float]] = [[]] * rows
+        self.inputs = Inputs.none()
+        self.confidences: list[list[float]] = []
         self.host_syncs = 0
-        self._listed = 0 if token_counts is None else token_counts.places  # at most, of any row
-        self._verify: Verify | Prefilled | None = Prefilled(cache, self.inputs, hidden)
-
-    def start(self, num_draft: int) -> Round:
-        """Runs the first round: it draws every row's first token from the prefill, and makes `num_draft` drafts."""
-        assert self.inputs.newest is None, "a text starts once"
-        return self.step(num_draft)
+        self._listed = 0  # tokens of which token counts may have a list, at most, of any row
+        self._verify: Verify | Prefilled | None = None
 
     @property
-    def waiting(self) -> int:
-        """How many drafts of a row wait to be verified: those that were made, without what the guide cut."""
-        return self.inputs.width
+    def waiting(self) -> list[int]:
+        """How many drafts of each row wait to be verified: those that were made, without what the guide cut."""
+        return self.inputs.drafts.of_each
+
+    def begin(
+        self,
+        hidden: mx.array,
+        rules: Rules,
+        token_counts: TokenCounts | None = None,
+        guide: Guide | None = None,
+    ) -> None:
+        """Begins with all rows of the cache, of which no token is drawn yet. The next round draws their first tokens,
+        and makes drafts.
+
+        hidden: [B, H], the target's hidden state at each row's last token. token_counts: the prompts, where the rules
+        have penalties. guide: the rows' constraints, None where every row is free.
+        """
+        inputs = Inputs.of_prefill(hidden.shape[0], rules, token_counts, guide)
+        self._go_on_with(inputs)
+        self._verify = Prefilled(inputs, hidden, self.cache.lengths)
+        self.confidences = [[]] * inputs.rows
+        self._listed = 0 if token_counts is None else token_counts.places
+
+    def arrange(
+        self,
+        places: Sequence[int | Joiner],
+        rules: Rules | None = None,
+        token_counts: TokenCounts | None = None,
+        guide: Guide | None = None,
+    ) -> None:
+        """Goes on with these rows in this order: between a round and the next `launch`.
+
+        places: an int is a row as it was; without any the batch is empty. A joiner has no drafts in its first round. If
+        every row is a joiner without its first token, the batch begins with them (see `begin`); beside other rows a
+        joiner has it. rules, token_counts, guide: of these rows, after all that was emitted, as for `begin`. A verify
+        that was built is dropped.
+        """
+        joiners = [place for place in places if isinstance(place, Joiner)]
+        begins = bool(places) and all(isinstance(place, Joiner) and place.newest is None for place in places)
+        self._go_on_with(self.inputs)
+        self.cache.arrange([place.saved if isinstance(place, Joiner) else place for place in places])
+        if begins:
+            self.begin(mx.stack([joiner.hidden for joiner in joiners]), rules, token_counts, guide)
+            return
+        assert all(joiner.newest is not None for joiner in joiners), "beside other rows a joiner has its first token"
+        new = iter(range(self.inputs.rows, self.inputs.rows + len(joiners)))
+        order = [next(new) if isinstance(place, Joiner) else place for place in places]
+        newest = [joiner.newest for joiner in joiners]
+        self.inputs = self.inputs.arranged(order, newest, rules, token_counts, guide) if places else Inputs.none()
+        self.confidences = [[] if isinstance(place, Joiner) else self.confidences[place] for place in places]
+        self._listed = 0 if token_counts is None else token_counts.places
+
+    def save(self, row: int, slack: int = 0) -> Saved:
+        """Returns copies of a row's K/V, which with its newest token make a Joiner (see Cache.save): between a round
+        and the next `launch`. A verify that was built is dropped.
+        """
+        self._go_on_with(self.inputs)
+        return self.cache.save(row, slack)
 
     def launch(self, width: int | None = None) -> None:
         """Dispatches the next verify, so that it runs while the caller uses the last round. `step` does it if nobody
         did.
 
-        width: how many of the drafts to verify, the first ones; None for all.
+        width: how many of a row's drafts to verify at most, the first ones; None for all.
         """
         if self._verify is not None and self._verify.dispatched:
             return
         if width is not None and width < self.inputs.width:
-            self._go_on_with(self.inputs.first(width))
+            self._go_on_with(self.inputs.cut([min(each, width) for each in self.waiting]))
         self._verify = self._verify or Verify(self.target, self.cache, self.inputs)
         self._verify.dispatch()
 
-    def step(self, num_draft: int) -> Round:
-        """Runs one round: it verifies the drafts that wait, and makes `num_draft` for the next round."""
+    def step(self, num_draft: Sequence[int], firsts: Firsts | None = None, extra: Sequence[mx.array] = ()) -> Round:
+        """Runs one round: it verifies the drafts that wait, and makes others for the next round.
+
+        num_draft: how many to make for each row. firsts: staged prompts whose first tokens come with this round. extra:
+        arrays that are dispatched behind the drafts, and not read: the chunks of prompts.
+        """
         # VERIFY: runs from here on, if not since `launch`; all that follows is queued behind it.
         self.launch()
         verify, self._verify = self._verify, None
-        now, rows = verify.inputs, verify.inputs.rows
+        now = verify.inputs
         # ACCEPT
         out = accepted(self.target, verify)
-        newest, counted = out.newest, out.kept + 1
+        counted = out.kept + 1
         if out.undecided is not None:  # a guess is not counted: it may be another token
             counted -= out.undecided.last
         token_counts = now.token_counts and now.token_counts.first(self._listed).after(out.tokens, counted)
         # COMMIT: each row's tokens that stay
-        drafted = None if now.newest is None else now.width
-        if drafted is not None:
-            self.cache.commit(rows, out.kept + 1, [drafted + 1] * rows.stop)
+        if now.newest is not None:
+            self.cache.commit(out.kept + 1, [count + 1 for count in now.drafts.of_each])
         # DRAFT
-        drafts = Drafts.none(rows.stop)
-        if self.proposer is not None and num_draft > 0:
+        drafts = Drafts.none(now.rows)
+        if self.proposer is not None and max(num_draft) > 0:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
-            state = DraftState(self.cache, rows, newest, hidden, now.rules, token_counts)
-            drafts = self.proposer.propose(state, num_draft)
+            state = DraftState(self.cache, out.newest, hidden, now.rules, token_counts)
+            drafts = self.proposer.propose(state, max(num_draft)).counted(num_draft)
             assert drafts.q is None or self.drafting.rejection, "a source brings q for acceptance by rejection alone"
-        checks = (out.sums,) if out.peaks is None else (out.sums, out.peaks)
-        told = (out.tokens, out.kept, drafts.tokens, drafts.confidence, *out.report, *checks)
-        mx.async_eval(*told, self.cache.lengths, newest)
+        told = (*out.told, drafts.tokens, drafts.confidence)
+        mx.async_eval(*told, self.cache.lengths, out.newest)
+        # First tokens of staged prompts, and chunks of others: behind the drafts, which do not wait for them.
+        staged = None if firsts is None else firsts.prefilled()
+        drawn = None if staged is None else accepted(self.target, staged)
+        late = () if drawn is None else drawn.told
+        mx.async_eval(*late, *extra)
         # VERIFY of the next round: built while the device works, unless constraints must see the tokens first.
-        self._go_on_with(Inputs(newest, drafts, now.rules, token_counts, now.guide, None))
+        self._go_on_with(Inputs(out.newest, drafts, now.rules, token_counts, now.guide))
         if now.guide is None:
             self._verify = Verify(self.target, self.cache, self.inputs)
         # One readback
-        tokens, kept, drafted_next, confidences, *more = self._readback(*told)
-        report, (sums, *peaks) = more[: len(out.report)], more[len(out.report) :]
-        self.confidences = _confidences(confidences, len(drafted_next[0])) if self.confident else confidences
-        self.cache.tighten_length_bound(rows, [(drafted or 0) - count for count in kept])
-        self._listed += max(kept) + 1
-        counted = [row[: count + 1] for row, count in zip(tokens, kept, strict=True)]
-        if undecided := [row for row, each in enumerate(counted) if each[-1] == UNDECIDED]:
-            report = self._settle(verify, out.undecided, undecided, counted, report)
-        emitted, errors = map(list, zip(*map(sound, counted, sums, *(peaks or [[[]] * rows.stop])), strict=True))
+        values = self._readback(*told, *late)
+        *own, drafted_next, confidences = values[: len(told)]
+        read = Read.of(verify, out, own)
+        first = None if drawn is None else Read.of(staged, drawn, values[len(told) :])
+        self.cache.tighten_length_bound([(each or 0) - kept for each, kept in zip(now.drafted, read.kept, strict=True)])
+        self._listed += max(read.kept) + 1
+        self._settle(read, first)
+        done = replace(read.round(), firsts=None if first is None else first.round())
         if now.guide is not None:
-            self._constrain(emitted, errors, drafted_next)
+            self._constrain(done, drafted_next)
             self._verify = Verify(self.target, self.cache, self.inputs)
-        return Round(emitted, drafted, errors, _named(emitted, *report) if report else None)
-
-    def retain(self, rows: Sequence[int], rules: Rules) -> None:
-        """Goes on with these rows alone, row rows[i] in place i. rows: from `compact`; rules: of these rows, in this
-        order.
-        """
-        self._go_on_with(self.inputs.of_rows(rows, rules))
-        self.cache.move({place: row for place, row in enumerate(rows) if place != row})
-        self.confidences = [self.confidences[row] for row in rows]
+        self.confidences = _confidences(confidences, self.waiting) if self.confident else [[]] * now.rows
+        return done
 
     def _go_on_with(self, inputs: Inputs) -> None:
         """Makes these the next round's inputs. A verify that was built of others is dropped."""
@@ -332,49 +225,26 @@ class Speculation:
             self._verify.drop()
         self.inputs, self._verify = inputs, None
 
-    def _settle(
-        self,
-        verify: Verify | Prefilled,
-        undecided: Undecided,
-        rows: list[int],
-        tokens: list[list[int]],
-        report: list[list],
-    ) -> list[list]:
-        """Draws the last token of these rows from all that it may be, and puts it into `tokens`, into the report, which
-        it returns, and into the next round's inputs, whose drafts were made after a guess. It is a second host sync.
-        """
-        now, cap = verify.inputs, self.target.config.softcap
-        index, place = mx.array(rows), mx.array([len(tokens[row]) - 1 for row in rows])
-        logits, token_counts = undecided.logits, undecided.token_counts
-        one = lambda array: array[index, place][:, None]  # noqa: E731
-        counts = token_counts and token_counts.at_place(index, place)
-        mask = None if now.mask is None else one(now.mask)
-        drawn = settled(one(logits), now.rules.of_rows(index), one(verify.positions), cap, counts, mask)
-        own = logprobs(one(logits), drawn, cap, 0)[0] if report else drawn
-        newest = self.inputs.newest.at[index].add(drawn[:, 0] - self.inputs.newest[index])
-        later = self.inputs.token_counts
-        if later is not None:
-            counted = mx.zeros(newest.shape, mx.int32).at[index].add(1)
-            later = later.followed_by(newest, counted)
-        self._go_on_with(replace(self.inputs, newest=newest, token_counts=later))
-        told, values = self._readback(drawn, own)
-        for i, row in enumerate(rows):
-            tokens[row][-1] = told[i][0]
-            if report:
-                report[0][row][len(tokens[row]) - 1] = values[i][0]
-        return report
+    def _settle(self, read: Read, first: Read | None) -> None:
+        """Settles what a round left undecided, with a second host sync; the next drafts were made after guesses."""
+        late = [each for each in (read, first) if each is not None and each.undecided]
+        if not late:
+            return
+        settlements = [each.settlement(self.target) for each in late]
+        if late[0] is read:
+            self._go_on_with(self.inputs.settled(mx.array(read.undecided), settlements[0][0][:, 0]))
+        values = iter(self._readback(*chain.from_iterable(settlements)))
+        for each in late:
+            each.settle(next(values), next(values))
 
-    def _constrain(self, emitted: list[list[int]], errors: list[str | None], drafts: list[list[int]]) -> None:
-        """Moves the guide by what was emitted, and cuts and masks the next round's drafts by it. A row whose constraint
-        fails gets its error, and keeps of its tokens those before it.
-        """
-        inputs, uncut = self.inputs, self.inputs.drafts.q is not None
-        for row, (good, reason) in inputs.guide.advance(emitted).items():
-            emitted[row], errors[row] = emitted[row][:good], reason
-        width, mask, failures = inputs.guide.look(drafts, cut=not uncut)
-        for row, reason in failures.items():
-            errors[row] = reason
-        self.inputs = replace(inputs if uncut else inputs.first(width), mask=mask)
+    def _constrain(self, done: Round, drafts: list[list[int]]) -> None:
+        """Cuts and masks the next round's drafts by the guide. A row whose constraint fails gets its error."""
+        inputs, counts = self.inputs, self.waiting
+        real = [row[:count] for row, count in zip(drafts, counts, strict=True)]
+        look = inputs.guide.look(real, cut=inputs.drafts.q is None)
+        for row, reason in look.failures.items():
+            done.errors[row] = reason
+        self.inputs = replace(inputs.cut(look.counts), mask=look.mask)
 
     def _readback(self, *arrays: mx.array) -> list[list]:
         """Returns the values of these arrays: the round's one host sync, if all of its tokens are decided."""
@@ -383,19 +253,11 @@ class Speculation:
         return [array.tolist() for array in arrays]
 
 
-def _confidences(confidences: list[list[float]], made: int) -> list[list[float]]:
-    """Returns a number from 0 to 1 for each of the drafts that were made: 0 for NaN, and 1 from a source that gives
-    none, which is then judged by the drafts that were kept.
+def _confidences(confidences: list[list[float]], waiting: Sequence[int]) -> list[list[float]]:
+    """Returns a number from 0 to 1 for each of the drafts that wait: 0 for NaN, and 1 from a source that gives none,
+    which is then judged by the drafts that were kept.
     """
-    return [[0.0 if math.isnan(each) else each for each in row] or [1.0] * made for row in confidences]
-
-
-def _named(emitted: list[list[int]], own: list, best: list, values: list) -> list[list[TokenLogprob]]:
-    """Returns the report of the tokens that were emitted, by row; what it says of refused drafts is dropped."""
     return [
-        [
-            TokenLogprob(token, own[row][i], list(zip(best[row][i], values[row][i], strict=True)))
-            for i, token in enumerate(tokens)
-        ]
-        for row, tokens in enumerate(emitted)
+        [0.0 if math.isnan(each) else each for each in row[:count]] or [1.0] * count
+        for row, count in zip(confidences, waiting, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Prefill: ragged prompts, chunk by chunk."""
+"""Prefill: prompts, each in a cache of its own, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -7,34 +7,58 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from ..cache.cache import Cache
+from ..cache.packed import PackedSpan
 from ..models.gemma4 import Gemma4
+
+
+def chunk(target: Gemma4, caches: Sequence[Cache], pieces: Sequence[Sequence[int]]) -> mx.array:
+    """Feeds each cache of one row the next piece of its prompt, and commits it. Returns the hidden states of each
+    piece's last token, [B, H]. Nothing is evaluated.
+    """
+    counts = [len(piece) for piece in pieces]
+    tokens = mx.array([token for piece in pieces for token in piece])
+    hidden = target.prefill(tokens, PackedSpan(caches, counts))
+    for cache, count in zip(caches, counts, strict=True):
+        cache.commit(mx.array([count]), [count])
+    return hidden
 
 
 def prefill(
     target: Gemma4,
-    cache: Cache,
-    rows: slice,
     prompts: Sequence[Sequence[int]],
+    block: int,
+    lookback: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> mx.array:
-    """Feeds ragged prompts in chunks of the cache's block. Each row commits its own tokens alone.
+) -> tuple[list[Cache], mx.array]:
+    """Feeds whole prompts in chunks of `block` tokens, each evaluated before the next. Returns a cache of each prompt,
+    and the hidden states of their last tokens, [B, H].
 
-    progress: told after each chunk how many tokens of the longest prompt are done. Returns each row's hidden state at
-    its last token, [B, H].
+    progress: told after each chunk how many tokens of the longest prompt are done.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    padded = mx.array([list(p) + [0] * (width - len(p)) for p in prompts])
-    hidden = None
-    for start in range(0, width, cache.block):
-        tokens = padded[:, start : start + cache.block]
-        step = tokens.shape[1]
-        counts = [max(0, min(length - start, step)) for length in lengths]  # each row's own tokens in this chunk
-        last = mx.array([length - 1 - start for length in lengths])  # the last token's column, if it is in this chunk
-        here = target(tokens, cache.span(rows, step, counts), mx.clip(last, 0, step - 1))[:, 0]
-        cache.commit(rows, mx.array(counts), counts)
-        inside = ((last >= 0) & (last < step))[:, None]
-        hidden = here if hidden is None else mx.where(inside, here, hidden)
-        mx.eval(hidden, cache.lengths)
-        progress(start + step)
-    return hidden
+    caches = [Cache(target.config.kv, block, target.dtype, lookback).open(len(prompt)) for prompt in prompts]
+    hidden: dict[int, mx.array] = {}
+    for start in range(0, longest := max(map(len, prompts)), block):
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
+        fed = [caches[row] for row in rows]
+        states = chunk(target, fed, [prompts[row][start : start + block] for row in rows])
+        mx.eval(states, [cache.lengths for cache in fed])
+        hidden |= zip(rows, states, strict=True)
+        progress(min(start + block, longest))
+    return caches, mx.stack([hidden[row] for row in range(len(prompts))])
+
+
+def batch(
+    target: Gemma4,
+    prompts: Sequence[Sequence[int]],
+    chunk: int,
+    block: int,
+    lookback: int = 0,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Cache, mx.array]:
+    """Feeds whole prompts in chunks of `chunk` tokens. Returns one cache of them all, for writes of at most `block`
+    tokens, and the hidden states of their last tokens, [B, H].
+    """
+    caches, hidden = prefill(target, prompts, chunk, lookback, progress)
+    cache = Cache(target.config.kv, block, target.dtype, lookback)
+    cache.arrange([each.save(0) for each in caches])
+    return cache, hidden

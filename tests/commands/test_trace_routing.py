@@ -167,8 +167,8 @@ def test_the_choices_are_those_of_the_text(engine, traced):
         prompt = engine.text.encode(PROMPTS[row])
         tokens = mx.array([prompt + texts[row]])
         with watched(engine.target) as log:
-            cache = Cache(engine.target.config.kv, 1, tokens.size, tokens.size, mx.float32)
-            mx.eval(engine.target(tokens, cache.span(slice(0, 1), tokens.size)))
+            cache = Cache(engine.target.config.kv, tokens.size, mx.float32).open(tokens.size)
+            mx.eval(engine.target(tokens, cache.span(tokens.size)))
         expected = np.stack([np.array(layer) for layer in log])[:, len(prompt) :][:, : chosen.shape[1]]
         assert (
             len(texts[row]) - 1 <= chosen.shape[1] <= len(texts[row])

@@ -85,7 +85,7 @@ def product(y: mx.array, module: nn.Module, x: mx.array, *rest: Any) -> None:
 def watch_all() -> None:
     """Everything a token's activations pass."""
     watch(Block, "__call__", lambda y, self, x, *_: (note("blocks' inputs", x), note("blocks' outputs", y)))
-    watch(LayerKV, "write", lambda _, self, rows, slot, keys, values: note("written", keys, values))
+    watch(LayerKV, "write", lambda _, self, slot, keys, values: note("written", keys, values))
     watch(LayerKV, "attend", lambda y, self, rows, slots, queries, mask: (
         note("queries", queries), note("cache", self.keys, self.values), note("attended", y)
     ))  # fmt: skip

@@ -141,7 +141,7 @@ def drafts(drafter: Drafter) -> list[mx.array]:
     """Two draft steps over the K/V of a fixed random target."""
     target = target_model()
     _, cache, hidden = reference.forward(target, TEXT[:-1])
-    span = reference.Span(cache, reference.ROW, 0)
+    span = reference.Span(cache, 0)
     out, token = [], mx.array([TEXT[-1]])
     for _ in range(2):
         y, hidden = drafter(target.embed(token), hidden, span, drafter.ropes.tables(span.positions))

@@ -11,7 +11,6 @@ import pytest
 import tiny
 from constraints import Stairs
 
-from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.ops import topk as topk_module
 from mlx_gemma_mtp.ops.sums import sum_of_exponentials
@@ -23,7 +22,6 @@ from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
 from mlx_gemma_mtp.speculative.drafting import Drafts, DraftState, Mtp
 from mlx_gemma_mtp.speculative.loop import Speculation
-from mlx_gemma_mtp.speculative.prefill import prefill
 
 VOCAB, CAP, COUNT = 12_000, 30.0, 10
 SUPPRESSED = [3, 5000, 11_999]
@@ -308,9 +306,7 @@ def test_open_places_are_settled_in_the_loop(name, guided, short, monkeypatch):
 
 
 def loop_of(model: Gemma4, p: SamplingParams, rows: int) -> Speculation:
-    cache = Cache(model.config.kv, rows, 64, 16, mx.float32)
-    hidden = prefill(model, cache, slice(0, rows), tiny.prompts(rows))
-    return Speculation(model, tiny.drafter(model), cache, Rules.of([p] * rows, tiny.VOCAB), hidden)
+    return tiny.begun(model, tiny.drafter(model), tiny.prompts(rows), p)
 
 
 def test_a_settled_token_is_reported(short, monkeypatch):
@@ -319,7 +315,7 @@ def test_a_settled_token_is_reported(short, monkeypatch):
 
     def reports() -> list:
         loop = loop_of(model, p, 2)
-        rounds = [loop.start(0)] + [loop.step(0) for _ in range(12)]
+        rounds = [tiny.round_of(loop, 0) for _ in range(13)]
         return [each for done in rounds for each in done.logprobs[0]][:12]
 
     short_way = reports()
@@ -341,7 +337,7 @@ def test_drafts_are_made_after_a_guess(name, share, short, monkeypatch):
 
     monkeypatch.setattr(Mtp, "propose", spied)
     loop = loop_of(tiny.target("moe"), replace(IN_THE_LOOP[name], temperature=1.5), 3)
-    rounds = [loop.start(1)] + [loop.step(1) for _ in range(20)]
+    rounds = [tiny.round_of(loop, 1) for _ in range(21)]
     right = np.array(mx.stack(guessed)) == [[row[-1] for row in done.tokens] for done in rounds]
     assert loop.host_syncs - len(rounds) >= 5 and right.mean() >= share
 

@@ -15,6 +15,7 @@ import pytest
 from test_sampling import distribution
 
 from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.cache.saved import Saved
 from mlx_gemma_mtp.sampling import rejection
 from mlx_gemma_mtp.sampling.distribution import Rules, accept
 from mlx_gemma_mtp.sampling.noise import uniform
@@ -79,30 +80,24 @@ def draw(
     **settings,
 ) -> tuple[np.ndarray, float]:
     """Three tokens of `count` rows, [count, 3]; drafts kept in the first round. drafts: of the rounds, in turn; length:
-    tokens instead of three; settings: of Speculation.
+    tokens instead of three; settings: of Speculation.begin.
     """
     length, drafts = settings.pop("length", 3), itertools.cycle(drafts)
-    cache = Cache((), count, 1, 8, mx.float32)  # lengths alone
-    cache.commit(slice(0, count), mx.ones((count,), mx.int32), [1] * count)
+    cache = Cache((), 8, mx.float32)  # lengths alone
+    cache.arrange([Saved(1, ())] * count)
     seeds = np.stack([np.arange(count), np.full(count, 77)], axis=1).astype(np.uint32)
     rows = lambda value: mx.broadcast_to(value, (count, *value.shape[1:]))  # noqa: E731
     rules = Rules.of([params], VOCAB)
     each = {name: rows(getattr(rules, name)) for name in ("temperature", "top_k", "rest", "min_p", "greedy")}
-    loop = Speculation(
-        ToyTarget(),
-        ToyDrafter(drafter),
-        cache,
-        replace(rules, **each, keys=mx.array(seeds)),
-        mx.full((count, 1), FIRST),
-        Drafting(temperature=settings.pop("draft_temperature", 1.0), accept=accept),
-        **settings,
-    )
-    texts = loop.start(next(drafts)).tokens
-    first = loop.step(next(drafts)).tokens
+    drafting = Drafting(temperature=settings.pop("draft_temperature", 1.0), accept=accept)
+    loop = Speculation(ToyTarget(), ToyDrafter(drafter), cache, drafting)
+    loop.begin(mx.full((count, 1), FIRST), replace(rules, **each, keys=mx.array(seeds)), **settings)
+    texts = loop.step([next(drafts)] * count).tokens
+    first = loop.step([next(drafts)] * count).tokens
     for text, more in zip(texts, first, strict=True):
         text += more
     while min(map(len, texts)) < length:
-        for text, more in zip(texts, loop.step(next(drafts)).tokens, strict=True):
+        for text, more in zip(texts, loop.step([next(drafts)] * count).tokens, strict=True):
             text += more
     return np.array([text[:length] for text in texts]), float(np.mean([len(row) - 1 for row in first]))
 

@@ -22,9 +22,6 @@ from mlx_gemma_mtp.sampling.params import REJECTION
 from mlx_gemma_mtp.sampling.rejection import chances, residuals
 from mlx_gemma_mtp.speculative.depth import CONFIDENCE, Auto
 from mlx_gemma_mtp.speculative.drafting import Drafting
-from mlx_gemma_mtp.speculative.guide import guide
-from mlx_gemma_mtp.speculative.loop import Speculation
-from mlx_gemma_mtp.speculative.prefill import prefill
 
 SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, seed=5, ignore_eos=True)
 FILTERS = {
@@ -131,14 +128,12 @@ def test_rows_are_their_own_and_greedy_rows_are_plain():
 def test_drafts_that_a_constraint_refuses_are_verified():
     """None is cut, for that would favour the others; and every token is allowed."""
     model = tiny.target("moe")
-    prompt, cache = tiny.prompts(1), Cache(model.config.kv, 1, 64, 16, mx.float32)
-    rules, guided = Rules.of([tiny.SAMPLED], tiny.VOCAB), guide([Stairs()], tiny.VOCAB)
-    hidden = prefill(model, cache, slice(0, 1), prompt)
-    loop = Speculation(model, tiny.drafter(model), cache, rules, hidden, Drafting(accept=REJECTION), guide=guided)
-    text = list(loop.start(3).tokens[0])
+    rejecting = {"drafting": Drafting(accept=REJECTION), "constraints": [Stairs()]}
+    loop = tiny.begun(model, tiny.drafter(model), tiny.prompts(1), tiny.SAMPLED, **rejecting)
+    text = list(tiny.round_of(loop, 3).tokens[0])
     for _ in range(8):
-        done = loop.step(3)
-        assert done.drafted == 3
+        done = tiny.round_of(loop, 3)
+        assert done.drafted == [3]
         text += done.tokens[0]
     assert [token % 7 for token in text] == [i % 7 for i in range(len(text))]
 
@@ -172,8 +167,8 @@ def test_logprobs_are_those_of_the_text(engine):
     assert engine.generate(PROMPTS[0], params).tokens == result.tokens  # by seed
     text = [*engine.text.encode(PROMPTS[0]), *result.tokens]
     target = engine.target
-    cache = Cache(target.config.kv, 1, len(text), len(text), mx.float32)
-    logits = target.logits(target(mx.array([text]), cache.span(slice(0, 1), len(text))))[0, -41:-1]
+    cache = Cache(target.config.kv, len(text), mx.float32).open(len(text))
+    logits = target.logits(target(mx.array([text]), cache.span(len(text))))[0, -41:-1]
     values = np.array(soft_cap(logits, target.config.softcap), np.float64)
     values -= np.log(np.exp(values).sum(axis=-1, keepdims=True))
     want = values[np.arange(40), result.tokens]

@@ -27,16 +27,16 @@ def test_bits_become_a_mask():
 def test_drafts_are_walked_on_a_copy_up_to_the_first_that_is_refused():
     stairs, free = Stairs(), None
     found = guide([stairs, free], VOCAB)
-    width, mask, failures = found.look([[7, 15, 3, 4], [1, 2, 3, 4]])  # 7 % 7 = 0, 15 % 7 = 1, 3 is refused
+    counts, mask, failures = found.look([[7, 15, 3, 4], [1, 2, 3, 4]])  # 7 % 7 = 0, 15 % 7 = 1, 3 is refused
     mask = unpacked(mask)
-    assert width == 4 and mask.shape == (2, 5, VOCAB) and not failures  # the free row keeps its drafts
+    assert counts == [2, 4] and mask.shape == (2, 5, VOCAB) and not failures  # the free row keeps its drafts
     allowed = [np.flatnonzero(row == 0) % 7 for row in mask[0]]
     assert [set(a.tolist()) for a in allowed[:3]] == [{0}, {1}, {2}] and (mask[1] == 0).all()
     assert (stairs.step, stairs.advanced) == (0, 0)
-    assert guide([stairs], VOCAB).look([[7, 15, 3, 4]])[0] == 2
-    width, mask, _ = guide([stairs], VOCAB).look([[7, 15, 3, 4]], cut=False)
+    assert guide([stairs], VOCAB).look([[7, 15, 3, 4]]).mask.shape[1] == 3
+    counts, mask, _ = guide([stairs], VOCAB).look([[7, 15, 3, 4]], cut=False)
     mask = unpacked(mask)
-    assert width == 4 and (mask[0, 3:] == 0).all() and np.isinf(mask[0, 2]).any()
+    assert counts == [4] and (mask[0, 3:] == 0).all() and np.isinf(mask[0, 2]).any()
     assert found.advance([[14, 8], [5, 6]]) == {}
     assert (stairs.step, stairs.advanced) == (2, 2)
     assert found.of_rows([1]) is None and found.of_rows([0]).constraints == [stairs]
@@ -62,18 +62,27 @@ class Fragile(Stairs):
         raise KeyError("a step is missing")
 
 
+def test_rows_have_drafts_of_their_own_number():
+    """A row without drafts, and one with fewer than its partner."""
+    counts, mask, _ = guide([Stairs(), Stairs(1), None], VOCAB).look([[], [8, 3], [1, 2, 3]])
+    mask = unpacked(mask)
+    assert counts == [0, 1, 3] and mask.shape == (3, 4, VOCAB)
+    assert [set((np.flatnonzero(row == 0) % 7).tolist()) for row in mask[:2, 0]] == [{0}, {1}]
+    assert set((np.flatnonzero(mask[1, 1] == 0) % 7).tolist()) == {2} and (mask[0, 1:] == 0).all()
+
+
 def test_after_drafts_that_cannot_be_walked_nothing_is_allowed():
     """Not everything: a partner has drafts left, so that the row's later positions are verified, too."""
-    width, mask, failures = guide([Fragile("nowhere"), None], VOCAB).look([[7, 15, 3], [1, 2, 3]])
-    assert width == 3 and failures == {}
+    counts, mask, failures = guide([Fragile("nowhere"), None], VOCAB).look([[7, 15, 3], [1, 2, 3]])
+    assert counts == [1, 3] and failures == {}
     mask = unpacked(mask)
     assert set((np.flatnonzero(mask[0, 0] == 0) % 7).tolist()) == {0} and (mask[0, 1] == -np.inf).all()
     assert (mask[1] == 0).all()
 
 
 def test_a_row_whose_mask_raises_may_say_nothing():
-    width, mask, failures = guide([Fragile("mask"), Stairs()], VOCAB).look([[], []])
-    assert width == 0 and failures == {0: "KeyError: 'a step is missing'"}
+    counts, mask, failures = guide([Fragile("mask"), Stairs()], VOCAB).look([[], []])
+    assert counts == [0, 0] and failures == {0: "KeyError: 'a step is missing'"}
     mask = unpacked(mask)
     assert (mask[0] == -np.inf).all() and (mask[1] == 0).any()
 
@@ -161,8 +170,8 @@ def test_a_reply_is_constrained_from_the_border_on():
     t = thinking(3, Stairs())
     stairs = {i for i in range(VOCAB) if i % 7 == 0}
     assert allowed(t) == stairs | {OPEN}
-    width, mask, _ = guide([t], VOCAB).look([[OPEN, 50, CLOSE, 7, 7]])
-    assert width == 4  # the second 7 is refused
+    counts, mask, _ = guide([t], VOCAB).look([[OPEN, 50, CLOSE, 7, 7]])
+    assert counts == [4]  # the second 7 is refused
     at = [set(np.flatnonzero(row == 0).tolist()) for row in unpacked(mask[0])]
     assert at[1] == at[2] == set(range(VOCAB)) - {END} and at[3] == stairs | {OPEN}
     assert at[4] == {i for i in range(VOCAB) if i % 7 == 1}

@@ -12,16 +12,20 @@ import tiny
 
 import mlx_gemma_mtp
 from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.cache.saved import Saved
 from mlx_gemma_mtp.models import gemma4
 from mlx_gemma_mtp.sampling.distribution import Rules
 from mlx_gemma_mtp.sampling.params import COUPLED, REJECTION
 from mlx_gemma_mtp.speculative.drafting import Drafting
-from mlx_gemma_mtp.speculative.loop import Speculation, compact
+from mlx_gemma_mtp.speculative.loop import Joiner, Speculation, compact
 from mlx_gemma_mtp.speculative.prefill import prefill
 
 ROOMS = (
     "cache/cache",
     "cache/kv",
+    "cache/packed",
+    "cache/saved",
+    "cache/shelf",
     "cache/spec",
     "models/drafter",
     "models/gemma4",
@@ -37,6 +41,8 @@ ROOMS = (
     "speculative/guide",
     "speculative/loop",
     "speculative/prefill",
+    "speculative/readback",
+    "speculative/rounds",
 )
 SETTINGS = {"greedy": tiny.GREEDY, "sampled": tiny.SAMPLED, "penalised": tiny.PENALISED}
 COUNT = 40  # five times the window of 8
@@ -51,9 +57,8 @@ def naive(model, prompt: list[int], count: int) -> list[int]:
     """Greedy decoding without a cache to speak of: the whole text anew for every token."""
     text = list(prompt)
     for _ in range(count):
-        cache = Cache(model.config.kv, 1, len(text), len(text), mx.float32)
-        hidden = model(mx.array([text]), cache.span(slice(0, 1), len(text)))
-        text.append(int(mx.argmax(model.logits(hidden[:, -1]))))
+        _, hidden = prefill(model, [text], len(text))
+        text.append(int(mx.argmax(model.logits(hidden))))
     return text[len(prompt) :]
 
 
@@ -71,32 +76,20 @@ def test_plain_decoding_is_the_model(kind):
 
 @pytest.mark.parametrize("kind", ["moe", "e2b"])
 def test_of_a_prompt_one_token_goes_through_the_layers_that_only_read(kind, monkeypatch):
+    """And no padding through any layer. In chunks of 16, so that rows end in the first, in the second, or go on to the
+    third.
+    """
     model, seen = tiny.target(kind), []
     call = gemma4.Block.__call__
     monkeypatch.setattr(gemma4.Block, "__call__", lambda self, x, *rest: seen.append(len(x)) or call(self, x, *rest))
-    tokens, column = mx.array(tiny.prompts(2)[1:] * 2)[:, :6], mx.array([5, 2])
-    every = model(tokens, Cache(model.config.kv, 2, 16, 16, mx.float32).span(slice(0, 2), 6))
-    del seen[:]
-    one = model(tokens, Cache(model.config.kv, 2, 16, 16, mx.float32).span(slice(0, 2), 6), column)
-    assert seen == [12 if layer.owns_kv else 2 for layer in model.config.layers]
-    np.testing.assert_allclose(np.array(one[:, 0]), np.array(every)[[0, 1], [5, 2]], atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["moe", "e2b"])
-def test_padding_of_ragged_prompts_goes_through_no_layer(kind, monkeypatch):
-    """In chunks of 16, so that rows end in the first, in the second, or go on to the third."""
-    model, seen = tiny.target(kind), []
-    call = gemma4.Block.__call__
-    monkeypatch.setattr(gemma4.Block, "__call__", lambda self, x, *rest: seen.append(len(x)) or call(self, x, *rest))
-    batch = [tiny.prompts(8)[i] for i in (0, 1, 7)]  # of 3, 17 and 41 tokens
-    cache = Cache(model.config.kv, 3, 41, 16, mx.float32)
-    hidden = prefill(model, cache, slice(0, 3), batch)
-    owners = sum(layer.owns_kv for layer in model.config.layers)
-    readers = len(model.config.layers) - owners
-    assert seen == [count for tokens in (3 + 16 + 16, 0 + 1 + 16, 9) for count in [tokens] * owners + [3] * readers]
-    assert cache.lengths.tolist() == cache.length_bound == [3, 17, 41]
-    for row, prompt in enumerate(batch):
-        alone = prefill(model, Cache(model.config.kv, 1, 41, 64, mx.float32), slice(0, 1), [prompt])
+    prompts = [tiny.prompts(8)[i] for i in (0, 1, 7)]  # of 3, 17 and 41 tokens
+    caches, hidden = prefill(model, prompts, 16)
+    layers = model.config.layers
+    pieces = (3 + 16 + 16, 3), (1 + 16, 2), (9, 1)  # tokens, and prompts that have some
+    assert seen == [tokens if layer.owns_kv else rows for tokens, rows in pieces for layer in layers]
+    assert [cache.lengths.tolist() for cache in caches] == [cache.length_bound for cache in caches] == [[3], [17], [41]]
+    for row, prompt in enumerate(prompts):
+        _, alone = prefill(model, [prompt], 64)
         np.testing.assert_allclose(np.array(hidden[row]), np.array(alone[0]), atol=1e-5)
 
 
@@ -154,9 +147,9 @@ def test_always_right_drafts_are_all_kept_past_the_window(moe):
 def test_chunk_sizes_do_not_change_the_text(moe):
     batch = tiny.prompts(8)
     drafter = tiny.drafter(moe)
-    whole, _ = tiny.decode(moe, drafter, batch, 3, 30, block=64)
-    for block in (1, 5, 16):
-        assert tiny.decode(moe, drafter, batch, 3, 30, block=block)[0] == whole
+    whole, _ = tiny.decode(moe, drafter, batch, 3, 30, chunk=64)
+    for chunk in (1, 5, 16):
+        assert tiny.decode(moe, drafter, batch, 3, 30, chunk=chunk)[0] == whole
 
 
 def test_the_draft_position_is_a_setting(moe):
@@ -164,13 +157,11 @@ def test_the_draft_position_is_a_setting(moe):
     batch, drafter = tiny.prompts(2), tiny.drafter(moe)
     emitted, drafts = [], []
     for position in (0, -1):
-        cache = Cache(moe.config.kv, 2, 64, 16, mx.float32, lookback=-position)
-        rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
-        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 2), batch), Drafting(position))
-        rows = loop.start(3).tokens
+        loop = tiny.begun(moe, drafter, batch, drafting=Drafting(position))
+        rows = tiny.round_of(loop, 3).tokens
         drafts.append(loop.inputs.drafts.tokens.tolist())
         for _ in range(30):
-            rows = [row + more for row, more in zip(rows, loop.step(3).tokens, strict=True)]
+            rows = [row + more for row, more in zip(rows, tiny.round_of(loop, 3).tokens, strict=True)]
         emitted.append([row[:20] for row in rows])
     assert emitted[0] == emitted[1] and drafts[0] != drafts[1]
 
@@ -179,21 +170,19 @@ def test_rows_leave_between_rounds(moe):
     """After rows left, the others go on with the same text, and a built verify of the old rows does not leak."""
     batch, drafter = tiny.prompts(8), tiny.drafter(moe)
     plain, _ = tiny.decode(moe, None, batch, 0, COUNT)
-    cache = Cache(moe.config.kv, 8, 48, 16, mx.float32)
-    rules = Rules.of([tiny.GREEDY] * 8, tiny.VOCAB)
-    loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 8), batch))
+    loop = tiny.begun(moe, drafter, batch)
     names = list(range(8))
-    texts = dict(enumerate(loop.start(3).tokens))
+    texts = dict(enumerate(tiny.round_of(loop, 3).tokens))
     for leavers in ([], [2], [0, 7], [], [5], [1, 3, 4]):
         for _ in range(4):
-            for name, tokens in zip(names, loop.step(3).tokens, strict=True):
+            for name, tokens in zip(names, tiny.round_of(loop, 3).tokens, strict=True):
                 texts[name] = texts[name] + tokens
         rows = compact([name not in leavers for name in names])
         if len(rows) < len(names):
             names = [names[row] for row in rows]
-            loop.retain(rows, Rules.of([tiny.GREEDY] * len(rows), tiny.VOCAB))
+            loop.arrange(rows, Rules.of([tiny.GREEDY] * len(rows), tiny.VOCAB))
     while len(texts[6]) < COUNT:
-        texts[6] = texts[6] + loop.step(3).tokens[0]
+        texts[6] = texts[6] + tiny.round_of(loop, 3).tokens[0]
     for name, text in texts.items():
         assert text[:COUNT] == plain[name][: len(text)], name
 
@@ -210,19 +199,17 @@ def test_one_readback_a_round(moe):
     """Counted where it happens; and nowhere else in the loop can the host wait for the device."""
     drafts = tiny.drafter(moe)
     for accept, drafter, num_draft in ((COUPLED, None, 0), (COUPLED, drafts, 3), (REJECTION, drafts, 3)):
-        batch = tiny.prompts(4)
-        cache = Cache(moe.config.kv, 4, 64, 16, mx.float32)
-        rules = Rules.of([tiny.SAMPLED] * 4, tiny.VOCAB)
-        loop = Speculation(moe, drafter, cache, rules, prefill(moe, cache, slice(0, 4), batch), Drafting(accept=accept))
-        loop.start(num_draft)
+        loop = tiny.begun(moe, drafter, tiny.prompts(4), tiny.SAMPLED, drafting=Drafting(accept=accept))
         for done in range(5):
-            assert loop.host_syncs == 1 + done
-            loop.step(num_draft)
+            assert loop.host_syncs == done
+            tiny.round_of(loop, num_draft)
     waits = {name: _waits(name) for name in ROOMS}
-    # Weights and Rope's tables are evaluated once; prefill waits for each chunk, rows that move for their copies.
+    # Weights and Rope's tables are evaluated once; prefill waits for each chunk, rows that move or are saved for their
+    # copies, buffers that grow for the larger ones.
     assert waits.pop("speculative/loop") == {"_readback": ["eval", "tolist"]}
     assert waits.pop("speculative/prefill") == {"prefill": ["eval"]}
-    assert waits.pop("cache/cache") == {"move": ["eval", "eval"]}
+    assert waits.pop("cache/cache") == {"save": ["item", "eval"], "_place": ["eval"]}
+    assert waits.pop("cache/kv") == {"resize": ["eval"]}
     assert waits.pop("models/layers") == {"__init__": ["eval", "eval"]}
     assert waits.pop("models/linear") == {"finish_loading": ["eval"]}
     assert not any(waits.values()), waits
@@ -241,77 +228,113 @@ def _waits(module: str) -> dict[str, list[str]]:
     return found
 
 
+LONG = 8000  # tokens
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A model whose K/V weigh more than its scores, and its drafter: 16 MB a row of LONG tokens."""
+    change = lambda raw: raw | {"text_config": raw["text_config"] | {"global_head_dim": 128}}  # noqa: E731
+    return tiny.target("dense", change=change), lambda model: tiny.drafter(model, "dense", change=change)
+
+
+def long_rows(model, rows: int) -> Cache:
+    """A cache of rows that have LONG tokens each, all zeros."""
+    cache = Cache(model.config.kv, 8, mx.float32)
+    cache.arrange([long_one(model)] * rows)
+    return cache
+
+
+def long_one(model) -> Saved:
+    kept = lambda spec: (1, spec.kv_heads, LONG if spec.window is None else spec.window - 1, spec.head_dim)  # noqa: E731
+    return Saved(LONG, tuple((mx.zeros(kept(spec)), mx.zeros(kept(spec))) for spec in model.config.kv))
+
+
+def greedy(rows: int) -> Rules:
+    return Rules.of([tiny.GREEDY] * rows, tiny.VOCAB)
+
+
 @pytest.mark.parametrize("num_draft", [0, 3])
-def test_a_long_cache_is_written_in_place(num_draft):
-    """A round's peak stays far below a copy of the cache's four large buffers (with a handle kept it is 51 MB more)."""
-    model = tiny.target("dense")
-    drafter = tiny.drafter(model, "dense") if num_draft else None
-    cache = Cache(model.config.kv, 1, 200_000, 64, mx.float32)
-    rules = Rules.of([tiny.GREEDY], tiny.VOCAB)
-    loop = Speculation(model, drafter, cache, rules, prefill(model, cache, slice(0, 1), tiny.prompts(1)))
-    loop.start(num_draft)
-    for _ in range(2):
-        loop.step(num_draft)
-    one_buffer = max(layer.keys.nbytes for layer in cache.layers)  # 12.8 MB
-    masks_and_scores = 6 * 4 * (num_draft + 1) * 200_000  # a float32 score a head, and masks
+def test_a_long_cache_is_written_in_place(wide, num_draft):
+    """A round's peak stays far below a copy of the cache (with a handle kept it is all of it)."""
+    model, drafter = wide
+    cache = long_rows(model, 1)
+    loop = Speculation(model, drafter(model) if num_draft else None, cache)
+    loop.begin(mx.zeros((1, 32)), greedy(1))
+    for _ in range(3):
+        tiny.round_of(loop, num_draft)
     mx.eval(cache.lengths)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     for _ in range(3):
-        loop.step(num_draft)
-    assert mx.get_peak_memory() - before < one_buffer + masks_and_scores
+        tiny.round_of(loop, num_draft)
+    assert mx.get_peak_memory() - before < cache.bytes / 4
 
 
 @pytest.mark.parametrize("rows", [[3, 1, 2], [3, 2], [2, 1], [3], [0, 1]])
-def test_a_long_cache_is_written_in_place_after_rows_left(rows):
+def test_a_long_cache_is_written_in_place_after_rows_left(wide, rows):
     """Leaving copies the rows that move, and the verify after it writes in place again."""
-    model = tiny.target("dense")
-    cache = Cache(model.config.kv, 4, 100_000, 64, mx.float32)
-    rules = lambda count: Rules.of([tiny.GREEDY] * count, tiny.VOCAB)  # noqa: E731
-    hidden = prefill(model, cache, slice(0, 4), tiny.prompts(4))
-    loop = Speculation(model, tiny.drafter(model, "dense"), cache, rules(4), hidden)
-    loop.start(3)
-    for _ in range(2):
-        loop.step(3)
-    one_row = sum(2 * layer.keys.nbytes // 4 for layer in cache.layers)
-    scores = 4 * 4 * 4 * 2 * 100_000 // 4  # of the slots in use these are few
+    model, drafter = wide
+    cache = long_rows(model, 4)
+    loop = Speculation(model, drafter(model), cache)
+    loop.begin(mx.zeros((4, 32)), greedy(4))
+    for _ in range(3):
+        tiny.round_of(loop, 3)
+    one_row = cache.bytes // 4
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    loop.retain(rows, rules(len(rows)))
+    loop.arrange(rows, greedy(len(rows)))
     for _ in range(3):
-        loop.step(3)
+        tiny.round_of(loop, 3)
     movers = sum(place != row for place, row in enumerate(rows))
-    assert mx.get_peak_memory() - before < movers * one_row + scores < 4 * one_row
+    assert mx.get_peak_memory() - before < (movers + 1) * one_row < 4 * one_row or movers == 3
+
+
+@pytest.mark.parametrize("places", [[0, 1, "new"], ["new", 1, 2], [2, "new", 1], ["new", "new", "new"]])
+def test_a_long_cache_is_written_in_place_after_rows_joined(wide, places):
+    """In a hole, at the end, or while another moves: restoring a row is part of the verify's own writes."""
+    model, drafter = wide
+    cache, saved = long_rows(model, 3), long_one(model)
+    mx.eval(list(saved.layers))
+    loop = Speculation(model, drafter(model), cache)
+    loop.begin(mx.zeros((3, 32)), greedy(3))
+    for _ in range(3):
+        tiny.round_of(loop, 3)
+    one_row = cache.bytes // 3
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    loop.arrange([Joiner(saved, 5) if place == "new" else place for place in places], greedy(3))
+    for _ in range(3):
+        tiny.round_of(loop, 3)
+    movers = sum(place not in ("new", at) for at, place in enumerate(places))
+    new = places.count("new")  # each is laid out once as a row
+    assert mx.get_peak_memory() - before < (movers + new + 0.5) * one_row
 
 
 def test_the_bound_of_the_lengths_follows_the_tokens(moe):
     """After each readback the host knows the lengths exactly, so that capacities grow by tokens and not by drafts."""
     batch = tiny.prompts(3)
     wrong = tiny.OracleDrafter(mx.zeros((3, 200), mx.int32), mx.zeros((3, 200), mx.bool_))
-    cache = Cache(moe.config.kv, 3, 48, 16, mx.float32)
-    loop = Speculation(
-        moe, wrong, cache, Rules.of([tiny.GREEDY] * 3, tiny.VOCAB), prefill(moe, cache, slice(0, 3), batch)
-    )
-    loop.start(7)
+    loop = tiny.begun(moe, wrong, batch)
+    cache = loop.cache
+    tiny.round_of(loop, 7)
     for done in range(30):
         assert cache.length_bound == cache.lengths.tolist() == [len(prompt) + done for prompt in batch]
-        loop.step(7)
-    slots = [layer.slots for layer in cache.layers if layer.spec.window is None]
-    assert slots == [256] * len(slots)  # the longest row has 47 tokens, and would have 257 if every draft counted
-    loop.retain([2, 1], Rules.of([tiny.GREEDY] * 2, tiny.VOCAB))
-    loop.step(0)  # the oracle knows three rows
-    assert cache.length_bound[:2] == cache.lengths.tolist()[:2] == [len(batch[2]) + 31, len(batch[1]) + 31]
+        tiny.round_of(loop, 7)
+    assert cache.classes == [256] * 3  # the longest row has 47 tokens, and would have 257 if every draft counted
+    loop.arrange([2, 1], Rules.of([tiny.GREEDY] * 2, tiny.VOCAB))
+    tiny.round_of(loop, 0)  # the oracle knows three rows
+    assert cache.length_bound == cache.lengths.tolist() == [len(batch[2]) + 31, len(batch[1]) + 31]
 
 
 def test_a_verify_that_was_only_built_leaves_no_trace(moe):
     """Rows leave, or the verify narrows, before it is dispatched: the cache has the buffers that it had before."""
-    cache = Cache(moe.config.kv, 2, 48, 16, mx.float32)
-    rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
-    loop = Speculation(moe, tiny.drafter(moe), cache, rules, prefill(moe, cache, slice(0, 2), tiny.prompts(2)))
+    loop = tiny.begun(moe, tiny.drafter(moe), tiny.prompts(2))
+    cache, rules = loop.cache, loop.inputs.rules
     held = cache.buffers
-    loop.start(3)
+    tiny.round_of(loop, 3)
     assert not any(now is old for now, old in zip(cache.buffers[0], held[0], strict=True))  # of the next verify
-    loop.retain([0, 1], rules)
+    loop.arrange([0, 1], rules)
     assert all(
         now is old
         for new, before in zip(cache.buffers, held, strict=True)

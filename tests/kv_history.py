@@ -1,0 +1,131 @@
+"""What a cache should hold, kept as arrays, and what every query reads of it by brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma_mtp.cache.cache import Cache, Span
+from mlx_gemma_mtp.cache.saved import Saved
+from mlx_gemma_mtp.cache.spec import capacity
+
+HEADS = 2  # of a query
+Layers = list[np.ndarray]  # of one row: the keys and values of each layer, [2, kv_heads, n, D]
+Kept = tuple[Saved, Layers]
+
+
+def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Of one position: queries [heads, D], keys and values [kv_heads, n, D], in float64. Without keys it is NaN."""
+    out = np.full(queries.shape, np.nan)
+    for head in range(len(queries) if keys.shape[1] else 0):
+        own = head * len(keys) // len(queries)
+        scores = keys[own].astype(float) @ queries[head].astype(float)
+        weights = np.exp(scores - scores.max())
+        out[head] = weights / weights.sum() @ values[own]
+    return out
+
+
+class History:
+    """A cache beside the keys and values that its rows should hold. `step` compares every query's attention."""
+
+    def __init__(self, cache: Cache, seed: int = 0):
+        self.cache, self.rng = cache, np.random.default_rng(seed)
+        empty = [np.zeros((2, spec.kv_heads, 0, spec.head_dim), np.float32) for spec in cache.specs]
+        self.rows: list[Layers] = [empty] * cache.rows
+
+    @property
+    def lengths(self) -> list[int]:
+        return [layers[0].shape[2] for layers in self.rows]
+
+    def random(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape).astype(np.float32)
+
+    def write(self, tokens: int) -> tuple[Span, Layers]:
+        """Writes T tokens to all rows: the span, and of each layer what was written, [B, 2, kv_heads, T, D]."""
+        cache = self.cache
+        span = cache.span(tokens)
+        new = [self.random(cache.rows, 2, spec.kv_heads, tokens, spec.head_dim) for spec in cache.specs]
+        for i, each in enumerate(new):
+            span.write(i, mx.array(each[:, 0]), mx.array(each[:, 1]))
+        return span, new
+
+    def commit(self, new: Layers, commits: Sequence[int], tight: bool = True) -> None:
+        """Commits some tokens of each row. tight: the host reads how many they are."""
+        tokens, before = new[0].shape[3], self.rows
+        self.cache.commit(mx.array(list(commits)), [tokens] * len(commits))
+        self.rows = [
+            [np.concatenate([old, each[row, :, :, :n]], axis=2) for old, each in zip(before[row], new, strict=True)]
+            for row, n in enumerate(commits)
+        ]
+        assert self.cache.lengths.tolist() == self.lengths
+        assert all(bound >= n for bound, n in zip(self.cache.length_bound, self.lengths, strict=True))
+        if tight:
+            self.tighten()
+
+    def tighten(self) -> None:
+        bounds = self.cache.length_bound
+        self.cache.tighten_length_bound([bound - n for bound, n in zip(bounds, self.lengths, strict=True)])
+        assert self.cache.length_bound == self.lengths
+
+    def step(self, tokens: int, commits: Sequence[int], tight: bool = True) -> None:
+        """Writes T tokens to all rows, commits some, and compares what the forward and then a drafter read."""
+        span, new = self.write(tokens)
+        self.compare(span, new)
+        self.commit(new, commits, tight)
+        for offset in range(-self.cache.lookback, 1):
+            self.compare(Span(self.cache, 0, offset), None, offset)
+
+    def compare(self, span: Span, new: Layers | None, offset: int = 0) -> None:
+        """new: what the span wrote; None for a drafter, whose query sits one past the last key, and `offset` from
+        there.
+        """
+        for i, spec in enumerate(self.cache.specs):
+            queries = self.random(self.cache.rows, HEADS, span.tokens or 1, spec.head_dim)
+            self.check(i, queries, np.array(span.attend(i, mx.array(queries))), new, offset)
+
+    def check(self, layer: int, queries: np.ndarray, found: np.ndarray, new: Layers | None, offset: int = 0) -> None:
+        """Compares a layer's attention, [B, heads, T, D] as the queries are, with brute force. See `compare`."""
+        window = self.cache.specs[layer].window
+        for row, layers in enumerate(self.rows):
+            past = layers[layer]
+            held = past if new is None else np.concatenate([past, new[layer][row]], axis=2)
+            for t in range(queries.shape[2]):
+                place = past.shape[2] + (offset if new is None else t)
+                first = 0 if window is None else max(place - window + 1, 0)
+                want = attention(queries[row, :, t], *held[:, :, first : place + 1])
+                np.testing.assert_allclose(found[row, :, t], want, rtol=1e-5, atol=1e-5, err_msg=f"{layer, row, t}")
+
+    def saved(self, row: int, slack: int = 0) -> Kept:
+        """A row as it is saved, whose contents are compared."""
+        saved, layers = self.cache.save(row, slack), self.rows[row]
+        assert saved.tokens == self.lengths[row]
+        assert saved.bytes == sum(keys.nbytes + values.nbytes for keys, values in saved.layers)
+        for pair, spec, layer in zip(saved.layers, self.cache.specs, layers, strict=True):
+            least = saved.tokens if spec.window is None else spec.window - 1 + self.cache.lookback
+            count = pair[0].shape[2]
+            assert min(least, saved.tokens) <= count <= min(least + slack, saved.tokens)
+            np.testing.assert_array_equal(np.stack(pair)[:, 0], layer[:, :, layer.shape[2] - count :])
+        return saved, layers
+
+    def arrange(self, places: Sequence[int | Kept]) -> None:
+        self.cache.arrange([place if isinstance(place, int) else place[0] for place in places])
+        self.rows = [self.rows[place] if isinstance(place, int) else place[1] for place in places]
+        assert self.cache.lengths.tolist() == self.cache.length_bound == self.lengths
+
+
+def prompt(cache: Cache, length: int, chunk: int, seed: int, slack: int = 0) -> Kept:
+    """A prompt of so many tokens, prefilled in a cache of its own, for the rows of `cache`."""
+    own = Cache(cache.specs, chunk, cache.dtype, cache.lookback)
+    own.open(length)
+    assert own.classes == [capacity(length)] and own.lengths.tolist() == [0]
+    history, before = History(own, seed), own.bytes
+    for start in range(0, length, chunk):
+        count = min(chunk, length - start)
+        if start + chunk < length:
+            history.commit(history.write(count)[1], [count])
+        else:  # what comes before is compared by other tests
+            history.step(count, [count])
+    assert own.bytes == before
+    return history.saved(0, slack)
