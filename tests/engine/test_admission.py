@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
+import tiny
 
-from mlx_gemma_mtp.engine.admission import Memory
+from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.engine.admission import Memory, memory_of
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.speculative import prefill
 
 GB = 10**9
 NOTHING = Memory(
@@ -52,3 +56,17 @@ def test_what_does_not_fit_alone_is_refused_with_the_numbers():
     )
     with pytest.raises(UserError, match=expected):
         memory.check(1000, 9000, 64, 8)
+
+
+@pytest.mark.parametrize("kind", ["moe", "e2b"])
+@pytest.mark.parametrize("tokens", [5, 255, 257, 900, 1100])
+def test_bytes_are_those_of_caches(kind, tokens):
+    """A prompt while it is prefilled, saved, and in a row of the batch."""
+    model = tiny.target(kind)
+    sizes = {"chunk": 64, "block": 8, "item_size": 4, "lookback": 1, "metal": False}
+    memory = memory_of(model.config, 0, 0, **sizes)
+    (staged,), _ = prefill.prefill(model, [[2 + i % 90 for i in range(tokens)]], 64, 1)
+    saved, batch = staged.save(0), Cache(model.config.kv, 8, mx.float32, 1)
+    batch.arrange([saved])
+    held = memory.staged(tokens), memory.saved(tokens), memory.row(tokens)
+    assert (staged.bytes, saved.bytes, batch.bytes) == held

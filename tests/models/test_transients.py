@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.cache.saved import Saved
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.models import gemma4, loading
 from mlx_gemma_mtp.models.config import TargetConfig
@@ -20,6 +21,7 @@ from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.models.transients import Transients
 from mlx_gemma_mtp.sampling.distribution import Rules
 from mlx_gemma_mtp.sampling.drawing import draw
+from mlx_gemma_mtp.speculative import prefill
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 WIDE = {
@@ -65,40 +67,44 @@ def model(request):
     return MODELS[request.param]()
 
 
-def cache_with(model: Gemma4, rows: int, tokens: int, block: int) -> Cache:
-    """A cache whose rows have so many tokens, all zeros, and room for a block more."""
-    cache = Cache(model.config.kv, rows, tokens + block, block, model.dtype)
-    cache.commit(slice(0, rows), mx.array([tokens] * rows), [tokens] * rows)
+def ids(count: int) -> list[int]:
+    return [2 + i % 90 for i in range(count)]
+
+
+def forward(model: Gemma4, rows: int, tokens: int, context: int) -> Callable[[], None]:
+    """A chunk of `tokens` tokens of one prompt, which end at `context`."""
+    cache = Cache(model.config.kv, tokens, model.dtype).open(context)
+    cache.commit(mx.array([context - tokens]), [context - tokens])
     mx.eval(cache.buffers, cache.lengths)
-    return cache
+    return lambda: mx.eval(prefill.chunk(model, [cache], [ids(tokens)]), cache.buffers)
 
 
-def forward(model: Gemma4, cache: Cache, tokens: mx.array) -> None:
-    """A prompt's chunk."""
-    (rows, count), last = tokens.shape, mx.array([tokens.shape[1] - 1] * tokens.shape[0])
-    hidden = model(tokens, cache.span(slice(0, rows), count, [count] * rows), last)
-    mx.eval(hidden, cache.buffers)
-
-
-def verify(model: Gemma4, cache: Cache, tokens: mx.array) -> None:
+def verify(model: Gemma4, rows: int, width: int, context: int) -> Callable[[], None]:
     """A verify with its logits and draws, of the settings that look at most."""
-    rows, count = tokens.shape
-    span = cache.span(slice(0, rows), count)
-    rules = Rules.of([tiny.SAMPLED] * rows, model.config.vocab_size)
-    drawn = draw(model.logits(model(tokens, span)), rules, span.positions, model.config.softcap)
-    mx.eval(drawn.tokens, cache.buffers)
+    before, cache = context - width, Cache(model.config.kv, width, model.dtype)
+    kept = [(s.kv_heads, before if s.window is None else min(before, s.window - 1), s.head_dim) for s in cache.specs]
+    zeros = [mx.zeros((1, *shape), model.dtype) for shape in kept]
+    cache.arrange([Saved(before, tuple((each, each) for each in zeros))] * rows)
+    tokens, rules = mx.array([ids(width)] * rows), Rules.of([tiny.SAMPLED] * rows, model.config.vocab_size)
+    mx.eval(cache.buffers, cache.lengths, tokens)
+
+    def run() -> None:
+        span = cache.span(width)
+        drawn = draw(model.logits(model(tokens, span)), rules, span.positions, model.config.softcap)
+        mx.eval(drawn.tokens, cache.buffers)
+
+    return run
 
 
-def peak(run: Callable[[Gemma4, Cache, mx.array], None], model: Gemma4, rows: int, count: int, context: int) -> int:
+def peak(made: Callable[..., Callable[[], None]], model: Gemma4, rows: int, count: int, context: int) -> int:
     """Bytes that MLX held at most beyond what was there, of two runs that end at `context` tokens."""
-    cache, most = cache_with(model, rows, context - count, count), 0
-    tokens = mx.array([[2 + i % 90 for i in range(count)]] * rows)
-    mx.eval(tokens)
+    most = 0
     for _ in range(2):
+        run = made(model, rows, count, context)
         mx.synchronize()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        run(model, cache, tokens)
+        run()
         mx.synchronize()
         most = max(most, mx.get_peak_memory() - before)
     return most
