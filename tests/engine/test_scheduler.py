@@ -311,9 +311,10 @@ def test_what_was_prefilled_in_the_round_that_begins_is_drawn_in_the_next():
 
 @pytest.mark.parametrize("grid", [8, 4, 2, 1])
 def test_a_short_prompt_never_waits_for_long_ones(grid):
-    """All rows decode, long prompts stand in line, the budget is smaller than they are: a prompt of one chunk is drawn
-    within three plans and those that its own pieces take.
+    """All rows decode, long prompts stand in line, the budget is a step of the grid: a prompt of one chunk is drawn
+    within the plans that its own pieces take, and one for every three of them that the long ones get.
     """
+    pieces = CHUNK // grid
     for before in range(6):
         run = model(2, grid=grid)
         for id in range(2):
@@ -324,11 +325,12 @@ def test_a_short_prompt_never_waits_for_long_ones(grid):
             run.submit(Job(id, 4000, 10))
         for _ in range(before):
             run.round(grid)
+        run.now += 100.0  # the long ones have waited, and are due first
         run.submit(Job(99, CHUNK, 10))
         came = run.rounds
         while 99 not in run.first:
             run.round(grid)
-        assert run.first[99] - came <= 2 + CHUNK // grid
+        assert run.first[99] - came <= pieces + -(-pieces // 3)
 
 
 @pytest.mark.parametrize("priority", [0, 100])
@@ -345,6 +347,20 @@ def test_a_long_request_ends_however_many_short_ones_come(priority, limit):
             break
     assert 0 in run.done and run.done[0] < 1000
     assert len(run.done) > run.done[0] / 8, "the others went on meanwhile"
+
+
+def test_a_long_prompt_is_prefilled_beside_short_ones_that_take_the_whole_budget():
+    """A prompt of a chunk and one token of text comes every round: every fourth round is the long one's."""
+    run = model(2, max_waiting=10**6)
+    run.submit(Job(-1, 4, 10_000))
+    run.round()
+    run.submit(Job(0, prompt=10 * CHUNK, limit=1))
+    for id in range(1, 1000):
+        run.submit(Job(id, CHUNK, 1))
+        run.round(CHUNK)
+        if 0 in run.done:
+            break
+    assert 0 in run.done and run.done[0] <= 4 * (10 + 2)
 
 
 def test_the_highest_priority_goes_first_and_then_the_shortest_prompt():
@@ -399,6 +415,20 @@ def test_the_batch_never_begins_beside_rows():
     run.resume(1)
     assert run.round() == Plan(places=(1,), firsts=(2,))
     assert run.round() == Plan(places=(1, 2))
+
+
+def test_without_rows_what_is_due_first_decides_whether_the_batch_begins():
+    """A saved row waits where a prefilled prompt of a higher priority has no first token yet."""
+    run = model(2)
+    run.submit(Job(1, 4, 50))
+    run.round()
+    run.round()
+    run.pause(1)
+    run.submit(Job(2, 4, 50, priority=1))
+    run.round()
+    run.resume(1)
+    assert run.round() == Plan(places=(2,), begins=True)
+    assert run.round() == Plan(places=(2, 1))
 
 
 def decoding(limit: int, *priorities: int, text: int = 1) -> Model:
@@ -460,13 +490,11 @@ def test_a_row_whose_kv_went_is_prefilled_with_its_text():
 
 
 def test_the_last_row_is_never_taken():
-    """Alone a request grows to its limit, which `submit` has looked at, whatever is asked of memory."""
-    memory = memory_of()
-    run = model(2, memory.alone(8, 60, CHUNK, BLOCK))
-    run.submit(Job(0, 8, 60))
-    run.submit(Job(1, 8, 60))
-    run.run()
-    assert sorted(run.done) == [0, 1]
+    """However little memory is left."""
+    run = decoding(PLENTY, 0, 0)
+    run.scheduler.memory = run.memory = replace(run.memory, limit=110)
+    for _ in range(3):
+        assert len(run.round().places) == 1
 
 
 def test_a_large_request_is_not_overtaken_for_ever_by_what_fits_beside_others():
