@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+from ..cache.spec import row_bytes, staged_bytes
 from ..errors import UserError
+from ..models.config import TargetConfig
+from ..models.transients import Transients
 
 ADVANCE = 256  # tokens of text
 
@@ -51,3 +55,38 @@ class Memory:
                 f"a prompt of {prompt} tokens with max_tokens={limit} needs {needed / 1e9:.1f} GB with the model, the "
                 f"limit is {self.limit / 1e9:.1f} GB; lower max_tokens, shorten the prompt, or take a smaller model"
             )
+
+
+def memory_of(
+    config: TargetConfig,
+    limit: int,
+    weights: int,
+    *,
+    chunk: int,
+    block: int,
+    item_size: int,
+    lookback: int = 0,
+    metal: bool,
+) -> Memory:
+    """Returns where the bytes of a target's run go.
+
+    limit: all that it may hold. weights: bytes of both models. chunk: prompt tokens a forward. block: tokens of the
+    longest verify. item_size: bytes of a number of K/V. lookback: the cache's. metal: whether Metal computes.
+    """
+    specs, transients = config.kv, Transients(config, item_size, chunk, metal)
+    rings = [spec for spec in specs if spec.window is not None]
+    slot = sum(2 * spec.kv_heads * spec.head_dim * item_size for spec in specs if spec.window is None)
+
+    def saved(tokens: int) -> int:
+        kept = [min(tokens, spec.window - 1 + lookback) * 2 * spec.kv_heads * spec.head_dim for spec in rings]
+        return tokens * slot + sum(kept) * item_size
+
+    return Memory(
+        limit,
+        weights,
+        row=lru_cache(4096)(lambda tokens: row_bytes(specs, tokens, block, item_size, lookback)),
+        staged=lru_cache(4096)(lambda tokens: staged_bytes(specs, tokens, chunk, item_size, lookback)),
+        saved=lru_cache(4096)(saved),
+        chunk=lru_cache(4096)(transients.chunk),
+        verify=lru_cache(4096)(lambda rows, context: transients.verify(rows, block, context)),
+    )

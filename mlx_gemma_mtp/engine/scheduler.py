@@ -31,7 +31,7 @@ from .admission import Memory
 PRIORITIES = range(-100, 101)
 LEVEL_S = 10.0  # seconds of waiting that a level of priority is worth
 TOKEN_S = 1e-3  # seconds that a prompt token is worth: about what its prefill takes
-PATIENCE_S = 10.0  # how much later a request may be due that goes before one for which memory is missing
+PATIENCE_S = 10.0  # how long after it was due a request for which memory is missing lets others go before it
 AHEAD = 4  # requests with K/V outside the batch, beyond its free rows; the last place is for prompts of one chunk
 TURN = 4  # every so many rounds prompts are prefilled in the order, else the shortest first
 
@@ -71,7 +71,7 @@ class Plan:
     ended: who leaves unfinished, and why ('cancelled', 'timeout' or what `cancel` was told); all K/V of it go.
     forget: whose K/V go, be they a row, saved or staged; it will be prefilled anew from its first token.
     save: rows whose K/V are saved before their places are given away.
-    trim: whether the batch gives back the rows and slots that it holds for nobody (after `save`, before the joins).
+    trim: whether the batch gives back the rows and slots that it holds for nobody, once those that leave are out.
     places: the requests of the batch's rows in order. Those that had a row and stay keep it or move; all others join. A
     hole goes to a joiner first, then to the last row.
     begins: whether no row stays and no request of `places` has its first token yet: the round draws it from the hidden
@@ -208,7 +208,7 @@ class Scheduler:
                 self._save(entry)
         self._grow()
         stay = self._at(Stage.LIVE)
-        self._admit(pressure)
+        self._admit(now, pressure)
         if pressure >= CRITICAL:
             self._give_back()
         live = self._arrange()
@@ -312,36 +312,36 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Makes room for what the rows write in this round. First K/V outside the batch go, then rows, those that are
-        due last first: a row is saved where that is enough. The last row stays.
+        due last first: a row is saved where that is enough. The last request that holds anything stays as it is.
         """
         while self._bytes() > self.memory.limit:
             outside, rows = self._at(Stage.STAGED, Stage.READY), self._at(Stage.LIVE)
-            if outside:
+            if outside and len(outside) + len(rows) > 1:
                 self._forget(max(outside, key=_yields))
             elif len(rows) > 1:
                 self._save(max(rows, key=_yields))
             else:
                 return
 
-    def _admit(self, pressure: int) -> None:
+    def _admit(self, now: float, pressure: int) -> None:
         """Gives free rows to requests that are ready, and stages waiting ones, in the order of what is due.
 
-        One for which memory is missing holds back waiting ones that are due PATIENCE_S after it. So it is not overtaken
-        for ever, and meanwhile what is small goes ahead. The last place outside the batch is for prompts of one chunk,
-        so that these never wait for long ones.
+        While memory is missing for one, what is small goes ahead; but nothing new does once it was due PATIENCE_S ago,
+        so that it is not overtaken for ever. The last place outside the batch is for prompts of one chunk: these never
+        wait for long ones.
         """
         if pressure > NORMAL:  # what has not begun is new, too
             for entry in self._at(Stage.STAGED):
                 if not entry.fed:
                     self._forget(entry)
-        free = self.max_rows - len(self._at(Stage.LIVE))
+        free = self.max_rows - len(self._stages[Stage.LIVE])
         outside, last = self._outside(free, pressure)
-        candidates = (self._joinable() if free else []) + (self._waiting() if outside else [])
+        candidates = (self._joinable() if free else []) + (self._waiting() if outside > 0 else [])
         missing, smallest = None, float("inf")
         for entry in sorted(candidates, key=_order):
             waits = entry.job.id in self._stages[Stage.WAITING]
             places = outside - (last if entry.remaining > self.chunk else 0) if waits else free
-            held_back = missing is not None and entry.due > missing.due + PATIENCE_S
+            held_back = missing is not None and now > missing.due + PATIENCE_S
             if places <= 0 or (waits and (held_back or entry.tokens >= smallest)):
                 continue
             if not self._fits(entry):
@@ -438,11 +438,10 @@ class Scheduler:
         """Returns how many prompt tokens a round prefills: as asked, at least one step of the grid, and no more than
         what memory has room for.
         """
-        rows = bool(self._at(Stage.LIVE))
         if budget is None:
-            budget = self.chunk if rows else self.chunk * self.max_rows
+            budget = self.chunk if self._stages[Stage.LIVE] else self.chunk * self.max_rows
         longest = max(entry.tokens for entry in staged)
-        free = self.memory.limit - self._bytes() + self.memory.chunk(self.chunk, longest)
+        free = self.memory.limit - self._bytes() + self.memory.chunk(min(self.chunk, longest), longest)
         while budget > self.chunk and self.memory.chunk(budget, longest) > free:
             budget -= self.chunk
         return max(budget, self.grid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..cache.spec import capacity, ring_slots
 from .config import LayerSpec, TargetConfig
 
 FUSED = (64, 80, 128)  # widths of heads that MLX's fused attention on Metal takes for more tokens than a verify's
@@ -42,8 +43,8 @@ class Transients:
         """Returns the most bytes of a verify of `rows` rows of `width` tokens each, its logits and draws included.
         context: tokens of the longest row.
         """
-        tokens = rows * width
-        return _ahead(self._through(self.config.layers, tokens, context) + self.logits(tokens))
+        tokens, room = rows * width, context + 2 * width  # a row has room for the verify after this one
+        return _ahead(self._through(self.config.layers, tokens, room) + self.logits(tokens))
 
     def logits(self, tokens: int) -> int:
         """Returns the bytes of the logits of so many tokens, [tokens, vocabulary] in float32, as the model's dtype
@@ -105,7 +106,7 @@ class Transients:
     def _slots(self, layer: LayerSpec, context: int) -> int:
         """Returns how many slots a layer's queries are given."""
         window = layer.kv.window
-        slots = window + self.block - 1 if window else -(-context // 256) * 256
+        slots = ring_slots(window, self.block) if window else capacity(context)
         return slots if self.metal else min(slots, -(-context // 16) * 16)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.engine.admission import Memory
 from mlx_gemma_mtp.engine.scheduler import (
     AHEAD,
+    PATIENCE_S,
     Job,
+    Piece,
     Plan,
     Scheduler,
 )
@@ -229,7 +232,7 @@ jobs = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     jobs,
     st.integers(1, 4),
@@ -264,3 +267,413 @@ def test_random_schedules(jobs, max_rows, grid, limit, budgets, pressures, emits
         run.round(budgets[now % len(budgets)], pressures[now % len(pressures)], emits[now % len(emits)])
     run.run(budget=budgets[0], pressure=pressures[0], emit=emits[0])
     assert run.done.keys() | run.ended.keys() == set(taken) and not run.scheduler.busy
+
+
+def test_the_life_of_a_request():
+    """Alone it begins the batch: its first token is drawn by the round that it joins in."""
+    run = model()
+    run.submit(Job(7, prompt=11, limit=3))
+    assert run.round() == Plan(pieces=(Piece(7, 0, 8),))
+    assert run.round() == Plan(pieces=(Piece(7, 8, 11),))
+    assert run.round() == Plan(places=(7,), begins=True)
+    assert run.round() == run.round() == Plan(places=(7,))
+    assert run.first == {7: 3} and run.done == {7: 5} and not run.scheduler.busy
+
+
+def test_one_that_comes_while_others_decode_joins_with_its_first_token():
+    run = model()
+    run.submit(Job(1, 3, 50))
+    run.round()
+    run.submit(Job(2, 10, 50))
+    assert run.round() == Plan(places=(1,), begins=True, pieces=(Piece(2, 0, 8),))
+    assert run.round() == Plan(places=(1,), pieces=(Piece(2, 8, 10),), firsts=(2,))
+    assert run.round() == Plan(places=(1, 2))
+
+
+def test_prompts_that_are_ready_together_begin_together():
+    run = model(3)
+    for id, prompt in enumerate((5, 8, 3)):
+        run.submit(Job(id, prompt, 9))
+    assert {piece.id for piece in run.round().pieces} == {0, 1, 2}
+    plan = run.round()
+    assert set(plan.places) == {0, 1, 2} and plan.begins and plan.firsts == ()
+
+
+def test_what_was_prefilled_in_the_round_that_begins_is_drawn_in_the_next():
+    """Its hidden state waits for a round: one that begins draws for its own rows alone."""
+    run = model(3)
+    run.submit(Job(1, 3, 50))
+    run.round()
+    run.submit(Job(2, 4, 50))
+    assert run.round() == Plan(places=(1,), begins=True, pieces=(Piece(2, 0, 4),))
+    assert run.round() == Plan(places=(1,), firsts=(2,))
+
+
+@pytest.mark.parametrize("grid", [8, 4, 2, 1])
+def test_a_short_prompt_never_waits_for_long_ones(grid):
+    """All rows decode, long prompts stand in line, the budget is a step of the grid: a prompt of one chunk is drawn
+    within the plans that its own pieces take, and one for every three of them that the long ones get.
+    """
+    pieces = CHUNK // grid
+    for before in range(6):
+        run = model(2, grid=grid)
+        for id in range(2):
+            run.submit(Job(id, 3, 10_000))
+        for _ in range(3):
+            run.round(CHUNK)
+        for id in range(2, 12):
+            run.submit(Job(id, 4000, 10))
+        for _ in range(before):
+            run.round(grid)
+        run.now += 100.0  # the long ones have waited, and are due first
+        run.submit(Job(99, CHUNK, 10))
+        came = run.rounds
+        while 99 not in run.first:
+            run.round(grid)
+        assert run.first[99] - came <= pieces + -(-pieces // 3)
+
+
+@pytest.mark.parametrize("priority", [0, 100])
+@pytest.mark.parametrize("limit", [PLENTY, 700])
+def test_a_long_request_ends_however_many_short_ones_come(priority, limit):
+    """One comes every round, of the same or the highest priority: more than the rows and the budget can take."""
+    run = model(2, limit, max_waiting=10**6)
+    run.submit(Job(0, prompt=20 * CHUNK, limit=40, priority=-100))
+    for id in range(1, 100_000):
+        run.submit(Job(id, 5, 4, priority))
+        run.round(CHUNK)
+        run.now += 10.0  # the clock runs faster than rounds, so that the test is short
+        if 0 in run.done:
+            break
+    assert 0 in run.done and run.done[0] < 1000
+    assert len(run.done) > run.done[0] / 8, "the others went on meanwhile"
+
+
+def test_a_long_prompt_is_prefilled_beside_short_ones_that_take_the_whole_budget():
+    """A prompt of a chunk and one token of text comes every round: every fourth round is the long one's."""
+    run = model(2, max_waiting=10**6)
+    run.submit(Job(-1, 4, 10_000))
+    run.round()
+    run.submit(Job(0, prompt=10 * CHUNK, limit=1))
+    for id in range(1, 1000):
+        run.submit(Job(id, CHUNK, 1))
+        run.round(CHUNK)
+        if 0 in run.done:
+            break
+    assert 0 in run.done and run.done[0] <= 4 * (10 + 2)
+
+
+def test_the_highest_priority_goes_first_and_then_the_shortest_prompt():
+    run = model(1)
+    run.submit(Job(0, 4, 30))
+    run.round()
+    for id, prompt, priority in ((1, 30, 0), (2, 20, 0), (3, 40, 5), (4, 8, -5)):
+        run.submit(Job(id, prompt, 3, priority))
+    run.run(budget=CHUNK)
+    assert sorted((1, 2, 3, 4), key=run.first.get) == [3, 2, 1, 4]
+
+
+def test_waiting_counts_for_more_than_priority_in_the_end():
+    """A level is worth ten seconds: who waits longer than that goes before a newcomer of one level more."""
+    for waited, first in ((9.0, 2), (11.0, 1)):
+        run = model(1)
+        run.submit(Job(0, 4, 4000))
+        run.submit(Job(1, 30, 3, 0))
+        for _ in range(2):
+            run.round(pressure=WARNING)  # only one goes on
+        run.now = waited
+        run.submit(Job(2, 30, 3, 1))
+        assert min((1, 2), key=lambda id: run.scheduler._find(id).due) == first
+
+
+def test_holes_go_to_joiners_first_and_then_to_the_last_row():
+    run = model(4)
+    for id in range(4):
+        run.submit(Job(id, 4, 50))
+    run.round()
+    assert run.round().places == (0, 1, 2, 3)
+    run.submit(Job(4, 4, 50))
+    run.round()
+    for id in (0, 1):
+        run.scheduler.finished(id)
+        run._drop(id)
+    assert run.round().places == (4, 3, 2)
+    run.scheduler.finished(4)
+    run._drop(4)
+    assert run.round().places == (2, 3)
+
+
+def test_the_batch_never_begins_beside_rows():
+    """A prompt that was prefilled while nothing decoded waits for its first token once a saved row has come back."""
+    run = model(2)
+    run.submit(Job(1, 4, 50))
+    run.round()
+    run.round()
+    run.pause(1)
+    run.submit(Job(2, 4, 50))
+    assert run.round() == Plan(save=(1,), pieces=(Piece(2, 0, 4),))
+    run.resume(1)
+    assert run.round() == Plan(places=(1,), firsts=(2,))
+    assert run.round() == Plan(places=(1, 2))
+
+
+def test_without_rows_what_is_due_first_decides_whether_the_batch_begins():
+    """A saved row waits where a prefilled prompt of a higher priority has no first token yet."""
+    run = model(2)
+    run.submit(Job(1, 4, 50))
+    run.round()
+    run.round()
+    run.pause(1)
+    run.submit(Job(2, 4, 50, priority=1))
+    run.round()
+    run.resume(1)
+    assert run.round() == Plan(places=(2,), begins=True)
+    assert run.round() == Plan(places=(2, 1))
+
+
+def decoding(limit: int, *priorities: int, text: int = 1) -> Model:
+    """Rows of 8 prompt tokens each that have drawn `text` tokens."""
+    run = model(len(priorities), limit)
+    for id, priority in enumerate(priorities):
+        run.submit(Job(id, 8, 60, priority))
+    run.round()
+    for _ in range(text):
+        run.round()
+    assert set(run.rows) == set(range(len(priorities)))
+    return run
+
+
+@pytest.mark.parametrize(("priorities", "leaves"), [((0, 0, 0), 2), ((0, -1, 0), 1), ((-5, 5, 0), 0)])
+def test_growth_takes_the_row_of_the_youngest_of_the_lowest_priority(priorities, leaves):
+    run = decoding(260, *priorities)
+    while len(run.rows) == 3:
+        plan = run.round()
+    assert plan.save == (leaves,) or plan.forget == (leaves,)
+    assert set(plan.places) == {0, 1, 2} - {leaves}
+    run.run()
+    assert run.done.keys() == {0, 1, 2} and run.done[leaves] == max(run.done.values())
+
+
+def test_a_row_whose_kv_are_kept_comes_back_as_it_was():
+    """It is saved where that is enough, and restored once there is room: nothing of it is prefilled again."""
+    run = decoding(273, 0, 0, 0)
+    while len(run.rows) == 3:
+        plan = run.round()
+    assert plan.save == (2,) and plan.forget == ()
+    text = run.requests[2].text
+    run.scheduler.cancel(1)
+    plan = run.round()
+    assert plan == Plan(ended=((1, "cancelled"),), places=(0, 2)) and run.requests[2].text == text + 1
+
+
+def test_a_row_is_not_saved_where_that_is_not_enough():
+    run = decoding(285, 0, 0, 0)
+    while len(run.rows) == 3:
+        plan = run.round()
+    assert plan.forget == (2,) and plan.save == ()
+
+
+def test_a_row_whose_kv_went_is_prefilled_with_its_text():
+    """Its newest token is not fed: its first verify does that. No token is drawn anew."""
+    run = decoding(PLENTY, 0, 0, text=6)
+    run.pause(1)
+    assert run.round().save == (1,)
+    plan = run.round(pressure=CRITICAL)
+    assert plan.forget == (1,) and plan.places == (0,)
+    run.resume(1)
+    assert run.round(pressure=CRITICAL).pieces == ()
+    run.scheduler.finished(0)
+    run._drop(0)
+    plans = [run.round(pressure=CRITICAL) for _ in range(3)]
+    assert [plan.pieces for plan in plans] == [(Piece(1, 0, 8),), (Piece(1, 8, 13),), ()]
+    assert plans[2] == Plan(places=(1,)) and run.requests[1].text == 7
+
+
+def test_the_last_row_is_never_taken():
+    """However little memory is left."""
+    run = decoding(PLENTY, 0, 0)
+    run.scheduler.memory = run.memory = replace(run.memory, limit=110)
+    for _ in range(3):
+        assert len(run.round().places) == 1
+
+
+def test_a_large_request_is_not_overtaken_for_ever_by_what_fits_beside_others():
+    """Memory for two small ones, or the large one alone. Small ones keep coming."""
+    run = model(2, memory_of().alone(60, 30, CHUNK, BLOCK) + 1, max_waiting=10**6)
+    run.submit(Job(-1, 8, 20))
+    run.submit(Job(0, 60, 30))
+    for id in range(1, 4000):
+        run.submit(Job(id, 6, 20))
+        run.round(CHUNK)
+        run.now += 0.2
+        if 0 in run.done:
+            break
+    assert 0 in run.done and run.now < 3 * PATIENCE_S
+    assert len(run.done) > 5
+
+
+def test_under_pressure_nothing_new_begins():
+    run = model(2)
+    run.submit(Job(0, 4, 20))
+    run.round(pressure=WARNING)
+    run.submit(Job(1, 20, 20))
+    for _ in range(5):
+        assert run.round(pressure=WARNING).pieces == ()
+    assert run.round().pieces == (Piece(1, 0, 8),)
+    assert run.round(pressure=CRITICAL).pieces == (Piece(1, 8, 16),)  # it has begun
+
+
+def test_under_pressure_one_goes_on_where_nothing_else_does():
+    run = model(2)
+    for id in range(3):
+        run.submit(Job(id, 20, 5))
+    rounds = run.run(pressure=CRITICAL)
+    assert run.done.keys() == {0, 1, 2} and rounds == 3 * (3 + 5)
+
+
+def test_saved_kv_go_when_pressure_is_critical():
+    run = decoding(PLENTY, 0, 0, text=2)
+    run.pause(0)
+    assert run.round(pressure=WARNING).save == (0,)
+    assert run.round(pressure=WARNING).forget == ()
+    assert run.round(pressure=CRITICAL).forget == (0,)
+
+
+@pytest.mark.parametrize("stage", ["waiting", "staged", "ready", "live", "parked"])
+@pytest.mark.parametrize("reason", ["cancelled", "timeout"])
+def test_who_is_cancelled_or_late_leaves_from_any_stage(stage, reason):
+    run = model(1)
+    deadline = 1.0 if reason == "timeout" else None
+    if stage in ("ready", "staged"):
+        run.submit(Job(0, 4, 50))
+        run.round()
+        run.round()
+    run.submit(Job(1, 20 if stage == "staged" else 4, 50, deadline=deadline))
+    rounds = {"waiting": 0, "staged": 2, "ready": 2, "live": 3, "parked": 3}[stage]
+    for _ in range(rounds):
+        run.round(4)
+    if stage == "parked":
+        run.pause(1)
+        run.round()
+    assert run.requests[1].where == {"waiting": "nowhere", "ready": "saved", "live": "row", "parked": "saved"}.get(
+        stage, stage
+    )
+    assert run.scheduler.next_deadline() == deadline
+    run.now = 1.0
+    if reason == "cancelled":
+        run.scheduler.cancel(1)
+    assert run.scheduler.busy or stage == "parked"
+    assert run.round().ended == ((1, reason),)
+    assert run.scheduler.next_deadline() is None
+    for call in (run.scheduler.cancel, run.scheduler.paused, run.scheduler.resumed):
+        call(1)  # it may be gone by the time that the caller knows
+
+
+def test_a_paused_request_is_passed_over_and_its_row_is_saved():
+    run = model(1)
+    run.submit(Job(0, 4, 50))
+    run.submit(Job(1, 4, 3))
+    run.submit(Job(2, 4, 3))
+    run.round()
+    run.round()
+    run.pause(0)
+    run.pause(1)
+    plan = run.round()
+    assert plan.save == (0,) and 0 not in plan.places
+    run.run()
+    assert run.done.keys() == {2} and not run.scheduler.busy and set(run.requests) == {0, 1}
+    run.resume(0)
+    assert run.scheduler.busy and run.round().places == (0,)
+
+
+def test_parked_kv_go_for_a_request_that_waits():
+    """Memory holds one: a reader that does not read keeps nobody waiting."""
+    run = model(2, memory_of().alone(8, 40, CHUNK, BLOCK))
+    run.submit(Job(0, 8, 40))
+    for _ in range(20):
+        run.round()
+    run.pause(0)
+    assert run.round().save == (0,)
+    run.submit(Job(1, 8, 40))
+    assert run.round().forget == (0,)
+    run.run()
+    run.resume(0)
+    run.run()
+    assert list(run.done) == [1, 0]
+
+
+def test_the_budget_is_kept_on_the_grid():
+    run = model(2, grid=4)
+    run.submit(Job(0, 5, 50))
+    run.submit(Job(1, 21, 50))
+    assert run.round(1).pieces == (Piece(0, 0, 4),)
+    assert run.round(7).pieces == (Piece(0, 4, 5), Piece(1, 0, 4))
+    assert run.round(11).pieces == (Piece(1, 4, 8),)  # never across a border of chunks
+    assert run.round().pieces == (Piece(1, 8, 16),)
+    assert run.round(3).pieces == (Piece(1, 16, 20),)
+    assert run.round(3).pieces == (Piece(1, 20, 21),)
+
+
+def test_without_rows_a_chunk_of_each_row_is_prefilled():
+    run = model(3)
+    for id in range(5):
+        run.submit(Job(id, 20, 5))
+    assert [piece.stop for piece in run.round().pieces] == [8, 8, 8]
+
+
+def test_a_chunk_is_no_larger_than_memory_has_room_for():
+    """Four prompts are staged, and there is room for the work of two chunks at once."""
+    prompts, memory = 4, memory_of()
+    held = memory.weights + prompts * (memory.staged(8) + memory.row(8 + 4 + BLOCK))
+    run = model(prompts, held + memory.chunk(2 * CHUNK, 8))
+    for id in range(prompts):
+        run.submit(Job(id, 8, 9))
+    rows = sum(memory.row(8 + 4 + BLOCK) for _ in range(prompts))
+    run.scheduler.memory = replace(memory, limit=held - rows + memory.chunk(2 * CHUNK, 8))
+    run.scheduler.memory = replace(run.scheduler.memory, row=lambda tokens: 0)
+    run.memory = run.scheduler.memory
+    assert len(run.round().pieces) == 2
+
+
+def test_what_the_batch_holds_for_nobody_is_given_back_where_it_matters():
+    memory = memory_of(300)
+    scheduler = Scheduler(4, CHUNK, memory, block=BLOCK)
+    scheduler.submit(Job(0, 8, 20), 0.0)
+    assert not scheduler.plan(0.0, batch_bytes=50).trim
+    assert scheduler.plan(0.0, batch_bytes=250).trim
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers():
+    run = model(2, 180)
+    with pytest.raises(UserError, match=r"a prompt of 9 tokens with max_tokens=90 needs .* GB .*, the limit is .* GB;"):
+        run.submit(Job(0, 9, 90))
+    run.submit(Job(1, 9, 20))
+    assert run.run() > 0
+
+
+def test_a_full_queue_refuses():
+    run = model(1, max_waiting=3)
+    for id in range(3):
+        run.submit(Job(id, 4, 4))
+    with pytest.raises(UserError, match=r"3 requests wait, expected at most max_waiting=3; send this one again later"):
+        run.submit(Job(3, 4, 4))
+    run.round()  # staged ones do not wait
+    run.submit(Job(3, 4, 4))
+    run.run()
+    assert len(run.done) == 4
+
+
+def test_one_that_outgrew_what_its_prefill_may_take_comes_back_alone():
+    """Its K/V went, and to make them anew takes more than memory has: alone it does it all the same, and once."""
+    memory = replace(memory_of(), staged=lambda tokens: 14 + 3 * tokens)
+    memory = replace(memory, limit=memory.alone(8, 60, CHUNK, BLOCK))
+    run = Model(Scheduler(2, CHUNK, memory, block=BLOCK), memory)
+    run.submit(Job(0, 8, 60))
+    for _ in range(40):
+        run.round()
+    run.pause(0)
+    run.submit(Job(1, 4, 3))
+    assert run.round(pressure=CRITICAL).forget == (0,)
+    run.resume(0)
+    fed = sum(len(run.round().pieces) for _ in range(12))
+    assert run.rows == [0] and fed <= 1 + -(-46 // CHUNK)
