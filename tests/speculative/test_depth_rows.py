@@ -7,7 +7,18 @@ from cost_tables import random_table, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.speculative.choice import BEST, CONFIDENCE, FIXED, GRAMMAR, JOINED, LIMIT, OFF, REASONS
+from mlx_gemma_mtp.speculative.choice import (
+    BEST,
+    CONFIDENCE,
+    FIXED,
+    GRAMMAR,
+    JOINED,
+    LIMIT,
+    OFF,
+    REASONS,
+    Choice,
+    Purse,
+)
 from mlx_gemma_mtp.speculative.correction import Correction
 from mlx_gemma_mtp.speculative.costs import UNKNOWN, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO, GREEDY, SAMPLED, Depth, DraftRow
@@ -107,6 +118,30 @@ def test_doubt_cuts_nobody_who_asked_for_a_number():
     assert depth.autos[GREEDY].pool.tried[2] > 0.9  # what was verified for the partner's sake was seen all the same
 
 
+@pytest.mark.parametrize("partners", [0, 1, 3])
+def test_what_drafts_earn_is_everybodys(partners):
+    """Tokens and costs of all rows against plain decoding of all."""
+    depth, rows = by(FAIR), [auto(0), *(fixed(1 + row, 0) for row in range(partners))]
+    made, *_ = counts = depth.draft(rows, 100)
+    verified(depth, rows, counts)
+    depth.observe(dict.fromkeys(range(len(rows)), 0) | {0: 2})
+    cost = FAIR.rounds_at(len(rows), 128)
+    assert made > 1
+    assert depth.autos[GREEDY].purse == Purse().after(1 + 2 / len(rows) - cost[made] / cost[0])
+
+
+@pytest.mark.parametrize("drafts, heard", [(0, True), (2, True), (7, False)])
+def test_a_partners_drafts_are_no_loss_of_others(drafts, heard, monkeypatch):
+    """The clock's word counts for a round that is as wide as the automatic rows made it."""
+    depth, rows, told = by(frozen=False), [auto(0), fixed(1, drafts)], []
+    decode(depth, rows, 6)
+    known = depth.autos[GREEDY]
+    monkeypatch.setattr(type(known), "choose", lambda *about: Choice(3, BEST, 1.0))
+    monkeypatch.setattr(type(known), "earned", lambda *about: told.append(about[-1]))
+    decode(depth, rows, 2)
+    assert (told[-1] is not None) == heard
+
+
 def test_each_grammar_cuts_its_own_row():
     depth, rows = by(), [auto(0), auto(1), auto(2)]
     assert depth.draft(rows, 100) == [7, 7, 7]
@@ -123,11 +158,12 @@ def test_a_joiners_first_round_teaches_nothing():
     decode(depth, [first], 20)
     known = depth.autos[GREEDY]
     before, pool = known.correction, known.pool
-    rows = [first, auto(1)]
-    waiting = [depth._chosen.counts[0], 0]
-    assert verified(depth, rows, waiting)[1] == 0
+    rows = [first, auto(1), fixed(2, 0), fixed(3, 4)]
+    waiting = [depth._chosen.counts[0], 0, 0, 0]
+    assert verified(depth, rows, waiting)[1:] == [0, 0, 0]
     counts = depth.draft(rows, 100)
-    assert depth.reason(1) == JOINED and counts[0] == counts[1] > 0
+    assert [depth.reason(row.id) for row in rows] == [BEST, JOINED, FIXED, JOINED]
+    assert counts[0] == counts[1] > 0 and counts[2:] == [0, 4]
     depth.timed(50.0)
     depth.observe({0: waiting[0], 1: 0})
     assert 1 not in depth._own and known.correction == before
