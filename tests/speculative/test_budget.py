@@ -105,11 +105,13 @@ def test_a_machine_that_got_slower_or_faster_is_followed():
 
 
 def test_a_round_is_known_from_rounds_with_chunks():
-    """A second prompt comes before the first row has decoded alone: the round is what the chunk leaves of the time."""
+    """Rows join while prompts are prefilled without a break: their round is what the chunk leaves of the time."""
     machine = Machine(10e-3, 0.0, 1e-4)
     budget = Budget(CHUNK, GRID)
     serve(budget, machine, 0, 4)
     assert serve(budget, machine, 1, 12)[-1] == 96  # of 11 ms
+    budget.took(5, machine.seconds(5, 96), 96, False)
+    assert serve(budget, machine, 5, 12)[-1] == 128  # of 15 ms
 
 
 def test_rows_that_were_not_seen_are_like_the_nearest():
