@@ -142,6 +142,15 @@ def test_a_fixed_one_hears_no_clock():
     assert not budget.took(3, 1.0, 0, False) and budget.took(3, 1.0, 0, False)
 
 
+def test_a_round_that_took_less_than_its_chunk_says_nothing():
+    """Of rows that were not seen; and a time without rows and prompts is nobody's."""
+    budget = Budget(CHUNK, GRID)
+    budget.took(0, 1.0, 64, True)
+    budget.took(3, 0.5, 64, True)
+    budget.took(0, 1.0, 0, False)
+    assert not budget._rounds and len(budget._chunks) == 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
