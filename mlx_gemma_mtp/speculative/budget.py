@@ -56,7 +56,7 @@ class Budget:
         """
         inside = self._queued + (tokens if waited else 0)
         self._queued = 0 if waited else tokens
-        if self.fixed is None and seconds > 0:
+        if seconds > 0:
             self._learn(rows, seconds, inside)
         return inside == 0
 

@@ -71,8 +71,10 @@ class Depth:
     """Chooses the draft lengths of a running batch, whose rows join, leave and differ in what they ask for.
 
     A round calls `verify` once its rows are known, `draft` for the next round's drafts, and when it is over `timed`
-    (unless its time was disturbed) and `observe`. The first round of a batch, whose tokens follow the prefill, has no
-    verify: it calls `draft` alone. Rows may join before any `verify` and before any `draft`, and go at any time.
+    (unless its time was disturbed) and `observe`, both before the next `verify`. The first round of a batch, whose
+    tokens follow the prefill, has no verify: it calls `draft` alone. Rows are those that the loop holds. They may join
+    before any `verify`, and go at any time; what a row kept in its last round is learned if `observe` hears of it
+    before `forget` does.
     """
 
     def __init__(self, tables: Tables | None, rejection: bool = False, frozen: bool = False):
@@ -137,8 +139,7 @@ class Depth:
             if row.id not in counts:
                 reasons[row.id], steady = JOINED if row.drafts else FIXED, False
             elif chosen.auto is not None and row.drafts == AUTO:
-                allowed = min(left, counts[row.id])
-                own.append((row, sure[:allowed], allowed))
+                own.append((row, sure[:left], left))
             else:
                 reasons[row.id], partners, floor = FIXED, partners + 1, max(floor, left)
         if chosen.auto is None:
@@ -178,7 +179,7 @@ class Depth:
         accepted: request id -> drafts kept. Who is not in it, has gone or has just joined teaches nothing.
         """
         past = self._pass
-        kept = {id_: min(accepted[id_], part.width) for id_, part in past.parts.items() if id_ in accepted}
+        kept = {id_: accepted[id_] for id_ in past.parts if id_ in accepted}
         auto, choice = past.chosen.auto, past.chosen.choice
         if not kept:
             return
@@ -200,7 +201,9 @@ class Depth:
             self._own.pop(id_, None)
 
     def adopt(self, tables: Mapping[str, CostTable]) -> None:
-        """Goes on with these tables, by kind of text. Call it between two batches."""
+        """Goes on with these tables, by kind of text. A round that is under way ends by the old ones, and is not
+        learned from.
+        """
         self.autos |= {kind: self._new(kind, table) for kind, table in tables.items()}
 
     def learned(self) -> dict[str, tuple[Verified, Drafted]]:

@@ -105,11 +105,13 @@ def test_a_machine_that_got_slower_or_faster_is_followed():
 
 
 def test_a_round_is_known_from_rounds_with_chunks():
-    """A second prompt comes before the first row has decoded alone: the round is what the chunk leaves of the time."""
+    """Rows join while prompts are prefilled without a break: their round is what the chunk leaves of the time."""
     machine = Machine(10e-3, 0.0, 1e-4)
     budget = Budget(CHUNK, GRID)
     serve(budget, machine, 0, 4)
     assert serve(budget, machine, 1, 12)[-1] == 96  # of 11 ms
+    budget.took(5, machine.seconds(5, 96), 96, False)
+    assert serve(budget, machine, 5, 12)[-1] == 128  # of 15 ms
 
 
 def test_rows_that_were_not_seen_are_like_the_nearest():
@@ -138,6 +140,15 @@ def test_a_fixed_one_hears_no_clock():
     machine = Machine(10e-3, 0.0, 1e-5, 2.0, 0.2)
     assert serve(budget, machine, 3, 40) == [64] * 40
     assert not budget.took(3, 1.0, 0, False) and budget.took(3, 1.0, 0, False)
+
+
+def test_a_round_that_took_less_than_its_chunk_says_nothing():
+    """Of rows that were not seen; and a time without rows and prompts is nobody's."""
+    budget = Budget(CHUNK, GRID)
+    budget.took(0, 1.0, 64, True)
+    budget.took(3, 0.5, 64, True)
+    budget.took(0, 1.0, 0, False)
+    assert not budget._rounds and len(budget._chunks) == 1
 
 
 @settings(max_examples=200, deadline=None)

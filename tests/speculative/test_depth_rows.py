@@ -7,9 +7,21 @@ from cost_tables import random_table, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.speculative.choice import BEST, CONFIDENCE, FIXED, GRAMMAR, JOINED, LIMIT, OFF, REASONS
-from mlx_gemma_mtp.speculative.correction import Correction
-from mlx_gemma_mtp.speculative.costs import UNKNOWN, CostTable
+from mlx_gemma_mtp.speculative.choice import (
+    BEST,
+    CONFIDENCE,
+    FIXED,
+    GRAMMAR,
+    JOINED,
+    LIMIT,
+    OFF,
+    REASONS,
+    Choice,
+    Purse,
+    affordable,
+)
+from mlx_gemma_mtp.speculative.correction import Correction, Prices
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, UNKNOWN, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO, GREEDY, SAMPLED, Depth, DraftRow
 from mlx_gemma_mtp.speculative.history import History
 
@@ -97,6 +109,14 @@ def test_partners_pay_for_a_round():
     assert min(counts[0] for counts in alone) > 0 and sum(counts[0] for counts in beside) <= 2
 
 
+def test_partners_share_the_risk():
+    """In the worst case a round costs all rows, and its drafts gain tokens for some."""
+    sure = History((1e6,) * MAX_DRAFTS, (1e6,) * MAX_DRAFTS)  # all is kept
+    prices = Prices(tuple(1 + 0.5 * drafts for drafts in range(MAX_DRAFTS + 1)), 0.1, ())
+    for share, most in ((1.0, MAX_DRAFTS), (0.5, MAX_DRAFTS), (0.4, 1), (0.1, 0)):
+        assert len(affordable(prices, sure, FREE, Purse(0.11), share)) == most
+
+
 def test_doubt_cuts_nobody_who_asked_for_a_number():
     depth, rows = by(FAIR), [auto(0), fixed(1, 3)]
     [made, three] = depth.draft(rows, 100)
@@ -105,6 +125,30 @@ def test_doubt_cuts_nobody_who_asked_for_a_number():
     assert (depth.reason(0), depth.reason(1)) == (CONFIDENCE, FIXED)
     depth.observe({0: 3, 1: 0})
     assert depth.autos[GREEDY].pool.tried[2] > 0.9  # what was verified for the partner's sake was seen all the same
+
+
+@pytest.mark.parametrize("partners", [0, 1, 3])
+def test_what_drafts_earn_is_everybodys(partners):
+    """Tokens and costs of all rows against plain decoding of all."""
+    depth, rows = by(FAIR), [auto(0), *(fixed(1 + row, 0) for row in range(partners))]
+    made, *_ = counts = depth.draft(rows, 100)
+    verified(depth, rows, counts)
+    depth.observe(dict.fromkeys(range(len(rows)), 0) | {0: 2})
+    cost = FAIR.rounds_at(len(rows), 128)
+    assert made > 1
+    assert depth.autos[GREEDY].purse == Purse().after(1 + 2 / len(rows) - cost[made] / cost[0])
+
+
+@pytest.mark.parametrize("drafts, heard", [(0, True), (2, True), (7, False)])
+def test_a_partners_drafts_are_no_loss_of_others(drafts, heard, monkeypatch):
+    """The clock's word counts for a round that is as wide as the automatic rows made it."""
+    depth, rows, told = by(frozen=False), [auto(0), fixed(1, drafts)], []
+    decode(depth, rows, 6)
+    known = depth.autos[GREEDY]
+    monkeypatch.setattr(type(known), "choose", lambda *about: Choice(3, BEST, 1.0))
+    monkeypatch.setattr(type(known), "earned", lambda *about: told.append(about[-1]))
+    decode(depth, rows, 2)
+    assert (told[-1] is not None) == heard
 
 
 def test_each_grammar_cuts_its_own_row():
@@ -119,24 +163,30 @@ def test_each_grammar_cuts_its_own_row():
 
 def test_a_joiners_first_round_teaches_nothing():
     """It has no drafts in it, and the round's time has more in it than its verify."""
-    depth, first = by(frozen=False), auto(0)
-    decode(depth, [first], 20)
+    depth, rows = by(frozen=False), [auto(0), auto(1)]
+    decode(depth, rows[:1], 20)
     known = depth.autos[GREEDY]
-    before, pool = known.correction, known.pool
-    rows = [first, auto(1)]
-    waiting = [depth._chosen.counts[0], 0]
-    assert verified(depth, rows, waiting)[1] == 0
+    before, pool, waiting = known.correction, known.pool, depth._chosen.counts[0]
+    width, none = verified(depth, rows, [waiting, 0], sure=1.0)
     counts = depth.draft(rows, 100)
-    assert depth.reason(1) == JOINED and counts[0] == counts[1] > 0
+    assert width > 0 == none and depth.reason(1) == JOINED and counts[0] == counts[1] > 0
     depth.timed(50.0)
-    depth.observe({0: waiting[0], 1: 0})
+    depth.observe({0: width, 1: 0})
     assert 1 not in depth._own and known.correction == before
-    assert known.pool == pool.after(waiting[0], waiting[0], 0.98)
+    assert known.pool == pool.after(width, width, 0.98, [1.0] * (waiting - width))
     verified(depth, rows, counts)
     depth.draft(rows, 100)
     depth.timed(1.0)
     depth.observe({0: 1, 1: 1})
     assert depth._own[1].tried[0] == 1 and known.correction != before
+
+
+def test_why_a_joiner_drafts_nothing():
+    """Because it has just joined, unless it asked for nothing."""
+    depth, rows = by(), [fixed(0, 4), auto(1), fixed(2, 4), fixed(3, 0)]
+    depth.draft(rows[:1], 100)
+    assert depth.verify(rows, 100, [[], [], [], []], [4, 0, 0, 0]) is None
+    assert [depth.reason(row.id) for row in rows] == [FIXED, JOINED, JOINED, FIXED]
 
 
 def test_drafts_that_were_lost_are_no_failure():
