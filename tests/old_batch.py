@@ -4,8 +4,11 @@ import threading
 import time
 from collections import deque
 
+import mlx.core as mx
+
 from mlx_gemma_mtp.engine.request import Advance, Delivery
 from mlx_gemma_mtp.engine.scheduler import Batch
+from mlx_gemma_mtp.engine.stats import Totals
 from mlx_gemma_mtp.speculative.depth import AUTO
 
 
@@ -63,7 +66,9 @@ class Runner:
             items += [Advance(request.id, *told) for told in self.told if request]
             if request is not None:
                 items.append(Delivery(request.id, chunk))
-                if chunk.result is not None:
+                if chunk.result is not None:  # the old batch tells these at its own end
+                    request.stats.share(Totals(host_syncs=request.stats.rounds + 1))
+                    request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
                     del self.live[request.id]
         if not self.live and self.chunks is not None:
             self.chunks.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from ..sampling.params import SamplingParams
@@ -51,6 +52,7 @@ class Constraints:
     def __init__(self, text: Text, vocab: int, end_tokens: Collection[int]):
         self.text, self.vocab, self.end_tokens = text, vocab, tuple(end_tokens)
         self._compiler: Grammars | None = None
+        self._making = Lock()  # of the compiler, once, whichever thread needs it first
 
     def calls(self, tools: Tools | None, choice: ToolChoice, bound: bool) -> Calls:
         """Returns the tools of a call of the engine. bound: whether a reply is, so that its calls are, too.
@@ -102,7 +104,8 @@ class Constraints:
 
     @property
     def _grammars(self) -> Grammars:
-        if self._compiler is None:
-            self.text.check_grammar_fits()
-            self._compiler = Grammars(self.text.fast_tokenizer, self.vocab, self.end_tokens)
-        return self._compiler
+        with self._making:
+            if self._compiler is None:
+                self.text.check_grammar_fits()
+                self._compiler = Grammars(self.text.fast_tokenizer, self.vocab, self.end_tokens)
+            return self._compiler

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 
@@ -37,9 +36,6 @@ from .engine import Engine
 from .settings import MAX_WAITING, PREFILL_CHUNK
 from .warmup import making_ready, warm_up
 from .worker import Worker
-
-if TYPE_CHECKING:
-    from ..text.encode import Text
 
 ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # else transformers misses PyTorch, on standard error
 _computing: set[int] = set()  # processes in which a model was loaded: this one, or one that it was forked from
@@ -103,8 +99,11 @@ def load(
     pair, defaults = _find(wanted, listeners)
     worker = Worker()
     try:
-        make_ready = partial(_make_ready, pair, wanted, settings, notice)
-        target, drafter, text, costs = worker.call(make_ready, *listeners.each())
+        opening = worker.begin(partial(_open, pair, wanted, settings), *listeners.each(), lambda: None)
+        encode = _import_text()  # takes seconds; meanwhile the models are read and run for the first time
+        target, drafter = opening.wait()
+        text = encode.Text(pair.target, target.config.vocab_size, target.config.media_token_ids, notice)
+        costs = Costs.of_pair(pair, target, drafter, notice, settings["drafting"])
         reason = pair.reason
         return Engine(target, drafter, text, defaults, no_drafter_reason=reason, costs=costs, worker=worker, **settings)
     except BaseException:
@@ -203,38 +202,30 @@ def _find(wanted: _Wanted, listeners: _Listeners) -> tuple[hub.Pair, GenerationD
     return pair, defaults
 
 
-def _open(pair: hub.Pair, wanted: _Wanted, prefill_chunk: int, listeners: _Listeners) -> tuple[Gemma4, Drafter | None]:
-    """Returns both models with their weights read. Raises UserError where they do not fit the memory or their files
-    do not hold what config.json says.
+def _open(pair: hub.Pair, wanted: _Wanted, settings: Mapping[str, Any], *told: Any) -> tuple[Gemma4, Drafter | None]:
+    """Returns both models, with their weights read, after they have run for the first time.
+
+    told: the functions of _Listeners, and one that is called in between, where a load that nobody waits for ends.
+    Raises UserError where the models do not fit the memory or their files do not hold what config.json says.
     """
+    *listeners, pause = told
+    listeners = _Listeners(*listeners)
     listeners.stage("checking the Metal kernels (the first start on this machine)")
     kernel_report.ensure(listeners.notice)
     cast = wanted.dtype
     if cast is None and not metal_available():
         cast = mx.float32
         listeners.notice("no Metal here: running on the CPU, in float32")
-    _check_memory(pair, cast, prefill_chunk)
+    _check_memory(pair, cast, settings["prefill_chunk"])
     _computing.add(os.getpid())
     target, drafter = _open_models(pair, cast, wanted.draft_bits)
     listeners.stage("")
     for model in (target, drafter) if drafter else (target,):
         loading.prepare(model, listeners.progress)
+    listeners.stage(making_ready(target))
+    warm_up(target, drafter, settings["max_rows"], pause)
+    listeners.stage("")
     return target, drafter
-
-
-def _make_ready(
-    pair: hub.Pair, wanted: _Wanted, settings: Mapping[str, Any], notice: Callable[[str], None], *listeners: Any
-) -> tuple[Gemma4, Drafter | None, Text, dict[str, Costs]]:
-    """Returns both models, which have run for the first time, the tokenizer and the costs of rounds.
-
-    notice: for what comes up after the load. listeners: a _Listeners' three, for the load itself.
-    """
-    told = _Listeners(*listeners)
-    target, drafter = _open(pair, wanted, settings["prefill_chunk"], told)
-    told.stage(making_ready(target))
-    text = _load_text(pair.target, target, drafter, settings["max_rows"], notice)
-    told.stage("")
-    return target, drafter, text, Costs.of_pair(pair, target, drafter, notice, settings["drafting"])
 
 
 def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) -> tuple[Gemma4, Drafter | None]:
@@ -253,24 +244,11 @@ def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) 
         mx.random.seed(high << 32 | low)
 
 
-def _load_text(
-    folder: Path, target: Gemma4, drafter: Drafter | None, max_rows: int, notice: Callable[[str], None]
-) -> Text:
-    """Returns the tokenizer. Its libraries take seconds to import; meanwhile the models run for the first time.
+def _import_text() -> ModuleType:
+    """Imports text.encode and, without its advice on standard error, what takes long of its libraries.
 
-    The other thread imports nothing that touches MLX. A thread in which MLX computed or compiled takes the
-    interpreter's lock once more when it ends, and aborts the process where that is ending, too (after Ctrl-C, say).
+    Where that fails, text.encode itself fails, and says why.
     """
-    with ThreadPoolExecutor(1) as pool:
-        importing = pool.submit(_import_transformers)
-        warm_up(target, drafter, max_rows)
-        importing.result()
-    text = import_module("..text.encode", __package__)
-    return text.Text(folder, target.config.vocab_size, target.config.media_token_ids, notice)
-
-
-def _import_transformers() -> None:
-    """Imports what takes long of text.encode's libraries. Where it fails, text.encode itself fails, and says why."""
     quiet = ADVICE not in os.environ  # mlx_lm sets it, too
     if quiet:
         os.environ[ADVICE] = "1"
@@ -280,6 +258,7 @@ def _import_transformers() -> None:
     finally:
         if quiet:
             os.environ.pop(ADVICE, None)
+    return import_module("..text.encode", __package__)
 
 
 def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, block: int) -> None:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 from .request import Advance, Delivery, Request
 
 LIMIT = 256  # chunks of one request that wait for their reader, from which on the request is paused
+NAP = 0.5  # seconds after which who waits looks whether there was a signal
 Item = Delivery | Advance
+T = TypeVar("T")
+
+
+def wait_for(queue: SimpleQueue[T]) -> T:
+    """Returns the next thing in a queue; waits for it.
+
+    A signal that comes just before the thread falls asleep is seen when it wakes, so it does now and then.
+    """
+    while True:
+        with suppress(Empty):
+            return queue.get(timeout=NAP)
 
 
 class Outbox:
@@ -32,6 +46,11 @@ class Outbox:
     def complete(self) -> bool:
         """Whether every request has delivered its result, or the call has failed. The worker's."""
         return not self._waiting
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody can read any more. A thread's reader says so itself."""
+        return False
 
     def put(self, items: Iterable[Item]) -> list[int]:
         """Delivers what a round gave these requests. Returns those that are to be paused, since nobody reads them.
@@ -71,7 +90,7 @@ class Outbox:
 
     def get(self) -> list[Item]:
         """Returns what was delivered next; waits for it. Raises the exception that ended the call."""
-        return self._checked(self._queue.get())
+        return self._checked(wait_for(self._queue))
 
     def _checked(self, items: list[Item] | Exception) -> list[Item]:
         if isinstance(items, Exception):
@@ -100,8 +119,13 @@ class AsyncOutbox(Outbox):
         self._asleep: asyncio.Future[None] | None = None  # the reader's
         self._woken: asyncio.Future[None] | None = None  # the worker's
 
+    @property
+    def gone(self) -> bool:
+        """Whether nobody can read any more: the event loop is closed, perhaps amid its task."""
+        return self._loop.is_closed()
+
     def _ring(self) -> None:
-        if self._loop.is_closed():
+        if self.gone:
             raise ReaderGone
         asleep = self._asleep
         if asleep is None or asleep is self._woken:

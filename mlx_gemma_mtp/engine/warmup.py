@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -104,15 +104,17 @@ def making_ready(target: Gemma4) -> str:
     return "importing the tokenizer"
 
 
-def warm_up(target: Gemma4, drafter: Drafter | None, max_rows: int) -> None:
+def warm_up(target: Gemma4, drafter: Drafter | None, max_rows: int, pause: Callable[[], None] = lambda: None) -> None:
     """Runs a short prompt, and rounds with drafts and without, in one row and, where max_rows allows, in two.
 
-    Does so once a process for each kind of pair, and not on Metal. Raises UserError where MLX cannot keep its kernels.
+    Does so once a process for each kind of pair, and not on Metal. pause: called in between. Raises UserError where MLX
+    cannot keep its kernels.
     """
     check_kernel_folder()
     if not wanted(target):
         return
     for rows in (1, 2)[:max_rows]:
+        pause()
         kind = (rows, type(target), target.config.moe is None, drafter and type(drafter.masked_embedding))
         if kind not in _done:
             _done.add(kind)

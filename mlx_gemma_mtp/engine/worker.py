@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from ..errors import UserError, in_a_line
 from . import threads
 from .arguments import Cancel
-from .outbox import Item, Outbox, ReaderGone
+from .outbox import Item, Outbox, ReaderGone, wait_for
 from .request import Delivery, Request
 
 T = TypeVar("T")
@@ -66,7 +66,9 @@ class Worker:
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._outboxes: dict[int, Outbox] = {}  # of each request that is not done
         self._cancels: dict[Outbox, Cancel] = {}  # events that end a call
+        self._resting: set[Outbox] = set()  # with requests that are paused
         self._runner: Runner | None = None
+        self._running: Call | None = None
         self._give_back: Callable[[], None] = lambda: None
         self._gate, self._closed = threading.Lock(), False
         self._stopping = self._silent = False
@@ -129,9 +131,13 @@ class Worker:
         listeners: the function's arguments; each is called in the caller's thread, as long as the call lasts. Where the
         caller is interrupted, or a listener raises, the function ends when it next calls one.
         """
-        call = _Call(function, listeners)
-        self._send(_Message(call.run, call.refuse))
-        return call.wait()
+        return self.begin(function, *listeners).wait()
+
+    def begin(self, function: Callable[..., T], *listeners: Callable[..., None]) -> Call:
+        """Begins a `call`, for a caller that does something else before it waits."""
+        call = Call(function, listeners)
+        self._send(_Message(partial(self._run, call), call.refuse))
+        return call
 
     def submit(self, requests: Sequence[Request], outbox: Outbox, cancel: Cancel | None = None) -> None:
         """Has the runner take in the requests of a call. Whatever it raises, the outbox's reader gets.
@@ -149,8 +155,12 @@ class Worker:
         self._inbox.put(_Message(partial(self._resume, outbox, id)))
 
     def stop(self) -> None:
-        """Has the thread end its requests and its work after the current round. Does not wait."""
+        """Has the thread end its requests and its work after the current round, or when the function that it runs next
+        calls a listener. Does not wait.
+        """
         self._inbox.put(_Message(self._stop))
+        if (call := self._running) is not None:
+            call.leave()
 
     def close(self) -> None:
         """Stops, and waits until everything is given back. Closing once more does nothing.
@@ -210,6 +220,8 @@ class Worker:
         self._deliver(items)
         for outbox, cancel in list(self._cancels.items()):
             self._heed(outbox, cancel)
+        for outbox in [each for each in self._resting if each.gone]:
+            self._drop(outbox)
 
     def _deliver(self, items: Iterable[Item]) -> None:
         """Puts each item into its call's outbox. Those of requests whose reader has gone are dropped."""
@@ -224,10 +236,17 @@ class Worker:
             try:
                 for id in outbox.put(some):
                     self._runner.pause(id)
+                    self._resting.add(outbox)
             except ReaderGone:
                 self._drop(outbox)
             if outbox.complete:
                 self._cancels.pop(outbox, None)
+                self._resting.discard(outbox)
+
+    def _run(self, call: Call) -> None:
+        self._running = call
+        call.run()
+        self._running = None
 
     def _submit(self, requests: Sequence[Request], outbox: Outbox, cancel: Cancel | None) -> None:
         try:
@@ -254,6 +273,7 @@ class Worker:
     def _drop(self, outbox: Outbox, error: Exception | None = None) -> None:
         """Ends a call without its results. error: what its reader gets."""
         self._cancels.pop(outbox, None)
+        self._resting.discard(outbox)
         self._cancel([id for id in outbox.ids if self._outboxes.pop(id, None) is not None])
         if error is not None:
             outbox.fail(error)
@@ -266,6 +286,8 @@ class Worker:
         if id in outbox.paused:
             outbox.paused.discard(id)
             self._runner.resume(id)
+        if not outbox.paused:
+            self._resting.discard(outbox)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -291,6 +313,7 @@ class Worker:
             self._refuse()
         self._outboxes.clear()
         self._cancels.clear()
+        self._resting.clear()
         self._ident = 0
         self._ended.set()
 
@@ -316,7 +339,7 @@ class _Message:
     refuse: Callable[[Exception], None] = lambda error: None
 
 
-class _Call:
+class Call:
     """A function on its way through the worker: what it tells its listeners, and what comes of it."""
 
     def __init__(self, function: Callable[..., Any], listeners: Sequence[Callable[..., None]]):
@@ -326,7 +349,9 @@ class _Call:
         self._left = False  # whether nobody waits any more
 
     def run(self) -> None:
-        """Calls the function, in the worker's thread."""
+        """Calls the function, in the worker's thread, unless nobody waits."""
+        if self._left:
+            return
         try:
             found = self._function(*self._listeners)
         except BaseException as error:
@@ -342,12 +367,16 @@ class _Call:
         """Returns what the function returned, or raises what it raised. Meanwhile listeners are called."""
         try:
             while True:
-                event, last = self._events.get()
+                event, last = wait_for(self._events)
                 found = event()
                 if last:
                     return found
         finally:
-            self._left = True
+            self.leave()
+
+    def leave(self) -> None:
+        """Has the function end when it next calls a listener: nobody waits any more."""
+        self._left = True
 
     def _tell(self, listener: Callable[..., None], *args: Any) -> None:
         if self._left:

@@ -171,8 +171,9 @@ class Text:
         if system_prompt:
             fix = "do not ignore it" if self.template.exists else "add the folder's, which has none"
             raise UserError(f"a system prompt needs the chat template; put it into the prompt, or {fix}")
-        if chat_template and not self._told:
-            self._told = True
+        with self.template.lock:
+            tell, self._told = chat_template and not self._told, self._told or chat_template
+        if tell:
             self.notice("this model's folder has no chat template: prompts go to the model as they are")
         check_unicode("the prompt", prompt)
         if not prompt:

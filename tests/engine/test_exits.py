@@ -181,3 +181,43 @@ def case(name: str) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_a_process_ends(name):
     assert ended(case(name)) == (CASES[name][1], SAID.get(name, ""), "")
+
+
+LOADED = """
+from mlx_gemma_mtp import SamplingParams, load
+LONG = SamplingParams(max_tokens=4000, temperature=0.0, ignore_eos=True)
+"""
+REAL = {
+    "Ctrl-C amid a load": ("interrupted_soon({}); load(); time.sleep(30)", 130),
+    "a load after Ctrl-C amid a load": (
+        """
+        try:
+            interrupted_soon({}); load(); time.sleep(30)
+        except KeyboardInterrupt:
+            load(num_draft_tokens=2).generate("x", SamplingParams(max_tokens=3))
+        """,
+        0,
+    ),
+    "Ctrl-C in generate": ("engine = load(num_draft_tokens=2); interrupted_soon({}); engine.generate('x', LONG)", 130),
+    "Ctrl-C in calibrate": ("engine = load(); interrupted_soon({}); engine.calibrate(9)", 130),
+    "amid a stream": ("stream = load(num_draft_tokens=2).stream('x', LONG); next(stream); time.sleep({})", 0),
+    "a child of a fork that ends": (
+        """
+        engine = load(num_draft_tokens=2)
+        stream = engine.stream("x", LONG); next(stream)
+        if not (child := os.fork()): sys.exit(5)
+        time.sleep({}); sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """,
+        5,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.05, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("name", REAL)
+def test_a_process_with_a_model_ends(name, seconds):
+    code, due = REAL[name]
+    code = textwrap.indent(textwrap.dedent(code.format(seconds)).strip(), "    ")
+    guarded = f"try:\n{code}\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
+    assert ended(f"{BEGIN}{LOADED}{guarded}", 300) == (due, "", "")

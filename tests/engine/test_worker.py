@@ -486,8 +486,9 @@ def test_two_tasks_that_read_one_stream_are_told(driven):
     assert asyncio.run(main()).tokens == [0]
 
 
-def test_an_event_loop_that_is_closed_amid_a_stream(driven):
-    """Its requests end; others go on."""
+@pytest.mark.parametrize("paused", [False, True])
+def test_an_event_loop_that_is_closed_amid_a_stream(driven, paused):
+    """Its requests end, those too that rest since nobody reads them: with the next round. Others go on."""
     shared, gate = driven(), threading.Event()
 
     async def read():
@@ -498,11 +499,13 @@ def test_an_event_loop_that_is_closed_amid_a_stream(driven):
     task = loop.create_task(read())
     loop.call_later(0.05, loop.stop)
     loop.run_forever()
+    while paused and not shared.settled().paused:
+        pass
     loop.close()
     assert gate.is_set()
     while shared.settled().live:
-        pass
-    assert tokens(shared.stream(request(2))) == [[0, 1]]
+        assert tokens(shared.stream(request(2))) == [[0, 1]]
+    assert not shared.worker._resting and not shared.worker._outboxes
     task.get_coro().close()
 
 
