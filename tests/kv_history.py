@@ -83,14 +83,19 @@ class History:
         """
         for i, spec in enumerate(self.cache.specs):
             queries = self.random(self.cache.rows, HEADS, span.tokens or 1, spec.head_dim)
-            found = np.array(span.attend(i, mx.array(queries)))
-            for row, layers in enumerate(self.rows):
-                held = layers[i] if new is None else np.concatenate([layers[i], new[i][row]], axis=2)
-                for t in range(queries.shape[2]):
-                    place = layers[i].shape[2] + (offset if new is None else t)
-                    first = 0 if spec.window is None else max(place - spec.window + 1, 0)
-                    want = attention(queries[row, :, t], *held[:, :, first : place + 1])
-                    np.testing.assert_allclose(found[row, :, t], want, rtol=1e-5, atol=1e-5, err_msg=f"{i, row, t}")
+            self.check(i, queries, np.array(span.attend(i, mx.array(queries))), new, offset)
+
+    def check(self, layer: int, queries: np.ndarray, found: np.ndarray, new: Layers | None, offset: int = 0) -> None:
+        """Compares a layer's attention, [B, heads, T, D] as the queries are, with brute force. See `compare`."""
+        window = self.cache.specs[layer].window
+        for row, layers in enumerate(self.rows):
+            past = layers[layer]
+            held = past if new is None else np.concatenate([past, new[layer][row]], axis=2)
+            for t in range(queries.shape[2]):
+                place = past.shape[2] + (offset if new is None else t)
+                first = 0 if window is None else max(place - window + 1, 0)
+                want = attention(queries[row, :, t], *held[:, :, first : place + 1])
+                np.testing.assert_allclose(found[row, :, t], want, rtol=1e-5, atol=1e-5, err_msg=f"{layer, row, t}")
 
     def saved(self, row: int, slack: int = 0) -> Kept:
         """A row as it is saved, whose contents are compared."""

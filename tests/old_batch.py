@@ -46,7 +46,9 @@ class Runner:
             items.append(Delivery(request.id, request.cancel(self.cancelled.pop(request.id))))
         if not self.live and self.waiting:
             first = self.waiting[0]
-            some = [request for request in self.waiting if request.drafts == first.drafts][: self.settings.max_rows]
+            same = [request for request in self.waiting if request.drafts == first.drafts]
+            some = list({request.index: request for request in reversed(same)}.values())
+            some = sorted(some, key=lambda request: request.id)[: self.settings.max_rows]
             self.live = {request.id: request for request in some}
             self.waiting = deque(request for request in self.waiting if request.id not in self.live)
             self.chunks = self._begin(some)

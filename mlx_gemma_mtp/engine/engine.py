@@ -253,6 +253,16 @@ class Engine:
         return self._intake.end_tokens
 
     @property
+    def max_rows(self) -> int:
+        """The most requests in one batch."""
+        return self.settings.max_rows
+
+    @property
+    def prefill_chunk(self) -> int:
+        """The most tokens of a prompt in one forward pass."""
+        return self.settings.prefill_chunk
+
+    @property
     def drafting(self) -> Drafting:
         """How drafts are made and accepted."""
         return self.settings.drafting

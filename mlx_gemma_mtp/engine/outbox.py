@@ -101,13 +101,15 @@ class AsyncOutbox(Outbox):
         self._woken: asyncio.Future[None] | None = None  # the worker's
 
     def _ring(self) -> None:
+        if self._loop.is_closed():
+            raise ReaderGone
         asleep = self._asleep
         if asleep is None or asleep is self._woken:
             return  # the reader looks into the queue before it sleeps
         self._woken = asleep
         try:
             self._loop.call_soon_threadsafe(_wake, asleep)
-        except RuntimeError:
+        except RuntimeError:  # it was closed just now
             raise ReaderGone from None
 
     async def aget(self) -> list[Item]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -11,13 +12,12 @@ import mlx.core as mx
 
 from ..cache.cache import Cache
 from ..cache.saved import Saved
-from ..cache.spec import row_bytes
 from ..errors import in_a_line
-from ..machine import memory
+from ..machine import memory, pressure
 from ..machine.device import metal_available
+from ..machine.power import Awake
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
-from ..models.loading import model_bytes
 from ..sampling.penalties import TokenCounts
 from ..sampling.rules import Rules
 from ..speculative.budget import Budget
@@ -26,10 +26,10 @@ from ..speculative.guide import Guide, guide
 from ..speculative.loop import Firsts, Joiner, Speculation
 from ..speculative.prefill import chunk
 from ..speculative.readback import Round
-from .admission import Memory
 from .outbox import Item
 from .request import Advance, Delivery, Request
-from .scheduler import NORMAL, Job, Piece, Plan, Scheduler
+from .room import room
+from .scheduler import Job, Piece, Plan, Scheduler
 from .settings import Settings
 from .stats import Totals
 from .tables import Tables
@@ -99,7 +99,7 @@ class Runner:
         *,
         scheduler: Scheduler | None = None,
         budget: Budget | None = None,
-        pressure: Callable[[], int] = lambda: NORMAL,
+        pressure: Callable[[], int] = pressure.level,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Starts without requests.
@@ -122,6 +122,8 @@ class Runner:
         )
         self.budget = budget or Budget(chunk, _grid(chunk))
         self.pressure, self.clock = pressure, clock
+        memory.limit_cache(self._transient())
+        self._awake, self._working = Awake("mlx_gemma_mtp generates text"), ExitStack()  # while there are requests
         self.held: dict[int, Held] = {}  # by request
         self.rows: list[int] = []  # the requests of the batch's rows
         self.totals = Totals()
@@ -145,7 +147,7 @@ class Runner:
         job = Job(request.id, len(request.prompt), request.limit, request.priority, request.deadline)
         self.scheduler.submit(job, now)
         if not self.held:
-            mx.reset_peak_memory()
+            self._begin()
         self.held[request.id] = Held(request, now)
 
     def cancel(self, id: int, reason: str = "cancelled") -> None:
@@ -177,7 +179,7 @@ class Runner:
         if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
             mx.clear_cache()
         if not self.held:
-            self._learn()
+            self._rest()
         self._returned = self.clock()
         return items
 
@@ -196,7 +198,7 @@ class Runner:
         """Ends every request with finish_reason 'cancelled', and gives back what it holds."""
         items = [self._end(id, "cancelled", done=True) for id in list(self.held)]
         self._loop, self.rows, self._plan, self._due = self._new_loop(), [], Plan(), None
-        self._learn()
+        self._rest()
         return items
 
     # A round.
@@ -429,10 +431,23 @@ class Runner:
         held.request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
         self.depth.forget([id])
 
-    def _learn(self) -> None:
-        """Keeps what rounds took for the next start."""
+    def _begin(self) -> None:
+        """Readies the machine for requests: the first one has come."""
+        mx.reset_peak_memory()
+        self._awake.on()
+        self._working.callback(self._awake.off)
+        self._working.enter_context(memory.wired_limit(self.settings.wired_limit))
+
+    def _rest(self) -> None:
+        """Lets the machine rest, and keeps what rounds took for the next start: no request is left."""
+        self._working.close()
         if self.tables is not None:
             self.tables.learn(self.depth.learned())
+
+    def _transient(self) -> int:
+        """The bytes that a round frees again: those of a chunk and a verify of short texts."""
+        room, settings = self.scheduler.memory, self.settings
+        return room.chunk(settings.prefill_chunk, settings.prefill_chunk) + room.verify(settings.max_rows, 0)
 
     def _new_loop(self) -> Speculation:
         """Returns a batch without rows."""
@@ -448,17 +463,3 @@ def _tokens(pieces: Iterable[Piece]) -> int:
 def _grid(chunk: int) -> int:
     """The steps in which a budget is spent: a quarter of a chunk, where that divides it."""
     return chunk // 4 if chunk % 4 == 0 else chunk
-
-
-def room(target: Gemma4, drafter: Drafter | None, settings: Settings, block: int) -> Memory:
-    specs, size, back = target.config.kv, target.dtype.size, settings.drafting.lookback
-    weights = sum(model_bytes(model) for model in (target, drafter) if model is not None)
-    return Memory(
-        settings.memory_limit or memory.total_bytes(),
-        weights,
-        lambda tokens: row_bytes(specs, tokens, block, size, back),
-        lambda tokens: row_bytes(specs, tokens, settings.prefill_chunk, size, back),
-        lambda tokens: row_bytes(specs, tokens, 1, size, back),
-        lambda tokens, context: 0,
-        lambda rows, context: 0,
-    )

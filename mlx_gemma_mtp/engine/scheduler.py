@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from ..errors import UserError
+from ..machine.pressure import CRITICAL, NORMAL
 from .admission import Memory
 
 PRIORITIES = range(-100, 101)
@@ -33,8 +34,6 @@ TOKEN_S = 1e-3  # seconds that a prompt token is worth: about what its prefill t
 PATIENCE_S = 10.0  # how much later a request may be due that goes before one for which memory is missing
 AHEAD = 4  # requests with K/V outside the batch, beyond its free rows; the last place is for prompts of one chunk
 TURN = 4  # every so many rounds prompts are prefilled in the order, else the shortest first
-
-NORMAL, WARNING, CRITICAL = 1, 2, 4  # the system's levels of memory pressure
 
 
 @dataclass(frozen=True)

@@ -278,10 +278,9 @@ class Worker:
     def _end(self) -> None:
         """Gives the runner back, and tells everybody who waits. No message is taken in afterwards."""
         try:
-            if self._runner is not None:
-                items = self._runner.close()
-                if not self._silent:
-                    self._deliver(items)
+            items = self._runner.close() if self._runner is not None else []
+            if not self._silent and self._error is None:  # of a runner that failed nobody knows what its results are
+                self._deliver(items)
         except BaseException as error:
             self._error = self._error or error
         self._runner = None

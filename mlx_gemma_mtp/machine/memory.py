@@ -1,4 +1,4 @@
-"""Memory: what a run needs, what there is, and the wired limit on a Mac."""
+"""Memory: what there is, what MLX may keep of it unused, and the wired limit on a Mac."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ _wired = _Wired()
 
 
 @contextmanager
-def wired_limit() -> Iterator[None]:
+def wired_limit(on: bool = True) -> Iterator[None]:
     """Keeps weights wired in memory on a Mac, up to the recommended working set, while any such block runs.
 
-    mlx_lm does so, too.
+    mlx_lm does so, too. on: whether to do it at all. Other programs cannot have wired memory, whatever they need.
     """
-    if not metal_available():
+    if not on or not metal_available():
         yield
         return
     _wired.enter()
@@ -70,3 +70,31 @@ def wired_limit() -> Iterator[None]:
         yield
     finally:
         _wired.leave()
+
+
+LEAST_CACHE = 64 << 20  # bytes
+
+
+class _Kept:
+    """The limit of MLX's cache of unused buffers: of several engines in a process the largest counts."""
+
+    def __init__(self) -> None:
+        self.limit, self.lock = 0, threading.Lock()
+
+    def raise_to(self, limit: int) -> None:
+        with self.lock:
+            if limit > self.limit:
+                self.limit = limit
+                mx.set_cache_limit(limit)
+
+
+_kept = _Kept()
+
+
+def limit_cache(transient: int) -> None:
+    """Limits MLX's cache of unused buffers to what rounds use again and again. Without a limit it grows to MLX's own,
+    which is all memory: packed prompts have ever new sizes, and so have caches that grow.
+
+    transient: bytes that a round needs beside weights and K/V, and frees again.
+    """
+    _kept.raise_to(max(transient, LEAST_CACHE))

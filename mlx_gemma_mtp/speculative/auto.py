@@ -23,13 +23,13 @@ class Part(NamedTuple):
     """An automatic row's part in a verify.
 
     made: drafts that were made for it. allowed: those of them that its grammar left. width: those of them that were
-    verified. confidences: of the allowed ones; () where the source of drafts was not asked.
+    verified. confidences: of the allowed ones; none where the source of drafts was not asked.
     """
 
     made: int
     allowed: int
     width: int
-    confidences: tuple[float, ...]
+    confidences: Sequence[float]
 
     def cut(self, trust: Trust) -> list[float]:
         """Returns for each draft that was made and not verified the chance that it would have been kept.

@@ -80,8 +80,10 @@ class CostTable:
         return [_line(context, self.contexts, [plane[width] for plane in planes]) for width in widths]
 
     def draft_at(self, rows: int) -> float:
-        """Returns the seconds of one draft with this number of rows."""
-        return _line(rows, ROWS, self.draft)
+        """Returns the seconds of one draft with this number of rows. They are remembered, since every round asks."""
+        if rows not in self._drafts:
+            self._drafts[rows] = _line(rows, ROWS, self.draft)
+        return self._drafts[rows]
 
     def rounds_at(self, rows: int, context: int) -> tuple[float, ...]:
         """Returns the seconds of a round that makes and verifies K = 0..MAX_DRAFTS drafts.
@@ -92,6 +94,11 @@ class CostTable:
             draft, verify = self.draft_at(rows), self.verify_at(rows, context)
             self._rounds[rows, context] = tuple(seconds + width * draft for width, seconds in enumerate(verify))
         return self._rounds[rows, context]
+
+    @cached_property
+    def _drafts(self) -> dict[int, float]:
+        """What `draft_at` was asked so far."""
+        return {}
 
     @cached_property
     def _rounds(self) -> dict[tuple[int, int], tuple[float, ...]]:

@@ -131,24 +131,26 @@ class Depth:
         each row, those of its drafts. waiting: of each row, how many of its drafts its grammar left; 0 where it has
         just joined.
         """
-        chosen, counts = self._chosen, self._chosen.counts
-        reasons = {row.id: FIXED if row.id in counts or row.drafts == 0 else JOINED for row in rows}
-        steady = all(row.id in counts for row in rows)
+        chosen, counts, reasons, own = self._chosen, self._chosen.counts, {}, []
+        partners, floor, steady = 0, 0, True
+        for row, sure, left in zip(rows, confidences, waiting, strict=True):
+            if row.id not in counts:
+                reasons[row.id], steady = JOINED if row.drafts else FIXED, False
+            elif chosen.auto is not None and row.drafts == AUTO:
+                allowed = min(left, counts[row.id])
+                own.append((row, sure[:allowed], allowed))
+            else:
+                reasons[row.id], partners, floor = FIXED, partners + 1, max(floor, left)
         if chosen.auto is None:
             self._pass = Pass(chosen, {}, reasons)
             return None
-        own, partners, floor = [], 0, 0
-        for row, sure, left in zip(rows, confidences, waiting, strict=True):
-            if row.drafts == AUTO and row.id in counts:
-                allowed = min(left, counts[row.id])
-                own.append((row, tuple(sure[:allowed]), allowed))
-            elif row.id in counts:
-                partners, floor = partners + 1, max(floor, left)
-        useful, allowed = [row.useful for row, _, _ in own], [left for _, _, left in own]
-        width = chosen.auto.width(chosen.choice, len(rows), context, [sure for _, sure, _ in own], allowed, useful)
-        most = max(width, floor)
-        parts = {row.id: Part(counts[row.id], left, min(left, most), sure) for row, sure, left in own}
-        reasons |= {id_: part.reason(chosen.choice) for id_, part in parts.items()}
+        _, sure, allowed = zip(*own, strict=True) if own else ((), (), ())
+        useful = [row.useful for row, _, _ in own]
+        width = chosen.auto.width(chosen.choice, len(rows), context, sure, allowed, useful)
+        most, parts = max(width, floor), {}
+        for row, sure, left in own:
+            parts[row.id] = part = Part(counts[row.id], left, min(left, most), sure)
+            reasons[row.id] = part.reason(chosen.choice)
         self._pass = Pass(chosen, parts, reasons, len(rows), partners, context, most, width, steady)
         self._seconds = None
         return most

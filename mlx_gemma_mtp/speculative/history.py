@@ -31,8 +31,14 @@ class History:
         retain, below 1. cut: for each draft that was made but not verified, the chance that it would have been kept.
         Without these chances only confident drafts would be counted.
         """
-        tried, kept, reach = [t * keep for t in self.tried], [k * keep for k in self.kept], 1.0
-        for i, rate in enumerate([float(i < accepted) for i in range(verified)] + list(cut)):
+        tried, kept = [t * keep for t in self.tried], [k * keep for k in self.kept]
+        for i in range(accepted):
+            tried[i], kept[i] = tried[i] + 1, kept[i] + 1
+        if accepted < verified:  # whatever came after it was not reached
+            tried[accepted] += 1
+            return History(tuple(tried), tuple(kept))
+        reach = 1.0
+        for i, rate in enumerate(cut, verified):
             tried[i], kept[i], reach = tried[i] + reach, kept[i] + reach * rate, reach * rate
         return History(tuple(tried), tuple(kept))
 

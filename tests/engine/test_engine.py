@@ -1,7 +1,10 @@
 """The facade on the bundled, trained pair: text in, text and figures out; MTP on and off give the same."""
 
+import asyncio
+import copy
 import json
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +14,11 @@ from held_out import PROMPTS
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine import scheduler
-from mlx_gemma_mtp.engine.constraints import Calls
 from mlx_gemma_mtp.engine.engine import Engine
-from mlx_gemma_mtp.speculative.depth import Depth
+from mlx_gemma_mtp.engine.intake import Options
 from mlx_gemma_mtp.speculative.drafting import Drafting
-from mlx_gemma_mtp.text.tool_choice import ToolChoice
 
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
-NO_CALLS = Calls(None, ToolChoice())
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +90,10 @@ def test_an_unknown_draft_position_is_named(position):
 
 @pytest.mark.parametrize("position", [0, -1])
 def test_either_draft_position_gives_the_same_text(engine, position):
-    own = Engine(engine.target, engine.drafter, engine.text, engine.defaults, drafting=Drafting(position=position))
     plain = engine.generate(PROMPTS[:3], GREEDY, num_draft_tokens=0)
-    assert [r.tokens for r in own.generate(PROMPTS[:3], GREEDY)] == [r.tokens for r in plain]
-
-
-def test_nobody_waits_for_what_is_cancelled(engine, monkeypatch):
-    """A batch that is cancelled before it begins makes no cache and runs no pass."""
-    made = []
-    monkeypatch.setattr(scheduler, "Cache", lambda *args, **kwargs: made.append(args))
-    monkeypatch.setattr(scheduler, "prefill", lambda *args: made.append(args))
-    cancel = threading.Event()
-    cancel.set()
-    request = engine._request(0, engine.text.encode(PROMPTS[0]), GREEDY, 4, NO_CALLS)
-    batch = scheduler.Batch(engine.target, engine.drafter, [request], Depth(None), 4, 256)
-    [chunk] = batch.run(cancel, lambda done, total: made.append(done))
-    assert chunk.result.finish_reason == "cancelled" and made == []
+    parts = engine.target, engine.drafter, engine.text, engine.defaults
+    with Engine(*parts, drafting=Drafting(position=position)) as own:
+        assert [r.tokens for r in own.generate(PROMPTS[:3], GREEDY)] == [r.tokens for r in plain]
 
 
 def test_metal_gives_buffers_back(engine, monkeypatch):
@@ -130,7 +118,7 @@ def test_each_row_gets_the_report_that_it_asked_for(engine):
 def test_what_comes_after_the_end_in_a_round_does_not_count(engine):
     """An end token and the last token of the limit, amid what a round emitted."""
     for params, taken, reason in ((SamplingParams(max_tokens=9), [40, 41], "stop"), (GREEDY, [40, 41, 1], "length")):
-        request = engine._request(0, [2, 5], params, 4, NO_CALLS)
+        (request,) = engine._intake.requests([[2, 5]], params, Options())
         request.limit = 3 if reason == "length" else 9
         chunk = request.take([40, 41, 1, 42, 43], 4)
         assert (chunk.tokens, chunk.result.finish_reason, request.stats.accepted) == (taken, reason, 2)
@@ -193,25 +181,25 @@ def test_eos_inside_a_draft_ends_the_text(engine):
     assert stopped and all(not {1, 6}.intersection(r.tokens) for r in stopped)
 
 
-def test_suppressed_tokens_never_come(engine, monkeypatch):
+def test_suppressed_tokens_never_come(engine):
     usual = engine.generate(PROMPTS[0], GREEDY).tokens
     banned = max(set(usual), key=usual.count)
-    defaults = engine.defaults.__class__(**{**vars(engine.defaults), "suppress_token_ids": (banned,)})
-    monkeypatch.setattr(engine, "defaults", defaults)
-    results = [engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=k) for k in (0, 4)]
+    defaults = replace(engine.defaults, suppress_token_ids=(banned,))
+    with Engine(engine.target, engine.drafter, engine.text, defaults) as other:
+        results = [other.generate(PROMPTS[0], GREEDY, num_draft_tokens=k) for k in (0, 4)]
     assert results[0].tokens == results[1].tokens and banned not in results[0].tokens
 
 
 def test_cancel_ends_with_what_there_is(engine):
     cancel = threading.Event()
-    chunks = []
-    for chunk in engine.stream(PROMPTS[:2], GREEDY, cancel=cancel):
+    chunks, long = [], replace(GREEDY, max_tokens=4000)
+    for chunk in engine.stream(PROMPTS[:2], long, cancel=cancel):
         chunks.append(chunk)
         if len(chunks) == 6:
             cancel.set()
     results = [c.result for c in chunks if c.result is not None]
     assert [r.finish_reason for r in results] == ["cancelled"] * 2
-    assert all(0 < len(r.tokens) < 40 for r in results)
+    assert all(0 < len(r.tokens) < 4000 for r in results)
     cancel.set()
     early = list(engine.stream(PROMPTS[0], GREEDY, cancel=cancel))
     assert early[-1].result.finish_reason == "cancelled" and early[-1].result.tokens == []
@@ -223,20 +211,24 @@ def test_more_prompts_than_rows_wait_their_turn(engine):
     assert len(results) == 11 and results[10].tokens == engine.generate(PROMPTS[10], short).tokens
 
 
-def test_prefill_progress_and_long_prompts(engine, monkeypatch):
-    """A prompt of several chunks, past the window; the context is a limit, not a crash."""
+def test_prefill_progress_and_long_prompts(engine):
+    """A prompt of several chunks, past the window."""
     told = []
     long_prompt = (engine.text.encode(PROMPTS[2]) * 40)[:700]
     plain = engine.generate(long_prompt, GREEDY, num_draft_tokens=0, progress=lambda d, t: told.append((d, t)))
     assert told == [(256, 700), (512, 700), (700, 700)]
     assert engine.generate(long_prompt, GREEDY).tokens == plain.tokens
+
+
+def test_the_context_is_a_limit(engine, monkeypatch):
     context = 1024  # the pair's own is 8192, which would take a minute here
     monkeypatch.setattr(engine.target, "config", replace(engine.target.config, context=context))
-    almost = (long_prompt * 2)[: context - 6]
-    result = engine.generate(almost, SamplingParams(max_tokens=50, ignore_eos=True))
-    assert len(result.tokens) == 6 and result.finish_reason == "length"
-    with pytest.raises(UserError, match=f"{context} tokens, expected fewer than the context of {context}"):
-        engine.generate((long_prompt * 2)[:context], GREEDY)
+    long_prompt = (engine.text.encode(PROMPTS[2]) * 80)[:context]
+    with Engine(engine.target, engine.drafter, engine.text, engine.defaults) as short:
+        result = short.generate(long_prompt[: context - 6], SamplingParams(max_tokens=50, ignore_eos=True))
+        assert len(result.tokens) == 6 and result.finish_reason == "length"
+        with pytest.raises(UserError, match=f"{context} tokens, expected fewer than the context of {context}"):
+            short.generate(long_prompt, GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -288,3 +280,77 @@ def test_six_thousand_tokens_of_context(engine):
     plain, drafted = (engine.generate(prompt, GREEDY, num_draft_tokens=k) for k in (0, 4))
     assert len(prompt) == 6000 and drafted.tokens == plain.tokens
     assert drafted.stats.tokens_per_round > 2
+
+
+def test_a_timeout_ends_with_what_there_is(engine):
+    result = engine.generate(PROMPTS[0], replace(GREEDY, max_tokens=8000), timeout=0.5)
+    assert result.finish_reason == "timeout" and len(result.tokens) < 8000 and result.error is None
+
+
+def test_coroutines_get_the_same_texts(engine):
+    """Whole and in pieces, several at once; a bad call is told when it is awaited."""
+
+    async def main():
+        async def pieces(prompt):
+            return [token async for chunk in engine.astream(prompt, GREEDY) for token in chunk.tokens]
+
+        whole = engine.agenerate(PROMPTS[:2], GREEDY)
+        found = await asyncio.gather(whole, *map(pieces, PROMPTS[:2]))
+        with pytest.raises(UserError, match="empty"):
+            await engine.agenerate("")
+        with pytest.raises(UserError, match="timeout is"):
+            await anext(engine.astream("x", timeout="1"))
+        return [result.tokens for result in found[0]], found[1:]
+
+    usual = [result.tokens for result in engine.generate(PROMPTS[:2], GREEDY)]
+    assert asyncio.run(main()) == (usual, usual)
+
+
+@pytest.mark.parametrize("way", ["close", "with", "async with", "del"])
+def test_a_closed_engine(engine, way):
+    """It ends its streams, says so in a line, may be closed again, and keeps nothing of the models."""
+    parts = copy.deepcopy(engine.target), None, engine.text, engine.defaults
+    own, target = Engine(*parts), weakref.ref(parts[0])
+    del parts
+    stream = own.stream(PROMPTS[0], replace(GREEDY, max_tokens=8000))
+    next(stream)
+    if way == "close":
+        own.close()
+        own.close()
+    elif way == "with":
+        with own:
+            pass
+    elif way == "async with":
+
+        async def main():
+            async with own:
+                assert (await own.agenerate("x", GREEDY)).finish_reason == "length"
+
+        asyncio.run(main())
+    if way == "del":
+        worker = own._worker
+        del own, stream
+        worker._ended.wait(30)
+    else:
+        assert [chunk.result.finish_reason for chunk in stream if chunk.result] == ["cancelled"]
+        for call in (
+            lambda: own.generate("x"),
+            lambda: own.stream("x"),
+            lambda: asyncio.run(own.agenerate("x")),
+            lambda: own.call(len),
+            lambda: own.target,
+            lambda: own.description,
+            own.__enter__,
+        ):
+            with pytest.raises(UserError, match="the engine is closed; load it again"):
+                call()
+    assert target() is None
+
+
+def test_a_function_of_ones_own_computes_where_the_models_do(engine):
+    """With their K/V and streams, between two rounds."""
+    told = []
+    name = engine.call(lambda tell: tell(threading.current_thread().name) or engine.target.dtype, told.append)
+    assert name == mx.float32 and told == ["mlx_gemma_mtp"]
+    with pytest.raises(UserError, match="from within its own work"):
+        engine.call(lambda: engine.generate("x"))

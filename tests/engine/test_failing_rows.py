@@ -17,7 +17,6 @@ from constraints import Stairs
 
 from convert.cli import main as convert
 from mlx_gemma_mtp import SamplingParams, load, verify
-from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.engine.calibration import Costs
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.sampling.distribution import Rules
@@ -25,8 +24,9 @@ from mlx_gemma_mtp.sampling.params import ACCEPT, REJECTION
 from mlx_gemma_mtp.speculative.costs import UNKNOWN
 from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.guide import guide
-from mlx_gemma_mtp.speculative.loop import NOT_FINITE, NOTHING_ALLOWED, Speculation, compact, sound
+from mlx_gemma_mtp.speculative.loop import Firsts, Joiner, compact
 from mlx_gemma_mtp.speculative.prefill import prefill
+from mlx_gemma_mtp.speculative.readback import NOT_FINITE, NOTHING_ALLOWED, sound
 from mlx_gemma_mtp.text.reply import Reply
 
 PROMPTS = ["Describe the function open().", "def area(width, height):", "What is a list?"]
@@ -143,12 +143,10 @@ def test_a_constraint_that_raises(where, after, kept, num_draft, accept):
     model = tiny.target("moe")
     batch = tiny.prompts(3)
     params = tiny.SAMPLED if accept == REJECTION else tiny.GREEDY
-    cache = Cache(model.config.kv, 3, 64, 16, mx.float32)
-    constraints = guide([None, Breaks(where, after), Stairs()], tiny.VOCAB)
-    hidden = prefill(model, cache, slice(0, 3), batch)
-    rules = lambda count: Rules.of([params] * count, tiny.VOCAB)  # noqa: E731
-    loop = Speculation(model, tiny.drafter(model), cache, rules(3), hidden, Drafting(accept=accept), guide=constraints)
-    done, texts, live = loop.start(num_draft), [[], [], []], [0, 1, 2]
+    constraints = [None, Breaks(where, after), Stairs()]
+    drafting = Drafting(accept=accept)
+    loop = tiny.begun(model, tiny.drafter(model), batch, params, constraints=constraints, drafting=drafting)
+    done, texts, live = tiny.round_of(loop, num_draft), [[], [], []], [0, 1, 2]
     reasons = {}
     for _ in range(12):
         for name, tokens, error in zip(live, done.tokens, done.errors, strict=True):
@@ -158,13 +156,71 @@ def test_a_constraint_that_raises(where, after, kept, num_draft, accept):
         stay = compact([name not in reasons for name in live])
         if len(stay) < len(live):
             live = [live[place] for place in stay]
-            loop.retain(stay, rules(len(live)))
-        done = loop.step(num_draft)
+            rules = Rules.of([params] * len(live), tiny.VOCAB)
+            loop.arrange(stay, rules, guide=guide([constraints[name] for name in live], tiny.VOCAB))
+        done = tiny.round_of(loop, num_draft)
     assert reasons == {1: "KeyError: 'a step is missing'"} and len(texts[1]) == kept
     assert [token % 7 for token in texts[2]] == [i % 7 for i in range(len(texts[2]))]
     if accept != REJECTION:
         plain, _ = tiny.decode(model, None, batch, 0, 12, constraints=[None, Stairs(), Stairs()])
         assert [texts[0][:12], texts[1], texts[2][:12]] == [plain[0], plain[1][:kept], plain[2]]
+
+
+@pytest.mark.parametrize("accept", ACCEPT)
+@pytest.mark.parametrize("where, after, kept", [("mask", 0, 0), ("advance", 0, 0), ("mask", 1, 1), ("advance", 1, 1)])
+def test_a_constraint_that_raises_while_its_row_comes(where, after, kept, accept):
+    """With the first token, which comes beside rows that decode, or in the row's first round: it alone ends, and the
+    others do not notice.
+    """
+    model = tiny.target("moe")
+    free, bound, broken = tiny.prompts(3)
+    params = [tiny.GREEDY] * 3 if accept != REJECTION else [tiny.GREEDY, tiny.GREEDY, tiny.SAMPLED]
+    rules = lambda *rows: Rules.of([params[row] for row in rows], tiny.VOCAB)  # noqa: E731
+    constraints = [None, Stairs(), Breaks(where, after)]
+    loop = tiny.begun(
+        model, tiny.drafter(model), [free, bound], constraints=constraints[:2], drafting=Drafting(accept=accept)
+    )
+    texts = [list(tokens) for tokens in tiny.round_of(loop, 3).tokens]
+    caches, hidden = prefill(model, [broken], 16)
+    firsts = Firsts(hidden, [len(broken)], rules(2), guide=guide(constraints[2:], tiny.VOCAB))
+    done = loop.step([3, 2], firsts)
+    assert done.errors == [None, None]
+    reason, first = "KeyError: 'a step is missing'", done.firsts.tokens[0]
+    if not after:
+        assert (done.firsts.errors, first) == ([reason], [])
+    else:
+        assert done.firsts.errors == [None] and [token % 7 for token in first] == [0]
+        texts = [text + tokens for text, tokens in zip(texts, done.tokens, strict=True)]
+        loop.arrange(
+            [Joiner(caches[0].save(0), first[0]), 0, 1],
+            rules(2, 0, 1),
+            guide=guide([constraints[row] for row in (2, 0, 1)], tiny.VOCAB),
+        )
+        done = loop.step([1, 3, 3])
+        assert done.errors == [reason, None, None] and done.tokens[0] == []
+        loop.arrange([1, 2], rules(0, 1), guide=guide(constraints[:2], tiny.VOCAB))
+        done = replace(done, tokens=done.tokens[1:])
+    while min(map(len, texts)) < 12:
+        texts = [text + tokens for text, tokens in zip(texts, done.tokens, strict=True)]
+        done = loop.step([3, 3])
+    plain, _ = tiny.decode(model, None, [free, bound], 0, 12, constraints=[None, Stairs()])
+    assert [text[:12] for text in texts] == plain
+
+
+def test_a_first_token_that_is_not_finite():
+    """A staged prompt of which the model's scores are NaN ends, with its reason, beside a row that decodes."""
+    model = tiny.target("moe")
+    batch = tiny.prompts(2)
+    loop = tiny.begun(model, tiny.drafter(model), batch[:1])
+    text = list(tiny.round_of(loop, 3).tokens[0])
+    rules = Rules.of([tiny.GREEDY] * 2, tiny.VOCAB)
+    _, hidden = prefill(model, [batch[1]] * 2, 16)
+    nan = mx.where(mx.array([[True], [False]]), mx.nan, hidden)
+    done = loop.step([3], Firsts(nan, [len(batch[1])] * 2, rules))
+    assert (done.errors, done.firsts.errors) == ([None], [NOT_FINITE, None])
+    plain, _ = tiny.decode(model, None, batch, 0, 5)
+    assert done.firsts.tokens == [[], plain[1][:1]] and done.firsts.drafted == [None, None]
+    assert (text + done.tokens[0])[:2] == plain[0][:2]
 
 
 # ---- text
@@ -269,11 +325,8 @@ def test_only_the_row_that_meets_the_nan_ends(kind, num_draft):
 
 def ended(model, drafter, batch, num_draft: int, count: int) -> tuple[list[list[int]], dict[int, str]]:
     """Texts through the loop, where rows leave when they have `count` tokens or an error; the errors by row."""
-    cache = Cache(model.config.kv, len(batch), 48, 16, mx.float32)
-    rules = lambda rows: Rules.of([tiny.GREEDY] * rows, tiny.VOCAB)  # noqa: E731
-    hidden = prefill(model, cache, slice(0, len(batch)), batch)
-    loop = Speculation(model, drafter, cache, rules(len(batch)), hidden)
-    texts, errors, live, done = [[] for _ in batch], {}, list(range(len(batch))), loop.start(num_draft)
+    loop = tiny.begun(model, drafter, batch)
+    texts, errors, live, done = [[] for _ in batch], {}, list(range(len(batch))), tiny.round_of(loop, num_draft)
     while True:
         for name, tokens, error in zip(live, done.tokens, done.errors, strict=True):
             texts[name] += tokens
@@ -284,8 +337,8 @@ def ended(model, drafter, batch, num_draft: int, count: int) -> tuple[list[list[
             return [text[:count] for text in texts], errors
         if len(stay) < len(live):
             live = [live[place] for place in stay]
-            loop.retain(stay, rules(len(live)))
-        done = loop.step(num_draft)
+            loop.arrange(stay, Rules.of([tiny.GREEDY] * len(live), tiny.VOCAB))
+        done = tiny.round_of(loop, num_draft)
 
 
 @pytest.mark.parametrize("accept", ACCEPT)

@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp.engine.admission import Memory
 from mlx_gemma_mtp.engine.scheduler import (
     AHEAD,
-    CRITICAL,
-    NORMAL,
-    WARNING,
     Job,
     Plan,
     Scheduler,
 )
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.machine.pressure import CRITICAL, NORMAL, WARNING
 
 CHUNK, BLOCK, ROUND_S = 8, 4, 0.02
 PLENTY = 10**9

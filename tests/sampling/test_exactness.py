@@ -8,13 +8,14 @@ rejection says something else with each, so each is held against enumeration.
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from test_sampling import distribution
 
-from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.cache.cache import Cache, Span
 from mlx_gemma_mtp.cache.saved import Saved
 from mlx_gemma_mtp.sampling import rejection
 from mlx_gemma_mtp.sampling.distribution import Rules, accept
@@ -22,7 +23,7 @@ from mlx_gemma_mtp.sampling.noise import uniform
 from mlx_gemma_mtp.sampling.params import COUPLED, REJECTION, SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
 from mlx_gemma_mtp.sampling.rejection import residuals
-from mlx_gemma_mtp.speculative import drafting, loop
+from mlx_gemma_mtp.speculative import drafting, rounds
 from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.guide import guide, only
 from mlx_gemma_mtp.speculative.loop import Speculation
@@ -57,6 +58,18 @@ class ToyTarget:
         return mx.array(TABLE)[hidden[..., 0]]
 
 
+class Lengths(Cache):
+    """Rows without keys and values, after one token each."""
+
+    def __init__(self, rows: int):
+        super().__init__((), 8, mx.float32)
+        self.arrange([Saved(1, ())])  # one stands for all
+        self.lengths, self.length_bound = mx.ones((rows,), mx.int32), [1] * rows
+
+    def span(self, tokens: int) -> Span:
+        return Span(self, tokens)
+
+
 class ToyDrafter:
     def __init__(self, table: np.ndarray):
         self.table, self.ropes, self.masked_embedding = mx.array(table), self, None
@@ -76,30 +89,37 @@ def draw(
     params: SamplingParams,
     count: int = ROWS,
     accept: str = COUPLED,
-    drafts: Sequence[int] = (3,),
+    drafts: Sequence[int | Sequence[int]] = (3,),
     **settings,
 ) -> tuple[np.ndarray, float]:
-    """Three tokens of `count` rows, [count, 3]; drafts kept in the first round. drafts: of the rounds, in turn; length:
-    tokens instead of three; settings: of Speculation.begin.
+    """Three tokens of `count` rows, [count, 3]; drafts kept in the first round. drafts: of the rounds, in turn, for all
+    rows, or one for each; length: tokens instead of three; settings: of Speculation.begin.
     """
-    length, drafts = settings.pop("length", 3), itertools.cycle(drafts)
-    cache = Cache((), 8, mx.float32)  # lengths alone
-    cache.arrange([Saved(1, ())] * count)
+    length, drafts = settings.pop("length", 3), map(partial(spread, count), itertools.cycle(drafts))
     seeds = np.stack([np.arange(count), np.full(count, 77)], axis=1).astype(np.uint32)
     rows = lambda value: mx.broadcast_to(value, (count, *value.shape[1:]))  # noqa: E731
     rules = Rules.of([params], VOCAB)
     each = {name: rows(getattr(rules, name)) for name in ("temperature", "top_k", "rest", "min_p", "greedy")}
-    drafting = Drafting(temperature=settings.pop("draft_temperature", 1.0), accept=accept)
-    loop = Speculation(ToyTarget(), ToyDrafter(drafter), cache, drafting)
+    loop = Speculation(
+        ToyTarget(),
+        ToyDrafter(drafter),
+        Lengths(count),
+        Drafting(temperature=settings.pop("draft_temperature", 1.0), accept=accept),
+    )
     loop.begin(mx.full((count, 1), FIRST), replace(rules, **each, keys=mx.array(seeds)), **settings)
-    texts = loop.step([next(drafts)] * count).tokens
-    first = loop.step([next(drafts)] * count).tokens
+    texts = loop.step(next(drafts)).tokens
+    first = loop.step(next(drafts)).tokens
     for text, more in zip(texts, first, strict=True):
         text += more
     while min(map(len, texts)) < length:
-        for text, more in zip(texts, loop.step([next(drafts)] * count).tokens, strict=True):
+        for text, more in zip(texts, loop.step(next(drafts)).tokens, strict=True):
             text += more
     return np.array([text[:length] for text in texts]), float(np.mean([len(row) - 1 for row in first]))
+
+
+def spread(count: int, drafts: int | Sequence[int]) -> list[int]:
+    """The drafts of each row; those that are given one by one come again and again."""
+    return [drafts] * count if isinstance(drafts, int) else list(itertools.islice(itertools.cycle(drafts), count))
 
 
 def joint(params: SamplingParams, length: int, table: np.ndarray = TABLE) -> np.ndarray:
@@ -149,14 +169,15 @@ def test_joint_distribution_with_any_drafter(params):
 def test_a_broken_rule_is_rejected(params, monkeypatch):
     """Drafts that are kept where they are next to the target's token: what follows them has the wrong condition."""
 
-    def lenient(drafts, targets):
-        return accept(mx.where(mx.abs(drafts - targets[:, :-1]) <= 1, targets[:, :-1], drafts), targets)
+    def lenient(drafts, targets, real):
+        return accept(mx.where(mx.abs(drafts - targets[:, :-1]) <= 1, targets[:, :-1], drafts), targets, real)
 
-    monkeypatch.setattr(loop, "accept", lenient)
+    monkeypatch.setattr(rounds, "accept", lenient)
     assert deviation(draw(DRAFTERS["bad"], params)[0], params) > 3.09
 
 
-SCHEDULES = ((3,), (1,), (5,), (1, 3, 0, 2))  # of drafts, round by round
+UNEVEN = ((3, 0, 1, 2), (0, 3, 3, 1), (2, 2, 0, 0, 3))  # of each row, so that most have pads
+SCHEDULES = ((3,), (1,), (5,), (1, 3, 0, 2), UNEVEN)  # of drafts, round by round
 
 
 @pytest.mark.parametrize(
@@ -164,7 +185,7 @@ SCHEDULES = ((3,), (1,), (5,), (1, 3, 0, 2))  # of drafts, round by round
 )
 def test_joint_distribution_by_rejection(index):
     """Four tokens, so that most texts draft a position again after a refusal. The slow test has all combinations."""
-    drafter, schedule = list(DRAFTERS.values())[index % 3], SCHEDULES[index % 4]
+    drafter, schedule = list(DRAFTERS.values())[index % 3], SCHEDULES[index % 5]
     factor = 1.0 + 0.3 * (index % 2)
     drawn, _ = draw(drafter, SETTINGS[index], 2 * SOME, REJECTION, schedule, length=4, draft_temperature=factor)
     assert deviation(drawn, SETTINGS[index]) < 3.09
@@ -179,9 +200,9 @@ def test_joint_distribution_by_rejection_everywhere(params, schedule, name):
     assert deviation(drawn, params) < 3.09
 
 
-def _target_alone(drafts, q, p, vocab):
+def _target_alone(drafts, q, p, vocab, real):
     """What follows refused drafts is drawn from p, not from the residual."""
-    reach, rest = residuals(drafts, q, p, vocab)
+    reach, rest = residuals(drafts, q, p, vocab, real)
     plain = mx.broadcast_to(mx.softmax(p.scores, axis=-1), rest.shape)
     return reach, plain * rest.sum(axis=-1, keepdims=True)
 
@@ -190,7 +211,11 @@ def _target_alone(drafts, q, p, vocab):
     "owner, name, broken",
     [
         (rejection, "residuals", _target_alone),
-        (rejection, "chances", lambda reach, rest: reach),  # each draft by itself: what block verification must not do
+        (
+            rejection,
+            "chances",
+            lambda reach, rest, real: reach,
+        ),  # each draft by itself: what block verification must not do
         (drafting, "keys_of_round", lambda keys, first: keys ^ 1),  # drafts meet the noise of refused ones again
         (drafting, "keys_of_round", lambda keys, first: keys),  # and that of the token after them
         (rejection, "uniform", lambda keys, positions, tokens: uniform(keys, positions, tokens * 0 + VOCAB)),

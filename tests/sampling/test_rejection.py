@@ -129,8 +129,8 @@ def test_rows_are_their_own_and_greedy_rows_are_plain():
 def test_drafts_that_a_constraint_refuses_are_verified():
     """None is cut, for that would favour the others; and every token is allowed."""
     model = tiny.target("moe")
-    rejecting = {"drafting": Drafting(accept=REJECTION), "constraints": [Stairs()]}
-    loop = tiny.begun(model, tiny.drafter(model), tiny.prompts(1), tiny.SAMPLED, **rejecting)
+    parts = {"constraints": [Stairs()], "drafting": Drafting(accept=REJECTION)}
+    loop = tiny.begun(model, tiny.drafter(model), tiny.prompts(1), tiny.SAMPLED, **parts)
     text = list(tiny.round_of(loop, 3).tokens[0])
     for _ in range(8):
         done = tiny.round_of(loop, 3)
@@ -148,8 +148,8 @@ def test_the_bundled_pair_keeps_what_is_expected(engine, monkeypatch):
     """In its own rounds: drafts kept against their expectation; each round is within 0 to 4 (deviation at most 2)."""
     expected, seen, accept = [], [], rejection.accept
 
-    def recorded(drafts, q, p, rules, positions):
-        tokens, n, following = accept(drafts, q, p, rules, positions)
+    def recorded(drafts, q, p, rules, positions, real):
+        tokens, n, following = accept(drafts, q, p, rules, positions, real)
         expected.append(kept(np.array(drafts), q, p, rules.vocab).sum())
         seen.append(np.array(n).sum())
         return tokens, n, following
@@ -168,7 +168,8 @@ def test_logprobs_are_those_of_the_text(engine):
     assert engine.generate(PROMPTS[0], params).tokens == result.tokens  # by seed
     text = [*engine.text.encode(PROMPTS[0]), *result.tokens]
     target = engine.target
-    cache = Cache(target.config.kv, len(text), mx.float32).open(len(text))
+    cache = Cache(target.config.kv, len(text), mx.float32)
+    cache.open(len(text))
     logits = target.logits(target(mx.array([text]), cache.span(len(text))))[0, -41:-1]
     values = np.array(soft_cap(logits, target.config.softcap), np.float64)
     values -= np.log(np.exp(values).sum(axis=-1, keepdims=True))

@@ -2,7 +2,6 @@
 back once.
 """
 
-
 import mlx.core as mx
 import numpy as np
 import pytest

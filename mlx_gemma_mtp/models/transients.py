@@ -1,0 +1,114 @@
+"""What a forward holds beside weights and K/V: upper bounds in bytes, from a target's config alone.
+
+MLX frees an array once nothing reads it, so that a forward holds what lives through all its layers and the work of one
+layer. Metal has no fused attention for heads of 512, and a CPU has none at all: there the scores of all heads, tokens
+and slots stand in memory, which for a long text is more than all else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import LayerSpec, TargetConfig
+
+FUSED = (64, 80, 128)  # widths of heads that MLX's fused attention on Metal takes for more tokens than a verify's
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Transients:
+    """The bytes of forwards of one target.
+
+    item_size: bytes of a number of the dtype that it computes in. block: prompt tokens of the longest chunk, which says
+    how many slots a ring has. metal: whether Metal computes.
+    """
+
+    config: TargetConfig
+    item_size: int
+    block: int
+    metal: bool
+
+    def chunk(self, tokens: int, context: int) -> int:
+        """Returns the most bytes of a forward over `tokens` prompt tokens, whose longest prompt has `context` tokens.
+
+        Behind the last layer that owns K/V one token of each prompt goes on, which is counted as one here.
+        """
+        last = len(self.config.kv) - 1
+        whole, rest = self.config.layers[:last], self.config.layers[last:]
+        projected = self._projected(rest[0], tokens)
+        return _ahead(self._through(whole, tokens, context) + projected + self._through(rest, 1, context))
+
+    def verify(self, rows: int, width: int, context: int) -> int:
+        """Returns the most bytes of a verify of `rows` rows of `width` tokens each, its logits and draws included.
+        context: tokens of the longest row.
+        """
+        tokens = rows * width
+        return _ahead(self._through(self.config.layers, tokens, context) + self.logits(tokens))
+
+    def logits(self, tokens: int) -> int:
+        """Returns the bytes of the logits of so many tokens, [tokens, vocabulary] in float32, as the model's dtype
+        brings them, and with scores and probabilities beside.
+        """
+        return tokens * self.config.vocab_size * (self.item_size + 3 * FLOAT32)
+
+    def _through(self, layers: tuple[LayerSpec, ...], tokens: int, context: int) -> int:
+        """Returns what `tokens` tokens take on their way through these layers."""
+        kinds = {(layer.kv, layer.heads): layer for layer in layers}.values()
+        kept = self._stream(tokens) + sum(self._tables(layer, tokens, context) for layer in kinds)
+        work = [max(self._attention(layer, tokens, context), self._feedforward(layer, tokens)) for layer in layers]
+        return kept + max(work, default=0)
+
+    def _stream(self, tokens: int) -> int:
+        """Returns the residual stream with what a norm and a sum make of it, and the per-layer inputs of all layers:
+        looked up, projected and mixed.
+        """
+        per_layer = 3 * len(self.config.layers) * self.config.per_layer_size
+        return tokens * (4 * self.config.hidden_size + per_layer) * self.item_size
+
+    def _tables(self, layer: LayerSpec, tokens: int, context: int) -> int:
+        """Returns what all layers of a kind share: cosines and sines, and the mask: a bool for each slot, where nothing
+        is fused one number for each head, too.
+        """
+        seen = tokens * self._slots(layer, context)
+        if self.metal:
+            return seen
+        return seen * (1 + FLOAT32 * (1 + layer.heads)) + 2 * tokens * layer.kv.head_dim * FLOAT32
+
+    def _attention(self, layer: LayerSpec, tokens: int, context: int) -> int:
+        """Returns queries, keys and values, the scores, and what the heads bring."""
+        brought = 3 * tokens * layer.heads * layer.kv.head_dim * self.item_size
+        return self._projected(layer, tokens) + self._scores(layer, tokens, context) + brought
+
+    def _projected(self, layer: LayerSpec, tokens: int) -> int:
+        """Returns queries, keys and values: projected, normed, with their halves swapped, turned, and the slots that
+        they are written to.
+        """
+        heads = layer.heads + 2 * layer.kv.kv_heads
+        return 5 * tokens * heads * layer.kv.head_dim * self.item_size
+
+    def _scores(self, layer: LayerSpec, tokens: int, context: int) -> int:
+        """Returns the scores [heads, tokens, slots] and their softmax; nothing where attention is fused."""
+        if self.metal and layer.kv.head_dim in FUSED:
+            return 0
+        size = self.item_size if self.metal else FLOAT32
+        return 2 * layer.heads * tokens * self._slots(layer, context) * size
+
+    def _feedforward(self, layer: LayerSpec, tokens: int) -> int:
+        """Returns gate, up and their product, in the MLP and in each chosen expert, and what the experts bring before
+        it is summed.
+        """
+        dense = 3 * layer.mlp_size + 2 * self.config.hidden_size
+        moe = self.config.moe
+        chosen = moe.top_k * (3 * moe.size + 3 * self.config.hidden_size) if moe else 0
+        return tokens * (dense + chosen) * self.item_size
+
+    def _slots(self, layer: LayerSpec, context: int) -> int:
+        """Returns how many slots a layer's queries are given."""
+        window = layer.kv.window
+        slots = window + self.block - 1 if window else -(-context // 256) * 256
+        return slots if self.metal else min(slots, -(-context // 16) * 16)
+
+
+def _ahead(held: int) -> int:
+    """Returns the bytes with those of operations that MLX has dispatched before their turn: half as much again."""
+    return held + held // 2
