@@ -27,6 +27,7 @@ from schedules import (
     engine_of,
     prompt_of,
     schedules,
+    scores,
 )
 from watchdog import within
 
@@ -97,6 +98,14 @@ def test_the_driver_would_notice():
     outcome.chunks[-1].result.tokens[-1] += 1
     with pytest.raises(AssertionError):
         check("bundled", outcome)
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled, the whole vocabulary", "penalised, greedy", "biased"])
+def test_scores_are_those_that_are_drawn_by(name):
+    """What near-ties are judged by: the token of the lone text has the highest one at every place."""
+    asked = Asked(prompt=(0, 33), settings=name)
+    tokens = alone("bundled", asked).tokens
+    assert [scores("bundled", asked, at).argmax().item() for at in range(12)] == tokens[:12]
 
 
 def test_alone_is_the_engines_text():
