@@ -7,6 +7,7 @@ A schedule is plain data, so hypothesis can draw it and make a failing one small
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,14 +17,22 @@ import mlx.core as mx
 from cost_tables import table
 from held_out import PROMPTS
 from hypothesis import strategies as st
+from near_ties import NEAR
 
 from mlx_gemma_mtp import SamplingParams, load
+from mlx_gemma_mtp.checks.equality import _logits as reference_logits
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.engine.intake import Options
 from mlx_gemma_mtp.engine.request import Chunk, Delivery, Request, Result
 from mlx_gemma_mtp.engine.runner import Runner
+from mlx_gemma_mtp.machine import blas
+from mlx_gemma_mtp.sampling.distribution import Distribution
+from mlx_gemma_mtp.sampling.noise import gumbel
+from mlx_gemma_mtp.sampling.penalties import TokenCounts
+from mlx_gemma_mtp.sampling.rules import Rules
 from mlx_gemma_mtp.speculative.budget import Budget
 from mlx_gemma_mtp.speculative.depth import Depth
+from mlx_gemma_mtp.speculative.readback import TokenLogprob
 
 CHUNK = 64  # prompt tokens a forward pass: prompts of a chunk, of several, and of parts of one
 LONGEST = 24  # tokens of a text
@@ -270,6 +279,47 @@ def expected(pair: str, asked: Asked) -> tuple[list[int], str]:
     return whole.tokens[: asked.limit], whole.finish_reason if ended else "length"
 
 
+def scores(pair: str, asked: Asked, at: int) -> mx.array:
+    """The scores [V] of every token as the one that follows the first `at` of a request's lone text: after all settings
+    but the filters, with the noise where it is sampled.
+    """
+    engine, settings = engine_of(pair), EVERY[asked.settings][0].resolved(engine_of(pair).defaults)
+    vocab, prompt = engine.target.config.vocab_size, prompt_of(engine, *asked.prompt)
+    text = alone(pair, asked.alone).tokens[:at]
+    unfiltered = replace(settings, temperature=settings.temperature or 1.0, top_k=-1, top_p=1.0, min_p=0.0)
+    rules = Rules.of([unfiltered], vocab, engine.settings.suppress)
+    counts = TokenCounts.of([prompt], vocab, [text]) if rules.penalties else None
+    logits = reference_logits(engine, [*prompt, *text])[:, -1:]
+    found = Distribution.of(logits, rules, None, token_counts=counts)
+    if not settings.temperature:
+        return found.scores[0, 0]
+    return (found.scores + gumbel(rules.keys, mx.array([[len(prompt) + at]]), found.names()))[0, 0]
+
+
+def is_near_tie(pair: str, asked: Asked, tokens: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a text leaves its lone one at a near-tie, which a BLAS that adds up by the width may flip; it is listed
+    as a warning. Never with MLX's own BLAS.
+    """
+    if blas.is_reference():
+        return False
+    at = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), None)
+    if at is None:
+        return False
+    each = scores(pair, asked, at)
+    gap = abs(each[tokens[at]].item() - each[expected[at]].item())
+    if gap <= NEAR:
+        warnings.warn(f"near-tie: {asked}, token {at}: {tokens[at]} for {expected[at]}, {gap:.2g}", stacklevel=2)
+    return gap <= NEAR
+
+
+def same_reports(found: Sequence[TokenLogprob], wanted: Sequence[TokenLogprob]) -> bool:
+    """Whether log-probabilities are equal: bit for bit with MLX's own BLAS."""
+    if blas.is_reference():
+        return list(found) == list(wanted)
+    both = zip(found, wanted, strict=True)
+    return all(a.token == b.token and abs(a.logprob - b.logprob) < NEAR for a, b in both)
+
+
 def check(pair: str, outcome: Outcome, cut: Sequence[str] = ()) -> None:
     """A request's chunks add up to its result, and its tokens are those of its lone run: all of them, or the first ones
     where it was ended from outside, for one of the reasons in `cut`.
@@ -278,6 +328,8 @@ def check(pair: str, outcome: Outcome, cut: Sequence[str] = ()) -> None:
     tokens, reason = expected(pair, asked)
     assert outcome.tokens == result.tokens, asked
     assert "".join(chunk.text for chunk in outcome.chunks) == result.text, asked
+    if result.tokens != tokens[: len(result.tokens)] and is_near_tie(pair, asked, result.tokens, tokens):
+        return
     ends = {"cancelled": asked.cancelled, "timeout": asked.timeout}
     if result.finish_reason in cut or ends.get(result.finish_reason) is not None:
         assert result.tokens == tokens[: len(result.tokens)], asked
@@ -287,7 +339,7 @@ def check(pair: str, outcome: Outcome, cut: Sequence[str] = ()) -> None:
     if result.logprobs is not None:
         reported = alone(pair, asked.alone).logprobs[: len(result.tokens)]
         assert [each.token for each in result.logprobs] == result.tokens, asked
-        assert result.logprobs == reported, asked
+        assert same_reports(result.logprobs, reported), asked
 
 
 def check_all(pair: str, schedule: Schedule) -> Drive:

@@ -108,10 +108,6 @@ def throughput_part(job: Job) -> Found:
 
 def alone_part(job: Job) -> Found:
     args = job.args
-    if args.before is None:
-        raise UserError("`alone` compares with another checkout of this repository; name its folder with --before")
-    if not (args.before / "benchmarks" / "systems" / "__main__.py").is_file():
-        raise UserError(f"--before {args.before} has no benchmarks/systems, expected a checkout of this repository")
     crew = {alone.NOW: job.start(), alone.BEFORE: job.start(root=args.before.resolve())}
     found = alone.measure(crew, job.prompts[:8], args.alone_drafts, args.max_tokens, args.repeats, job.note)
     shown = []
@@ -236,6 +232,8 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"{name} is {value}, expected at least {smallest}")
     if args.part == "alone" and args.before is None:
         raise UserError("`alone` compares with another checkout of this repository; name its folder with --before")
+    if args.before is not None and not (args.before / "benchmarks" / "systems" / "__main__.py").is_file():
+        raise UserError(f"--before {args.before} has no benchmarks/systems, expected a checkout of this repository")
     if args.json:
         check_file("--json", args.json)
 

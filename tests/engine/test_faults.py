@@ -200,10 +200,9 @@ def judge(pair: str, drive: Faulty, outcome: Outcome) -> None:
 
 def trials(pair: str, seeds: Sequence[int]) -> None:
     """Many faults, one after the other, on one runner; at the end it is as good as new, and gives all back."""
-    clock, met = Clock(), set()
-    threads = threading.active_count()
-    settled = None
+    clock, met, settled = Clock(), set(), None
     runner = runner_of(engine_of(pair), clock, Schedule(()))
+    threads = threading.active_count()
     for number, seed in enumerate(seeds):
         with within(300):
             met.add(trial(pair, seed, runner, clock))

@@ -17,6 +17,8 @@ from schedules import FREE, PAIRS, SETTINGS, Asked, alone, engine_of, expected, 
 from watchdog import within
 
 from mlx_gemma_mtp import UserError, load
+from mlx_gemma_mtp.engine.outbox import LIMIT as LIMIT_OF_CHUNKS
+from mlx_gemma_mtp.models.loading import model_bytes
 
 PROMPTS = [(which, length) for which in range(3) for length in (5, 65, 129)]
 LIMIT = 20
@@ -48,7 +50,7 @@ def test_eight_threads(pair, texts):
     def work(seed: int) -> None:
         r = random.Random(seed)
         barrier.wait(60)
-        for _ in range(4):
+        for _ in range(3):
             prompt, name, drafts = r.choice(PROMPTS), r.choice(NAMES), r.choice((0, 1, 4, "auto"))
             (ids, params), options = call(engine, prompt, name, drafts)
             try:
@@ -146,8 +148,9 @@ def test_a_task_that_is_cancelled_ends_its_request(pair, texts):
 
 
 def test_who_never_reads_stops_nobody_but_himself(pair, texts):
-    """A text far beyond what an outbox holds: others come and go, and nothing of it is lost when it is read at last."""
-    engine, params = engine_of(pair), replace(FREE, max_tokens=1500)
+    """A text beyond what an outbox holds: others come and go, and nothing of it is lost when it is read at last."""
+    count = 2 * LIMIT_OF_CHUNKS
+    engine, params = engine_of(pair), replace(FREE, max_tokens=count)
     ids = prompt_of(engine, 1, 65)
     with within(600):
         silent = engine.stream(ids, params, num_draft_tokens=0)
@@ -156,12 +159,12 @@ def test_who_never_reads_stops_nobody_but_himself(pair, texts):
             assert engine.generate(*args, **options).tokens == texts[prompt, "greedy"]
         tokens = [token for chunk in silent for token in chunk.tokens]
         assert tokens == engine.generate(ids, params, num_draft_tokens=0).tokens
-    assert len(tokens) == 1500
+    assert len(tokens) == count
 
 
 def test_more_than_there_are_rows(pair, texts):
-    """A list of thirty prompts, in an order that is kept, beside another thread's list."""
-    engine, keys, made = engine_of(pair), [(PROMPTS[i % 9], NAMES[i % 5]) for i in range(30)], {}
+    """A list of twenty prompts, in an order that is kept, beside another thread's list."""
+    engine, keys, made = engine_of(pair), [(PROMPTS[i % 9], NAMES[i % 5]) for i in range(20)], {}
 
     def work(name: str) -> None:
         params = [replace(SETTINGS[name][0], max_tokens=LIMIT) for _, name in keys]
@@ -219,7 +222,9 @@ def test_a_full_queue_is_refused_in_a_line():
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers():
-    with within(300), load(num_draft_tokens=0, memory_limit=80 << 20) as engine:
+    models = engine_of("bundled").target, engine_of("bundled").drafter
+    limit = sum(map(model_bytes, models)) + (16 << 20)  # beside the weights: a row of 8,000 tokens takes twice that
+    with within(300), load(num_draft_tokens=0, memory_limit=limit) as engine:
         with pytest.raises(UserError) as raised:
             engine.generate(prompt_of(engine, 0, 8000), replace(FREE, max_tokens=100))
         assert "\n" not in str(raised.value) and "8000" in str(raised.value) and "GB" in str(raised.value)

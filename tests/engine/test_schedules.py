@@ -6,8 +6,10 @@ Driven round by round, so that hypothesis can make a failing schedule smaller. A
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from schedules import (
@@ -27,6 +29,7 @@ from schedules import (
     engine_of,
     prompt_of,
     schedules,
+    scores,
 )
 from watchdog import within
 
@@ -99,6 +102,14 @@ def test_the_driver_would_notice():
         check("bundled", outcome)
 
 
+@pytest.mark.parametrize("name", ["greedy", "sampled, the whole vocabulary", "penalised, greedy", "biased"])
+def test_scores_are_those_that_are_drawn_by(name):
+    """What near-ties are judged by: the token of the lone text has the highest one at every place."""
+    asked = Asked(prompt=(0, 33), settings=name)
+    tokens = alone("bundled", asked).tokens
+    assert [scores("bundled", asked, at).argmax().item() for at in range(12)] == tokens[:12]
+
+
 def test_alone_is_the_engines_text():
     """What requests are compared with is what `generate` says, with and without drafts."""
     engine, asked = engine_of("bundled"), Asked(prompt=(0, 200))
@@ -146,6 +157,28 @@ def test_rows_that_must_give_way_come_back(pair):
     with within(300):
         drive = check_all(pair, Schedule(requests, spare=1.1))
     assert all(outcome.result.finish_reason == "length" for outcome in drive.outcomes.values())
+
+
+def test_long_rows_are_written_in_place_while_others_come_and_go():
+    """Over a hundred rounds no buffer of the long rows is copied, whoever joins, leaves or moves."""
+    long = [Asked(prompt=(i % 3, 1100), limit=60 + 8 * i, drafts=i % 2) for i in range(7)]
+    short = [Asked(at=200 + 3 * i, prompt=(i % 3, 5 + i), limit=3 + i % 5, drafts=i % 3) for i in range(40)]
+    with within(600):
+        drive = Drive(engine_of("bundled"), Schedule((*long, *short), rows=8))
+        while len(drive.runner.rows) < len(long):
+            drive.turn()
+        for each in drive.waiting:
+            drive.waiting[drive.waiting.index(each)] = replace(each, at=each.at - 200 + drive.now)
+        buffer = max(keys.nbytes for keys, _ in drive.runner._loop.cache.buffers)
+        peaks = []
+        for _ in range(100):
+            mx.eval(drive.runner._loop.cache.buffers)
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            drive.turn()
+            peaks.append(mx.get_peak_memory() - before)
+    assert sum(each.over for each in drive.outcomes.values()) > 20
+    assert max(peaks) < min(peaks) + buffer, (buffer, peaks)
 
 
 def test_priority_is_first_and_nobody_starves():
