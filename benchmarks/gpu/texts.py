@@ -11,6 +11,7 @@ sample of all.
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 from benchmarks.gpu.pairs import PAIRS, loaded
 
 RECORD = Path(__file__).with_name("texts.json")
-TOKENS = 40
+TOKENS = int(os.environ.get("GPU_TOKENS", "40"))  # fewer in a rehearsal
 TEMPERATURES = (0.0, 1.0)
 ROWS = (1, 2, 4, 8)
 DRAFTS = range(8)

@@ -16,7 +16,7 @@ if [ ! -e "$work/ready" ]; then
         ln -sfn "$nvidia" "$work/site/nvidia" || return
     touch "$work/ready"
 fi
-export PYTHONPATH="$work/tree/benchmarks/gpu/site:$work/site:$work/tree" CUDA_AS_METAL=1
+export PYTHONPATH="${GPU_SITE:-$work/tree/benchmarks/gpu/site}:$work/site:$work/tree" CUDA_AS_METAL=1
 export LD_LIBRARY_PATH="$work/site/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" # NVRTC asks for its builtins
 export MLX_PTX_CACHE_DIR="$work/ptx"
 export MLX_ENABLE_TF32=0          # float32 products in float32

@@ -1,4 +1,4 @@
-"""Makes sense of what a fake GPU computes: a round's readback, which says how long texts are, gets plausible values."""
+"""Makes sense of what a fake GPU computes: a round's readback, which decides lengths, gets values that may be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOOP = "mlx_gemma_mtp.speculative.loop"
 
 
 def tame(values: list[list]) -> list[list]:
-    """Returns a readback's values: tokens and drafts that exist, drafts kept as rows go, other numbers between 0 and 1."""
+    """Returns a readback's values: tokens that exist, some drafts kept, other numbers between 0 and 1."""
     tokens, kept, drafts, *rest = values
     width = len(tokens[0]) - 1
     return [
