@@ -36,7 +36,7 @@ SANITIZER = (
 
 @dataclass
 class Step:
-    """A process. command: for a file that gets its findings and the seconds it may take. after: a step that must have
+    """A process. command: for a file that gets its findings and the seconds it may take. after: steps that must have
     ended.
     """
 
@@ -44,7 +44,7 @@ class Step:
     command: Callable[[Path, float], Sequence[str]]
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
-    after: str = ""
+    after: tuple[str, ...] = ()
     process: subprocess.Popen | None = None
     began: float = 0.0
     read: int = 0
@@ -59,7 +59,7 @@ def module(name: str, *arguments: str) -> Callable[[Path, float], list[str]]:
 def texts(pair: str, form: str, ours: bool = True) -> Step:
     name = f"texts {pair} {form}" + ("" if ours else ", without our kernels")
     command = module("texts", "compare", pair, form)
-    return Step(name, command, 55, {} if ours else OFF, "quantise" if form.endswith("bit") else "")
+    return Step(name, command, 55, {} if ours else OFF, ("quantise", "compile") if form.endswith("bit") else ())
 
 
 def steps(made: Path) -> tuple[list[Step], list[Step]]:
@@ -70,6 +70,7 @@ def steps(made: Path) -> tuple[list[Step], list[Step]]:
     ]  # fmt: skip
     beside = [
         Step("kernels", module("kernels"), 75),
+        Step("compile", lambda out, seconds: [PYTHON, "-m", "benchmarks.gpu.compiled"], 60),
         Step("quantise", lambda out, seconds: [PYTHON, "-m", "benchmarks.gpu.pairs", str(made)], 60),
         texts("bundled", "float32"),
         texts("e2b", "float32"),
@@ -122,7 +123,7 @@ class Run:
         while waiting or running:
             ended = {step.name for step in self.done}
             while waiting and len(running) < beside and self.left - kept > 15:
-                ready = next((step for step in waiting if not step.after or step.after in ended), None)
+                ready = next((step for step in waiting if ended.issuperset(step.after)), None)
                 if ready is None:
                     break
                 waiting.remove(ready)
