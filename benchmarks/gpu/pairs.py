@@ -1,7 +1,7 @@
 """The two small trained pairs in the formats that are compared: `python -m benchmarks.gpu.pairs FOLDER` quantises them.
 
-bfloat16 and float32 are the shipped folders themselves. Quantised ones are made by the converter, on the CPU, from the
-same weights in Hugging Face layout.
+bfloat16 and float32 are the shipped folders themselves. Quantised ones are made by the converter from the same
+weights in Hugging Face layout.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = {"bundled": ROOT / "mlx_gemma_mtp/demo", "e2b": ROOT / "tests/data/e2b"}
@@ -39,7 +37,6 @@ def make(out: Path) -> None:
     from convert.cli import main as convert
     from mlx_gemma_mtp.files.hub import Pair
 
-    mx.set_default_device(mx.cpu)
     for name, source in PAIRS.items():
         plain = hugging_face(Pair(source / "target", source / "drafter", ""), out / f"{name}-hf")
         for bits in ("8", "4"):

@@ -26,7 +26,8 @@ PYTHON = sys.executable
 BESIDE = 6  # processes beside each other
 TAIL = 30_000  # bytes of a step's output that are kept
 OFF = {"MLX_GEMMA_MTP_METAL": "0"}
-TESTS = ("tests/msl", "tests/models/test_layers.py", "tests/models/test_metal_types.py")
+TESTS = ("tests/msl", "tests/models/test_layers.py")
+TYPES = ("tests/models/test_metal_types.py",)  # of all formats: long
 SANITIZER = (
     "s=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer | head -1); "
     "$s --tool {tool} --kernel-name kernel_substring=custom_kernel --print-limit 20 --error-exitcode 9 "
@@ -64,7 +65,7 @@ def texts(pair: str, form: str, ours: bool = True) -> Step:
 
 def steps(made: Path) -> tuple[list[Step], list[Step]]:
     """Returns the steps that run beside each other, by value, and those that run alone."""
-    pytest = ["-m", "pytest", "-m", "metal", "-q", "--tb=short", "-rfEs", "-p", "no:cacheprovider", *TESTS]
+    pytest = [PYTHON, "-m", "pytest", "-m", "metal", "-v", "--tb=short", "-rfEs", "-p", "no:cacheprovider"]
     shell = lambda tool: lambda out, seconds: [  # noqa: E731
         "bash", "-c", SANITIZER.format(tool=tool, python=PYTHON, out=out)
     ]  # fmt: skip
@@ -74,7 +75,7 @@ def steps(made: Path) -> tuple[list[Step], list[Step]]:
         Step("quantise", lambda out, seconds: [PYTHON, "-m", "benchmarks.gpu.pairs", str(made)], 60),
         texts("bundled", "float32"),
         texts("e2b", "float32"),
-        Step("tests", lambda out, seconds: [PYTHON, *pytest], 110),
+        Step("tests", lambda out, seconds: [*pytest, *TESTS], 110),
         texts("bundled", "bfloat16"),
         texts("bundled", "4bit"),
         texts("bundled", "bfloat16", False),
@@ -88,6 +89,7 @@ def steps(made: Path) -> tuple[list[Step], list[Step]]:
         texts("e2b", "8bit"),
         Step("widths", module("widths"), 40),
         Step("racecheck", shell("racecheck"), 60),
+        Step("types", lambda out, seconds: [*pytest, *TYPES], 60),
     ]
     doctor = [PYTHON, "-m", "mlx_gemma_mtp.doctor", "--repeats", "5"]
     alone = [
@@ -242,7 +244,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="steps whose name contains this")
     args = parser.parse_args()
     run = Run(args.out, args.work, args.seconds)
-    os.environ[MADE] = str(args.work / "pairs")
+    os.environ.setdefault(MADE, str(args.work / "pairs"))
     os.environ.setdefault("MLX_GEMMA_MTP_CACHE", str(args.work / "cache"))
     facts(run)
     for some, beside, kept in zip(steps(args.work / "pairs"), (args.beside, 1), (args.alone, 0.0), strict=True):
