@@ -22,9 +22,12 @@ def main(out: Path, seconds: float) -> None:
             engine = loaded(pair, form)
             for ours in ("1", "0"):
                 os.environ["MLX_GEMMA_MTP_METAL"] = ours
-                for what, widths in probe(engine.target, engine.text.encode("def fibonacci(n):")):
-                    line = {"pair": pair, "format": form, "ours": ours == "1", "what": what, "widths": widths}
-                    print(json.dumps(line), file=file, flush=True)
+                about = {"pair": pair, "format": form, "ours": ours == "1"}
+                try:
+                    for what, widths in probe(engine.target, engine.text.encode("def fibonacci(n):")):
+                        print(json.dumps(about | {"what": what, "widths": widths}), file=file, flush=True)
+                except RuntimeError as raised:
+                    print(json.dumps(about | {"what": "raised", "error": str(raised)[:300]}), file=file, flush=True)
                 if time.monotonic() > end:
                     return
 
