@@ -36,6 +36,6 @@ tree)
     git ls-files -co --exclude-standard | grep -v -e '\.safetensors$' -e '^docs/' | tar c -T - | xz -6 >"$out/tree.tar.xz"
     cp "$here/unpack.sh" "$here/go.sh" "$out"
     ;;
-ptx) tar c -C "$3" . | xz -6 >"$out/ptx.tar.xz" ;;
+ptx) tar c -C "$3" . | xz -2 >"$out/ptx.tar.xz" ;;
 esac
 ls -l "$out"
