@@ -1,0 +1,91 @@
+"""What a round of the bundled pair launches: `python -m benchmarks.gpu.rounds OUT`, with PyTorch's profiler (CUPTI).
+
+Decodes the same text without drafts and with 1, 3 and 7, once as it is, for the time, and once in the profiler, for the
+kernels: counts and microseconds by name, a round.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.pairs import loaded
+
+TOKENS = 64
+DRAFTS = (0, 1, 3, 7)
+ROWS = (1, 8)
+FORMATS = ("bfloat16", "4bit")
+MOST = 25  # names of kernels a case
+REPEATS = 3
+
+
+def main(out: Path) -> None:
+    """Appends a line of JSON to `out` for each case."""
+    from mlx_gemma_mtp import SamplingParams
+    from mlx_gemma_mtp.cli.prompts import PROMPTS
+
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    with out.open("a", encoding="utf-8") as file:
+        for form in FORMATS:
+            engine = loaded("bundled", form)
+            for rows in ROWS:
+                for drafts in DRAFTS:
+                    prompts = list(PROMPTS[:rows])
+
+                    def decode(prompts: list[str] = prompts, drafts: int = drafts, engine: Any = engine) -> list[Any]:
+                        return engine.generate(prompts, params, num_draft_tokens=drafts)
+
+                    line = {"format": form, "rows": rows, "drafts": drafts} | plain(decode)
+                    print(json.dumps(line | profiled(decode)), file=file, flush=True)
+
+
+def plain(decode: Any) -> dict[str, Any]:
+    """Returns the fastest of a few: milliseconds of a round, tokens a second."""
+    decode()
+    best, results = float("inf"), []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        results = decode()
+        best = min(best, time.perf_counter() - began)
+    rounds = max(result.stats.rounds for result in results)
+    tokens = sum(len(result.tokens) for result in results)
+    return {
+        "rounds": rounds,
+        "round_ms": round(1e3 * best / rounds, 3),
+        "tps": round(tokens / best, 1),
+        "syncs": results[0].stats.host_syncs,
+    }
+
+
+def profiled(decode: Any) -> dict[str, Any]:
+    """Returns kernels a round by name, and their microseconds; what went wrong where there is no profiler."""
+    try:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        torch.cuda.init()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            results = decode()
+    except Exception as raised:  # whatever the profiler says is a finding
+        return {"profiler": f"{type(raised).__name__}: {raised}"[:300]}
+    rounds = max(result.stats.rounds for result in results)
+    counts, times = Counter(), defaultdict(float)
+    for event in seen.events():
+        if str(event.device_type).endswith("CUDA"):
+            name = event.name[:80]
+            counts[name] += 1
+            times[name] += event.device_time_total if event.device_time_total else event.time_range.elapsed_us()
+    most = sorted(times, key=times.get, reverse=True)[:MOST]
+    return {
+        "kernels_a_round": round(sum(counts.values()) / rounds, 1),
+        "gpu_us_a_round": round(sum(times.values()) / rounds, 1),
+        "by_name": {name: [round(counts[name] / rounds, 2), round(times[name] / rounds, 2)] for name in most},
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,36 @@
+"""Which widths of a pass agree bit for bit with one row here: `python -m benchmarks.gpu.widths OUT SECONDS`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu.pairs import loaded
+
+CASES = [("bundled", "bfloat16"), ("bundled", "4bit"), ("e2b", "bfloat16"), ("bundled", "float32"), ("e2b", "4bit")]
+
+
+def main(out: Path, seconds: float) -> None:
+    from mlx_gemma_mtp.checks.invariance import probe
+
+    end = time.monotonic() + seconds
+    with out.open("a", encoding="utf-8") as file:
+        for pair, form in CASES:
+            engine = loaded(pair, form)
+            for ours in ("1", "0"):
+                os.environ["MLX_GEMMA_MTP_METAL"] = ours
+                about = {"pair": pair, "format": form, "ours": ours == "1"}
+                try:
+                    for what, widths in probe(engine.target, engine.text.encode("def fibonacci(n):")):
+                        print(json.dumps(about | {"what": what, "widths": widths}), file=file, flush=True)
+                except RuntimeError as raised:
+                    print(json.dumps(about | {"what": "raised", "error": str(raised)[:300]}), file=file, flush=True)
+                if time.monotonic() > end:
+                    return
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))
