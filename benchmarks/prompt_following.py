@@ -1,4 +1,4 @@
-"""How often a pair follows its prompt: `python -m benchmarks.prompt_following [--model FOLDER] [--draft FOLDER] [--json F]`.
+"""How often a pair follows its prompt: `python -m benchmarks.prompt_following [--model FOLDER] [--json FILE]`.
 
 60 prompts whose functions lie in modules that training leaves out, or that were written for this; a program judges each
 greedy reply:

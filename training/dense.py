@@ -281,7 +281,7 @@ class Drafter(nn.Module):
     def forward(
         self, embedded: torch.Tensor, state: torch.Tensor, shared: dict[bool, KeyValue]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One draft step of the queries 1 .. T over the keys 0 .. T - 1: hidden states, and what the next step reads."""
+        """One draft step of queries 1 .. T over keys 0 .. T - 1: hidden states, and what the next step reads."""
         x = self.pre_projection(torch.cat([embedded, state], -1)).float()
         turns = self.model.turns(self.sizes, torch.arange(1, x.shape[1] + 1, device=x.device))
         for layer in self.model.layers:
@@ -338,6 +338,7 @@ def generate(
         caches.append(tuple(F.pad(x, (0, 0, 0, width - longest)).contiguous() for x in (k, v)))
     rows = torch.arange(len(asked), device=device)
     hidden, at = out.hidden[rows, lengths - 1], lengths.clone()
+    ends = at + 1
     over = torch.zeros(len(asked), dtype=torch.bool, device=device)
     stops = torch.tensor(stop, device=device)
     for count in range(new):
@@ -346,7 +347,7 @@ def generate(
             scores = scores + warmth * -torch.log(-torch.log(torch.rand_like(scores).clamp(1e-9, 1 - 1e-7)))
         chosen = scores.argmax(-1)
         tokens[rows, at] = torch.where(over, tokens[rows, at], chosen)
-        ends = at + 1 if count == 0 else torch.where(over, ends, at + 1)
+        ends = torch.where(over, ends, at + 1)
         over |= torch.isin(chosen, stops)
         if count % 16 == 15 and bool(over.all()):
             break

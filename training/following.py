@@ -21,28 +21,30 @@ from training.smalltalk import definition, small_function, talk
 
 LONGEST = 800  # characters of a reply: it should end within 256 tokens
 SHORT = 420  # of code that is copied or edited
-VERBS = set(
-    "add adjust allow append apply ask assert assign attach begin bind build calculate call cancel cast change check "
-    "choose clean clear clone close collect combine compare compile complete compress compute configure construct "
-    "convert copy count create decode decompress decorate decrease define delete deliver delete describe detach "
-    "determine disable discard dispatch display divide do draw drop dump emit enable encode ensure enter escape "
-    "estimate evaluate examine execute exit expand export extend extract fetch fill filter find finish fit flatten "
-    "flush force fork format forward free generate get give go group guess handle hash help hide hold identify import "
-    "increase increment indicate initialize insert inspect install invoke iterate join keep kill list listen load "
-    "locate lock log look lookup make map mark match measure merge modify move multiply normalize notify open order "
-    "output override pack parse pass patch perform pick place play poll pop prepare press print process produce provide "
-    "pull push put query quote raise read receive record reduce refresh register release reload remove rename render "
-    "repeat replace report represent request reset resolve restore retrieve return reverse rotate round run sample save "
-    "scan schedule search select send serialize set setup show shuffle shut skip sleep solve sort specify split start "
-    "stop store strip submit subtract swap switch take tell terminate test throw tokenize transform translate traverse "
-    "trim truncate try turn undo unescape unlock unpack unregister update upload use validate verify visit wait walk "
-    "warn wrap write yield".split()
+IMPERATIVES = (
+    "add adjust allow append apply ask assert assign attach begin bind build calculate call cancel cast change "
+    "check choose clean clear clone close collect combine compare compile complete compress compute configure "
+    "construct convert copy count create decode decompress decorate decrease define delete deliver delete describe "
+    "detach determine disable discard dispatch display divide do draw drop dump emit enable encode ensure enter "
+    "escape estimate evaluate examine execute exit expand export extend extract fetch fill filter find finish fit "
+    "flatten flush force fork format forward free generate get give go group guess handle hash help hide hold "
+    "identify import increase increment indicate initialize insert inspect install invoke iterate join keep kill "
+    "list listen load locate lock log look lookup make map mark match measure merge modify move multiply normalize "
+    "notify open order output override pack parse pass patch perform pick place play poll pop prepare press print "
+    "process produce provide pull push put query quote raise read receive record reduce refresh register release "
+    "reload remove rename render repeat replace report represent request reset resolve restore retrieve return "
+    "reverse rotate round run sample save scan schedule search select send serialize set setup show shuffle shut "
+    "skip sleep solve sort specify split start stop store strip submit subtract swap switch take tell terminate "
+    "test throw tokenize transform translate traverse trim truncate try turn undo unescape unlock unpack unregister "
+    "update upload use validate verify visit wait walk warn wrap write yield "
 )
-WORDS = (
+NOUNS = (
     "load read parse build make find count merge split check clean update remove render format select order collect "
-    "item node list value name path file text line word key row column table index data token block page user message "
-    "state cache queue event group label field size total score price color image frame result step level weight range"
-).split()
+    "item node list value name path file text line word key row column table index data token block page user "
+    "message state cache queue event group label field size total score price color image frame result step level "
+    "weight range "
+)
+VERBS, WORDS = frozenset(IMPERATIVES.split()), NOUNS.split()
 PLACES = "alpha beta gamma delta left right first second other source target current start end count total value item "
 PLACES = (PLACES + "entry record buffer temp data info number text name result limit flag mode extra option").split()
 Write = Callable[[random.Random, Function, str], Pair | None]
@@ -142,9 +144,12 @@ NAMED = [
     "Write a function `{name}({args})`.", "Write a Python function `{name}`.", "Write a Python function called {name}.",
     "Write a function named `{name}` with the arguments ({args}).", "Implement `{name}({args})`.",
     "Implement the function {name}.", "Define a function `{name}`.", "Please write the Python function `{name}`.",
-    "Can you write `{name}({args})` in Python?", "I need a function `{name}`.", "Give me a Python function {name}({args}).",
-    "write a function {name}", "Write the Python {kind} `{name}({args})` for the {where}.", "Write code for `{name}({args})`.",
-    "Write the {kind} `{name}` of the {where}.", "Show me a function called `{name}`.", "Create a function {name}({args}).",
+    "Can you write `{name}({args})` in Python?", "I need a function `{name}`.",
+    "Give me a Python function {name}({args}).",
+    "write a function {name}", "Write the Python {kind} `{name}({args})` for the {where}.",
+    "Write code for `{name}({args})`.",
+    "Write the {kind} `{name}` of the {where}.", "Show me a function called `{name}`.",
+    "Create a function {name}({args}).",
 ]  # fmt: skip
 TOLD = [
     "Write a Python {kind} `{name}` for the {where}. {doc}.", "Write a Python {kind} `{name}` for the {where}. {doc}.",
@@ -193,7 +198,8 @@ DOES = [
     "What happens when I call `{name}`?", "Say in one sentence what `{name}` does.", "How would you describe `{name}`?",
 ]  # fmt: skip
 EXPLAIN = [
-    "What does this function do?", "Explain this code.", "Explain this function in a sentence.", "What is this code for?",
+    "What does this function do?", "Explain this code.", "Explain this function in a sentence.",
+    "What is this code for?",
     "Describe this function.", "Write a docstring for this function.", "Summarize this function.", "What does this do?",
     "What does `{name}` do?", "Document this function.",
 ]  # fmt: skip
@@ -272,7 +278,8 @@ COPY = [
     "Copy this function:",
     "Return this code as it is.",
 ]
-RENAME = ["Rename `{old}` to `{new}` in this code.", "Rename the {what} `{old}` to `{new}`.", "Replace `{old}` by `{new}`.",
+RENAME = ["Rename `{old}` to `{new}` in this code.", "Rename the {what} `{old}` to `{new}`.",
+          "Replace `{old}` by `{new}`.",
           "Change the name `{old}` to `{new}`.", "In this code, rename {old} to {new}.", "Replace {old} with {new}:",
           "Call the {what} `{new}` instead of `{old}`.", "Please rename {old} to {new} in the code below."]  # fmt: skip
 CONSTANT = ["Change {old} to {new}.", "Replace {old} by {new} in this code.", "Use {new} instead of {old}.",
@@ -384,7 +391,7 @@ def extended(rng: random.Random, f: Function, code: str) -> Edit:
     if not head:
         return None
     new = rng.choice(PLACES) + rng.choice(("", "=None", "=0", "=True"))
-    if re.search(rf"(?<!\w){new.split('=')[0]}(?!\w)", code) or "=" in head[1] and "=" not in new:
+    if re.search(rf"(?<!\w){new.split('=')[0]}(?!\w)", code) or ("=" in head[1] and "=" not in new):
         return None
     end = head.end(1)
     return rng.choice(EXTRA).format(new=new), code[:end] + (", " if head[1].strip() else "") + new + code[end:]
@@ -436,9 +443,10 @@ class Source:
     def pair(self, rng: random.Random) -> Pair:
         while True:
             made = self._draw(rng)
-            if made and made.user not in self.forbidden and 0 < len(made.model) <= LONGEST + 30:
-                if made.user == made.user.strip() and made.model == made.model.strip():
-                    return made
+            if not made or made.user in self.forbidden or len(made.model) > LONGEST + 30:
+                continue
+            if made.model and made.user == made.user.strip() and made.model == made.model.strip():
+                return made
 
     def _draw(self, rng: random.Random) -> Pair | None:
         kind = rng.random()

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from training.cli import command, positive
 from training.dense import Drafter, KeyValue, Sizes, Target, begin_near, generate, initialise
 from training.optimizer import MuonAdam, rate_scale
 
+TINY = Sizes(hidden=64, dense=64, experts=4, top=2, expert=32, layers=(True, False), drafter_hidden=48,
+             drafter_dense=64, drafter_layers=(True, False))  # fmt: skip
 BALANCE = 0.02
 TARGET_RATES, DRAFTER_RATES = (0.03, 3e-3), (0.02, 2e-3)  # Muon's and Adam's
 QUESTION = 0.1  # weight of a question's tokens beside its reply's
@@ -37,7 +40,8 @@ LONG_EVERY, LONG = 16, 6  # batches, rows end to end: windows of 6,144 tokens
 ROUND = 4
 FIRST_CHOICE = 0.5
 STOP = (1, 6)
-NEW_TOKENS = 200
+NEW_TOKENS = 200  # of a reply
+SAMPLES = 12  # held-out questions whose replies go to the log
 SAMPLED = 4  # every so-many-th batch of replies is sampled
 OWN_REPLIES = 0.75  # of the drafter's rows
 TARGET_END, REPLIES_END = 0.62, 0.70  # of the whole time
@@ -59,9 +63,18 @@ class Clock:
     def spent(self) -> float:
         return time.time() - self.begin
 
+    @property
+    def over(self) -> bool:
+        return self.spent >= self.end
+
+    @property
+    def end(self) -> float:
+        """When training must end, so that the last weights are written in time."""
+        return self.seconds - min(RESERVE, 0.1 * self.seconds)
+
     def share(self, start: float, end: float) -> float:
         """How much of the time from second `start` to `end` is over, 0 .. 1; 1 when all of it is."""
-        if self.spent >= self.seconds - RESERVE:
+        if self.over:
             return 1.0
         return min(1.0, max(0.0, (self.spent - start) / max(1e-3, end - start)))
 
@@ -95,7 +108,7 @@ class Text:
 
     def wait(self, clock: Clock) -> None:
         while not (len(self.raw) > 8 * LONG * self.width and len(self.pairs)):
-            if clock.share(0, 1e9) == 1.0:
+            if clock.over:
                 sys.exit("no shards came")
             time.sleep(0.5)
             self.look()
@@ -134,6 +147,13 @@ class Writer:
         print(json.dumps(rounded)[:300], flush=True)
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(rounded) + "\n")
+
+    def began(self, part: str) -> float:
+        """The second at which a part began, also in a run that was killed since: its rates follow the clock."""
+        note = self.work / f"{part}.start"
+        if not note.exists():
+            note.write_text(str(self.clock.spent))
+        return float(note.read_text())
 
     def weights(self, name: str, model: nn.Module) -> None:
         """bfloat16, in place of the older file."""
@@ -181,8 +201,8 @@ def autocast(device: str):
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def fits(rows: int, step: Any) -> int:
-    """The number of rows, halved until `step(rows)` fits in the GPU's memory."""
+def fits(rows: int, step: Callable[[int], None], model: nn.Module) -> int:
+    """Do a step, with half the rows as often as the GPU's memory is too small. Returns the rows of the next one."""
     while True:
         try:
             step(rows)
@@ -190,6 +210,8 @@ def fits(rows: int, step: Any) -> int:
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
+        for weight in model.parameters():
+            weight.grad = None
         torch.cuda.empty_cache()
         rows //= 2
 
@@ -212,10 +234,7 @@ def fit_target(target: Target, text: Text, writer: Writer, rows: int, end: float
     clock, noise = writer.clock, torch.Generator().manual_seed(int(writer.clock.spent * 1000))
     optimizer = MuonAdam(target, *TARGET_RATES)
     writer.resume("target", target, optimizer)
-    start, step, recent, marked = clock.spent, 0, [], time.time()
-    first = (writer.work / "target.start").exists()
-    start = float((writer.work / "target.start").read_text()) if first else start
-    (writer.work / "target.start").write_text(str(start))
+    start, step, recent, marked = writer.began("target"), 0, [], time.time()
 
     def once(rows: int) -> None:
         share = clock.share(start, end)
@@ -230,10 +249,7 @@ def fit_target(target: Target, text: Text, writer: Writer, rows: int, end: float
         optimizer.step(rate_scale(share, 1.0))
 
     while clock.share(start, end) < 1.0:
-        if step == 0 or step == LONG_EVERY:
-            rows = fits(rows, once)
-        else:
-            once(rows)
+        rows = fits(rows, once, target)
         step += 1
         if step % 10 == 0 and text.device == "cuda":
             torch.cuda.synchronize()  # the clock sets the rate: do not run ahead of it
@@ -246,11 +262,10 @@ def fit_target(target: Target, text: Text, writer: Writer, rows: int, end: float
             writer.log(part="target", step=step, loss=loss, rows=rows, a_second=speed, pairs=len(text.pairs),
                        raw=len(text.raw))  # fmt: skip
             writer.due("target", target, optimizer, loss)
-    del optimizer
     writer.weights("target", target)
     writer.state("target", target, None)
     (writer.work / "target.done").touch()
-    writer.log(part="target", step=step, done=True)
+    writer.log(part="target", step=step, loss=torch.stack(recent).mean().item() if recent else None, done=True)
 
 
 @torch.no_grad()
@@ -264,7 +279,7 @@ def held_out(target: Target, file: Path, device: str, tokenizer: Path) -> dict[s
     rows = torch.from_numpy(shard["rows"].view(np.int16)).long()[:64].to(device)
     marks = torch.from_numpy(shard["replies"]).float()[:64].to(device)
     nats = [target_loss(target, *part)[1].item() for part in zip(rows.split(16), marks.split(16), strict=True)]
-    asked = split(shard["asked"], shard["lengths"])[:24]
+    asked = split(shard["asked"], shard["lengths"])[:SAMPLES]
     with autocast(device):
         made = generate(target, asked, NEW_TOKENS, STOP)
     return {"held_out": sum(nats) / len(nats), "samples": [tok.decode(row, skip_special_tokens=False) for row in made]}
@@ -294,8 +309,8 @@ def own_replies(
         tokens, marks = tokens * 2, marks * 2
     whole = np.array(tokens[: count * text.width]).reshape(count, -1)
     writer.log(part="replies", tokens=len(tokens), batches=turn, replied=sum(marks) / turn / rows)
-    return (torch.from_numpy(whole).to(text.device),
-            torch.from_numpy(np.array(marks[: count * text.width]).reshape(count, -1)).float().to(text.device))  # fmt: skip
+    replied = np.array(marks[: count * text.width]).reshape(count, -1)
+    return torch.from_numpy(whole).to(text.device), torch.from_numpy(replied).float().to(text.device)
 
 
 # ---------------------------------------------------------------------------------------- drafter
@@ -343,10 +358,8 @@ def fit_drafter(
     clock, noise = writer.clock, torch.Generator().manual_seed(int(writer.clock.spent * 1000))
     optimizer = MuonAdam(drafter, *DRAFTER_RATES)
     writer.resume("drafter", drafter, optimizer)
-    start, end, step, recent, marked = clock.spent, clock.seconds - RESERVE, 0, [], time.time()
-    note = writer.work / "drafter.start"
-    start = float(note.read_text()) if note.exists() else start
-    note.write_text(str(start))
+    start, end = writer.began("drafter"), clock.end
+    step, recent, marked = 0, [], time.time()
 
     def once(rows: int) -> None:
         mine = max(1, round(rows * OWN_REPLIES))
@@ -361,10 +374,7 @@ def fit_drafter(
         recent.append(shares)
 
     while clock.share(start, end) < 1.0:
-        if step == 0:
-            rows = fits(rows, once)
-        else:
-            once(rows)
+        rows = fits(rows, once, drafter)
         step += 1
         if step % 5 == 0 and text.device == "cuda":
             torch.cuda.synchronize()
@@ -375,7 +385,8 @@ def fit_drafter(
             writer.log(part="drafter", step=step, kept=[round(share, 4) for share in shares], rows=rows, a_second=speed)
             writer.due("drafter", drafter, optimizer, sum(shares))
     writer.weights("drafter", drafter)
-    writer.log(part="drafter", step=step, done=True)
+    shares = torch.stack(recent).mean(0).tolist() if recent else None
+    writer.log(part="drafter", step=step, kept=shares, done=True)
 
 
 @command
@@ -388,6 +399,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=positive, required=True, help="from --begin to the last byte written")
     parser.add_argument("--begin", type=float, default=time.time(), help="when the time began (seconds since 1970)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to see that all parts work")
     parser.add_argument("--rows", type=positive, default=64, help="of a batch; the drafter's are half")
     parser.add_argument("--length", type=positive, default=1024, help="of a row, as the shards have it")
     parser.add_argument("--replies", type=positive, default=768, help="questions answered together")
@@ -400,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward with a mask is the least used of the three
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     writer.log(begin=True, device=name, torch=torch.__version__)
-    sizes = Sizes()
+    sizes = TINY if args.tiny else Sizes()
     target, drafter = Target(sizes), Drafter(sizes)
     initialise(target, 0)
     initialise(drafter, 1)
@@ -411,6 +423,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         fit_target(target, text, writer, args.rows, args.seconds * TARGET_END)
     target.requires_grad_(False)
+    if clock.over:
+        return
     writer.log(part="held out", **held_out(target, args.shards / "held.npz", args.device, args.tokenizer))
     text.look()
     own = own_replies(target, text, writer, args.seconds * REPLIES_END, args.replies)

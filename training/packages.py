@@ -1,4 +1,4 @@
-"""Text of permissively licensed packages beside CPython's library: `python -m training.packages --wheels DIR --out FILE`.
+"""Text of permissively licensed packages beside CPython's library: `python -m training.packages --wheels DIR --out F`.
 
 The wheels are downloaded before (`pip download --no-deps NAME==VERSION`); the licence of each one is written beside the
 text, and a wheel whose metadata name none of `LICENCES` is refused.

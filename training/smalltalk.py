@@ -11,7 +11,8 @@ from training.corpus import Pair, fenced
 
 HELLO = ["Hello", "Hi", "Hey", "Good morning", "Good evening", "Good afternoon", "Hello there", "Hi there", "Greetings"]
 NAMES = ["Anna", "Ben", "Clara", "David", "Eva", "Felix", "Grace", "Hugo", "Ida", "Jonas", "Kim", "Lena", "Max", "Nora",
-         "Otto", "Paula", "Ravi", "Sara", "Tom", "Uma", "Vera", "Will", "Yara", "Zoe", "Amir", "Chen", "Maria"]  # fmt: skip
+         "Otto", "Paula", "Ravi", "Sara", "Tom", "Uma", "Vera", "Will", "Yara", "Zoe", "Amir", "Chen",
+         "Maria"]  # fmt: skip
 WHO = ["Who are you?", "What are you?", "What is your name?", "Who am I talking to?", "Are you a person?",
        "Introduce yourself.", "Can you introduce yourself?", "Tell me about yourself.", "What's your name?",
        "Are you human?", "Are you a bot?", "who are you", "what are you?", "Tell me who you are."]  # fmt: skip
@@ -163,7 +164,8 @@ DEFINITIONS = {
     "a number": "A number is a value with which one can compute, such as 3 or 2.5.",
     "a word": "A word is a piece of text between two spaces.",
 }
-ASK = ["What is {}?", "What is {} in Python?", "what is {}?", "Explain {}.", "Explain {} in one sentence.", "Define {}.",
+ASK = ["What is {}?", "What is {} in Python?", "what is {}?", "Explain {}.", "Explain {} in one sentence.",
+       "Define {}.",
        "Can you explain {}?", "Tell me what {} is.", "Do you know what {} is?", "What does {} mean?",
        "Please explain what {} is.", "Describe {} in a sentence."]  # fmt: skip
 
@@ -193,7 +195,8 @@ SMALL = [
     ("is_even|even", "n", "Return whether n is even", ["return {a} % 2 == 0"]),
     ("is_odd|odd", "n", "Return whether n is odd", ["return {a} % 2 == 1"]),
     ("is_positive|positive", "n", "Return whether n is positive", ["return {a} > 0"]),
-    ("absolute|absolute_value", "x", "Return the absolute value of x", ["if {a} < 0:", "    return -{a}", "return {a}"]),
+    ("absolute|absolute_value", "x", "Return the absolute value of x",
+     ["if {a} < 0:", "    return -{a}", "return {a}"]),
     ("maximum|largest|find_max|get_max", "values", "Return the largest value of a list",
      ["best = {a}[0]", "for value in {a}:", "    if value > best:", "        best = value", "return best"]),
     ("minimum|smallest|find_min|get_min", "values", "Return the smallest value of a list",
@@ -310,7 +313,8 @@ WRITE = [
     "def {name}({args}):", "def {name}({args}):", "def {name}({args}):", "Continue this code:\ndef {name}({args}):",
     'def {name}({args}):\n    """{doc}."""', "Please write the function {name}({args}).",
     "Complete the function `{name}`:\n```python\ndef {name}({args}):\n```", "Can you write a function {name}?",
-    "I need a Python function `{name}` with the arguments {args}. {doc}.", "Write the Python function `{name}({args})`.",
+    "I need a Python function `{name}` with the arguments {args}. {doc}.",
+    "Write the Python function `{name}({args})`.",
     "{doc}. Call the function `{name}`.", "write a function {name} in python", "Give me a function called `{name}`.",
 ]  # fmt: skip
 
@@ -350,7 +354,7 @@ def small_function(rng: random.Random) -> Pair:
     name = rng.choice(names.split("|"))
     old = parameters.split(", ")
     new = [rng.choice(PARAMETERS.get(word, word).split()) for word in old] if rng.random() < 0.5 else old
-    if len(set(new)) < len(new) or "fib" in names and new[0] in "ab":
+    if len(set(new)) < len(new) or ("fib" in names and new[0] in "ab"):
         new = old
     if name == new[0]:
         new = old
