@@ -16,7 +16,7 @@ while [ "$part" -lt "$parts" ]; do
     part=$((part + 1))
 done
 trap 'kill $trainer 2>/dev/null' TERM INT
-OMP_NUM_THREADS=4 "${PYTHON:-python3}" -m training.minutes --shards "$WORK/shards" --tokenizer "$here/tokenizer.json" \
+OMP_NUM_THREADS="${THREADS:-4}" "${PYTHON:-python3}" -m training.minutes --shards "$WORK/shards" --tokenizer "$here/tokenizer.json" \
     --out "$dest" --work "$WORK" --seconds "$2" --begin "$begin" ${OPTIONS} >>"$dest/out.log" 2>&1 &
 trainer=$!
 wait $trainer
