@@ -34,12 +34,12 @@ def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tu
     cache = Cache(target.config.kv, len(text), target.dtype, engine.drafting.lookback).open(len(text))
     hidden = target(mx.array([text]), cache.span(len(text)))
     rules = Rules.of([params.resolved(engine.defaults)], target.config.vocab_size, engine.defaults.suppress_token_ids)
-    source = Mtp(drafter, target.embed, engine.drafting, confident=True)
+    source = Mtp(drafter, target.embed, engine.drafting)
     accepted, confidences = [], []
     for at in range(len(head), len(text) - MAX_DRAFTS):
         cache.lengths = mx.array([at], mx.int32)
         token, state = mx.array([text[at]]), hidden[:, at - 1]
-        drafts, sure, *_ = source.propose(DraftState(cache, token, state, rules, None), MAX_DRAFTS)
+        drafts, sure, *_ = source.propose(DraftState(cache, token, state, rules, None, confident=True), MAX_DRAFTS)
         agree = np.array(drafts)[0] == np.array(text[at + 1 : at + 1 + MAX_DRAFTS])
         accepted.append(int(np.cumprod(agree).sum()))
         confidences.append(np.array(sure)[0])

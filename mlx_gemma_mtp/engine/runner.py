@@ -18,6 +18,7 @@ from ..machine.device import metal_available
 from ..machine.power import Awake
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
+from ..models.loading import model_bytes
 from ..sampling.penalties import TokenCounts
 from ..sampling.rules import Rules
 from ..speculative.budget import Budget
@@ -26,9 +27,9 @@ from ..speculative.guide import Guide, guide
 from ..speculative.loop import Firsts, Joiner, Speculation
 from ..speculative.prefill import chunk
 from ..speculative.readback import Round
+from .admission import Memory, memory_of
 from .outbox import Item
 from .request import Advance, Delivery, Request
-from .room import room
 from .scheduler import Job, Piece, Plan, Scheduler
 from .settings import Settings
 from .stats import Totals
@@ -115,7 +116,7 @@ class Runner:
         self.scheduler = scheduler or Scheduler(
             settings.max_rows,
             chunk,
-            room(target, drafter, settings, block),
+            self._memory(block),
             block=block,
             grid=_grid(chunk),
             max_waiting=settings.max_waiting,
@@ -130,6 +131,7 @@ class Runner:
         self._loop = self._new_loop()
         self._plan = Plan()
         self._due: tuple[dict[int, int], float | None] | None = None  # of the last round, which is to be counted
+        self._gone: list[int] = []  # requests that ended, which are to be forgotten once that is counted
         # When the last verify was dispatched, when `round` returned after that, and the last readback.
         self._launched = self._returned = self._last = 0.0
         self._rounds = count(1)
@@ -190,14 +192,14 @@ class Runner:
         """
         plan, rows = self._plan, self.rows
         failed = dict.fromkeys([*rows, *plan.places, *(piece.id for piece in plan.pieces), *plan.firsts])
-        self._loop, self.rows, self._plan, self._due = self._new_loop(), [], Plan(), None
+        self._start_anew()
         ids = [id for id in failed if id in self.held] or list(self.held)
         return [self._end(id, "error", f"a round failed: {in_a_line(error)}", done=True) for id in ids]
 
     def close(self) -> list[Item]:
         """Ends every request with finish_reason 'cancelled', and gives back what it holds."""
         items = [self._end(id, "cancelled", done=True) for id in list(self.held)]
-        self._loop, self.rows, self._plan, self._due = self._new_loop(), [], Plan(), None
+        self._start_anew()
         self._rest()
         return items
 
@@ -270,14 +272,14 @@ class Runner:
         firsts = self._firsts(plan.firsts)
         rows, context = self._draft_rows(2), self._context()
         counts = self.depth.draft(rows, context)
-        pass  # confident
+        self._loop.confident = self.depth.confident
         syncs = self._loop.host_syncs
         done = self._loop.step(counts, firsts, staged if hidden is None else [hidden, *staged])
         now, before = self.clock(), self.totals
         emitted = sum(map(len, done.tokens)) + (0 if done.firsts is None else len(done.firsts.tokens))
         self.totals += Totals(now - self._last, emitted, 1, len(rows), self._loop.host_syncs - syncs)
         seconds, self._last = now - self._launched, now
-        clean = self.budget.took(len(rows), seconds, _tokens(plan.pieces), firsts is not None)
+        clean = plan.begins or self.budget.took(len(rows), seconds, _tokens(plan.pieces), firsts is not None)
         clean = clean and away < SLOW_CALLER * seconds  # else the round is hidden behind the caller's own work
         items = self._prefilled(plan.pieces)
         drawn = () if done.firsts is None else plan.firsts
@@ -380,20 +382,25 @@ class Runner:
 
     def _launch(self) -> None:
         """Dispatches the next verify, and counts the last round: where nothing is to be chosen, meanwhile."""
-        due, self._due = self._due, None
         if not self.rows:
-            return
+            return self._count()
         self._launched = self.clock()
         if not any(self._loop.waiting):
             self._loop.launch()
-        if due is not None:
-            kept, seconds = due
-            if seconds is not None:
-                self.depth.timed(seconds)
-            self.depth.observe({id: drafts for id, drafts in kept.items() if id in self.held})
+        self._count()
         if not self._plan.begins:  # the first tokens have no verify
             width = self.depth.verify(self._draft_rows(1), self._context(), self._loop.confidences, self._loop.waiting)
             self._loop.launch(width)
+
+    def _count(self) -> None:
+        """Tells the draft length what came of the last round."""
+        if self._due is not None:
+            kept, seconds = self._due
+            if seconds is not None:
+                self.depth.timed(seconds)
+            self.depth.observe(kept)
+        self.depth.forget(self._gone)
+        self._due, self._gone = None, []
 
     def _draft_rows(self, due: int) -> list[DraftRow]:
         """Returns what the draft length may depend on in each row.
@@ -429,7 +436,7 @@ class Runner:
         held.leaves_row(self.totals)
         held.request.stats.say_why_off()
         held.request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-        self.depth.forget([id])
+        self._gone.append(id)
 
     def _begin(self) -> None:
         """Readies the machine for requests: the first one has come."""
@@ -444,16 +451,34 @@ class Runner:
         if self.tables is not None:
             self.tables.learn(self.depth.learned())
 
+    def _memory(self, block: int) -> Memory:
+        """Returns where the bytes of a run go. block: tokens of the longest verify."""
+        settings, models = self.settings, (self.target, self.drafter)
+        return memory_of(
+            self.target.config,
+            settings.memory_limit or memory.total_bytes(),
+            sum(model_bytes(model) for model in models if model is not None),
+            chunk=settings.prefill_chunk,
+            block=block,
+            item_size=self.target.dtype.size,
+            lookback=self.drafting.lookback,
+            metal=metal_available(),
+        )
+
     def _transient(self) -> int:
         """The bytes that a round frees again: those of a chunk and a verify of short texts."""
         room, settings = self.scheduler.memory, self.settings
         return room.chunk(settings.prefill_chunk, settings.prefill_chunk) + room.verify(settings.max_rows, 0)
 
+    def _start_anew(self) -> None:
+        """Goes on with an empty batch, whatever state the last one is in."""
+        self._loop, self.rows, self._plan, self._due = self._new_loop(), [], Plan(), None
+
     def _new_loop(self) -> Speculation:
         """Returns a batch without rows."""
         block = self.scheduler.block
         cache = Cache(self.target.config.kv, block, self.target.dtype, self.drafting.lookback)
-        return Speculation(self.target, self.drafter, cache, self.drafting, confident=self.drafter is not None)
+        return Speculation(self.target, self.drafter, cache, self.drafting)
 
 
 def _tokens(pieces: Iterable[Piece]) -> int:

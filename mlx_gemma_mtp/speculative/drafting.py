@@ -130,7 +130,7 @@ class DraftState(NamedTuple):
 
     cache: the K/V of the B rows; a source reads it and writes nothing. newest: int32 [B], each row's newest token,
     which the cache does not hold yet. hidden: [B, H], the target's hidden state that predicted it. rules: the target's.
-    token_counts: the tokens up to the newest, where the rules have penalties.
+    token_counts: the tokens up to the newest, where the rules have penalties. confident: whether confidences are wanted.
     """
 
     cache: Cache
@@ -138,6 +138,7 @@ class DraftState(NamedTuple):
     hidden: mx.array
     rules: Rules
     token_counts: TokenCounts | None
+    confident: bool = False
 
 
 class Proposer(Protocol):
@@ -154,8 +155,8 @@ class Proposer(Protocol):
 class Mtp:
     """Google's drafter: one batched call for each draft of all rows, all at one query position."""
 
-    def __init__(self, drafter: Drafter, embed: Embed, drafting: Drafting, confident: bool):
-        self.drafter, self.embed, self.drafting, self.confident = drafter, embed, drafting, confident
+    def __init__(self, drafter: Drafter, embed: Embed, drafting: Drafting):
+        self.drafter, self.embed, self.drafting = drafter, embed, drafting
 
     def propose(self, state: DraftState, count: int) -> Drafts:
         """Returns `count` drafts for every row, see Proposer. For acceptance by rejection they bring `q`, and their
@@ -171,20 +172,19 @@ class Mtp:
         for i in range(count):
             y, hidden = self.drafter(self.embed(token), hidden, span, tables)
             token, confidence, q = pick(
-                self.drafter, y, rules, newest + (i + 1), token_counts, self.confident, self.drafting.rejection
+                self.drafter, y, rules, newest + (i + 1), token_counts, state.confident, self.drafting.rejection
             )
             token_counts = token_counts and token_counts.followed_by(token)
-            confidences += [confidence] if self.confident else []
+            confidences += [confidence] if state.confident else []
             each += [] if q is None else [q]
             mx.async_eval(token, hidden, *confidences[-1:])  # this step runs while Python builds the next
             drafts.append(token)
-        confidence = mx.stack(confidences, axis=1) if self.confident else mx.zeros((token.shape[0], 0))
+        confidence = mx.stack(confidences, axis=1) if state.confident else mx.zeros((token.shape[0], 0))
         return Drafts(mx.stack(drafts, axis=1), confidence, Distribution.joined(each) if each else None)
 
 
-# The one list of sources. Each is called with the drafter, the target's scaled embedding, the settings, and whether
-# confidences are wanted.
-SOURCES: dict[str, Callable[[Drafter, Embed, Drafting, bool], Proposer]] = {MTP: Mtp}
+# The one list of sources. Each is called with the drafter, the target's scaled embedding, and the settings.
+SOURCES: dict[str, Callable[[Drafter, Embed, Drafting], Proposer]] = {MTP: Mtp}
 DEFAULT_DRAFTING = Drafting()
 
 

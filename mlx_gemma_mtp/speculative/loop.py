@@ -71,7 +71,7 @@ class Speculation:
 
     It begins without rows, over a cache that has none. drafter: None decodes plainly. drafting: where drafts come from,
     and how they are accepted. confident: read the drafts' confidences with every round, into `confidences`: for each
-    row those of the drafts that wait.
+    row those of the drafts that wait. It may be set anew between two rounds.
 
     With a guide the drafts are read before the verify is built, and those that it refuses are cut (but see
     rejection.py). What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
@@ -87,7 +87,7 @@ class Speculation:
     ):
         self.target, self.cache, self.confident = target, cache, confident
         self.drafting, make = drafting, SOURCES[drafting.source]
-        self.proposer = None if drafter is None else make(drafter, target.embed, drafting, confident)
+        self.proposer = None if drafter is None else make(drafter, target.embed, drafting)
         self.inputs = Inputs.none()
         self.confidences: list[list[float]] = []
         self.host_syncs = 0
@@ -191,7 +191,7 @@ class Speculation:
         drafts = Drafts.none(now.rows)
         if self.proposer is not None and max(num_draft) > 0:
             hidden = mx.take_along_axis(verify.hidden, out.kept[:, None, None], axis=1)[:, 0]
-            state = DraftState(self.cache, out.newest, hidden, now.rules, token_counts)
+            state = DraftState(self.cache, out.newest, hidden, now.rules, token_counts, self.confident)
             drafts = self.proposer.propose(state, max(num_draft)).counted(num_draft)
             assert drafts.q is None or self.drafting.rejection, "a source brings q for acceptance by rejection alone"
         told = (*out.told, drafts.tokens, drafts.confidence)

@@ -33,7 +33,7 @@ PARAMS = {
 class Repeat:
     """Drafts the newest token again and again; how sure it is of that it cannot say."""
 
-    def __init__(self, drafter, embed: Embed, drafting: Drafting, confident: bool):
+    def __init__(self, drafter, embed: Embed, drafting: Drafting):
         self.proposed = 0
 
     def propose(self, state: DraftState, count: int) -> Drafts:
