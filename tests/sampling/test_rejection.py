@@ -102,7 +102,7 @@ def test_a_refusal_by_rounding_draws_from_the_target(monkeypatch):
     logits = mx.array([[[-mx.inf, -mx.inf, 1.0, 2.0, -mx.inf, 0.0]] * 2])
     p, q = Distribution.of(logits, rules), Distribution.of(logits[:, :1], rules)
     monkeypatch.setattr(rejection, "uniform", lambda keys, positions, tokens: mx.ones((1, 1, 1)))
-    rounded = lambda drafts, q, p, vocab: (mx.array([[1.0, 1 - 6e-8]]), mx.zeros((1, 2, 6)))  # noqa: E731
+    rounded = lambda drafts, q, p, vocab, real: (mx.array([[1.0, 1 - 6e-8]]), mx.zeros((1, 2, 6)))  # noqa: E731
     monkeypatch.setattr(rejection, "residuals", rounded)
     drawn = {int(rejection.accept(mx.array([[3]]), q, p, rules, mx.array([[i, i + 1]]))[2]) for i in range(40)}
     assert drawn == {2, 3, 5}
