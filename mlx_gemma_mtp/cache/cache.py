@@ -110,12 +110,13 @@ class Cache:
         self.length_bound, self._written = bounds, written
 
     def save(self, row: int, slack: int = 0) -> Saved:
-        """Returns copies of a row's committed tokens, evaluated. No verify may be built.
+        """Returns copies of a row's committed tokens, evaluated. No verify may be built, and the row's length bound must
+        be its length, as it is once the host has read the round.
 
         slack: how many positions before the window sliding layers save besides, as far as they still hold them, so that
         a beginning that is so many tokens shorter can be restored (`Saved.first`).
         """
-        tokens = self.lengths[row].item()
+        tokens = self.length_bound[row]
         shelf = self._shelves[self.classes[row]]
         pairs = []
         for sliding, i in self.homes:

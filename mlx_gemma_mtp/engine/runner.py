@@ -130,6 +130,7 @@ class Runner:
         self.totals = Totals()
         self._loop = self._new_loop()
         self._plan = Plan()
+        self._given: list[Item] = []  # what the round gave so far
         self._due: tuple[dict[int, int], float | None] | None = None  # of the last round, which is to be counted
         self._gone: list[int] = []  # requests that ended, which are to be forgotten once that is counted
         # When the last verify was dispatched, when `round` returned after that, and the last readback.
@@ -170,12 +171,12 @@ class Runner:
 
     def round(self) -> list[Item]:
         """Computes one round, and returns what it gives. The last Delivery of a request carries its Result."""
-        items = self._read()
+        self._read()
         plan = self._plan = self.scheduler.plan(
             self.clock(), self.budget.tokens(len(self.rows)), self.pressure(), self._loop.cache.bytes
         )
         for id, reason in plan.ended:
-            items.append(self._end(id, reason))
+            self._end(id, reason)
         self._arrange(plan)
         self._launch()
         if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
@@ -183,7 +184,7 @@ class Runner:
         if not self.held:
             self._rest()
         self._returned = self.clock()
-        return items
+        return self._all_given()
 
     def fail(self, error: Exception) -> list[Item]:
         """Ends, with finish_reason 'error', the requests of a round that raised, and is ready for others.
@@ -194,18 +195,26 @@ class Runner:
         failed = dict.fromkeys([*rows, *plan.places, *(piece.id for piece in plan.pieces), *plan.firsts])
         self._start_anew()
         ids = [id for id in failed if id in self.held] or list(self.held)
-        return [self._end(id, "error", f"a round failed: {in_a_line(error)}", done=True) for id in ids]
+        for id in ids:
+            self._end(id, "error", f"a round failed: {in_a_line(error)}", done=True)
+        return self._all_given()
 
     def close(self) -> list[Item]:
         """Ends every request with finish_reason 'cancelled', and gives back what it holds."""
-        items = [self._end(id, "cancelled", done=True) for id in list(self.held)]
+        for id in list(self.held):
+            self._end(id, "cancelled", done=True)
         self._start_anew()
         self._rest()
+        return self._all_given()
+
+    def _all_given(self) -> list[Item]:
+        """Returns what there is to deliver, once. A round that raises has given what it gave before."""
+        items, self._given = self._given, []
         return items
 
     # A round.
 
-    def _read(self) -> list[Item]:
+    def _read(self) -> None:
         """Queues what the last plan asked for besides its verify, reads the round back, and hands its tokens on."""
         plan, staged, began = self._plan, [], self.clock()
         hidden = self._prefill(plan.pieces)
@@ -214,13 +223,12 @@ class Runner:
             staged += [held.staged.lengths, *(array for pair in held.staged.buffers for array in pair)]
         if self.rows:
             away = began - self._returned
-            return self._step(plan, hidden, staged, away)
-        if not plan.pieces:
-            return []
-        mx.eval(hidden, staged)
-        self._last = self.clock()
-        self.budget.took(0, self._last - began, _tokens(plan.pieces), True)
-        return self._prefilled(plan.pieces)
+            self._step(plan, hidden, staged, away)
+        elif plan.pieces:
+            mx.eval(hidden, staged)
+            self._last = self.clock()
+            self.budget.took(0, self._last - began, _tokens(plan.pieces), True)
+            self._prefilled(plan.pieces)
 
     def _prefill(self, pieces: Sequence[Piece]) -> mx.array | None:
         """Builds the forward of the next pieces of prompts. Returns the hidden states of their last tokens, [P, H]."""
@@ -244,9 +252,8 @@ class Runner:
                 held.hidden = hidden[i]
         return hidden
 
-    def _prefilled(self, pieces: Sequence[Piece]) -> list[Item]:
-        """Takes in that pieces of prompts were prefilled, and returns how far these are."""
-        items: list[Item] = []
+    def _prefilled(self, pieces: Sequence[Piece]) -> None:
+        """Takes in that pieces of prompts were prefilled, and tells how far these are."""
         for piece in pieces:
             held = self.held[piece.id]
             self.scheduler.prefilled(piece.id, piece.stop)
@@ -257,14 +264,13 @@ class Runner:
             if piece.stop == len(held.tokens):
                 held.prefilled = self.clock()
                 held.request.stats.prompt_tps = len(held.tokens) / max(held.prefilled - held.began, 1e-9)
-            items.append(Advance(piece.id, piece.stop, len(held.tokens)))
-        return items
+            self._given.append(Advance(piece.id, piece.stop, len(held.tokens)))
 
     def _save_staged(self, held: Held) -> None:
         """Keeps of a prompt's cache what a row needs."""
         held.saved, held.staged, held.hidden = held.staged.save(0), None, None
 
-    def _step(self, plan: Plan, hidden: mx.array | None, staged: list[mx.array], away: float) -> list[Item]:
+    def _step(self, plan: Plan, hidden: mx.array | None, staged: list[mx.array], away: float) -> None:
         """Runs the round of the rows, and what is prefilled beside them.
 
         away: seconds that the caller took since the verify was dispatched.
@@ -281,7 +287,7 @@ class Runner:
         seconds, self._last = now - self._launched, now
         clean = plan.begins or self.budget.took(len(rows), seconds, _tokens(plan.pieces), firsts is not None)
         clean = clean and away < SLOW_CALLER * seconds  # else the round is hidden behind the caller's own work
-        items = self._prefilled(plan.pieces)
+        self._prefilled(plan.pieces)
         drawn = () if done.firsts is None else plan.firsts
         for id in drawn:
             self.held[id].becomes_row(before)
@@ -291,10 +297,9 @@ class Runner:
             if drafted is not None and tokens
         }
         self._due = kept, seconds if clean else None
-        items += self._take(self.rows, done, self.scheduler.emitted)
+        self._take(self.rows, done, self.scheduler.emitted)
         if drawn:
-            items += self._take(drawn, done.firsts, lambda id, tokens: self._drawn(id))
-        return items
+            self._take(drawn, done.firsts, lambda id, tokens: self._drawn(id))
 
     def _firsts(self, ids: Sequence[int]) -> Firsts | None:
         """Returns what the first tokens of these staged prompts are drawn from."""
@@ -308,9 +313,9 @@ class Runner:
         self.scheduler.drawn(id)
         self._save_staged(self.held[id])
 
-    def _take(self, ids: Sequence[int], done: Round, told: Callable[[int, int], None]) -> list[Item]:
+    def _take(self, ids: Sequence[int], done: Round, told: Callable[[int, int], None]) -> None:
         """Hands a round's tokens to their requests. told: is called with each that goes on, and with its tokens."""
-        now, items = self.clock(), []
+        now = self.clock()
         reports = done.logprobs or [None] * len(ids)
         for id, tokens, drafted, report, error in zip(
             list(ids), done.tokens, done.drafted, reports, done.errors, strict=True
@@ -320,7 +325,7 @@ class Runner:
             if not request.tokens:
                 stats.ttft_s = now - held.submitted
             reason = "" if drafted is None else self.depth.reason(id)
-            items.append(Delivery(id, request.take(tokens, drafted, reason, report, error)))
+            self._given.append(Delivery(id, request.take(tokens, drafted, reason, report, error)))
             stats.generation_tokens = len(request.tokens)
             stats.generation_tps = len(request.tokens) / max(now - held.prefilled, 1e-9)
             if request.finish_reason is None:
@@ -328,7 +333,6 @@ class Runner:
             else:
                 self.scheduler.finished(id)
                 self._let_go(id)
-        return items
 
     def _arrange(self, plan: Plan) -> None:
         """Brings the rows into the places that the plan gives them."""
@@ -422,13 +426,13 @@ class Runner:
 
     # Requests that end.
 
-    def _end(self, id: int, reason: str, error: str | None = None, done: bool = False) -> Delivery:
+    def _end(self, id: int, reason: str, error: str | None = None, done: bool = False) -> None:
         """Ends a request with what it has. done: the scheduler does not know of it yet."""
         if done:
             self.scheduler.finished(id)
         chunk = self.held[id].request.cancel(reason, error)
+        self._given.append(Delivery(id, self.held[id].request.cancel(reason, error)))
         self._let_go(id)
-        return Delivery(id, chunk)
 
     def _let_go(self, id: int) -> None:
         """Drops all that is held of a request, and completes its figures."""

@@ -130,7 +130,8 @@ class DraftState(NamedTuple):
 
     cache: the K/V of the B rows; a source reads it and writes nothing. newest: int32 [B], each row's newest token,
     which the cache does not hold yet. hidden: [B, H], the target's hidden state that predicted it. rules: the target's.
-    token_counts: the tokens up to the newest, where the rules have penalties. confident: whether confidences are wanted.
+    token_counts: the tokens up to the newest, where the rules have penalties. confident: whether confidences are
+    wanted.
     """
 
     cache: Cache
