@@ -430,7 +430,6 @@ class Runner:
         """Ends a request with what it has. done: the scheduler does not know of it yet."""
         if done:
             self.scheduler.finished(id)
-        chunk = self.held[id].request.cancel(reason, error)
         self._given.append(Delivery(id, self.held[id].request.cancel(reason, error)))
         self._let_go(id)
 
