@@ -1,16 +1,9 @@
 """For all tests: tables of costs go to a folder of this run, not to the user's cache; kernels stay where they are."""
 
 import os
-import sys
 import tempfile
-from importlib.util import find_spec
 
 import pytest
-
-if find_spec("mlx_gemma_mtp.engine.runner") is None:
-    import old_batch
-
-    sys.modules["mlx_gemma_mtp.engine.runner"] = old_batch
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -110,8 +110,8 @@ class Cache:
         self.length_bound, self._written = bounds, written
 
     def save(self, row: int, slack: int = 0) -> Saved:
-        """Returns copies of a row's committed tokens, evaluated. No verify may be built, and the row's length bound must
-        be its length, as it is once the host has read the round.
+        """Returns copies of a row's committed tokens, evaluated. No verify may be built, and the row's length bound is
+        its length, as it is once the host has read the round.
 
         slack: how many positions before the window sliding layers save besides, as far as they still hold them, so that
         a beginning that is so many tokens shorter can be restored (`Saved.first`).

@@ -29,10 +29,11 @@ from .arguments import Cancel, told
 from .calibration import KINDS, TEXT, Costs
 from .intake import Intake, Options
 from .request import Chunk, Request, Result
+from .runner import Runner
 from .settings import Settings
 from .streams import AsyncStream, Stream, encoders
 from .tables import Tables
-from .worker import Runner, Worker
+from .worker import Worker
 
 if TYPE_CHECKING:
     from ..text.encode import Prompt, Text
@@ -305,8 +306,6 @@ class Engine:
 
 
 def _runner(models: Mapping[str, Any], settings: Settings) -> Runner:
-    from .runner import Runner
-
     return Runner(**models, settings=settings)
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
-from importlib.util import find_spec
 from weakref import finalize
 
 import mlx.core as mx
@@ -18,11 +16,6 @@ from scripted import Scripted, request
 
 from mlx_gemma_mtp.engine.streams import AsyncStream, Stream
 from mlx_gemma_mtp.engine.worker import Worker
-
-if find_spec("mlx_gemma_mtp.engine.runner") is None:
-    import old_batch
-
-    sys.modules["mlx_gemma_mtp.engine.runner"] = old_batch
 
 
 class Computing(Scripted):
