@@ -23,7 +23,7 @@ def clipped(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """Returns what an exception says, in one line of at most LONGEST characters.
 
     The exception's type comes first, unless it is a UserError, which is written for users.
