@@ -215,7 +215,7 @@ class Worker:
     def _round(self) -> None:
         try:
             items = self._runner.round()
-        except BaseException as error:  # a library's panic is no Exception, and no thread but the main one is interrupted
+        except BaseException as error:  # a library's panic is no Exception
             items = self._runner.fail(error)
         self._deliver(items)
         for outbox, cancel in list(self._cancels.items()):
