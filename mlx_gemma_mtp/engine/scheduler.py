@@ -250,8 +250,19 @@ class Scheduler:
         entry.fed += entry.tokens - before
 
     def finished(self, id: int) -> None:
-        """Says that a request is done, in whatever stage. A row of it is a hole until the next plan."""
-        del self._stages[self._stage_of(id)][id]
+        """Says that a request is done, in whatever stage. A row of it is a hole until the next plan. Nothing happens
+        to one that is gone.
+        """
+        if (stage := self._stage_of(id)) is not None:
+            del self._stages[stage][id]
+
+    def has(self, id: int) -> bool:
+        """Returns whether a request is there, in whatever stage."""
+        return self._stage_of(id) is not None
+
+    def is_row(self, id: int) -> bool:
+        """Returns whether a request has a row of the batch, or has been given one by a plan that was not finished."""
+        return self._stage_of(id) is Stage.LIVE
 
     @property
     def busy(self) -> bool:
