@@ -36,8 +36,8 @@ def main(out: Path, seconds: float) -> None:
             engine = loaded("bundled", form)
             for rows, drafts in CASES:
                 if time.monotonic() > end:
-                    print(json.dumps({"format": form, "rows": rows, "drafts": drafts, "skipped": True}), file=file)
-                    continue
+                    print(json.dumps({"what": "skipped", "format": form, "rows": rows, "drafts": drafts}), file=file)
+                    return
                 prompts = list(PROMPTS[:rows])
 
                 def decode(prompts: list[str] = prompts, drafts: int = drafts, engine: Any = engine) -> list[Any]:
@@ -48,8 +48,8 @@ def main(out: Path, seconds: float) -> None:
 
 
 def ready() -> None:
-    """Starts the profiler in this thread before MLX does anything on the device: CUPTI is told of new contexts in the
-    thread that makes them, and Kineto complains where it is not the one that it was registered in.
+    """Starts the profiler in this thread before MLX does anything on the device. Begun later, Kineto complained on an
+    H100 of a context that came from another thread than the one in which it was registered; it counted all the same.
     """
     with contextlib.suppress(Exception):  # `profiled` reports what is wrong
         import torch

@@ -1,7 +1,9 @@
 """benchmarks.gpu without a GPU: which step begins when, what a summary says, what counts as a near-tie."""
 
 import json
+import os
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -92,6 +94,16 @@ def test_steps_that_fail_or_hang_end_alone(tmp_path, monkeypatch):
     }  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "out/gpu_results.jsonl").read_text().splitlines()]
     assert sorted(line["step"] for line in lines) == ["absent", "finds", "later"]
+
+
+def test_what_others_wait_for_goes_first(tmp_path):
+    beside, alone = steps(tmp_path / "made")
+    assert {each.name for each in beside if not each.nice} == {"compile bundled", "quantise"}
+    assert not any(each.nice for each in alone)
+    code = "import os, sys; open(sys.argv[1], 'a').write('{\"nice\": %d}\\n' % os.nice(0))"
+    about, now = Run(tmp_path / "out", tmp_path / "work", 120), os.nice(0)
+    about.take([step("first", code=code), replace(step("second", code=code), nice=3)], 2, 0.0)
+    assert about.found["second"][0]["nice"] - about.found["first"][0]["nice"] == min(3, 19 - now)
 
 
 def test_what_the_time_does_not_hold_is_skipped_and_said(tmp_path):
