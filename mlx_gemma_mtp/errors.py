@@ -30,7 +30,7 @@ def size(count: int) -> str:
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """Returns what an exception says, in one line of at most LONGEST characters.
 
     The exception's type comes first, unless it is a UserError, which is written for users.
