@@ -189,7 +189,7 @@ class Runner:
         self._returned = self.clock()
         return self._all_given()
 
-    def fail(self, error: Exception) -> list[Item]:
+    def fail(self, error: BaseException) -> list[Item]:
         """Ends, with finish_reason 'error', the requests of a round that raised, and is ready for others.
 
         These are the rows, and the prompts that it prefilled or that were to join; where there are none, all requests.

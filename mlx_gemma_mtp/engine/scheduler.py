@@ -148,7 +148,7 @@ class Scheduler:
 
     max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt; pieces never cross a multiple of it.
     block: tokens of the longest verify. grid: a divisor of chunk; pieces end at its multiples, or with the prompt.
-    max_waiting: requests that may wait before `submit` refuses another.
+    max_waiting: requests beyond the free rows that may wait before `submit` refuses another.
     """
 
     def __init__(
@@ -271,8 +271,10 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait."""
-        return len(self._stages[Stage.WAITING])
+        """How many requests wait for which there is no free row."""
+        taken = len(self._stages[Stage.LIVE])
+        taken += sum(not entry.paused for entry in self._at(Stage.STAGED, Stage.READY))
+        return max(0, len(self._stages[Stage.WAITING]) - max(0, self.max_rows - taken))
 
     def next_deadline(self) -> float | None:
         """Returns the first deadline of all requests; None without any."""
