@@ -53,7 +53,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args, prompts)
     base = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True, seed=0)
     every = [replace(base, temperature=temperature) for temperature in args.temps]
-    engine = loaded(args.model, args.draft_model, dtype=args.dtype, draft_bits=args.draft_bits, max_rows=max(args.rows))
+    engine = loaded(
+        args.model,
+        args.draft_model,
+        dtype=args.dtype,
+        draft_bits=args.draft_bits,
+        max_rows=max(args.rows),
+        max_waiting=max(len(prompts), args.samples),
+    )
     from .checks.equality import compare, same_distribution  # after the BLAS: these import MLX
     from .checks.invariance import probe
 
