@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..speculative.choice import REASONS
@@ -24,10 +24,14 @@ class Totals:
     host_syncs: int = 0
 
     def __add__(self, other: Totals) -> Totals:
-        return Totals(*map(operator.add, astuple(self), astuple(other)))
+        return Totals(*map(operator.add, self._values(), other._values()))
 
     def __sub__(self, earlier: Totals) -> Totals:
-        return Totals(*map(operator.sub, astuple(self), astuple(earlier)))
+        return Totals(*map(operator.sub, self._values(), earlier._values()))
+
+    def _values(self) -> tuple[float, int, int, int, int]:
+        """In order; dataclasses.astuple takes a hundred times as long, in every round."""
+        return self.seconds, self.tokens, self.rounds, self.rows, self.host_syncs
 
 
 @dataclass
