@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from .machine import blas
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from .engine.engine import Engine
     from .models.moe import Experts
     from .ops.expert_paths import ExpertPath, Rule
 
@@ -240,7 +242,6 @@ def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[Exp
 
 def time_drafts(model: str | None) -> dict[str, float]:
     """Returns the milliseconds of one draft with the drafter as it is, and in 4 bits."""
-    from .engine.calibration import KINDS, Bench
     from .engine.load import load
     from .models.loading import is_quantized
 
@@ -249,11 +250,18 @@ def time_drafts(model: str | None) -> dict[str, float]:
         engine = load(model, draft_bits=bits, num_draft_tokens=0, progress=Bar("loading"))
         if engine.drafter is None or (bits is None and is_quantized(engine.drafter)):
             break
-        bench = Bench(engine.target, engine.drafter, engine.text.encode("def f(x):"), KINDS["greedy"], 1, 64)
-        both = [bench.rounds(4) for _ in range(6)][1:]
-        found[name] = round(1e3 * (min(a for a, _ in both) - min(b for _, b in both)) / 4, 3)
+        found[name] = engine.call(partial(_draft_time, engine, engine.text.encode("def f(x):")))
         print(f"draft step, drafter {name}: {found[name]:.3f} ms")
     return found
+
+
+def _draft_time(engine: Engine, prompt: Sequence[int]) -> float:
+    """The milliseconds of one draft, timed in the engine's own thread."""
+    from .engine.calibration import KINDS, Bench
+
+    bench = Bench(engine.target, engine.drafter, prompt, KINDS["greedy"], 1, 64)
+    both = [bench.rounds(4) for _ in range(6)][1:]
+    return round(1e3 * (min(a for a, _ in both) - min(b for _, b in both)) / 4, 3)
 
 
 if __name__ == "__main__":

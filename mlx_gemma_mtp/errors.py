@@ -23,7 +23,14 @@ def clipped(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
-def in_a_line(error: Exception) -> str:
+def size(count: int) -> str:
+    """Returns a number of bytes for a message, in the unit in which it says something."""
+    if count < 1e6:
+        return f"{count} bytes"
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def in_a_line(error: BaseException) -> str:
     """Returns what an exception says, in one line of at most LONGEST characters.
 
     The exception's type comes first, unless it is a UserError, which is written for users.

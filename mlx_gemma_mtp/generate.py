@@ -17,8 +17,9 @@ from ._version import __version__
 from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
 from .cli.prompts import read_choice, read_messages, read_prompts, read_schema, read_source, read_tools
 from .cli.replies import Printer
+from .engine.arguments import LONGEST
 from .errors import UserError, clipped, shown
-from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams
+from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, number
 from .text.tool_choice import ToolChoice
 from .text.tools import Tools
 
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     _add_sampling(p)
     _add_rules(p)
     _add_drafts(p)
+    _add_limits(p)
     _add_output(p)
     return p
 
@@ -58,19 +60,14 @@ def _add_models(p: argparse.ArgumentParser) -> None:
 
 def _add_prompts(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("prompts")
-    group.add_argument(
-        "--prompt", action="append", default=[], help="a prompt; repeat it for a batch; - reads standard input"
-    )
-    group.add_argument("--prompt-file", metavar="FILE", help="a prompt a line, made as a batch")
+    group.add_argument("--prompt", action="append", default=[], help="a prompt; repeatable; - reads standard input")
+    group.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line")
     group.add_argument(
         "--messages",
         action="append",
         default=[],
         metavar="FILE|TEXT",
         help="a prompt of chat messages, a JSON list; repeatable; - reads standard input",
-    )
-    group.add_argument(
-        "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"prompts in one batch (default: {MAX_ROWS})"
     )
     group.add_argument("--system-prompt", help="a system turn before each prompt")
     group.add_argument("--ignore-chat-template", action="store_true", help="take prompts as raw text")
@@ -160,6 +157,30 @@ def _add_drafts(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_limits(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("limits")
+    group.add_argument(
+        "--max-rows",
+        type=int,
+        default=MAX_ROWS,
+        metavar="N",
+        help=f"prompts that are decoded at once; the others wait (default: {MAX_ROWS})",
+    )
+    group.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end texts that are not done so long after the model is loaded, with what there is (default: never)",
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GB",
+        help="what weights, K/V and passes may take together, in GB of 10^9 bytes (default: what the machine has)",
+    )
+    group.add_argument("--wired-limit", action="store_true", help="keep the weights wired in a Mac's memory")
+
+
 def _add_output(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("output")
     group.add_argument("--stats", action="store_true", help="print figures on standard error")
@@ -184,22 +205,26 @@ def run(args: argparse.Namespace) -> int:
     prompts, params = [*read_prompts(args, not messages), *messages], read_params(args)
     options = read_options(args, params)
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
+    args.timeout, args.memory_limit = read_timeout(args.timeout), read_memory(args.memory_limit)
     engine = load_engine(args, len(prompts))
     cancel = threading.Event()
     with _ctrl_c(cancel):
         results = generate(engine, prompts, params, args, options, cancel)
     if args.json:
         print_json(prompts, results)
-    failed = [number for number, result in enumerate(results, 1) if result.error is not None]
-    if args.model is None and not (args.json or failed or cancel.is_set()):
+    failed = [place for place, result in enumerate(results, 1) if result.error is not None]
+    late = [place for place, result in enumerate(results, 1) if result.finish_reason == "timeout"]
+    if args.model is None and not (args.json or failed or late or cancel.is_set()):
         print_speedup(engine, prompts, params, options, results)
     if args.stats:
         print_stats(results)
         tell(f"computed: {engine.description}")
         if engine.advice:
             note(engine.advice)
-    for number in failed:
-        tell(f"error: prompt {number}: {results[number - 1].error}")
+    for place in late:
+        note(f"prompt {place} was ended by --timeout {args.timeout:g}")
+    for place in failed:
+        tell(f"error: prompt {place}: {results[place - 1].error}")
     return 130 if cancel.is_set() else 1 if failed else 0
 
 
@@ -254,6 +279,19 @@ def read_depth(text: str) -> int | str:
     return int(text)
 
 
+def read_timeout(seconds: float | None) -> float | None:
+    """Returns the seconds of --timeout, None for no limit. Raises UserError."""
+    expected = f"seconds above 0, at most {LONGEST:g}"
+    return None if seconds is None else number("--timeout", seconds, lambda n: 0 < n <= LONGEST, expected)
+
+
+def read_memory(gigabytes: float | None) -> int | None:
+    """Returns the bytes that --memory-limit names in GB, None for what the machine has. Raises UserError."""
+    if gigabytes is None:
+        return None
+    return int(number("--memory-limit", gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
+
+
 def read_bias(text: str) -> tuple[int, float]:
     """Returns (token id, bias) of a --logit-bias 'ID=BIAS'. Raises UserError."""
     token, _, bias = text.partition("=")
@@ -264,7 +302,10 @@ def read_bias(text: str) -> tuple[int, float]:
 
 
 def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
-    """Loads the engine that the arguments name. prompts: their number, which bounds the rows that are made ready."""
+    """Loads the engine that the arguments name.
+
+    prompts: their number, which bounds the rows that are made ready; so many may wait.
+    """
     if args.model is None:
         tell(BUNDLED)
     return loaded(
@@ -274,6 +315,9 @@ def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
         num_draft_tokens=args.num_draft_tokens,
         draft_bits=args.draft_bits,
         max_rows=min(args.max_rows, max(prompts, 1)) if args.max_rows > 0 else args.max_rows,
+        max_waiting=max(prompts, 1),
+        memory_limit=args.memory_limit,
+        wired_limit=args.wired_limit,
         draft_temperature=args.draft_temperature,
         accept=args.accept,
         frozen_costs=args.frozen_costs,
@@ -292,7 +336,7 @@ def generate(
 
     A single text is printed as it is made; several are printed whole, in order, each under a header.
     """
-    chunks = engine.stream(prompts, params, **options, cancel=cancel, progress=Bar("prefill"))
+    chunks = engine.stream(prompts, params, **options, timeout=args.timeout, cancel=cancel, progress=Bar("prefill"))
     results: dict[int, Result] = {}
     single, printed = Printer(args.hide_thinking), 0
     for chunk in chunks:
@@ -354,13 +398,13 @@ def print_speedup(
 
 
 def print_stats(results: list[Result]) -> None:
-    """Prints the figures of each prompt, and of the batch, on standard error."""
-    for number, result in enumerate(results, 1):
+    """Prints the figures of each prompt, and of all together, on standard error."""
+    for place, result in enumerate(results, 1):
         s = result.stats
         positions = " ".join(f"{share:.2f}" for share in s.acceptance_by_position) or "none"
         mtp = "on" if s.mtp else f"off: {s.mtp_reason}"
         lines = [
-            f"prompt {number}: {s.prompt_tokens} tokens, {s.prompt_tps:.1f} tokens/s; first after {s.ttft_s:.3f} s",
+            f"prompt {place}: {s.prompt_tokens} tokens, {s.prompt_tps:.1f} tokens/s; first after {s.ttft_s:.3f} s",
             f"  generation: {s.generation_tokens} tokens, {s.generation_tps:.1f} tokens/s; end: {result.finish_reason}",
             f"  MTP {mtp}; {s.rounds} rounds, {s.tokens_per_round:.2f} tokens a round, {s.host_syncs} readbacks",
             f"  drafts: {s.accepted} of {s.drafted} accepted ({s.accept}); by position {positions}; seed {s.seed}",
@@ -370,8 +414,9 @@ def print_stats(results: list[Result]) -> None:
     if results:
         s = results[-1].stats
         peak = max(result.stats.peak_memory_gb for result in results)
-        batch = f"{s.batch_generation_tps:.1f} tokens/s" + (" in the last batch" if len(results) > 1 else "")
-        tell(f"all: {batch}; peak memory {peak:.3f} GB; BLAS: {s.blas}")
+        rate = f"{s.batch_generation_tps:.1f} tokens/s"
+        rate += f" of all while the last one was decoded, {s.rows:.1f} at once" if len(results) > 1 else ""
+        tell(f"all: {rate}; peak memory {peak:.3f} GB; BLAS: {s.blas}")
 
 
 def depths(counts: dict[int, dict[str, int]]) -> str:

@@ -53,7 +53,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args, prompts)
     base = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True, seed=0)
     every = [replace(base, temperature=temperature) for temperature in args.temps]
-    engine = loaded(args.model, args.draft_model, dtype=args.dtype, draft_bits=args.draft_bits, max_rows=max(args.rows))
+    engine = loaded(
+        args.model,
+        args.draft_model,
+        dtype=args.dtype,
+        draft_bits=args.draft_bits,
+        max_rows=max(args.rows),
+        max_waiting=max(len(prompts), args.samples),
+    )
     from .checks.equality import compare, same_distribution  # after the BLAS: these import MLX
     from .checks.invariance import probe
 
@@ -61,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("there is no drafter to verify; name one with --draft-model")
     say = (lambda *lines: None) if args.json else (lambda *lines: print(*lines, sep="\n", flush=True))
     say(f"reference: plain decoding, one row at a time; {engine.description}")
-    widths = list(probe(engine.target, engine.text.encode(PROMPTS[1])))
+    tokens = engine.text.encode(PROMPTS[1])
+    widths = engine.call(lambda: list(probe(engine.target, tokens)))
     say("rows in one product that have the bits of a product of their own:")
     say(*(f"  {path}: {' '.join(map(str, agree))}" for path, agree in widths))
     say(f"{len(prompts)} prompts x {args.max_tokens} tokens:")

@@ -1,24 +1,32 @@
-"""Lets MLX compile its quantised products beforehand, beside each other: `python -m benchmarks.gpu.compiled`.
+"""Lets MLX compile its quantised products beforehand, beside each other:
 
-NVRTC takes 5 to 10 seconds for each, and a process compiles one after another; what one has compiled is in
-MLX_PTX_CACHE_DIR for all others.
+    python -m benchmarks.gpu.compiled SHAPE OUT SECONDS
+
+NVRTC takes long for each, and a process compiles one after another; what one has compiled is in MLX_PTX_CACHE_DIR for
+all others. A line of JSON for each product, with its seconds. What a rehearsal compiled is packed (pack.sh ptx) and
+costs a GPU's minutes nothing.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from itertools import product
+from pathlib import Path
 
 import mlx.core as mx
 
-BESIDE = 12
+BESIDE = 14
 SHAPES = {"bundled": (192, 192, 24), "26B": (2816, 1408, 16)}  # inputs, outputs, experts
-CASES = [
-    *(("bundled", "dense", bits, rows) for bits, rows in product((4, 8), (12, 24, 48, 100, 300))),
-    *(("bundled", kind, bits, rows) for kind, bits, rows in product(("pairs", "sorted"), (4, 8), (16, 400))),
-    *(("26B", kind, bits, rows) for kind, bits, rows in product(("pairs", "sorted"), (4, 8), (8, 1024))),
-]
+CASES = {  # (kind, bits, rows): those that a text meets first come first
+    "bundled": [
+        *(("dense", bits, rows) for rows, bits in product((12, 24, 48, 100, 300), (4, 8))),
+        *((kind, bits, rows) for kind, rows, bits in product(("pairs", "sorted"), (16, 400), (4, 8))),
+    ],
+    "26B": [(kind, bits, rows) for kind, rows, bits in product(("pairs", "sorted"), (8, 1024), (4, 8))],
+}
 
 
 def one(shape: str, kind: str, bits: int, rows: int) -> None:
@@ -37,18 +45,30 @@ def one(shape: str, kind: str, bits: int, rows: int) -> None:
     mx.eval(mx.gather_qmm(x, *quantised, index, numbers, sorted_indices=kind == "sorted", **form))
 
 
-def main() -> None:
-    waiting, running, failed = list(CASES), [], 0
-    while waiting or running:
-        while waiting and len(running) < BESIDE:
-            command = [sys.executable, "-m", "benchmarks.gpu.compiled", *map(str, waiting.pop(0))]
-            running.append(subprocess.Popen(command))
-        failed += running.pop(0).wait() != 0
-    print(f"{len(CASES)} products, {failed} failed")
+def main(shape: str, out: Path, seconds: float) -> None:
+    """Appends a line to `out` for each product that was compiled. Those that the seconds do not hold are ended."""
+    waiting, running, end = list(CASES[shape]), {}, time.monotonic() + seconds
+    with out.open("a", encoding="utf-8") as file:
+        while waiting or running:
+            while waiting and len(running) < BESIDE and time.monotonic() < end:
+                case = waiting.pop(0)
+                command = [sys.executable, "-m", "benchmarks.gpu.compiled", shape, *map(str, case)]
+                running[case] = subprocess.Popen(command), time.monotonic()
+            if time.monotonic() > end:
+                for process, _ in running.values():
+                    process.kill()
+                waiting = []
+            for case, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[case]
+                    took = round(time.monotonic() - began, 1)
+                    line = {"shape": shape, "case": case, "ended with": process.returncode, "seconds": took}
+                    print(json.dumps(line), file=file, flush=True)
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 5:
         one(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
-        main()
+        main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))

@@ -1,10 +1,11 @@
 """Every kernel of ours on this device, in every type and format.
 
-    python -m benchmarks.gpu.kernels OUT SECONDS [small]
+    python -m benchmarks.gpu.kernels PART OUT SECONDS
 
 A line of JSON for each case: the largest errors as shares of the largest value, against float64 on the host (of many
 pairs for a sample); whether three runs have the same bits, and whether a token has the same bits alone and in company.
-`small`: the self-checks and small shapes alone, as under compute-sanitizer.
+PART: `checks`, the self-checks; a type, all shapes and formats in it; `small`, as under compute-sanitizer: the
+self-checks, and the small shapes in all types, in turn.
 """
 
 from __future__ import annotations
@@ -195,19 +196,43 @@ def judged(
     return {"kernel": kernel, "tokens": tokens, "ok": ok, "errors": found, "steady": steady, "alone": alone}
 
 
-def cases(small: bool) -> Iterator[dict[str, Any]]:
-    """Yields a finding a case; small shapes come before large ones."""
-    for name in kernels.KERNELS:
-        finding = import_module(f"{kernels.__name__}.{name}").self_check()
-        yield {"kernel": name, "what": "self-check", "ok": finding is None, "finding": finding}
-    for layers, heads in ((SMALL, ("odd", "bundled")), (() if small else LARGE, ("E2B as if dense", "26B"))):
-        for dtype in CLOSE:
-            for bits, group in FORMATS:
-                about = {"dtype": str(dtype).removeprefix("mlx.core."), "bits": bits, "group": group}
-                for layer in (layer for layer in layers if not bits or layer.size % group == 0):
-                    yield from guarded({"shape": layer.name} | about, layer_cases(layer, bits, group, dtype))
-                for head in heads if layers else ():
-                    yield from guarded({"shape": head} | about, head_case(*HEADS[head], bits, group, dtype))
+def cases(part: str) -> Iterator[dict[str, Any]]:
+    """Yields a finding a case; small shapes come before large ones, and of each format all types."""
+    if part in ("checks", "small"):
+        for name in kernels.KERNELS:
+            finding = import_module(f"{kernels.__name__}.{name}").self_check()
+            yield {"kernel": name, "what": "self-check", "ok": finding is None, "finding": finding}
+    for shape, (bits, group), dtype in planned(part):
+        about = {
+            "shape": shape.name if isinstance(shape, Layer) else shape,
+            "dtype": named(dtype),
+            "bits": bits,
+            "group": group,
+        }
+        if isinstance(shape, Layer):
+            yield from guarded(about, layer_cases(shape, bits, group, dtype))
+        else:
+            yield from guarded(about, head_case(*HEADS[shape], bits, group, dtype))
+
+
+def planned(part: str) -> list[tuple[Layer | str, tuple[int, int], mx.Dtype]]:
+    """Returns (layer or head, format, type) of every case of a part, in their order."""
+    types = [dtype for dtype in CLOSE if part in (named(dtype), "small")]
+    sizes = [(*SMALL, "odd", "bundled")]
+    if part != "small":
+        sizes.append((*LARGE, "E2B as if dense", "26B"))
+    return [
+        (shape, form, dtype)
+        for shapes in sizes
+        for form in FORMATS
+        for shape in shapes
+        for dtype in types
+        if not form[0] or not isinstance(shape, Layer) or shape.size % form[1] == 0
+    ]
+
+
+def named(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def guarded(about: dict[str, Any], found: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -219,19 +244,19 @@ def guarded(about: dict[str, Any], found: Iterator[dict[str, Any]]) -> Iterator[
         yield about | {"ok": False, "raised": " ".join(str(raised).split())[:500]}
 
 
-def main(out: Path, seconds: float, small: bool) -> None:
+def main(part: str, out: Path, seconds: float) -> None:
     end, failed, count = time.monotonic() + seconds, 0, 0
     with out.open("a", encoding="utf-8") as file:
-        for each in cases(small):
+        for each in cases(part):
             count, failed = count + 1, failed + (not each["ok"])
             print(json.dumps(each), file=file, flush=True)
             if not each["ok"]:
                 print(json.dumps(each), flush=True)
             if time.monotonic() > end:
-                print(json.dumps({"what": "skipped", "ok": True}), file=file, flush=True)
+                print(json.dumps({"what": "skipped"}), file=file, flush=True)
                 break
     print(f"{count} cases, {failed} not as they should be")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]), "small" in sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))

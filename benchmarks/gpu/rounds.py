@@ -1,4 +1,4 @@
-"""What a round of the bundled pair launches: `python -m benchmarks.gpu.rounds OUT`, with PyTorch's profiler (CUPTI).
+"""What a round of the bundled pair launches: `python -m benchmarks.gpu.rounds OUT SECONDS`, by PyTorch's profiler.
 
 Decodes the same text without drafts and with 1, 3 and 7, once as it is, for the time, and once in the profiler, for the
 kernels: counts and microseconds by name, a round.
@@ -6,6 +6,7 @@ kernels: counts and microseconds by name, a round.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -16,15 +17,16 @@ from typing import Any
 from benchmarks.gpu.pairs import loaded
 
 TOKENS = 64
-DRAFTS = (0, 1, 3, 7)
-ROWS = (1, 8)
+CASES = ((1, 0), (1, 3), (8, 0), (8, 3), (1, 1), (8, 1), (1, 7), (8, 7))  # rows, drafts
 FORMATS = ("bfloat16", "4bit")
 MOST = 25  # names of kernels a case
 REPEATS = 3
 
 
-def main(out: Path) -> None:
-    """Appends a line of JSON to `out` for each case."""
+def main(out: Path, seconds: float) -> None:
+    """Appends a line of JSON to `out` for each case, until the seconds are over."""
+    end = time.monotonic() + seconds
+    ready()
     from mlx_gemma_mtp import SamplingParams
     from mlx_gemma_mtp.cli.prompts import PROMPTS
 
@@ -32,15 +34,29 @@ def main(out: Path) -> None:
     with out.open("a", encoding="utf-8") as file:
         for form in FORMATS:
             engine = loaded("bundled", form)
-            for rows in ROWS:
-                for drafts in DRAFTS:
-                    prompts = list(PROMPTS[:rows])
+            for rows, drafts in CASES:
+                if time.monotonic() > end:
+                    print(json.dumps({"what": "skipped", "format": form, "rows": rows, "drafts": drafts}), file=file)
+                    return
+                prompts = list(PROMPTS[:rows])
 
-                    def decode(prompts: list[str] = prompts, drafts: int = drafts, engine: Any = engine) -> list[Any]:
-                        return engine.generate(prompts, params, num_draft_tokens=drafts)
+                def decode(prompts: list[str] = prompts, drafts: int = drafts, engine: Any = engine) -> list[Any]:
+                    return engine.generate(prompts, params, num_draft_tokens=drafts)
 
-                    line = {"format": form, "rows": rows, "drafts": drafts} | plain(decode)
-                    print(json.dumps(line | profiled(decode)), file=file, flush=True)
+                line = {"format": form, "rows": rows, "drafts": drafts} | plain(decode)
+                print(json.dumps(line | profiled(decode)), file=file, flush=True)
+
+
+def ready() -> None:
+    """Starts the profiler in this thread before MLX does anything on the device. Begun later, Kineto complained on an
+    H100 of a context that came from another thread than the one in which it was registered; it counted all the same.
+    """
+    with contextlib.suppress(Exception):  # `profiled` reports what is wrong
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]):
+            torch.zeros(1, device="cuda")
 
 
 def plain(decode: Any) -> dict[str, Any]:
@@ -64,10 +80,8 @@ def plain(decode: Any) -> dict[str, Any]:
 def profiled(decode: Any) -> dict[str, Any]:
     """Returns kernels a round by name, and their microseconds; what went wrong where there is no profiler."""
     try:
-        import torch
         from torch.profiler import ProfilerActivity, profile
 
-        torch.cuda.init()
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             results = decode()
     except Exception as raised:  # whatever the profiler says is a finding
@@ -88,4 +102,4 @@ def profiled(decode: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), float(sys.argv[2]))

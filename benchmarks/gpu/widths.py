@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.gpu.pairs import loaded
 
-CASES = [("bundled", "bfloat16"), ("bundled", "4bit"), ("e2b", "bfloat16"), ("bundled", "float32"), ("e2b", "4bit")]
+CASES = [("bundled", "bfloat16"), ("e2b", "bfloat16"), ("bundled", "float32"), ("bundled", "4bit"), ("e2b", "4bit")]
 
 
 def main(out: Path, seconds: float) -> None:

@@ -111,8 +111,9 @@ def divergence(engine: Engine, index: int, prompt: str, plain: list[int], tokens
     at = next((i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b), min(len(plain), len(tokens)))
     end = min(engine.end_tokens, default=0)  # a text that ended before the other
     first, second = (text[at] if at < len(text) else end for text in (plain, tokens))
-    logits = _logits(engine, [*engine.text.encode(prompt), *plain[:at]])[0, -1]
-    return Divergence(index, at, first, second, float(logits[first]), float(logits[second]))
+    ids = [*engine.text.encode(prompt), *plain[:at]]
+    logits = engine.call(lambda: _logits(engine, ids)[0, -1, mx.array([first, second])].tolist())
+    return Divergence(index, at, first, second, *logits)
 
 
 def same_distribution(engine: Engine, prompt: str, params: SamplingParams, drafts: int, samples: int) -> float:
@@ -155,12 +156,17 @@ def permutation_test(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _log_probability(engine: Engine, prompt: list[int], text: list[int]) -> float:
     """Of the text after the prompt, in one pass of the target."""
-    own, _, _ = logprobs(_logits(engine, [*prompt, *text])[:, len(prompt) - 1 : -1], mx.array([text]), None, 0)
-    return own.sum().item()
+
+    def computed() -> float:
+        logits = _logits(engine, [*prompt, *text])[:, len(prompt) - 1 : -1]
+        return logprobs(logits, mx.array([text]), None, 0)[0].sum().item()
+
+    return engine.call(computed)
 
 
 def _logits(engine: Engine, tokens: list[int]) -> mx.array:
-    """The target's soft-capped logits after each token, float32 [1, T, V], in one pass with a cache of its own."""
+    """The target's soft-capped logits after each token, float32 [1, T, V], in one pass with a cache of its own. For the
+    engine's own thread."""
     config = engine.target.config
     cache = Cache(config.kv, len(tokens), engine.target.dtype).open(len(tokens))
     hidden = engine.target(mx.array([tokens]), cache.span(len(tokens)))

@@ -6,9 +6,10 @@ out again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -91,10 +92,21 @@ def trace(
 ) -> tuple[list[list[int]], list[Verify]]:
     """Generates the texts of a batch of encoded prompts; returns (their tokens, every verify pass).
 
-    The prefill is not logged.
+    The prefill is not logged. Other requests of the engine wait meanwhile: their passes are not logged, either.
 
     Raises UserError for a prompt that fills the context, and for a text that cannot go on.
     """
+    return engine.call(partial(_traced, engine, prompts, params, num_draft), lambda: None)
+
+
+def _traced(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    num_draft: int,
+    pause: Callable[[], None],
+) -> tuple[list[list[int]], list[Verify]]:
+    """Does what `trace` describes, in the engine's own thread. pause: ends it where nobody waits any more."""
     context, longest = engine.target.config.context, max(map(len, prompts))
     if longest >= context:
         raise UserError(f"a prompt has {longest} tokens, expected fewer than the context of {context}; shorten it")
@@ -111,6 +123,7 @@ def trace(
     with watched(engine.target) as log:
         take(loop.step([num_draft] * len(live)))
         while stay := compact([not texts[row].ended for row in live]):
+            pause()
             if len(stay) < len(live):
                 live = [live[place] for place in stay]
                 log.clear()  # of the pass that was built for all of them: `arrange` drops it

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..cache.spec import row_bytes, staged_bytes
-from ..errors import UserError
+from ..errors import UserError, size
 from ..models.config import TargetConfig
 from ..models.transients import Transients
 
@@ -52,8 +52,8 @@ class Memory:
         needed = self.alone(prompt, limit, chunk, block)
         if needed > self.limit:
             raise UserError(
-                f"a prompt of {prompt} tokens with max_tokens={limit} needs {needed / 1e9:.1f} GB with the model, the "
-                f"limit is {self.limit / 1e9:.1f} GB; lower max_tokens, shorten the prompt, or take a smaller model"
+                f"a prompt of {prompt} tokens with max_tokens={limit} needs {size(needed)} with the model, the "
+                f"limit is {size(self.limit)}; lower max_tokens, shorten the prompt, or take a smaller model"
             )
 
 

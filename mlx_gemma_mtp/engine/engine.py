@@ -102,8 +102,8 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
     ) -> Result | list[Result]:
-        """Returns the Result of a prompt, or a list of Results for a list of prompts, in order. A list is decoded as a
-        batch. `stream` describes the options.
+        """Returns the Result of a prompt, or a list of Results for a list of prompts, in order. They are
+        decoded together, and with whatever else is asked meanwhile. `stream` describes the options.
         """
         prompts, single = self.text.prompts(prompt)
         return _results(list(self._stream(prompts, params, Options(**options), whole=True)), single)
@@ -255,7 +255,7 @@ class Engine:
 
     @property
     def max_rows(self) -> int:
-        """The most requests in one batch."""
+        """The most requests that are decoded at once."""
         return self.settings.max_rows
 
     @property

@@ -71,9 +71,9 @@ def load(
     costs as the file has them, so that equal calls get equal draft lengths. dtype: 'float32', 'bfloat16' or 'float16'
     for weights that are not quantised, of both models; None keeps the target's on Metal and is float32 on a CPU, which
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
-    vocabulary head to at most 4, a centroid head not at all. max_rows: requests in one batch; others wait, and each
-    takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit: bytes
-    that weights, K/V and what a pass computes may take together; None is what the machine has. wired_limit: keeps
+    vocabulary head to at most 4, a centroid head not at all. max_rows: requests that are decoded at once; others wait,
+    and each takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit:
+    bytes that weights, K/V and what a pass computes may take together; None is what the machine has. wired_limit: keeps
     weights wired in a Mac's memory. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
     query, 0 or -1 after the newest token's index. draft_temperature: a factor of the request's, for drafts alone.
     draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter.
@@ -216,7 +216,7 @@ def _open(pair: hub.Pair, wanted: _Wanted, settings: Mapping[str, Any], *told: A
     if cast is None and not metal_available():
         cast = mx.float32
         listeners.notice("no Metal here: running on the CPU, in float32")
-    _check_memory(pair, cast, settings["prefill_chunk"])
+    _check_memory(pair, cast, settings["prefill_chunk"], settings["memory_limit"])
     _computing.add(os.getpid())
     target, drafter = _open_models(pair, cast, wanted.draft_bits)
     listeners.stage("")
@@ -261,14 +261,16 @@ def _import_text() -> ModuleType:
     return import_module("..text.encode", __package__)
 
 
-def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, block: int) -> None:
+def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, block: int, limit: int | None) -> None:
     """Raises UserError for models that do not fit the memory with one row of a short text. Reads no weights.
 
     cast: the dtype to compute in; float32 doubles the bytes of 16-bit weights. block: prompt tokens a forward pass.
+    limit: bytes that the caller allows, None for what the machine has.
     """
     config = TargetConfig.from_dict(read_config(pair.target))
     folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
     widened = cast is not None and cast == mx.float32
     needed = sum(weight_bytes(folder, widened) for folder in folders)
     needed += kv_bytes(config.kv, 1, 1, block, 4 if widened else 2)
-    memory.check(needed, f"the model in {pair.target}", "convert it with -q --q-bits 4, or take a smaller model")
+    advice = "convert it with -q --q-bits 4, or take a smaller model"
+    memory.check(needed, f"the model in {pair.target}", advice, limit)

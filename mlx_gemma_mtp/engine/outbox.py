@@ -38,7 +38,7 @@ class Outbox:
         self.whole, self._told = whole, told
         self.paused: set[int] = set()  # requests that wait for their reader; the worker's
         self._put, self._taken = dict.fromkeys(self.ids, 0), dict.fromkeys(self.ids, 0)
-        self._queue: SimpleQueue[list[Item] | Exception] = SimpleQueue()
+        self._queue: SimpleQueue[list[Item] | BaseException] = SimpleQueue()
         self._results: list[Item] = []
         self._waiting = set(self.ids)  # requests without a result
 
@@ -79,7 +79,7 @@ class Outbox:
         self.paused.difference_update(late)
         return [id for id in full if id not in late]
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Ends the call: the reader gets the exception."""
         self._waiting.clear()
         self._queue.put(error)
@@ -92,8 +92,8 @@ class Outbox:
         """Returns what was delivered next; waits for it. Raises the exception that ended the call."""
         return self._checked(wait_for(self._queue))
 
-    def _checked(self, items: list[Item] | Exception) -> list[Item]:
-        if isinstance(items, Exception):
+    def _checked(self, items: list[Item] | BaseException) -> list[Item]:
+        if isinstance(items, BaseException):
             raise items
         return items
 

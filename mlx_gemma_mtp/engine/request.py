@@ -196,7 +196,7 @@ class Request:
         """The piece that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
         try:
             return call(*args)
-        except Exception as error:
+        except BaseException as error:  # a library's panic is no Exception
             if self.error is None:
                 self.finish_reason, self.error = "error", in_a_line(error)
             return NOTHING

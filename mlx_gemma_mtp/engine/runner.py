@@ -78,9 +78,12 @@ class Held:
 
     def leaves_row(self, totals: Totals) -> None:
         """Ends what `becomes_row` began, and tells the request's stats."""
-        if self.since is not None:
-            self.shared, self.since = self.shared + (totals - self.since), None
-            self.request.stats.share(self.shared)
+        self.shared, self.since = self.as_row(totals), None
+        self.request.stats.share(self.shared)
+
+    def as_row(self, totals: Totals) -> Totals:
+        """Returns what all rows did while it was one. totals: what they did in all."""
+        return self.shared if self.since is None else self.shared + (totals - self.since)
 
 
 class Runner:
@@ -186,17 +189,20 @@ class Runner:
         self._returned = self.clock()
         return self._all_given()
 
-    def fail(self, error: Exception) -> list[Item]:
+    def fail(self, error: BaseException) -> list[Item]:
         """Ends, with finish_reason 'error', the requests of a round that raised, and is ready for others.
 
         These are the rows, and the prompts that it prefilled or that were to join; where there are none, all requests.
+        A plan that was not finished may have let others go, or have made rows of them: these end, too.
         """
         plan, rows = self._plan, self.rows
-        failed = dict.fromkeys([*rows, *plan.places, *(piece.id for piece in plan.pieces), *plan.firsts])
+        failed = {*rows, *plan.places, *(piece.id for piece in plan.pieces), *plan.firsts}
+        failed |= {id for id in self.held if self.scheduler.is_row(id) or not self.scheduler.has(id)}
         self._start_anew()
-        ids = [id for id in failed if id in self.held] or list(self.held)
-        for id in ids:
+        for id in [id for id in self.held if id in failed] or list(self.held):
             self._end(id, "error", f"a round failed: {in_a_line(error)}", done=True)
+        if not self.held:
+            self._rest()
         return self._all_given()
 
     def close(self) -> list[Item]:
@@ -285,12 +291,14 @@ class Runner:
         emitted = sum(map(len, done.tokens)) + (0 if done.firsts is None else len(done.firsts.tokens))
         self.totals += Totals(now - self._last, emitted, 1, len(rows), self._loop.host_syncs - syncs)
         seconds, self._last = now - self._launched, now
-        clean = plan.begins or self.budget.took(len(rows), seconds, _tokens(plan.pieces), firsts is not None)
+        timed = 0.0 if plan.begins else seconds  # the first tokens have no verify: that is no round of so many rows
+        clean = self.budget.took(len(rows), timed, _tokens(plan.pieces), firsts is not None)
         clean = clean and away < SLOW_CALLER * seconds  # else the round is hidden behind the caller's own work
         self._prefilled(plan.pieces)
         drawn = () if done.firsts is None else plan.firsts
-        for id in drawn:
+        for id in drawn:  # rows of this round alone: they may have to wait for a place
             self.held[id].becomes_row(before)
+            self.held[id].leaves_row(self.totals)
         kept = {
             id: len(tokens) - 1
             for id, tokens, drafted in zip(self.rows, done.tokens, done.drafted, strict=True)
@@ -327,7 +335,7 @@ class Runner:
             reason = "" if drafted is None else self.depth.reason(id)
             self._given.append(Delivery(id, request.take(tokens, drafted, reason, report, error)))
             stats.generation_tokens = len(request.tokens)
-            stats.generation_tps = len(request.tokens) / max(now - held.prefilled, 1e-9)
+            stats.generation_tps = len(request.tokens) / max(held.as_row(self.totals).seconds, 1e-9)
             if request.finish_reason is None:
                 told(id, len(tokens))
             else:
@@ -336,18 +344,19 @@ class Runner:
 
     def _arrange(self, plan: Plan) -> None:
         """Brings the rows into the places that the plan gives them."""
-        for id in plan.save:
-            held = self.held[id]
-            held.saved = self._loop.save(self.rows.index(id))
-            held.request.stats.preemptions += 1
         for id in plan.forget:
             held = self.held[id]
             held.saved = held.staged = held.hidden = None
+        for id in plan.save:
+            self.held[id].saved = self._loop.save(self.rows.index(id))
         gone = [id for id in self.rows if id not in plan.places]
-        self.depth.leave(gone)
+        if gone:
+            self._count()  # what they kept in their last round
+            self.depth.leave(gone)
         for id in gone:
-            if id in self.held:
-                self.held[id].leaves_row(self.totals)
+            if held := self.held.get(id):
+                held.leaves_row(self.totals)
+                held.request.stats.preemptions += 1
         if plan.trim:
             self._go_on_with([id for id in self.rows if id in plan.places])
             self._loop.cache.trim()
@@ -356,6 +365,8 @@ class Runner:
 
     def _go_on_with(self, ids: Sequence[int]) -> None:
         """Goes on with the rows of these requests in this order. Those that had none join."""
+        if not self.rows:
+            self._last = self.clock()  # of the time before no row knows
         old = {id: row for row, id in enumerate(self.rows)}
         places: list[int | Joiner] = []
         for id in ids:

@@ -148,7 +148,7 @@ class Scheduler:
 
     max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt; pieces never cross a multiple of it.
     block: tokens of the longest verify. grid: a divisor of chunk; pieces end at its multiples, or with the prompt.
-    max_waiting: requests that may wait before `submit` refuses another.
+    max_waiting: requests beyond the free rows that may wait before `submit` refuses another.
     """
 
     def __init__(
@@ -250,8 +250,19 @@ class Scheduler:
         entry.fed += entry.tokens - before
 
     def finished(self, id: int) -> None:
-        """Says that a request is done, in whatever stage. A row of it is a hole until the next plan."""
-        del self._stages[self._stage_of(id)][id]
+        """Says that a request is done, in whatever stage. A row of it is a hole until the next plan. Nothing happens
+        to one that is gone.
+        """
+        if (stage := self._stage_of(id)) is not None:
+            del self._stages[stage][id]
+
+    def has(self, id: int) -> bool:
+        """Returns whether a request is there, in whatever stage."""
+        return self._stage_of(id) is not None
+
+    def is_row(self, id: int) -> bool:
+        """Returns whether a request has a row of the batch, or has been given one by a plan that was not finished."""
+        return self._stage_of(id) is Stage.LIVE
 
     @property
     def busy(self) -> bool:
@@ -260,8 +271,10 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait."""
-        return len(self._stages[Stage.WAITING])
+        """How many requests wait for which there is no free row."""
+        taken = len(self._stages[Stage.LIVE])
+        taken += sum(not entry.paused for entry in self._at(Stage.STAGED, Stage.READY))
+        return max(0, len(self._stages[Stage.WAITING]) - max(0, self.max_rows - taken))
 
     def next_deadline(self) -> float | None:
         """Returns the first deadline of all requests; None without any."""

@@ -38,8 +38,8 @@ class Stats:
     i + 1. offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept at least i + 1. depths[K]:
     rounds that verified K drafts, counted by the reason (choice.REASONS). batch_generation_tps: tokens of all rows
     while this request was decoded, over that time. rows: how many shared a round with it, itself included, in the mean.
-    host_syncs: readbacks while it was a row. preemptions: how often it left its row for others, to go on later.
-    accept: the rule by which sampled drafts were kept.
+    host_syncs: readbacks while it was a row. preemptions: how often it left its row, to go on later, because memory was
+    short or its reader did not read. accept: the rule by which sampled drafts were kept.
     target_step_bytes, draft_step_bytes: bytes of weights read for one token of the target, and for one draft.
     """
 

@@ -150,6 +150,8 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     async def _begun(self) -> _Reading:
         requests = await self._begin()
+        if self._closed:  # meanwhile
+            raise StopAsyncIteration
         outbox = AsyncOutbox(requests, self._whole, self._progress is not None)
         reading = _Reading(self._worker, requests, outbox, self._progress or no_progress, self._keep)
         self._worker.submit(requests, outbox, self._cancel)

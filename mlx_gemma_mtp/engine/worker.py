@@ -48,7 +48,7 @@ class Runner(Protocol):
     def round(self) -> list[Item]:
         """Computes one round, and returns what it gives. The last Delivery of a request carries its Result."""
 
-    def fail(self, error: Exception) -> list[Item]:
+    def fail(self, error: BaseException) -> list[Item]:
         """Ends, with finish_reason 'error', the requests of a round that raised, and is ready for others."""
 
     def close(self) -> list[Item]:
@@ -215,7 +215,7 @@ class Worker:
     def _round(self) -> None:
         try:
             items = self._runner.round()
-        except Exception as error:
+        except BaseException as error:  # a library's panic is no Exception
             items = self._runner.fail(error)
         self._deliver(items)
         for outbox, cancel in list(self._cancels.items()):
@@ -253,7 +253,7 @@ class Worker:
             for request in requests:
                 self._runner.submit(request)
                 self._outboxes[request.id] = outbox
-        except Exception as error:
+        except BaseException as error:
             self._drop(outbox, error)
         else:
             if cancel is not None:
@@ -265,12 +265,12 @@ class Worker:
         try:
             if not cancel.is_set():
                 return
-        except Exception as error:
+        except BaseException as error:
             self._drop(outbox, error)
         self._cancels.pop(outbox, None)
         self._cancel(outbox.ids)
 
-    def _drop(self, outbox: Outbox, error: Exception | None = None) -> None:
+    def _drop(self, outbox: Outbox, error: BaseException | None = None) -> None:
         """Ends a call without its results. error: what its reader gets."""
         self._cancels.pop(outbox, None)
         self._resting.discard(outbox)

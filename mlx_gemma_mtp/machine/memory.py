@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from ..errors import UserError
+from ..errors import UserError, size
 from . import device
 from .device import metal_available
 
@@ -21,16 +21,17 @@ def total_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check(needed: int, what: str, advice: str) -> None:
+def check(needed: int, what: str, advice: str, limit: int | None = None) -> None:
     """Raises UserError where `needed` bytes cannot fit.
 
-    what: the thing that needs them; advice: what the user can do.
+    what: the thing that needs them; advice: what the user can do. limit: bytes that the user allows, None for what the
+    machine has.
     """
     available = total_bytes()
+    if limit is not None and needed > limit:
+        raise UserError(f"{what} needs {size(needed)}, memory_limit is {size(limit)}; raise it, or {advice}")
     if needed > available:
-        raise UserError(
-            f"{what} needs {needed / 1e9:.1f} GB, this machine has {available / 1e9:.1f} GB for it; {advice}"
-        )
+        raise UserError(f"{what} needs {size(needed)}, this machine has {size(available)} for it; {advice}")
 
 
 class _Wired:

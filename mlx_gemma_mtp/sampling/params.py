@@ -21,7 +21,7 @@ LARGEST_ID = 2**31 - 1  # of a token: what an int32 can say
 LARGEST_COUNT = 2**31 - 1  # of rows, tokens or drafts: more than fits any memory
 # Settings of the engine, here because the command line needs them before MLX is imported.
 COUPLED, REJECTION = ACCEPT = ("coupled", "rejection")  # how drafts are accepted
-MAX_ROWS = 8  # prompts in one batch, unless `load` is told otherwise; the others wait for the next
+MAX_ROWS = 8  # requests that are decoded at once, unless `load` is told otherwise; the others wait
 
 
 @dataclass(frozen=True)

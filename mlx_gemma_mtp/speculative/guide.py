@@ -67,7 +67,7 @@ class Guide:
         for row, (constraint, tokens) in enumerate(zip(self.constraints, drafts, strict=True)):
             try:
                 walked.append(_walk(constraint, tokens, self.vocab))
-            except Exception as error:  # whatever it is, it is this row's alone
+            except BaseException as error:  # whatever it is, a library's panic too, it is this row's alone
                 failures[row] = in_a_line(error)
                 walked.append([only([], self.vocab)])
         counts = [len(each) - 1 for each in walked] if cut else [len(each) for each in drafts]
@@ -87,7 +87,7 @@ class Guide:
             for i, token in enumerate(tokens if constraint is not None else ()):
                 try:
                     constraint.advance(token)
-                except Exception as error:  # whatever it is, it is this row's alone
+                except BaseException as error:  # whatever it is, a library's panic too, it is this row's alone
                     failures[row] = Failure(i, in_a_line(error))
                     break
         return failures
@@ -131,7 +131,7 @@ def _walk(constraint: Constraint | None, drafts: Sequence[int], vocab: int) -> l
         try:
             ahead.advance(draft)
             masks.append(ahead.mask())
-        except Exception:
+        except BaseException:
             masks.append(only([], vocab))
             break
     return masks

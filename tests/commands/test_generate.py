@@ -78,6 +78,26 @@ def test_several_prompts_come_whole_and_in_order(capsys, tmp_path):
     assert code == 0 and [h[:7] for h in headers] == ["=== 1: ", "=== 2: ", "=== 3: "]
 
 
+def test_a_timeout_prints_what_there_is(capsys):
+    argv = ("--prompt", PROMPTS[0], "--max-tokens", 8000, "--ignore-eos", "--timeout", 1)
+    code, out, err = run(capsys, *argv)
+    assert code == 0 and out.strip() and "MTP:" not in err
+    assert err.splitlines()[-1] == "note: prompt 1 was ended by --timeout 1"
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 0 and json.loads(out)["finish_reason"] == "timeout"
+
+
+def test_limits_reach_the_load(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *_, **options: asked.update(options))
+    flags = ["--prompt", "x", "--memory-limit", "7.5", "--wired-limit"]
+    args = generate.parser().parse_args(flags)
+    args.memory_limit = generate.read_memory(args.memory_limit)
+    generate.load_engine(args, 3000)
+    assert asked["memory_limit"] == 7_500_000_000 and asked["wired_limit"] is True
+    assert asked["max_waiting"] == 3000 and asked["max_rows"] == 8  # a command's own prompts are not too many
+
+
 def test_json_is_one_object_a_prompt(capsys):
     argv = ["--prompt", PROMPTS[3], "--prompt", PROMPTS[4], "--max-tokens", "12", "--json"]
     code, out, _ = run(capsys, *argv)
@@ -223,6 +243,13 @@ def broken_model(folder: Path, **changes) -> Path:
             ["--prompt", "x", "--tools", TOOLS, "--tool-choice", "now", "--ignore-eos", "--model", "nothing-here"],
             "ignore_eos is set and tool_choice forces a call",
         ),
+        (["--prompt", "x", "--timeout", "-1"], "--timeout is -1.0, expected seconds above 0"),
+        (["--prompt", "x", "--timeout", "nan"], "--timeout is nan, expected seconds above 0"),
+        (["--prompt", "x", "--timeout", "soon"], "argument --timeout: invalid float value: 'soon'"),
+        (["--prompt", "x", "--memory-limit", "0"], "--memory-limit is 0.0, expected GB above 0"),
+        (["--prompt", "x", "--memory-limit", "8e9"], "--memory-limit is 8000000000.0, expected GB above 0"),
+        (["--prompt", "x", "--memory-limit", "inf"], "--memory-limit is inf, expected GB above 0"),
+        (["--prompt", "x", "--memory-limit", "0.01"], "memory_limit is 10 MB; raise it"),
         (["--prompt", "x", "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

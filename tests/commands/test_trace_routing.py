@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -158,6 +159,18 @@ def test_the_text_is_that_of_generate(engine, traced):
     sampled = SamplingParams(max_tokens=10, temperature=1.0, top_k=50, seed=5)
     texts, _ = trace(engine, [engine.text.encode(PROMPTS[0])], sampled, 2)
     assert texts == [engine.generate(PROMPTS[0], sampled, num_draft_tokens=0).tokens]
+
+
+def test_others_are_not_traced(engine, traced):
+    """A text that is decoded meanwhile: its passes are in no trace, and it goes on afterwards."""
+    beside = replace(PARAMS, max_tokens=200, ignore_eos=True)
+    expected = engine.generate("a", beside).tokens
+    stream = engine.stream("a", beside)
+    chunks = [next(stream)]
+    texts, passes = trace(engine, [engine.text.encode(prompt) for prompt in PROMPTS], PARAMS, 3)
+    assert texts == traced[0] and [verify.kept for verify in passes] == [verify.kept for verify in traced[1]]
+    chunks += stream
+    assert [token for chunk in chunks for token in chunk.tokens] == expected
 
 
 def test_the_choices_are_those_of_the_text(engine, traced):

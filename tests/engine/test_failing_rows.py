@@ -226,18 +226,50 @@ def test_a_first_token_that_is_not_finite():
 # ---- text
 
 
+class Panic(BaseException):
+    """As what Rust libraries raise: no Exception."""
+
+
+class Panics(Stairs):
+    """Stairs of a library that panics in `where`."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.where = where
+
+    def copy(self):
+        return self
+
+    def mask(self):
+        if self.where == "mask":
+            raise Panic("unreachable")
+        return super().mask()
+
+    def advance(self, token):
+        if self.where == "advance":
+            raise Panic("unreachable")
+        super().advance(token)
+
+
+def test_a_librarys_panic_is_its_rows_alone():
+    rows = guide([Panics("mask"), Panics("advance"), Stairs()], tiny.VOCAB)
+    assert rows.look([[], [0], [0]]).failures == {0: "Panic: unreachable"}
+    assert rows.advance([[], [0], [0]]) == {1: (0, "Panic: unreachable")}
+
+
+@pytest.mark.parametrize("kind", [UnicodeError, Panic])
 @pytest.mark.parametrize("method", ["push", "finish"])
-def test_a_text_stream_that_raises(engine, alone, method, monkeypatch):
+def test_a_text_stream_that_raises(engine, alone, method, kind, monkeypatch):
     usual, calls = getattr(Reply, method), []
 
     def broken(self, *token):
         if self._answer._stops._stop == ("never",) and (method == "finish" or calls.append(0) or len(calls) == 7):
-            raise UnicodeError("half a\ncharacter")
+            raise kind("half a\ncharacter")
         return usual(self, *token)
 
     monkeypatch.setattr(Reply, method, broken)
     result = among_good_ones(engine, alone, replace(FREE, stop=("never",), max_tokens=12), 1)
-    assert (result.finish_reason, result.error) == ("error", "UnicodeError: half a character")
+    assert (result.finish_reason, result.error) == ("error", f"{kind.__name__}: half a character")
     assert result.tokens == alone[1][: 7 if method == "push" else 12]
     assert engine.text.fast_tokenizer.decode(result.tokens).startswith(result.text.rstrip()) and result.text
 

@@ -227,7 +227,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
     with within(300), load(num_draft_tokens=0, memory_limit=limit) as engine:
         with pytest.raises(UserError) as raised:
             engine.generate(prompt_of(engine, 0, 8000), replace(FREE, max_tokens=100))
-        assert "\n" not in str(raised.value) and "8000" in str(raised.value) and "GB" in str(raised.value)
+        assert "\n" not in str(raised.value) and "8000" in str(raised.value) and "MB" in str(raised.value)
         assert engine.generate(prompt_of(engine, 0, 5), replace(FREE, max_tokens=3)).finish_reason == "length"
 
 

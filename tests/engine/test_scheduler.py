@@ -645,7 +645,7 @@ def test_what_the_batch_holds_for_nobody_is_given_back_where_it_matters():
 
 def test_what_can_never_fit_is_refused_with_the_numbers():
     run = model(2, 180)
-    with pytest.raises(UserError, match=r"a prompt of 9 tokens with max_tokens=90 needs .* GB .*, the limit is .* GB;"):
+    with pytest.raises(UserError, match=r"a prompt of 9 tokens with max_tokens=90 needs \d+ bytes .*, the limit is"):
         run.submit(Job(0, 9, 90))
     run.submit(Job(1, 9, 20))
     assert run.run() > 0
@@ -653,14 +653,25 @@ def test_what_can_never_fit_is_refused_with_the_numbers():
 
 def test_a_full_queue_refuses():
     run = model(1, max_waiting=3)
-    for id in range(3):
+    for id in range(4):  # the first has the row, once a plan is made
         run.submit(Job(id, 4, 4))
     with pytest.raises(UserError, match=r"3 requests wait, expected at most max_waiting=3; send this one again later"):
-        run.submit(Job(3, 4, 4))
+        run.submit(Job(4, 4, 4))
     run.round()  # staged ones do not wait
-    run.submit(Job(3, 4, 4))
+    run.submit(Job(4, 4, 4))
     run.run()
-    assert len(run.done) == 4
+    assert len(run.done) == 5
+
+
+def test_whoever_has_a_free_row_does_not_wait():
+    """A list, or a burst of calls, that comes between two plans: it is refused for what is beyond the rows alone."""
+    run = model(4, max_waiting=1)
+    for id in range(5):
+        run.submit(Job(id, 4, 4))
+    with pytest.raises(UserError, match="max_waiting=1;"):
+        run.submit(Job(5, 4, 4))
+    run.run()
+    assert len(run.done) == 5
 
 
 def test_one_that_outgrew_what_its_prefill_may_take_comes_back_alone():

@@ -186,10 +186,15 @@ def test_a_call_ends_when_its_caller_has_left():
     worker.close()
 
 
-def test_a_round_that_raises_ends_its_requests_alone(driven):
+class Panic(BaseException):
+    """As what Rust libraries raise: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+def test_a_round_that_raises_ends_its_requests_alone(driven, kind):
     def work():
         if shared.runner.rounds == 3:
-            raise RuntimeError("no more")
+            raise kind("no more")
 
     shared = driven(work=work)
     (chunk,) = (each for each in shared.stream(request(9)) if each.result)
@@ -293,13 +298,14 @@ def test_an_event_ends_a_call_whoever_reads(driven, whole):
     assert shared.settled().log[-2][0] == "submit" and not shared.worker._cancels
 
 
-def test_an_event_that_raises_ends_its_call_alone(driven):
+@pytest.mark.parametrize("kind", [OSError, SystemExit, Panic])
+def test_an_event_that_raises_ends_its_call_alone(driven, kind):
     class Wrong:
         def is_set(self):
-            raise OSError("no such event")
+            raise kind("no such event")
 
     shared = driven()
-    with pytest.raises(OSError, match="no such event"):
+    with pytest.raises(kind, match="no such event"):
         list(shared.stream(request(10**6), cancel=Wrong()))
     while shared.settled().live:
         pass
@@ -456,6 +462,28 @@ def test_leaving_an_async_for_ends_the_call(driven):
 
     asyncio.run(main(True))
     asyncio.run(main(False))
+
+
+def test_a_stream_that_is_closed_while_it_begins(driven):
+    """Its prompt is being encoded: nothing is computed for it afterwards."""
+    shared = driven()
+
+    async def main():
+        encoded = asyncio.Event()
+
+        async def begin():
+            await encoded.wait()
+            return [request(10**9)]
+
+        stream = AsyncStream(shared.worker, begin, None, None, shared)
+        reader = asyncio.ensure_future(anext(stream, None))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        encoded.set()
+        assert await reader is None and await _all(stream) == []
+        assert not shared.settled().log
+
+    asyncio.run(main())
 
 
 def test_a_slow_coroutine_is_paused_and_loses_nothing(driven):
