@@ -138,8 +138,8 @@ class AsyncOutbox(Outbox):
             raise ReaderGone from None
 
     async def aget(self) -> list[Item]:
-        """Returns what was delivered next; waits for it. Raises the exception that ended the call, and UserError where it
-        would have to wait in another event loop.
+        """Returns what was delivered next; waits for it. Raises the exception that ended the call, and UserError
+        where it would have to wait in another event loop.
         """
         while self._queue.empty():
             if asyncio.get_running_loop() is not self._loop:
