@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu.pairs import loaded
@@ -24,7 +25,9 @@ def main(out: Path, seconds: float) -> None:
                 os.environ["MLX_GEMMA_MTP_METAL"] = ours
                 about = {"pair": pair, "format": form, "ours": ours == "1"}
                 try:
-                    for what, widths in probe(engine.target, engine.text.encode("def fibonacci(n):")):
+                    found = probe(engine.target, engine.text.encode("def fibonacci(n):"))
+                    while one := engine.call(partial(next, found, None)):  # in the thread that computes
+                        what, widths = one
                         print(json.dumps(about | {"what": what, "widths": widths}), file=file, flush=True)
                 except RuntimeError as raised:
                     print(json.dumps(about | {"what": "raised", "error": str(raised)[:300]}), file=file, flush=True)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+from ..errors import UserError
 from .request import Advance, Delivery, Request
 
 LIMIT = 256  # chunks of one request that wait for their reader, from which on the request is paused
@@ -137,8 +138,12 @@ class AsyncOutbox(Outbox):
             raise ReaderGone from None
 
     async def aget(self) -> list[Item]:
-        """Returns what was delivered next; waits for it. Raises the exception that ended the call."""
+        """Returns what was delivered next; waits for it. Raises the exception that ended the call, and UserError where it
+        would have to wait in another event loop.
+        """
         while self._queue.empty():
+            if asyncio.get_running_loop() is not self._loop:
+                raise UserError("the stream is read in another event loop; expected the one in which it began")
             self._asleep = self._loop.create_future()
             if self._queue.empty():
                 await self._asleep

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import asdict, astuple, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from ..speculative.choice import REASONS
 
 
-@dataclass(frozen=True)
-class Totals:
+class Totals(NamedTuple):
     """What all rows did in some time.
 
     seconds: of decoding. tokens: that all rows emitted. rounds: with rows in them. rows: of all these rounds together.
@@ -24,10 +23,10 @@ class Totals:
     host_syncs: int = 0
 
     def __add__(self, other: Totals) -> Totals:
-        return Totals(*map(operator.add, astuple(self), astuple(other)))
+        return Totals(*map(operator.add, self, other))
 
     def __sub__(self, earlier: Totals) -> Totals:
-        return Totals(*map(operator.sub, astuple(self), astuple(earlier)))
+        return Totals(*map(operator.sub, self, earlier))
 
 
 @dataclass

@@ -41,18 +41,23 @@ def run(job: Job, stop: Job) -> None:
     is ending.
     """
     with _pool.lock:
-        if _pool.ending:
-            raise UserError("the process is ending; expected engines to be made before that")
-        _pool.stops[id(job)] = stop
-        try:
-            jobs = _pool.idle.get_nowait()
-        except Empty:
-            jobs = SimpleQueue()
-            jobs.put(job)
-            threading.Thread(target=_serve, args=(_pool, jobs), name="mlx_gemma_mtp", daemon=True).start()
-            _pool.threads += 1
-        else:
-            jobs.put(job)
+        if not _pool.ending:
+            _pool.stops[id(job)] = stop
+            return _begin(job)
+    wait_for_the_end()
+    raise UserError("the process is ending; expected engines to be made before that")
+
+
+def _begin(job: Job) -> None:
+    try:
+        jobs = _pool.idle.get_nowait()
+    except Empty:
+        jobs = SimpleQueue()
+        jobs.put(job)
+        threading.Thread(target=_serve, args=(_pool, jobs), name="mlx_gemma_mtp", daemon=True).start()
+        _pool.threads += 1
+    else:
+        jobs.put(job)
 
 
 def wait_for_the_end() -> None:

@@ -71,7 +71,7 @@ class Worker:
         self._running: Call | None = None
         self._give_back: Callable[[], None] = lambda: None
         self._gate, self._closed = threading.Lock(), False
-        self._stopping = self._silent = False
+        self._leaving = self._stopping = self._silent = False
         self._error: BaseException | None = None
         self._ended = threading.Event()
         self._process, self._ident = os.getpid(), 0
@@ -101,7 +101,7 @@ class Worker:
         if self._error is not None:
             raise RuntimeError(f"the engine's worker failed: {_said(self._error)}; load it again") from self._error
         if self._closed:
-            raise UserError("the engine is closed; load it again")
+            raise _closed()
 
     def _check_place(self) -> None:
         if os.getpid() != self._process:
@@ -156,8 +156,9 @@ class Worker:
 
     def stop(self) -> None:
         """Has the thread end its requests and its work after the current round, or when the function that it runs next
-        calls a listener. Does not wait.
+        calls a listener. No other function begins. Does not wait.
         """
+        self._leaving = True
         self._inbox.put(_Message(self._stop))
         if (call := self._running) is not None:
             call.leave()
@@ -245,6 +246,8 @@ class Worker:
 
     def _run(self, call: Call) -> None:
         self._running = call
+        if self._leaving:  # `stop` did not see this call, or does now
+            call.leave()
         call.run()
         self._running = None
 
@@ -319,7 +322,7 @@ class Worker:
 
     def _refuse(self) -> None:
         """Tells callers that came too late, and readers whose requests were not ended."""
-        error: Exception = UserError("the engine is closed; load it again")
+        error: Exception = _closed()
         if self._error is not None:
             error = RuntimeError(f"the engine's worker failed: {_said(self._error)}; load it again")
             error.__cause__ = self._error
@@ -346,14 +349,16 @@ class Call:
         self._function = function
         self._listeners = [partial(self._tell, listener) for listener in listeners]
         self._events: SimpleQueue[tuple[Callable[[], Any], bool]] = SimpleQueue()  # and whether it is the last
-        self._left = False  # whether nobody waits any more
+        self._left = False  # whether the function is to end
 
     def run(self) -> None:
-        """Calls the function, in the worker's thread, unless nobody waits."""
-        if self._left:
-            return
+        """Calls the function, in the worker's thread, unless it is to end."""
         try:
+            if self._left:
+                raise _Left
             found = self._function(*self._listeners)
+        except _Left:
+            self.refuse(_closed())
         except BaseException as error:
             self.refuse(error)
         else:
@@ -371,11 +376,14 @@ class Call:
                 found = event()
                 if last:
                     return found
+        except Exception:
+            threads.wait_for_the_end()
+            raise
         finally:
             self.leave()
 
     def leave(self) -> None:
-        """Has the function end when it next calls a listener: nobody waits any more."""
+        """Has the function end when it next calls a listener: nobody waits any more, or the worker stops."""
         self._left = True
 
     def _tell(self, listener: Callable[..., None], *args: Any) -> None:
@@ -385,11 +393,15 @@ class Call:
 
 
 class _Left(BaseException):
-    """Ends a function that nobody waits for."""
+    """Ends a function whose caller does not wait any more, or whose worker stops."""
 
 
 def _raise(error: BaseException) -> None:
     raise error
+
+
+def _closed() -> UserError:
+    return UserError("the engine is closed; load it again")
 
 
 def _said(error: BaseException) -> str:

@@ -189,30 +189,25 @@ def test_a_place_where_the_h100_parted_is_a_near_tie():
     assert texts.margin(parted, texts.settings()[0.0], prompt) == pytest.approx(7.6463)
 
 
-class Wrong:
-    """The engine, but for one token of each drafted text."""
+def test_a_wrong_token_is_found_and_is_no_near_tie(tmp_path, monkeypatch):
+    right = engine().generate
 
-    def __init__(self):
-        self.description, self.text, self.target = "wrong", engine().text, engine().target
-        self.end_tokens = engine().end_tokens
-
-    def generate(self, prompt, params, num_draft_tokens=0):
-        result = engine().generate(prompt, params, num_draft_tokens=num_draft_tokens)
+    def wrong(prompt, params, num_draft_tokens=0):
+        result = right(prompt, params, num_draft_tokens=num_draft_tokens)
         if num_draft_tokens:
             for each in result:
                 each.tokens[2] += 1
         return result
 
-
-def test_a_wrong_token_is_found_and_is_no_near_tie(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "TOKENS", 4)
-    monkeypatch.setattr(texts, "loaded", lambda pair, form: Wrong())
+    monkeypatch.setattr(texts, "loaded", lambda pair, form: engine())
     monkeypatch.setattr(texts, "prompts", lambda: PROMPTS[:2])
     monkeypatch.setattr(texts, "cells", lambda: [(0.0, 1, 0), (0.0, 2, 2), (1.0, 1, 2)])
     recorded = {"e2b": {str(t): [engine().generate(p, params).tokens for p in PROMPTS[:2]]
                         for t, params in texts.settings().items()}}  # fmt: skip
     (tmp_path / "texts.json").write_text(json.dumps(recorded))
     monkeypatch.setattr(texts, "RECORD", tmp_path / "texts.json")
+    monkeypatch.setattr(engine(), "generate", wrong)
     texts.compare("e2b", "float32", tmp_path / "out", 60.0)
     found = of_texts([json.loads(line) for line in (tmp_path / "out").open()])
     assert (found["texts"], found["differ"], found["far"], found["places"]) == (6, 4, 4, 4)

@@ -11,7 +11,7 @@ from mlx_gemma_mtp import verify
 from mlx_gemma_mtp.checks import invariance
 from mlx_gemma_mtp.checks.equality import permutation_test
 from mlx_gemma_mtp.sampling.distribution import accept
-from mlx_gemma_mtp.speculative import loop
+from mlx_gemma_mtp.speculative import rounds
 
 QUICK = ["--max-tokens", "12", "--rows", "2", "--num-draft-tokens", "3", "--samples", "24"]
 
@@ -38,7 +38,7 @@ def test_the_bundled_pair_is_equal(capsys, prompt_file):
 
 def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):
     """Drafts that are kept whatever the target says: the first divergence comes with both logits."""
-    monkeypatch.setattr(loop, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
+    monkeypatch.setattr(rounds, "accept", lambda drafts, targets, real: accept(targets[:, :-1], targets, real))
     code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--samples", "48", "--json")
     record = json.loads(out)
     assert code == 1 and not record["equal"]
@@ -49,7 +49,7 @@ def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):
 
 
 def test_gaps_up_to_the_tolerance_are_ties(capsys, prompt_file, monkeypatch):
-    monkeypatch.setattr(loop, "accept", lambda drafts, targets: accept(targets[:, :-1], targets))
+    monkeypatch.setattr(rounds, "accept", lambda drafts, targets, real: accept(targets[:, :-1], targets, real))
     argv = [*QUICK, "--prompt-file", prompt_file, "--samples", "0"]
     assert run(capsys, *argv, "--temps", "0")[0] == 1
     assert run(capsys, *argv, "--temps", "0", "--tolerance", "1000")[0] == 0

@@ -92,6 +92,24 @@ CASES = {
         """,
         0,
     ),
+    "daemon threads that wait for a call": (
+        """
+        def call(): engine.worker.call(lambda tell: [(tell(), time.sleep(0.01)) for _ in range(10**9)], lambda: None)
+        threading.Thread(target=call, daemon=True).start()
+        threading.Thread(target=lambda: engine.worker.call(len, ()), daemon=True).start()
+        time.sleep(0.05)
+        """,
+        0,
+    ),
+    "daemon threads that make engines": (
+        """
+        def make():
+            while True: Small().close()
+        for _ in range(3): threading.Thread(target=make, daemon=True).start()
+        time.sleep(0.05)
+        """,
+        0,
+    ),
     "a thread that goes on": (
         """
         def read():

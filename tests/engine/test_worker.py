@@ -232,6 +232,33 @@ def test_a_worker_that_fails_tells_everybody(driven, where):
     broken.worker.close()
 
 
+def test_a_call_whose_worker_stops_is_told(driven):
+    """The one that runs when it next tells something, and the one that waits behind it."""
+    shared, told, begun = driven(), [], threading.Event()
+
+    def function(tell):
+        begun.set()
+        while True:
+            tell()
+            time.sleep(0.001)
+
+    def call(*what):
+        try:
+            shared.worker.call(*what)
+        except UserError as error:
+            told.append(str(error))
+
+    calls = (function, lambda: None), (lambda tell: time.sleep(9), lambda: None)
+    everyone = [threading.Thread(target=call, args=what) for what in calls]
+    everyone[0].start()
+    begun.wait(30)
+    everyone[1].start()
+    shared.worker.close()
+    for thread in everyone:
+        thread.join(30)
+    assert told == ["the engine is closed; load it again"] * 2
+
+
 def test_a_request_that_is_refused_takes_its_call_along(driven):
     """The second of two: the reader gets the reason, and the first ends."""
     shared = driven(refuse=UserError("too many wait"))
@@ -497,6 +524,22 @@ def test_a_slow_coroutine_is_paused_and_loses_nothing(driven):
         return [first, *await _all(stream)]
 
     assert [t for chunk in asyncio.run(main()) for t in chunk.tokens] == list(range(3 * LIMIT))
+
+
+def test_a_stream_that_is_read_in_another_event_loop_is_told(driven):
+    """Nobody would wake its reader: it gets what is there, and a line."""
+    shared, made = driven(), []
+
+    async def begin():
+        made.append(shared.astream(request(10**9)))
+        return await anext(made[0])
+
+    assert asyncio.run(begin()).tokens == [0]
+    while shared.settled().live:
+        assert tokens(shared.stream(request(2))) == [[0, 1]]
+    with pytest.raises(UserError, match="another event loop"):
+        asyncio.run(_all(made[0]))
+    assert asyncio.run(_all(made[0])) == []
 
 
 def test_two_tasks_that_read_one_stream_are_told(driven):
