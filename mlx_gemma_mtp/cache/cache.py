@@ -28,8 +28,9 @@ class Cache:
     specs: one entry for each layer that owns K/V. block: the longest write, which with the window sets the size of the
     rings. lookback: how far before the newest token's index a drafter's query may sit; its window begins so much
     earlier. lengths: int32 [rows], tokens committed. length_bound: for each row a number that the host knows its length
-    not to exceed. classes: each row's capacity class. layers: for each layer its LayerKVs, one in sliding layers, one
-    for each class in full layers.
+    not to exceed. classes: each row's capacity class, the one that holds its length and two blocks: a round's and that
+    of the next verify, which is built before the round is read. layers: for each layer its LayerKVs, one in sliding
+    layers, one for each class in full layers.
     """
 
     def __init__(self, specs: Sequence[KVSpec], block: int, dtype: mx.Dtype, lookback: int = 0):
@@ -37,6 +38,7 @@ class Cache:
         self.lengths = mx.zeros((0,), mx.int32)
         self.length_bound: list[int] = []
         self.classes: list[int] = []
+        self._known: list[int] = []  # each row's length when the host last read it: classes follow from nothing else
         sliding = [spec for spec in specs if spec.window is not None]
         self._full = [spec for spec in specs if spec.window is None]
         self.rings = Shelf(sliding, [ring_slots(spec.window, block, lookback) for spec in sliding], dtype)
@@ -55,6 +57,15 @@ class Cache:
     def bytes(self) -> int:
         """The bytes of all buffers, unused places included."""
         return self.rings.bytes + sum(shelf.bytes for shelf in self._shelves.values())
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether the next `span` moves a row to another class. A verify that was built before is to be dropped, so
+        that a row's class, and with it the number of its slots, follows from its length and not from its drafts.
+        """
+        return self._room is None and any(
+            max(self._needed(row) for row in shelf.rows) > slots for slots, shelf in self._live
+        )
 
     @property
     def buffers(self) -> list[Pair]:
@@ -93,7 +104,7 @@ class Cache:
         for source in places:
             if isinstance(source, Saved):
                 self._check(source)
-                classes.append(self._class(source.tokens))
+                classes.append(capacity(source.tokens + 2 * self.block if self._room is None else self._room))
                 bounds.append(source.tokens)
                 written.append(source.tokens)
                 index.append(self.rows + len(known))
@@ -108,6 +119,7 @@ class Cache:
             self.lengths = mx.take(lengths, mx.array(index, mx.int32))
         self._place(places, classes)
         self.length_bound, self._written = bounds, written
+        self._known = list(bounds)
 
     def save(self, row: int, slack: int = 0) -> Saved:
         """Returns copies of a row's committed tokens, evaluated. No verify may be built, and the row's length bound is
@@ -131,26 +143,12 @@ class Cache:
         have outgrown their class move to the next one, for which it waits for the device.
         """
         assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
-        ahead = self.block if self._room is None else tokens
-        if any(shelf.longest(self.length_bound) + ahead > slots for slots, shelf in self._live):
+        opened = self._room is not None and self.rows > 0
+        assert not opened or self.length_bound[0] + tokens <= self.classes[0], f"a row opened for {self._room} tokens"
+        if self.outgrown:
             self._grow()
         self._written = [max(old, new + tokens) for old, new in zip(self._written, self.length_bound, strict=True)]
         return Span(self, tokens)
-
-    def growth(self, tokens: int) -> int:
-        """Returns the bytes that a `span` would add to the cache's once the length bounds are `tokens` higher."""
-        classes = self._grown(tokens)
-        places = {each: shelf.places for each, shelf in self._shelves.items()}
-        before = sum(each * count for each, count in places.items())
-        for old, new in self._extended(classes).items():
-            places |= {new: len(self._shelves[old].rows), old: 0}
-        for each, shelf in self._shelves.items():
-            if shelf.rows and each not in classes:
-                places[each] = 0
-        for each in classes:
-            places[each] = max(places.get(each, 0), classes.count(each))
-        slot = sum(2 * spec.kv_heads * spec.head_dim for spec in self._full) * self.dtype.size
-        return (sum(each * count for each, count in places.items()) - before) * slot
 
     def trim(self) -> None:
         """Gives back the memory of unused places and of classes without rows."""
@@ -173,14 +171,13 @@ class Cache:
         bound given to `commit`.
         """
         self.length_bound = [bound - less for bound, less in zip(self.length_bound, fewer, strict=True)]
+        self._known = list(self.length_bound)
 
-    def _class(self, bound: int) -> int:
-        """Returns the class of a row by its length bound: the one that holds it and one write more."""
-        return capacity(bound + self.block if self._room is None else self._room)
-
-    def _grown(self, tokens: int = 0) -> list[int]:
-        """Returns the class of each row for its next write, once the length bounds are `tokens` higher."""
-        return [max(old, self._class(n + tokens)) for old, n in zip(self.classes, self.length_bound, strict=True)]
+    def _needed(self, row: int) -> int:
+        """Returns how many slots a row's class must hold: those of its length as it was read last and of two blocks. A
+        bound that was set by hand, or is not tightened in every round, may ask for more.
+        """
+        return max(self._known[row] + 2 * self.block, self.length_bound[row] + self.block)
 
     def _extended(self, classes: Sequence[int]) -> dict[int, int]:
         """Returns the classes whose rows all go to one class where there are none yet: their buffers become its."""
@@ -194,8 +191,7 @@ class Cache:
 
     def _grow(self) -> None:
         """Moves rows that have outgrown their class to the next one."""
-        assert self._room is None, f"a row that was opened for {self._room} tokens"
-        classes = self._grown()
+        classes = [max(old, capacity(self._needed(row))) for row, old in enumerate(self.classes)]
         for old, new in self._extended(classes).items():
             shelf = self._shelves.pop(old)
             shelf.resize(len(shelf.rows), new)

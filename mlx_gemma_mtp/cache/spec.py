@@ -39,11 +39,11 @@ def ring_slots(window: int, block: int, lookback: int = 0) -> int:
 
 def row_bytes(specs: Sequence[KVSpec], tokens: int, block: int, item_size: int, lookback: int = 0) -> int:
     """Returns the bytes that a row of so many tokens takes in a batch's cache: whole rings, however short the text is,
-    and in full layers the class that holds it and one block more.
+    and in full layers the class that holds it and two blocks more.
 
     block: the longest write. item_size: bytes of a number.
     """
-    full = capacity(tokens + block)
+    full = capacity(tokens + 2 * block)
     return _bytes(
         specs, [full if s.window is None else ring_slots(s.window, block, lookback) for s in specs], item_size
     )

@@ -211,6 +211,8 @@ class Speculation:
         read = Read.of(verify, out, own)
         first = None if drawn is None else Read.of(staged, drawn, values[len(told) :])
         self.cache.tighten_length_bound([(each or 0) - kept for each, kept in zip(now.drafted, read.kept, strict=True)])
+        if self.cache.outgrown:
+            self._go_on_with(self.inputs)
         self._listed += max(read.kept) + 1
         self._settle(read, first)
         done = replace(read.round(), firsts=None if first is None else first.round())

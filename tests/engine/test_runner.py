@@ -7,11 +7,13 @@ from unittest import mock
 import pytest
 from schedules import CHUNK, Asked, Drive, Outcome, Schedule, check, engine_of
 
+from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.engine.scheduler import Plan, Scheduler
 from mlx_gemma_mtp.machine.power import Awake
 from mlx_gemma_mtp.machine.pressure import CRITICAL, NORMAL
 from mlx_gemma_mtp.speculative.budget import Budget
 from mlx_gemma_mtp.speculative.depth import Depth
+from mlx_gemma_mtp.speculative.loop import Speculation
 
 
 class Broke(Exception):
@@ -74,6 +76,32 @@ def test_a_plan_that_breaks_off_loses_nobody(late, at):
         check("bundled", each, cut=("error", "cancelled"))
     again = Drive(driven.engine, Schedule((Asked(prompt=(0, 9)),)), driven.runner, driven.clock)
     check("bundled", again.run()[0])
+
+
+@pytest.mark.parametrize("owner, name", [(Cache, "arrange"), (Cache, "save"), (Speculation, "_readback")])
+def test_two_failures_in_a_row_change_nobodys_text(owner, name):
+    """Whoever is not there goes on, and what comes later says what it says alone."""
+    requests = [Asked(at=3 * i, prompt=(i % 3, (9, 150)[i % 2]), limit=8, drafts=i % 3) for i in range(8)]
+    driven, hit, calls, usual = drive(*requests, rows=2), set(), [0], getattr(owner, name)
+
+    def broken(*args):
+        calls[0] += 1
+        if calls[0] in (3, 4):
+            raise Broke("x")
+        return usual(*args)
+
+    with mock.patch.object(owner, name, broken):
+        while driven.waiting or driven.unfinished():
+            try:
+                driven.turn()
+            except Broke as error:
+                hit |= {id for id, each in driven.outcomes.items() if not each.over}
+                driven.take(driven.runner.fail(error))
+                driven.now += 1
+    assert hit and not driven.runner.held
+    for id, each in driven.outcomes.items():
+        check("bundled", each, cut=("error",) if id in hit else ())
+    assert any(each.result.finish_reason == "length" for each in outcomes(driven))
 
 
 def test_memory_is_given_back_before_more_is_taken():

@@ -5,7 +5,7 @@ Driven round by round, so that hypothesis can make a failing schedule smaller. A
 """
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from watchdog import within
 
 from benchmarks.trace import Trace
 from mlx_gemma_mtp.cache import cache
+from mlx_gemma_mtp.speculative.rounds import Verify
 
 pytest.importorskip("llguidance")
 
@@ -179,6 +180,27 @@ def test_long_rows_are_written_in_place_while_others_come_and_go():
             peaks.append(mx.get_peak_memory() - before)
     assert sum(each.over for each in drive.outcomes.values()) > 20
     assert max(peaks) < min(peaks) + buffer, (buffer, peaks)
+
+
+def test_a_rows_slots_follow_from_its_length(monkeypatch):
+    """Whatever it drafts, beside whom, and whether it had to give way: sums over its slots, which some devices split by
+    their number, are the same.
+    """
+    found, dispatch = defaultdict(set), Verify.dispatch
+
+    def probe(self: Verify) -> None:
+        for length, slots in zip(self._cache.lengths.tolist(), self._cache.classes, strict=True):
+            found[length].add(slots)
+        dispatch(self)
+
+    monkeypatch.setattr(Verify, "dispatch", probe)
+    free = [Asked(prompt=(0, 210 + 9 * i), drafts=drafts) for i, drafts in enumerate((4, 0, "auto", 4))]
+    bound = [replace(each, settings="an expression") for each in free]
+    with within(300):
+        for requests, spare in (((*free, *bound), None), (free[:3], None), (free, 1.1)):
+            Drive(engine_of("bundled"), Schedule(tuple(requests), spare=spare)).run()
+    assert all(len(slots) == 1 for slots in found.values()), found
+    assert set().union(*found.values()) == {256, 512}
 
 
 def test_priority_is_first_and_nobody_starves():
