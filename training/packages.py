@@ -1,7 +1,8 @@
 """Text of permissively licensed packages beside CPython's library: `python -m training.packages --wheels DIR --out F`.
 
 The wheels are downloaded before (`pip download --no-deps NAME==VERSION`); the licence of each one is written beside the
-text, and a wheel whose metadata name none of `LICENCES` is refused.
+text, and a wheel whose metadata name none of `LICENCES` is refused. `--notices FILE` writes their names, versions,
+licences and copyright lines alone, to be shipped with what is trained on them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ SKIPPED = re.compile(
     r"(^|/)(_?vendor(ed)?|packages|_?tests?|testing|conf/locale|migrations|locale-data|_unicode\w*|.*\.data)/"
 )
 LARGEST = 2_200_000  # characters of one package
+LEGAL = re.compile(r"[^/]+\.dist-info/(licenses/)?[^/]*(licen[sc]e|copying|notice)[^/]*", re.IGNORECASE)  # not vendored
+HOLDER = re.compile(r"[\s#*>]*((copyright\s*(\(c\)|©|<?\d)|©).*)", re.IGNORECASE)
 
 
 def licence(wheel: zipfile.ZipFile, name: str) -> dict[str, str]:
@@ -64,13 +67,40 @@ def collect(wheels: list[Path]) -> tuple[list[corpus.Module], list[dict[str, str
     return found, names
 
 
+def holders(wheel: zipfile.ZipFile) -> list[str]:
+    """The lines of its licence files that name a holder of copyright, each once."""
+    files = [name for name in sorted(wheel.namelist()) if LEGAL.fullmatch(name)]
+    lines = [line for name in files for line in wheel.read(name).decode("utf-8", "replace").splitlines()]
+    return list(
+        dict.fromkeys(" ".join(found[1].split()).rstrip(",") for line in lines if (found := HOLDER.match(line)))
+    )
+
+
+def notices(wheels: list[Path]) -> str:
+    """One paragraph a wheel: name, version, licence, home and copyright lines, or its authors where it names none."""
+    told = []
+    for path in wheels:
+        with zipfile.ZipFile(path) as wheel:
+            about, lines = licence(wheel, path.name), holders(wheel)
+        page = f"https://pypi.org/project/{about['name']}/{about['version']}/"
+        lines = lines or ["no copyright line in its licence files; its authors are named at its page"]
+        told.append("\n".join([f"{about['name']} {about['version']}: {about['licence']}", *lines, page]))
+    return "\n\n".join(told) + "\n"
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.packages", description="Collect the text of packages.")
     parser.add_argument("--wheels", type=Path, required=True, help="folder with downloaded wheels")
-    parser.add_argument("--out", type=Path, required=True, help="text.jsonl.xz to write; licences.json goes beside it")
+    out = parser.add_mutually_exclusive_group(required=True)
+    out.add_argument("--out", type=Path, help="text.jsonl.xz to write; licences.json goes beside it")
+    out.add_argument("--notices", type=Path, help="file for their licences and copyright lines")
     args = parser.parse_args(argv)
-    found, names = collect(sorted(args.wheels.glob("*.whl")))
+    wheels = sorted(args.wheels.glob("*.whl"))
+    if args.notices:
+        args.notices.write_text(notices(wheels), encoding="utf-8")
+        return
+    found, names = collect(wheels)
     found += following.builtin_docs()
     topics = [[f"topic/{pair.user.split('`')[1]}", pair.model] for pair in corpus.topics(corpus.library())]
     args.out.parent.mkdir(parents=True, exist_ok=True)
