@@ -81,8 +81,8 @@ def test_settings_that_leave_no_token(engine, alone, drafts, temperature):
 def test_suppressed_tokens_that_leave_none(engine, alone, monkeypatch):
     pytest.importorskip("llguidance")
     digits = tokens_with(engine, "0123456789")
-    engine = Engine(engine.target, engine.drafter, engine.text, engine.defaults, num_draft_tokens=4)
-    engine.defaults = replace(engine.defaults, suppress_token_ids=digits)
+    defaults = replace(engine.defaults, suppress_token_ids=digits)
+    engine = Engine(engine.target, engine.drafter, engine.text, defaults, num_draft_tokens=4)
     plain = [engine.generate(prompt, FREE, num_draft_tokens=0).tokens for prompt in PROMPTS]
     result = among_good_ones(engine, plain, SamplingParams(temperature=0.0, regex="[0-9]{3}"), 2)
     assert (result.finish_reason, result.error) == ("error", NOTHING_ALLOWED)

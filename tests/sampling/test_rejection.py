@@ -192,12 +192,12 @@ def test_auto_never_cuts(engine):
     """Whatever the table says, all drafts that were made are verified; greedy text may still be cut."""
     lengths = set()
     for seed in (0, 2):
-        engine._autos = {"sampled": Auto(random_table(seed), confident=False, frozen=True)}
+        engine.depth.autos["sampled"] = Auto(random_table(seed), confident=False, frozen=True)
         for result in engine.generate(PROMPTS[:2], SAMPLED, num_draft_tokens="auto"):
             lengths |= set(result.stats.depths)
             assert len(result.tokens) == 40
             assert CONFIDENCE not in {reason for each in result.stats.depths.values() for reason in each}
     assert len(lengths) > 2
-    engine._autos.clear()
-    engine._depth().adopt({kind: random_table(0) for kind in ("sampled", "greedy")})
-    assert not engine._autos["sampled"].confident and engine._autos["greedy"].confident
+    engine.depth.autos.clear()
+    engine.depth.adopt({kind: random_table(0) for kind in ("sampled", "greedy")})
+    assert not engine.depth.autos["sampled"].confident and engine.depth.autos["greedy"].confident

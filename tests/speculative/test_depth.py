@@ -214,7 +214,7 @@ def test_drafting_follows_a_schema(engine):
     schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
               "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
     params = SamplingParams(max_tokens=60, temperature=0.0, json_schema=json.dumps(schema), seed=0)
-    auto = with_table(engine, table(0.1, 0.1))._autos["greedy"]
+    auto = with_table(engine, table(0.1, 0.1)).depth.autos["greedy"]
     made, choose = [], auto.choose
     auto.choose = lambda *about: made.append(choose(*about)) or made[-1]
     drafted, lengths = [], []
@@ -520,7 +520,7 @@ def engine():
 
 def with_table(engine, costs: CostTable):
     """The engine, its controllers new; no clock reaches them."""
-    engine._autos = {kind: Auto(costs, frozen=True) for kind in KINDS}
+    engine.depth.autos |= {kind: Auto(costs, frozen=True) for kind in KINDS}
     return engine
 
 
@@ -557,20 +557,19 @@ def test_mtp_that_cannot_pay_is_off_and_says_so(engine):
 
 def test_frozen_costs_give_equal_calls_equal_lengths(engine, monkeypatch):
     """Also after other calls; without them the second call knows more than the first."""
-    monkeypatch.setattr(engine, "frozen_costs", True)
+    monkeypatch.setattr(engine.depth, "frozen", True)
     depths = [with_table(engine, table(0.1, 0.1)).generate(PROMPTS[0], GREEDY).stats.depths]
     engine.generate(PROMPTS[1:3], SAMPLED)
     depths += [engine.generate(PROMPTS[0], GREEDY).stats.depths for _ in range(2)]
     assert depths[0] == depths[1] == depths[2]
-    assert all(auto.frozen for auto in engine._autos.values())
-    monkeypatch.setattr(engine, "frozen_costs", False)
-    assert not engine._depth().frozen
+    assert all(auto.frozen for auto in engine.depth.autos.values())
 
 
 def test_frozen_costs_from_load_and_from_the_command_line(monkeypatch):
     from mlx_gemma_mtp import generate
 
-    assert load(dtype="float32", frozen_costs=True).frozen_costs and not load(dtype="float32").frozen_costs
+    frozen, usual = load(dtype="float32", frozen_costs=True), load(dtype="float32")
+    assert frozen.settings.frozen_costs and frozen.depth.frozen and not usual.depth.frozen
     asked = []
     monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *a, **options: asked.append(options["frozen_costs"]))
     for flags in ([], ["--frozen-costs"]):

@@ -103,7 +103,7 @@ def test_the_engine_says_what_plain_decoding_says(engine, source, name, accept):
 def test_auto_judges_a_source_without_confidences_by_what_was_kept(engine, repeat, seed):
     """Drafts that are never kept are soon made no more, and the text is the same."""
     source = with_source(engine, repeat)
-    auto = source._autos["greedy"] = Auto(random_table(seed), frozen=True)
+    auto = source.depth.autos["greedy"] = Auto(random_table(seed), frozen=True)
     params = replace(PARAMS["greedy"], max_tokens=64)
     results = source.generate(PROMPTS, params, num_draft_tokens="auto")
     assert [r.tokens for r in results] == [r.tokens for r in engine.generate(PROMPTS, params, num_draft_tokens=0)]
