@@ -64,8 +64,3 @@ def saved_bytes(specs: Sequence[KVSpec], tokens: int, item_size: int, lookback: 
 
 def _bytes(specs: Sequence[KVSpec], slots: Sequence[int], item_size: int) -> int:
     return sum(2 * n * spec.kv_heads * spec.head_dim for n, spec in zip(slots, specs, strict=True)) * item_size
-
-
-def kv_bytes(specs: Sequence[KVSpec], tokens: int, rows: int, block: int, item_size: int) -> int:
-    """Returns the bytes that a batch's cache takes for `tokens` positions of `rows` sequences, see `row_bytes`."""
-    return rows * row_bytes(specs, tokens, block, item_size)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..cache.spec import row_bytes, staged_bytes
+from ..cache.spec import row_bytes, saved_bytes, staged_bytes
 from ..errors import UserError, size
 from ..models.config import TargetConfig
 from ..models.transients import Transients
@@ -74,19 +74,12 @@ def memory_of(
     longest verify. item_size: bytes of a number of K/V. lookback: the cache's. metal: whether Metal computes.
     """
     specs, transients = config.kv, Transients(config, item_size, chunk, metal)
-    rings = [spec for spec in specs if spec.window is not None]
-    slot = sum(2 * spec.kv_heads * spec.head_dim * item_size for spec in specs if spec.window is None)
-
-    def saved(tokens: int) -> int:
-        kept = [min(tokens, spec.window - 1 + lookback) * 2 * spec.kv_heads * spec.head_dim for spec in rings]
-        return tokens * slot + sum(kept) * item_size
-
     return Memory(
         limit,
         weights,
         row=lru_cache(4096)(lambda tokens: row_bytes(specs, tokens, block, item_size, lookback)),
         staged=lru_cache(4096)(lambda tokens: staged_bytes(specs, tokens, chunk, item_size, lookback)),
-        saved=lru_cache(4096)(saved),
+        saved=lru_cache(4096)(lambda tokens: saved_bytes(specs, tokens, item_size, lookback)),
         chunk=lru_cache(4096)(transients.chunk),
         verify=lru_cache(4096)(lambda rows, context: transients.verify(rows, block, context)),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cache.spec import kv_bytes
+from ..cache.spec import row_bytes
 from ..errors import UserError, shown
 from ..files import hub
 from ..files.folder import read_config, weight_bytes
@@ -271,6 +271,6 @@ def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, block: int, limit: int 
     folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
     widened = cast is not None and cast == mx.float32
     needed = sum(weight_bytes(folder, widened) for folder in folders)
-    needed += kv_bytes(config.kv, 1, 1, block, 4 if widened else 2)
+    needed += row_bytes(config.kv, 1, block, 4 if widened else 2)
     advice = "convert it with -q --q-bits 4, or take a smaller model"
     memory.check(needed, f"the model in {pair.target}", advice, limit)
