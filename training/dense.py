@@ -299,7 +299,11 @@ class Drafter(nn.Module):
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """As `training.gemma.initialise`, which says why."""
+    """Random weights with which Gemma 4's architecture trains; norms and scalars stay one.
+
+    Attention has scale 1, so 1/sqrt(head size) lives in q_norm; the embedding is multiplied by sqrt(hidden), so its
+    rows begin with norm 1; the router multiplies by 1/sqrt(hidden), so its weights begin wide.
+    """
     noise = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if name.endswith("q_norm.weight"):

@@ -24,6 +24,7 @@ from transformers.models.gemma4_assistant.modeling_gemma4_assistant import Gemma
 from mlx_gemma_mtp.errors import UserError
 from training import clusters, corpus, data, gemma, selfgen, warm
 from training.cli import command, positive, rate
+from training.dense import initialise
 from training.kinds import KINDS, Kind
 from training.loop import Run, train
 from training.optimizer import MuonAdam
@@ -83,7 +84,7 @@ def configure(target: Gemma4ForCausalLM, kind: Kind) -> Gemma4AssistantConfig:
 def build(target: Gemma4ForCausalLM, kind: Kind) -> Gemma4AssistantForCausalLM:
     """A new drafter that begins near the target: its head is the target's embedding on its leading directions."""
     drafter = Gemma4AssistantForCausalLM(configure(target, kind))
-    gemma.initialise(drafter, SEED)
+    initialise(drafter, SEED)
     embedding = target.model.embed_tokens.weight.float().cpu()
     directions = torch.linalg.svd(embedding, full_matrices=False).Vh[: drafter.hidden_size]  # [own hidden, hidden]
     drafter.model.embed_tokens.weight.copy_(embedding @ directions.T)

@@ -1,4 +1,4 @@
-"""transformers' Gemma 4 made fit for training on a CPU: faults patched, attention in blocks, initial weights.
+"""transformers' Gemma 4 made fit for training on a CPU: faults patched, attention in blocks.
 
 transformers 5.23.0, models gemma4 and gemma4_assistant.
 """
@@ -117,23 +117,6 @@ def text_config(settings: dict[str, Any]) -> Gemma4TextConfig:
     config._attn_implementation = ATTENTION
     config._experts_implementation = EXPERTS
     return config
-
-
-@torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Random weights with which Gemma 4's architecture trains; norms and scalars stay one.
-
-    Attention has scale 1, so 1/sqrt(head size) lives in q_norm; the embedding is multiplied by sqrt(hidden), so its
-    rows begin with norm 1; the router multiplies by 1/sqrt(hidden), so its weights begin wide.
-    """
-    noise = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if name.endswith("q_norm.weight"):
-            weight.fill_(weight.numel() ** -0.5)
-        elif "router.proj" in name:
-            weight.normal_(std=0.5, generator=noise)
-        elif weight.ndim >= 2:
-            weight.normal_(std=weight.shape[-1] ** -0.5, generator=noise)
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

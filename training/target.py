@@ -16,6 +16,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
 
 from training import data, gemma, warm
 from training.cli import command, positive, rate
+from training.dense import initialise
 from training.kinds import KINDS, Kind, Phase
 from training.loop import Run, train
 from training.optimizer import MuonAdam
@@ -82,7 +83,7 @@ def held_out(parts, held: dict[str, np.ndarray], length: int, limit: int | None 
 
 def build(kind: Kind, seed: int = 0) -> Gemma4ForCausalLM:
     model = Gemma4ForCausalLM(gemma.text_config(kind.target))
-    gemma.initialise(model, seed)
+    initialise(model, seed)
     return model
 
 
