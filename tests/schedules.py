@@ -231,14 +231,14 @@ class Drive:
             self.ran += 1
             for each in self.outcomes.values():
                 each.rounds += not each.over
-            self.take(self.round())
+            self.round()
         self.now += 1
 
     def made(self, asked: Asked) -> Request:
         return request_of(self.engine, asked, self.clock.now)
 
-    def round(self) -> Sequence:
-        return self.runner.round()
+    def round(self) -> None:
+        self.runner.round(self.take)
 
     def tell(self, number: int, outcome: Outcome) -> None:
         """Cancels, pauses and resumes a request where that is due."""

@@ -24,6 +24,7 @@ from mlx_gemma_mtp import SamplingParams
 from mlx_gemma_mtp.cache.kv import LayerKV
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.engine.intake import Options
+from mlx_gemma_mtp.engine.outbox import Item
 from mlx_gemma_mtp.engine.request import Delivery, Request
 from mlx_gemma_mtp.engine.runner import Runner
 from mlx_gemma_mtp.engine.scheduler import Plan, Scheduler
@@ -81,7 +82,9 @@ class Rounds:
 
     def round(self) -> None:
         tokens: dict[int, int] = {}
-        for item in self.runner.round():
+        items: list[Item] = []
+        self.runner.round(items.extend)
+        for item in items:
             if isinstance(item, Delivery) and item.chunk.tokens:
                 tokens[item.id] = tokens.get(item.id, 0) + len(item.chunk.tokens)
         prompt = sum(piece.stop - piece.start for piece in self.runner._plan.pieces)

@@ -90,7 +90,7 @@ class Runner:
     """Rounds of all requests of an engine: the rows of the batch, and the prompts that are prefilled beside it.
 
     A call of `round` reads back what runs, hands its tokens to the requests, asks for the next plan, arranges the rows
-    by it and dispatches their verify: that runs while the caller delivers.
+    by it, has what it gives delivered, and dispatches their verify.
     """
 
     def __init__(
@@ -172,22 +172,29 @@ class Runner:
         """Returns when the next request is to be ended, by the clock; None where none is."""
         return self.scheduler.next_deadline()
 
-    def round(self) -> list[Item]:
-        """Computes one round, and returns what it gives. The last Delivery of a request carries its Result."""
+    def round(self, deliver: Callable[[list[Item]], None]) -> None:
+        """Computes one round. The last Delivery of a request carries its Result.
+
+        deliver: is called with what the round gives, just before the next verify is dispatched: readers whom it wakes
+        have the interpreter then, while MLX works without it.
+        """
         self._read()
         plan = self._plan = self.scheduler.plan(
-            self.clock(), self.budget.tokens(len(self.rows)), self.pressure(), self._loop.cache.bytes
+            self.clock(),
+            self.budget.tokens(len(self.rows)) if self.scheduler.prompts else None,
+            self.pressure(),
+            self._loop.cache.bytes,
         )
         for id, reason in plan.ended:
             self._end(id, reason)
         self._arrange(plan)
+        deliver(self._all_given())
         self._launch()
         if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
             mx.clear_cache()
         if not self.held:
             self._rest()
         self._returned = self.clock()
-        return self._all_given()
 
     def fail(self, error: BaseException) -> list[Item]:
         """Ends, with finish_reason 'error', the requests of a round that raised, and is ready for others.

@@ -270,6 +270,11 @@ class Scheduler:
         return bool(self._stages[Stage.LIVE]) or any(not entry.paused or entry.leaving for entry in self._at(*Stage))
 
     @property
+    def prompts(self) -> bool:
+        """Whether a plan may have pieces."""
+        return bool(self._stages[Stage.WAITING] or self._stages[Stage.STAGED])
+
+    @property
     def waiting(self) -> int:
         """How many requests wait for which there is no free row."""
         taken = len(self._stages[Stage.LIVE])

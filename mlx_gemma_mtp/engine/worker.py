@@ -45,8 +45,10 @@ class Runner(Protocol):
     def next_deadline(self) -> float | None:
         """Returns when the next request is to be ended, in time.monotonic's seconds; None where none is."""
 
-    def round(self) -> list[Item]:
-        """Computes one round, and returns what it gives. The last Delivery of a request carries its Result."""
+    def round(self, deliver: Callable[[list[Item]], None]) -> None:
+        """Computes one round, and calls `deliver` with what it gives. The last Delivery of a request carries its
+        Result.
+        """
 
     def fail(self, error: BaseException) -> list[Item]:
         """Ends, with finish_reason 'error', the requests of a round that raised, and is ready for others."""
@@ -215,10 +217,9 @@ class Worker:
 
     def _round(self) -> None:
         try:
-            items = self._runner.round()
+            self._runner.round(self._deliver)
         except BaseException as error:  # a library's panic is no Exception
-            items = self._runner.fail(error)
-        self._deliver(items)
+            self._deliver(self._runner.fail(error))
         for outbox, cancel in list(self._cancels.items()):
             self._heed(outbox, cancel)
         for outbox in [each for each in self._resting if each.gone]:

@@ -158,14 +158,14 @@ class Faulty(Drive):
         """Whether the victim alone is left."""
         return not self.waiting and all(asked is self.victim for asked, _ in self.unfinished())
 
-    def round(self) -> Sequence:
+    def round(self) -> None:
         try:
-            return super().round()
+            super().round()
         except Broke as error:
             assert self.failed is None
             self.failed = self.now
             self.present = {number for number, each in self.outcomes.items() if not each.over}
-            return self.runner.fail(error)
+            self.take(self.runner.fail(error))
 
 
 def trial(pair: str, seed: int, runner, clock: Clock) -> str:

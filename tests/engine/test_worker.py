@@ -207,10 +207,10 @@ def test_a_worker_that_fails_tells_everybody(driven, where):
     """Who waits, and who comes later: at once, and with the reason."""
 
     class Broken(Scripted):
-        def round(self):
+        def round(self, deliver):
             if self.rounds == 2:
                 raise SystemExit("enough") if where == "round" else ValueError("enough")
-            return super().round()
+            super().round(deliver)
 
         def fail(self, error):
             raise TypeError("more than enough")
