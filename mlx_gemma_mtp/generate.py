@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .cli import flags
+from .cli import figures, flags
 from .cli.command import Bar, Parser, Stage, command, interruptible, note, tell
 from .cli.flags import (
     add_drafts,
@@ -246,29 +246,14 @@ def print_speedup(
 def print_stats(results: list[Result]) -> None:
     """Prints the figures of each prompt, and of all together, on standard error."""
     for place, result in enumerate(results, 1):
-        s = result.stats
-        positions = " ".join(f"{share:.2f}" for share in s.acceptance_by_position) or "none"
-        mtp = "on" if s.mtp else f"off: {s.mtp_reason}"
-        lines = [
-            f"prompt {place}: {s.prompt_tokens} tokens, {s.prompt_tps:.1f} tokens/s; first after {s.ttft_s:.3f} s",
-            f"  generation: {s.generation_tokens} tokens, {s.generation_tps:.1f} tokens/s; end: {result.finish_reason}",
-            f"  MTP {mtp}; {s.rounds} rounds, {s.tokens_per_round:.2f} tokens a round, {s.host_syncs} readbacks",
-            f"  drafts: {s.accepted} of {s.drafted} accepted ({s.accept}); by position {positions}; seed {s.seed}",
-            f"  rounds by draft length: {depths(s.depths)}",
-        ]
-        tell(*lines)
+        first, *rest = figures.lines(result.stats, result.finish_reason)
+        tell(f"prompt {place}: {first}", *rest)
     if results:
         s = results[-1].stats
         peak = max(result.stats.peak_memory_gb for result in results)
         rate = f"{s.batch_generation_tps:.1f} tokens/s"
         rate += f" of all while the last one was decoded, {s.rows:.1f} at once" if len(results) > 1 else ""
         tell(f"all: {rate}; peak memory {peak:.3f} GB; BLAS: {s.blas}")
-
-
-def depths(counts: dict[int, dict[str, int]]) -> str:
-    """Returns how often each draft length was taken, and why, as in '4: 31 best, 2 confidence; 0: 1 limit'."""
-    each = {drafts: ", ".join(f"{n} {reason}" for reason, n in counts[drafts].items()) for drafts in sorted(counts)}
-    return "; ".join(f"{drafts}: {text}" for drafts, text in each.items()) or "none"
 
 
 if __name__ == "__main__":

@@ -196,10 +196,11 @@ class Stage:
             self._timer.start()
 
 
-def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
+def loaded(model: str | None, draft_model: str, *, notice: Callable[[str], None] = note, **options: Any) -> Engine:
     """Loads an engine for a command line: see engine.load.load for the arguments.
 
-    A fast BLAS is loaded first. Notes, a progress bar and what takes long go to standard error. Raises UserError.
+    A fast BLAS is loaded first. A progress bar and what takes long go to standard error, and so do notes, unless
+    `notice` takes them. Raises UserError.
     """
     with Stage() as stage:
         stage("checking the BLAS")
@@ -208,7 +209,7 @@ def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
         from ..engine.warmup import keep_kernels
 
         keep_kernels()
-        return load(model, draft_model, notice=note, progress=Bar("loading"), stage=stage, **options)
+        return load(model, draft_model, notice=notice, progress=Bar("loading"), stage=stage, **options)
 
 
 def check_file(flag: str, path: Path) -> None:

@@ -155,12 +155,12 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def read_depth(text: str) -> int | str:
-    """Returns the number of drafts a round that --num-draft-tokens names, or 'auto'. Raises UserError."""
+def read_depth(text: str, flag: str = "--num-draft-tokens") -> int | str:
+    """Returns the number of drafts a round that a flag names, or 'auto'. Raises UserError."""
     if text == "auto":
         return text
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise UserError(f"--num-draft-tokens is {clipped(text)}, expected auto, 0 (plain decoding) or more")
+        raise UserError(f"{flag} is {clipped(text)}, expected auto, 0 (plain decoding) or more")
     return int(text)
 
 

@@ -57,7 +57,7 @@ class Chunk:
     index: the prompt's number in its call. text, tokens: the piece. result: the whole answer, in the last chunk alone.
     logprobs: one entry for each token of the piece, where the request asked for them. reasoning: the piece of a
     thought. tool_calls: the calls that are complete with this piece. What is held back of text, thoughts and calls
-    comes in a later chunk than its tokens.
+    comes in a later chunk than its tokens. drafted, accepted: drafts that its round verified and kept, as in Stats.
     """
 
     index: int
@@ -67,6 +67,8 @@ class Chunk:
     logprobs: list[TokenLogprob] | None = None
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,13 @@ class Request:
                 break
         if error is not None and self.finish_reason is None:
             self.finish_reason, self.error = "error", error
+        accepted = 0 if drafted is None else max(used - 1, 0)
         if drafted is not None:
-            self.stats.count_round(drafted, max(used - 1, 0), reason)
+            self.stats.count_round(drafted, accepted, reason)
         if self.params.logprobs is not None:
             kept = logprobs[: len(self.tokens) - before]
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
-        return self._chunk(pieces, before)
+        return self._chunk(pieces, before, drafted or 0, accepted)
 
     def cancel(self, reason: str = "cancelled", error: str | None = None) -> Chunk:
         """Ends the request with what it has, and returns its last chunk.
@@ -164,8 +167,8 @@ class Request:
         self.finish_reason, self.error = reason, error
         return self._chunk([], len(self.tokens))
 
-    def _chunk(self, pieces: list[Piece], start: int) -> Chunk:
-        """What was added since token `start`."""
+    def _chunk(self, pieces: list[Piece], start: int, drafted: int = 0, accepted: int = 0) -> Chunk:
+        """What was added since token `start`, by a round that verified and kept so many drafts."""
         result, logprobs = None, None if self.params.logprobs is None else self.logprobs
         if self.finish_reason:
             pieces.append(self._safely(self.stream.finish, self.end_token is not None))
@@ -174,7 +177,7 @@ class Request:
             result = self._result(logprobs)
         text, reasoning, calls = _joined(pieces)
         tokens, logprobs = self.tokens[start:], logprobs and logprobs[start:]
-        return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls)
+        return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls, drafted, accepted)
 
     def _result(self, logprobs: list[TokenLogprob] | None) -> Result:
         text, reasoning, calls = _joined(self.pieces)
