@@ -35,8 +35,8 @@ HISTORY = "chat_history"  # in the cache folder
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         "mlx_gemma_mtp.chat",
-        description="A chat with Gemma 4 and its MTP drafter. In a pipe each line is a turn, and the replies alone go to "
-        "standard output.",
+        description="A chat with Gemma 4 and its MTP drafter. In a pipe each line is a turn, and the replies alone "
+        "go to standard output.",
         epilog="Within the chat, /help shows its commands.",
     )
     add_models(p)

@@ -97,7 +97,7 @@ class _OnScreen:
     def __init__(self, hide_thinking: bool):
         self._screen, self._live = Screen(), figures.Live(time.monotonic())
         self._printer = Printer(hide_thinking, self._screen.write)
-        self._screen.write("", ["reading the prompt", STOP])
+        self._screen.write("\n", ["reading the prompt", STOP])
 
     def reading(self, done: int, total: int) -> None:
         """Shows how far the prompt is."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..engine.request import Chunk, Result
 
-STOPPED = "incomplete"  # a reply's status, as in OpenAI's Responses
+WHOLE = ("stop", "tool_calls")  # ends that are the reply's own
+CUT = {"status": "incomplete"}  # what a message has whose reply was cut off, as in OpenAI's Responses
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,36 @@ class Session:
     """
 
     def __init__(self, engine: Engine, settings: Settings, model: str, system_prompt: str | None = None):
-        self.engine, self.settings, self.model, self.system_prompt = engine, settings, model, system_prompt
+        self.engine, self.settings, self.model = engine, settings, model
         self.last: Result | None = None
+        self.conversation: Conversation = engine.conversation(system_prompt)
         self._budget = settings.params.thinking_budget
         self._file: Path | None = None  # that was saved or loaded last
-        self.conversation = self._conversation()
-
-    def _conversation(self, messages: Any = ()) -> Conversation:
-        return self.engine.conversation(system_prompt=self.system_prompt, messages=messages)
 
     def reply(self, text: str, **options: Any) -> Iterator[Chunk]:
         """Says something and yields the reply's pieces. options: of `Engine.stream`.
 
-        A reply that was stopped stays in the chat with the status 'incomplete'.
+        Of a reply that was cut off, what came stays in the chat with the status 'incomplete'.
         """
-        now = self.settings
+        now, before, result = self.settings, self.turns, None
         options |= {"num_draft_tokens": now.drafts, "timeout": now.timeout}
-        for chunk in self.conversation.stream(text, params=now.params, **options):
-            self.last = chunk.result or self.last
-            yield chunk
+        try:
+            with closing(self.conversation.stream(text, now.params, **options)) as chunks:
+                for chunk in chunks:
+                    self.last = result = chunk.result or result
+                    yield chunk
+        finally:
+            if self.turns > before and (result is None or result.finish_reason not in WHOLE):
+                *messages, reply = self.conversation.messages
+                self._go_on_with([*messages, reply | CUT])
+
+    def _go_on_with(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        self.conversation = self.engine.conversation(self.system_prompt, messages=messages)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What comes before all turns."""
+        return self.conversation.system_prompt
 
     def reset(self) -> None:
         """Forgets all turns; the system prompt stays."""
@@ -72,8 +85,7 @@ class Session:
 
     def instruct(self, system_prompt: str | None) -> None:
         """Gives the chat another system prompt, or none; its turns stay."""
-        self.system_prompt = system_prompt
-        self.conversation = self._conversation(self.conversation.messages)
+        self.conversation.system_prompt = system_prompt
 
     def draft(self, drafts: int | str) -> None:
         """Sets how many tokens are drafted a round: 0 is plain decoding, 'auto' follows cost and acceptance."""
@@ -97,8 +109,8 @@ class Session:
         """Goes on with a chat from a file, the one of the last time where the name is empty, and returns it."""
         path = self._named(name)
         found = transcripts.load(path)
-        self.system_prompt, self._file, self.last = found.system_prompt, path, None
-        self.conversation = self._conversation(found.messages)
+        self.conversation = self.engine.conversation(found.system_prompt, messages=found.messages)
+        self._file, self.last = path, None
         return path
 
     def _named(self, name: str) -> Path:

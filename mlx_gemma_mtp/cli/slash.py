@@ -87,11 +87,9 @@ def _load(session: Session, argument: str) -> str:
 def _stats(session: Session, argument: str) -> str:
     if session.last is None:
         raise UserError("there are no figures yet; they are those of the last reply")
-    stats = session.last.stats
-    lines = figures.lines(stats, session.last.finish_reason)
-    return "\n".join(
-        ["prompt: " + lines[0], *lines[1:], f"  peak memory {stats.peak_memory_gb:.3f} GB; BLAS: {stats.blas}"]
-    )
+    first, *rest = figures.lines(session.last.stats, session.last.finish_reason)
+    peak, blas = session.last.stats.peak_memory_gb, session.last.stats.blas
+    return "\n".join([f"prompt: {first}", *rest, f"  peak memory {peak:.3f} GB; BLAS: {blas}"])
 
 
 def _draft(session: Session, argument: str) -> str:
@@ -108,8 +106,11 @@ def _think(session: Session, argument: str) -> str:
 
 
 def _tokens(session: Session, argument: str) -> str:
-    used, context = session.conversation.tokens, session.engine.target.config.context
-    return f"the last prompt had {figures.tokens(used)} of a context of {context:,}; {_turns(session)}"
+    if session.last is None:
+        raise UserError("nothing is counted yet; a reply's prompt is")
+    stats, context = session.last.stats, session.engine.target.config.context
+    used = stats.prompt_tokens + stats.generation_tokens
+    return f"{figures.tokens(used)} of a context of {context:,} with the last reply; {_turns(session)}"
 
 
 def _exit(session: Session, argument: str) -> str:

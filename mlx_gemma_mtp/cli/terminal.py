@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 DIM, BRIGHT = "\033[2m", "\033[22m"
 STYLE = re.compile(r"\033\[[0-9;]*m")
-TAB = 8  # columns
+TAB = " " * 4  # what a tab is at the last column, terminals disagree about
 ERASE = "\033[J"  # from the cursor to the end of the screen
 # Makes sure of a row below without leaving the column, then goes to its beginning; the second comes back.
 BELOW, BACK = "\033D\033[A\0337\r\033[B", "\0338"
@@ -77,8 +77,8 @@ class Screen:
     def write(self, text: str, below: Sequence[str] = ()) -> None:
         """Writes text, and parts of a line in the row below: as many as fit."""
         width = max(shutil.get_terminal_size().columns, 1)
-        out = ERASE if self._shown else ""
-        self._column = _advanced(self._column, STYLE.sub("", text), width)
+        text, out = text.replace("\t", TAB), ERASE if self._shown else ""
+        self._column = advanced(self._column, STYLE.sub("", text), width)
         # Behind the last column the cursor waits to wrap, which going down and up again would make it forget.
         self._shown = self._moves and bool(below) and self._column < width
         line = f"{BELOW}{dimmed(fitted(below, width - 1))}{BACK}" if self._shown else ""
@@ -92,14 +92,11 @@ class Screen:
         self.write(("\n" if self._column else "") + below)
 
 
-def _advanced(column: int, text: str, width: int) -> int:
-    """The column behind a text that begins at a column."""
+def advanced(column: int, text: str, width: int) -> int:
+    """Returns the column behind a text that begins at a column: `width` where the next character wraps."""
     tail = text.rpartition("\n")
     column = 0 if tail[1] else column
     for character in tail[2]:
-        if character == "\t":
-            column = min((column // TAB + 1) * TAB, width - 1)
-            continue
         taken = cells(character)
         column = taken if taken and column + taken > width else column + taken
     return column
