@@ -129,7 +129,8 @@ def test_no_colours_and_no_live_line(monkeypatch):
 
 
 def test_what_is_no_terminal_is_left_alone(monkeypatch):
-    for stdin in (io.StringIO(), None, open(os.devnull)):
-        monkeypatch.setattr(sys, "stdin", stdin)
-        with unechoed(True):
-            pass
+    with open(os.devnull) as nothing:
+        for stdin in (io.StringIO(), None, nothing):
+            monkeypatch.setattr(sys, "stdin", stdin)
+            with unechoed(True):
+                pass
