@@ -17,9 +17,9 @@ from ._version import __version__
 from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
 from .cli.prompts import read_choice, read_messages, read_prompts, read_schema, read_source, read_tools
 from .cli.replies import Printer
-from .engine.arguments import LONGEST
+from .engine.arguments import LONGEST, MOST_SAMPLES
 from .errors import UserError, clipped, shown
-from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, number
+from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, count, number
 from .text.tool_choice import ToolChoice
 from .text.tools import Tools
 
@@ -107,6 +107,9 @@ def _add_sampling(p: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; -1 is off")
     group.add_argument(
         "--min-p", type=float, help="drop tokens below this share of the likeliest's probability (default: the model's)"
+    )
+    group.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="texts of each prompt, with the seeds from --seed on"
     )
     group.add_argument(
         "--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)"
@@ -207,6 +210,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--messages are given with --ignore-chat-template; expected one of the two: drop the other")
     prompts, params = [*read_prompts(args, not messages), *messages], read_params(args)
     options = read_options(args, params)
+    prompts = [each for each in prompts for _ in range(count("--samples", args.samples, MOST_SAMPLES))]  # of each text
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
     args.timeout, args.memory_limit = read_timeout(args.timeout), read_memory(args.memory_limit)
     engine = load_engine(args, len(prompts))
@@ -218,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
     failed = [place for place, result in enumerate(results, 1) if result.error is not None]
     late = [place for place, result in enumerate(results, 1) if result.finish_reason == "timeout"]
     if args.model is None and not (args.json or failed or late or cancel.is_set()):
-        print_speedup(engine, prompts, params, options, results)
+        print_speedup(engine, prompts[:: args.samples], params, options, results)
     if args.stats:
         print_stats(results)
         tell(f"computed: {engine.description}")
@@ -338,9 +342,12 @@ def generate(
 ) -> list[Result]:
     """Generates and prints all texts; returns their results in order, those before a Ctrl-C included.
 
+    prompts: of each text, those of the samples of one prompt one after another.
+
     A single text is printed as it is made; several are printed whole, in order, each under a header.
     """
-    chunks = engine.stream(prompts, params, **options, timeout=args.timeout, cancel=cancel, progress=Bar("prefill"))
+    options = options | {"n": args.samples, "timeout": args.timeout, "cancel": cancel, "progress": Bar("prefill")}
+    chunks = engine.stream(prompts[:: args.samples], params, **options)
     results: dict[int, Result] = {}
     single, printed = Printer(args.hide_thinking), 0
     for chunk in chunks:
