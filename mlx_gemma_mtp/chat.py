@@ -86,7 +86,7 @@ def talk(session: Session, read: Entry, console: Console) -> int:
         console.show("/help shows the commands, Ctrl-C stops a reply, Ctrl-D ends.")
     while True:
         try:
-            turn(session, read(), console)
+            turn(session, read(), console, piped)
         except (EOFError, slash.Leave):
             return int(piped and failed)
         except KeyboardInterrupt:
@@ -98,11 +98,11 @@ def talk(session: Session, read: Entry, console: Console) -> int:
             failed = True
 
 
-def turn(session: Session, text: str, console: Console) -> None:
+def turn(session: Session, text: str, console: Console, piped: bool) -> None:
     """Obeys a command, or says something and shows the reply.
 
-    Raises UserError where that fails, Leave where the chat is to end, and KeyboardInterrupt where Ctrl-C stopped a
-    reply that nobody watches.
+    piped: nobody types, so Ctrl-C is meant for the chat. Raises UserError where that fails, Leave where the chat is to
+    end, and KeyboardInterrupt where Ctrl-C ended it.
     """
     if not text.strip():
         return
@@ -115,6 +115,8 @@ def turn(session: Session, text: str, console: Console) -> None:
             result = console.reply(session, slash.message(text), cancel)
     except UserError as error:
         raise UserError(f"{error} (the turn was left out; /undo takes back more)") from None
+    if piped and cancel.is_set():
+        raise KeyboardInterrupt
     if result.error is not None:
         raise UserError(result.error)
 

@@ -26,8 +26,9 @@ from .cli.flags import (
 )
 from .cli.prompts import read_choice, read_messages, read_prompts, read_tools
 from .cli.replies import Printer
+from .engine.arguments import MOST_SAMPLES
 from .errors import UserError
-from .sampling.params import MAX_ROWS, SamplingParams
+from .sampling.params import MAX_ROWS, SamplingParams, count
 from .text.tool_choice import ToolChoice
 from .text.tools import Tools
 
@@ -59,6 +60,9 @@ def _add_prompts(p: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE|TEXT",
         help="a prompt of chat messages, a JSON list; repeatable; - reads standard input",
+    )
+    group.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="texts of each prompt, with the seeds from --seed on"
     )
     group.add_argument("--system-prompt", help="a system turn before each prompt")
     group.add_argument("--ignore-chat-template", action="store_true", help="take prompts as raw text")
@@ -119,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--messages are given with --ignore-chat-template; expected one of the two: drop the other")
     prompts, params = [*read_prompts(args, not messages), *messages], read_params(args)
     options = read_options(args, params)
+    prompts = [each for each in prompts for _ in range(count("--samples", args.samples, MOST_SAMPLES))]  # of each text
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
     args.timeout, args.memory_limit = read_timeout(args.timeout), read_memory(args.memory_limit)
     engine = load_engine(args, len(prompts))
@@ -130,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     failed = [place for place, result in enumerate(results, 1) if result.error is not None]
     late = [place for place, result in enumerate(results, 1) if result.finish_reason == "timeout"]
     if args.model is None and not (args.json or failed or late or cancel.is_set()):
-        print_speedup(engine, prompts, params, options, results)
+        print_speedup(engine, prompts[:: args.samples], params, options, results)
     if args.stats:
         print_stats(results)
         tell(f"computed: {engine.description}")
@@ -180,9 +185,12 @@ def generate(
 ) -> list[Result]:
     """Generates and prints all texts; returns their results in order, those before a Ctrl-C included.
 
+    prompts: of each text, those of the samples of one prompt one after another.
+
     A single text is printed as it is made; several are printed whole, in order, each under a header.
     """
-    chunks = engine.stream(prompts, params, **options, timeout=args.timeout, cancel=cancel, progress=Bar("prefill"))
+    options = options | {"n": args.samples, "timeout": args.timeout, "cancel": cancel, "progress": Bar("prefill")}
+    chunks = engine.stream(prompts[:: args.samples], params, **options)
     results: dict[int, Result] = {}
     single, printed = Printer(args.hide_thinking), 0
     for chunk in chunks:

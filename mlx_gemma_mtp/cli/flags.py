@@ -64,6 +64,9 @@ def add_sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None
         "--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)"
     )
     group.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
+    group.add_argument(
+        "--stop-repetition", type=int, metavar="N", help="end where the last N tokens repeat one block (default: off)"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
 
 
@@ -152,6 +155,7 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
+        stop_repetition=args.stop_repetition,
     )
 
 

@@ -13,6 +13,7 @@ from ..speculative.guide import Constraint
 from ..speculative.readback import TokenLogprob
 from ..text.reply import NOTHING, Piece, Reply
 from ..text.tools import ToolCall
+from .repetition import Repetition
 from .stats import Stats
 
 
@@ -91,7 +92,7 @@ class Request:
     id: unique in the engine. index: the prompt's number in its call. limit: the most tokens to generate, by max_tokens
     and the context. drafts: how many to make a round, or 'auto'. priority: the higher goes first. deadline: when the
     request ends, in time.monotonic's seconds; None is never. tokens, pieces, logprobs: what was generated so far.
-    finish_reason: set once the request is done.
+    finish_reason: set once the request is done. repetition: watches the tokens where the request asks for that.
     """
 
     id: int
@@ -112,6 +113,11 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     end_token: int | None = None
+    repetition: Repetition | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        length = self.params.stop_repetition
+        self.repetition = None if length is None else Repetition(length)
 
     @property
     def remaining(self) -> int:
@@ -139,10 +145,7 @@ class Request:
             else:
                 self.tokens.append(token)
                 pieces.append(self._safely(self.stream.push, token))
-                if self.finish_reason is None and self.stream.stopped:
-                    self.finish_reason = "stop"
-                elif self.finish_reason is None and not self.remaining:
-                    self.finish_reason = "length"
+                self.finish_reason = self.finish_reason or self._end()
             if self.finish_reason:
                 break
         if error is not None and self.finish_reason is None:
@@ -154,6 +157,13 @@ class Request:
             kept = logprobs[: len(self.tokens) - before]
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
         return self._chunk(pieces, before, drafted or 0, accepted)
+
+    def _end(self) -> str | None:
+        """The finish_reason that the newest token brings, which is no end token."""
+        repeats = self.repetition is not None and self.repetition.ends(self.tokens)
+        if self.stream.stopped:
+            return "stop"
+        return "repetition" if repeats else None if self.remaining else "length"
 
     def cancel(self, reason: str = "cancelled", error: str | None = None) -> Chunk:
         """Ends the request with what it has, and returns its last chunk.
