@@ -12,7 +12,7 @@ import pexpect
 import pyte
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 180  # seconds until a test gives up; nothing is measured by it
+PATIENCE = 300  # seconds until a test gives up; nothing is measured by it
 CLEARED = ("NO_COLOR", "COLUMNS", "LINES", "PROMPT_TOOLKIT_NO_CPR", "PROMPT_TOOLKIT_COLOR_DEPTH")
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 STOP = "Ctrl-C stops"
 ENDS = {  # what is said of a reply that did not end by itself
     "cancelled": "stopped",
-    "length": "cut off: --max-tokens, or the context is full",
-    "timeout": "cut off: --timeout",
-    "repetition": "cut off: it repeats itself",
+    "length": "cut off: length",
+    "timeout": "cut off: timeout",
+    "repetition": "cut off: repetition",
 }
 
 

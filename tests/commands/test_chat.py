@@ -31,8 +31,8 @@ def at_the_prompt(terminal: Terminal, *argv: str) -> Terminal:
     return terminal
 
 
-def say(terminal: Terminal, text: str, shows: str = "") -> str:
-    """Sends a turn, and returns what the screen has from it to the next prompt."""
+def say(terminal: Terminal, text: str, shows: str) -> str:
+    """Sends a turn, waits for what it shows and for the next prompt, and returns all that the screen has of it."""
     before = len(terminal.text)
     terminal.send(text + ENTER)
     terminal.wait(lambda: shows in terminal.text[before:] and terminal.line == ">")
@@ -60,8 +60,8 @@ def test_a_chat_in_a_terminal(tmp_path):
         said, reply = saved(file)
         assert said == {"role": "user", "content": SAID} and reply["status"] == "incomplete"
         assert reply["content"].startswith("```python\n") and reply["content"].splitlines()[1] in terminal.text
-        assert "0 turns" in say(terminal, "/undo")
-        assert "no turn to take back" in say(terminal, "/undo")
+        say(terminal, "/undo", "0 turns")
+        say(terminal, "/undo", "error: there is no turn to take back")
         say(terminal, f"/load {file}", "chat.json: 1 turn")
         say(terminal, "/save", "1 turn saved in")
         assert saved(file) == [said, reply]
@@ -88,7 +88,8 @@ def test_several_lines_and_keys(tmp_path):
         terminal.send(CTRL_C)
         terminal.wait(lambda: terminal.line == ">")
         assert "never said" not in terminal.text
-        say(terminal, CTRL_C.rstrip(), "Ctrl-D ends.\n\n>")
+        terminal.send(CTRL_C)
+        terminal.wait("\n>\nCtrl-D ends.\n\n>")
         terminal.send(UP)
         terminal.wait("> a\n  b\n  c\n  d")
         terminal.send(CTRL_C)
@@ -107,12 +108,9 @@ def test_a_narrow_window_without_colours():
         at_the_prompt(terminal)
         terminal.send(f"你好 def add(a):{ENTER}/exit{ENTER}")
         assert terminal.ends() == 0
-    assert "> 你 好  def add(a)\n  :" in terminal.text or "def add" in terminal.text
-    assert "> /exit" in terminal.text and "```python" in terminal.text
-    assert b"\x1b[2m" not in terminal.raw and b"Ctrl-C stops" not in terminal.raw  # it does not fit
-    assert [line for line in terminal.lines if " tokens/s" in line] == [
-        line for line in terminal.lines if line.endswith(" tokens/s") and len(line) < 18
-    ]
+    assert "你好 def" in terminal.text and "\n```python\n" in terminal.text and "\n> /exit" in terminal.text
+    assert b" tokens/s" in terminal.raw and b"tokens/s \xc2\xb7" not in terminal.raw  # nothing more fits
+    assert "cut off: length" in terminal.lines and b"\x1b[2m" not in terminal.raw
 
 
 def test_an_error_ends_a_turn_and_not_the_chat():
