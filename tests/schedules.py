@@ -48,6 +48,8 @@ CALLED = {"tools": [TOOL], "tool_choice": "required"}
 FREE = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
 SAMPLED = replace(FREE, temperature=1.0, top_k=64, top_p=0.95, seed=5)
 PENALISED = replace(SAMPLED, temperature=0.8, repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.3)
+# Texts of three tokens, each about as likely, so that they soon repeat themselves.
+FEW = replace(SAMPLED, temperature=20.0, top_k=3, top_p=1.0, logit_bias=dict.fromkeys((280, 290, 300), 100.0))
 OBJECT = {"type": "object", "properties": {"n": {"type": "integer"}, "s": WORD}, "required": ["n", "s"]}
 # What a request may ask for, by name: its settings, and the options of its call. The simplest come first.
 SETTINGS: dict[str, tuple[SamplingParams, dict]] = {
@@ -62,6 +64,8 @@ SETTINGS: dict[str, tuple[SamplingParams, dict]] = {
     "reported": (replace(FREE, logprobs=3), {}),
     "reported, sampled": (replace(SAMPLED, logprobs=0), {}),
     "a stop string": (replace(FREE, stop=("e", "zzz")), {}),
+    "until it repeats": (replace(FEW, stop_repetition=6), {}),
+    "until it repeats, or a stop string": (replace(FEW, stop_repetition=4, stop=("(2<", "zzz"), seed=9), {}),
     "a stop string of several letters": (replace(SAMPLED, stop=("re", "in", "self.")), {}),
 }
 BOUND: dict[str, tuple[SamplingParams, dict]] = {
@@ -269,7 +273,7 @@ class Drive:
 def alone(pair: str, asked: Asked) -> Result:
     """What comes of a request by itself, without drafts and to its end; made once. asked: as `Asked.alone`."""
     (outcome,) = Drive(engine_of(pair), Schedule((asked,))).run()
-    assert outcome.result.finish_reason in ("stop", "length", "tool_calls"), outcome.result.error
+    assert outcome.result.finish_reason in ("stop", "length", "tool_calls", "repetition"), outcome.result.error
     return outcome.result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import re
 import shlex
@@ -15,7 +16,7 @@ import checkpoints
 import pytest
 
 from convert import cli as convert_cli
-from mlx_gemma_mtp import UserError, calibrate, doctor, generate, trace_routing, verify
+from mlx_gemma_mtp import UserError, calibrate, chat, doctor, generate, trace_routing, verify
 from mlx_gemma_mtp.files import hub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,6 +177,7 @@ def elsewhere(tmp_path_factory) -> Path:
 
 QUICK = {  # what makes a command of the pages short enough for a test
     generate: ["--max-tokens", "8"],
+    chat: ["--max-tokens", "8"],
     verify: ["--max-tokens", "4", "--rows", "2", "--num-draft-tokens", "2", "--temps", "0", "--samples", "0"],
     calibrate: ["--show"],
     doctor: ["--no-times"],
@@ -197,6 +199,7 @@ def test_commands_run(words, elsewhere, monkeypatch, capsys):
     if "--json-schema" in words or "--tool-choice" in words:
         pytest.importorskip("llguidance")
     monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def add(a, b):\n")))  # what a chat hears
     assert module.main([*words[3:], *QUICK[module]]) == 0, capsys.readouterr().err
     for flag in ("--plot", "--json"):
         if flag in words and words[-1] != flag:

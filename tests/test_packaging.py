@@ -115,6 +115,7 @@ def test_wheel_metadata(wheel):
     assert f"\nVersion: {version}\n" in metadata
     assert "mlx-gemma-mtp-convert = mlx_gemma_mtp.convert.cli:main" in scripts
     assert "mlx-gemma-mtp-generate = mlx_gemma_mtp.generate:main" in scripts
+    assert "mlx-gemma-mtp-chat = mlx_gemma_mtp.chat:main" in scripts
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert any(n.endswith("PSF-LICENSE.txt") and "licenses/" in n for n in names)
 

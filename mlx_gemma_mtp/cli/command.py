@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -195,10 +196,11 @@ class Stage:
             self._timer.start()
 
 
-def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
+def loaded(model: str | None, draft_model: str, *, notice: Callable[[str], None] = note, **options: Any) -> Engine:
     """Loads an engine for a command line: see engine.load.load for the arguments.
 
-    A fast BLAS is loaded first. Notes, a progress bar and what takes long go to standard error. Raises UserError.
+    A fast BLAS is loaded first. A progress bar and what takes long go to standard error, and so do notes, unless
+    `notice` takes them. Raises UserError.
     """
     with Stage() as stage:
         stage("checking the BLAS")
@@ -207,7 +209,7 @@ def loaded(model: str | None, draft_model: str, **options: Any) -> Engine:
         from ..engine.warmup import keep_kernels
 
         keep_kernels()
-        return load(model, draft_model, notice=note, progress=Bar("loading"), stage=stage, **options)
+        return load(model, draft_model, notice=notice, progress=Bar("loading"), stage=stage, **options)
 
 
 def check_file(flag: str, path: Path) -> None:
@@ -235,6 +237,22 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("--plot needs matplotlib; install it: pip install 'mlx-gemma-mtp[bench]'") from None
+
+
+@contextmanager
+def interruptible(cancel: threading.Event) -> Iterator[None]:
+    """Lets the first Ctrl-C set the event, and the second raise KeyboardInterrupt, until the block ends."""
+
+    def stop(signum: int, frame: object) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

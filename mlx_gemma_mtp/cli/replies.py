@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .command import note
+from .terminal import dimmed, printable
 
 if TYPE_CHECKING:
     from ..engine.request import Chunk, Result
     from ..text.tools import ToolCall
-
-DIM, BRIGHT = "\033[2m", "\033[22m"
 
 
 class Printer:
     """Prints a reply as it comes.
 
     Thoughts are shown on a terminal alone, dimmed (not where NO_COLOR is set): what a pipe or a file gets is the reply.
-    Each call has a line of its own.
+    A terminal gets no control characters of a reply, they are spelled out. Each call has a line of its own.
     """
 
-    def __init__(self, hide_thinking: bool = False):
-        self._thoughts = sys.stdout.isatty() and not hide_thinking
-        self._dims = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    def __init__(self, hide_thinking: bool = False, write: Callable[[str], None] | None = None):
+        """write: takes text in the place of standard output."""
+        self._terminal = sys.stdout.isatty()
+        self._thoughts = self._terminal and not hide_thinking
+        self._to = _print if write is None else write
         self._thinking = False  # whether a thought was printed last
         self._said = False  # whether text was printed
         self._called = False  # whether a call was printed last, which ends its line
@@ -34,7 +35,7 @@ class Printer:
         """Prints a piece of a reply, or a whole one."""
         if piece.reasoning and self._thoughts:
             self._thinking = True
-            self._write(f"{DIM}{piece.reasoning}{BRIGHT}" if self._dims else piece.reasoning)
+            self._to(dimmed(printable(piece.reasoning)))
         if piece.text:
             self._end_thought()
             self._write(piece.text)
@@ -58,7 +59,11 @@ class Printer:
             self._write("\n\n")
 
     def _write(self, text: str) -> None:
-        print(text, end="", flush=True)
+        self._to(printable(text) if self._terminal else text)
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def line_of(call: ToolCall) -> str:

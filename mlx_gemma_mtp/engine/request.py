@@ -13,6 +13,7 @@ from ..speculative.guide import Constraint
 from ..speculative.readback import TokenLogprob
 from ..text.reply import NOTHING, Piece, Reply
 from ..text.tools import ToolCall
+from .repetition import Repetition
 from .stats import Stats
 
 
@@ -22,7 +23,8 @@ class Result:
 
     text: the generated text, without thoughts and calls. tokens: all generated ids but the end token; a stop string's
     tokens are kept. finish_reason: 'stop' (an end token or a stop string), 'tool_calls' (the same, after calls of
-    tools), 'length' (max_tokens, or the context is full), 'timeout', 'cancelled' or 'error'. stats: figures. logprobs:
+    tools), 'length' (max_tokens, or the context is full), 'repetition' (stop_repetition), 'timeout', 'cancelled' or
+    'error'. stats: figures. logprobs:
     one entry for each token, where the request asked for them. error: why the text could not go on, in one line, with
     finish_reason 'error'; text and tokens hold what came before. reasoning: the thoughts. tool_calls: the calls of
     tools, where the request has tools. end_token: the end token that came, None where another thing ended the text.
@@ -42,12 +44,7 @@ class Result:
         """Returns the reply as the assistant's message in OpenAI's form, for the messages of the next turn; with
         `reasoning` and `tool_calls` where there are any.
         """
-        message: dict[str, Any] = {"role": "assistant", "content": self.text}
-        if self.reasoning:
-            message["reasoning"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [call.as_openai() for call in self.tool_calls]
-        return message
+        return reply_message(self.text, self.reasoning, self.tool_calls)
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Chunk:
     index: the prompt's number in its call. text, tokens: the piece. result: the whole answer, in the last chunk alone.
     logprobs: one entry for each token of the piece, where the request asked for them. reasoning: the piece of a
     thought. tool_calls: the calls that are complete with this piece. What is held back of text, thoughts and calls
-    comes in a later chunk than its tokens.
+    comes in a later chunk than its tokens. drafted, accepted: drafts that its round verified and kept, as in Stats.
     """
 
     index: int
@@ -67,6 +64,8 @@ class Chunk:
     logprobs: list[TokenLogprob] | None = None
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Request:
     id: unique in the engine. index: the prompt's number in its call. limit: the most tokens to generate, by max_tokens
     and the context. drafts: how many to make a round, or 'auto'. priority: the higher goes first. deadline: when the
     request ends, in time.monotonic's seconds; None is never. tokens, pieces, logprobs: what was generated so far.
-    finish_reason: set once the request is done.
+    finish_reason: set once the request is done. repetition: watches the tokens where the request asks for that.
     """
 
     id: int
@@ -114,6 +113,11 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     end_token: int | None = None
+    repetition: Repetition | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        length = self.params.stop_repetition
+        self.repetition = None if length is None else Repetition(length)
 
     @property
     def remaining(self) -> int:
@@ -141,20 +145,25 @@ class Request:
             else:
                 self.tokens.append(token)
                 pieces.append(self._safely(self.stream.push, token))
-                if self.finish_reason is None and self.stream.stopped:
-                    self.finish_reason = "stop"
-                elif self.finish_reason is None and not self.remaining:
-                    self.finish_reason = "length"
+                self.finish_reason = self.finish_reason or self._end()
             if self.finish_reason:
                 break
         if error is not None and self.finish_reason is None:
             self.finish_reason, self.error = "error", error
+        accepted = 0 if drafted is None else max(used - 1, 0)
         if drafted is not None:
-            self.stats.count_round(drafted, max(used - 1, 0), reason)
+            self.stats.count_round(drafted, accepted, reason)
         if self.params.logprobs is not None:
             kept = logprobs[: len(self.tokens) - before]
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
-        return self._chunk(pieces, before)
+        return self._chunk(pieces, before, drafted or 0, accepted)
+
+    def _end(self) -> str | None:
+        """The finish_reason that the newest token brings, which is no end token."""
+        repeats = self.repetition is not None and self.repetition.ends(self.tokens)
+        if self.stream.stopped:
+            return "stop"
+        return "repetition" if repeats else None if self.remaining else "length"
 
     def cancel(self, reason: str = "cancelled", error: str | None = None) -> Chunk:
         """Ends the request with what it has, and returns its last chunk.
@@ -164,20 +173,20 @@ class Request:
         self.finish_reason, self.error = reason, error
         return self._chunk([], len(self.tokens))
 
-    def _chunk(self, pieces: list[Piece], start: int) -> Chunk:
-        """What was added since token `start`."""
+    def _chunk(self, pieces: list[Piece], start: int, drafted: int = 0, accepted: int = 0) -> Chunk:
+        """What was added since token `start`, by a round that verified and kept so many drafts."""
         result, logprobs = None, None if self.params.logprobs is None else self.logprobs
         if self.finish_reason:
             pieces.append(self._safely(self.stream.finish, self.end_token is not None))
         self.pieces += pieces
         if self.finish_reason:
             result = self._result(logprobs)
-        text, reasoning, calls = _joined(pieces)
+        text, reasoning, calls = joined(pieces)
         tokens, logprobs = self.tokens[start:], logprobs and logprobs[start:]
-        return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls)
+        return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls, drafted, accepted)
 
     def _result(self, logprobs: list[TokenLogprob] | None) -> Result:
-        text, reasoning, calls = _joined(self.pieces)
+        text, reasoning, calls = joined(self.pieces)
         if calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
         return Result(
@@ -202,7 +211,17 @@ class Request:
             return NOTHING
 
 
-def _joined(pieces: Sequence[Piece]) -> tuple[str, str, list[ToolCall]]:
-    """The text, the thoughts and the calls of pieces in order."""
+def joined(pieces: Sequence[Piece | Chunk]) -> tuple[str, str, list[ToolCall]]:
+    """Returns the text, the thoughts and the calls of pieces in order."""
     calls = [call for piece in pieces for call in piece.tool_calls]
     return "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces), calls
+
+
+def reply_message(text: str, reasoning: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    """Returns a reply as the assistant's message, as `Result.message` does."""
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if reasoning:
+        message["reasoning"] = reasoning
+    if calls:
+        message["tool_calls"] = [call.as_openai() for call in calls]
+    return message

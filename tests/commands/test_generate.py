@@ -63,6 +63,28 @@ def test_the_bundled_model_shows_what_mtp_is_worth(capsys):
     assert "a pass of the target" not in run(capsys, "--prompt", "x", "--num-draft-tokens", 0, "--max-tokens", 4)[2]
 
 
+def test_samples_of_a_prompt_have_the_seeds_that_follow(capsys):
+    argv = ("--prompt", PROMPTS[1], "--prompt", PROMPTS[2], "--temp", 1, "--max-tokens", 6, "--num-draft-tokens", 2)
+    code, out, _ = run(capsys, *argv, "--seed", 5, "--samples", 2)
+    heads = [line for line in out.splitlines() if line.startswith("===")]
+    assert code == 0 and [head[:6] for head in heads] == ["=== 1:", "=== 2:", "=== 3:", "=== 4:"]
+    assert heads[0][6:] == heads[1][6:] != heads[2][6:]
+    _, out, _ = run(capsys, *argv, "--seed", 5, "--samples", 2, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [each["prompt"] for each in records] == [PROMPTS[1]] * 2 + [PROMPTS[2]] * 2
+    _, out, _ = run(capsys, *argv, "--seed", 6, "--json")
+    assert [json.loads(line)["tokens"] for line in out.splitlines()] == [each["tokens"] for each in records[1::2]]
+
+
+def test_a_text_that_repeats_itself_is_ended(capsys):
+    argv = ("--prompt", PROMPTS[0], "--temp", 0, "--ignore-eos", "--max-tokens", 300, "--logit-bias", "290=1000")
+    code, out, err = run(capsys, *argv, "--stop-repetition", 8, "--stats")
+    assert code == 0 and out == "22222222\n" and "end: repetition" in err
+    for flag, value in (("--stop-repetition", 3), ("--samples", 0)):
+        code, out, err = run(capsys, "--prompt", "x", flag, value)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and str(value) in err and "expected" in err
+
+
 def test_rejection_says_that_the_text_follows_the_drafts(capsys):
     argv = ["--prompt", PROMPTS[0], "--temp", "1", "--seed", "2", "--max-tokens", "24", "--num-draft-tokens", "3"]
     code, out, err = run(capsys, *argv, "--accept", "rejection", "--stats")
