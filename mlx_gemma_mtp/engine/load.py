@@ -30,7 +30,7 @@ from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import MTP, Drafting
 from ..text.tokenizer_files import check_tokenizer
-from .arguments import check_depth, limit_of, told
+from .arguments import check_depth, check_kv_bits, limit_of, told
 from .calibration import Costs
 from .engine import Engine
 from .settings import MAX_WAITING, PREFILL_CHUNK
@@ -49,6 +49,8 @@ def load(
     num_draft_tokens: int | str = AUTO,
     dtype: str | mx.Dtype | None = None,
     draft_bits: int | None = None,
+    kv_bits: int | None = None,
+    kv_bits_rings: bool = False,
     max_rows: int = MAX_ROWS,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
@@ -71,7 +73,9 @@ def load(
     costs as the file has them, so that equal calls get equal draft lengths. dtype: 'float32', 'bfloat16' or 'float16'
     for weights that are not quantised, of both models; None keeps the target's on Metal and is float32 on a CPU, which
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
-    vocabulary head to at most 4, a centroid head not at all. max_rows: requests that are decoded at once; others wait,
+    vocabulary head to at most 4, a centroid head not at all. kv_bits: 8 or 4 bits a number of the K/V of full layers,
+    which is what a long context takes; None keeps the model's type. kv_bits_rings: those of sliding layers, too.
+    max_rows: requests that are decoded at once; others wait,
     and each takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit:
     bytes that weights, K/V and what a pass computes may take together; None is what the machine has. wired_limit: keeps
     weights wired in a Mac's memory. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
@@ -83,6 +87,7 @@ def load(
     called with what takes seconds now, '' when it is over.
     """
     _check_process()
+    kv_bits_rings = flag("kv_bits_rings", kv_bits_rings)
     notice = told("notice", notice)
     listeners = _Listeners(notice, told("progress", progress), told("stage", stage))
     wanted = _Wanted.of(model, draft_model, revision, dtype, draft_bits)
@@ -95,6 +100,8 @@ def load(
         "max_waiting": count("max_waiting", max_waiting),
         "memory_limit": limit_of("memory_limit", memory_limit),
         "wired_limit": flag("wired_limit", wired_limit),
+        "kv_bits": check_kv_bits(kv_bits, kv_bits_rings),
+        "kv_bits_rings": kv_bits_rings,
     }
     pair, defaults = _find(wanted, listeners)
     worker = Worker()

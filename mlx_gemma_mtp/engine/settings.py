@@ -16,7 +16,7 @@ MAX_WAITING = 1024
 class Settings:
     """The settings of an engine, checked, as `load` describes them.
 
-    suppress: token ids that the folder forbids.
+    kv_bits, kv_bits_rings: of K/V, as `cache.spec.with_bits` takes them. suppress: token ids that the folder forbids.
     """
 
     num_draft_tokens: int | str = AUTO
@@ -27,4 +27,6 @@ class Settings:
     wired_limit: bool = False
     drafting: Drafting = DEFAULT_DRAFTING
     frozen_costs: bool = False
+    kv_bits: int | None = None
+    kv_bits_rings: bool = False
     suppress: tuple[int, ...] = ()

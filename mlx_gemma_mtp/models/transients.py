@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..cache.spec import capacity, ring_slots
+from ..cache.spec import KVSpec, capacity, ring_slots
 from .config import LayerSpec, TargetConfig
 
 FUSED = (64, 80, 128)  # widths of heads that MLX's fused attention on Metal takes for more tokens than a verify's
@@ -20,11 +20,13 @@ FLOAT32 = 4
 class Transients:
     """The bytes of forwards of one target.
 
-    item_size: bytes of a number of the dtype that it computes in. block: prompt tokens of the longest chunk, which says
-    how many slots a ring has. metal: whether Metal computes.
+    specs: of its K/V, one for each layer that owns some, in the bits that they are kept in. item_size: bytes of a
+    number of the dtype that it computes in. block: prompt tokens of the longest chunk, which says how many slots a ring
+    has. metal: whether Metal computes.
     """
 
     config: TargetConfig
+    specs: tuple[KVSpec, ...]
     item_size: int
     block: int
     metal: bool

@@ -87,7 +87,7 @@ def watch_all() -> None:
     watch(Block, "__call__", lambda y, self, x, *_: (note("blocks' inputs", x), note("blocks' outputs", y)))
     watch(LayerKV, "write", lambda _, self, slot, keys, values: note("written", keys, values))
     watch(LayerKV, "attend", lambda y, self, rows, slots, queries, mask: (
-        note("queries", queries), note("cache", self.keys, self.values), note("attended", y)
+        note("queries", queries), note("cache", *self.arrays), note("attended", y)
     ))  # fmt: skip
     watch(Gemma4, "embed", lambda y, self, tokens: note("embedded", y))
     watch(Gemma4, "__call__", lambda y, *_: note("hidden", y))

@@ -114,7 +114,7 @@ def peak(made: Callable[..., Callable[[], None]], model: Gemma4, rows: int, coun
 def test_a_chunk_holds_no_more_than_was_said(model, count, context):
     held, said = (
         peak(forward, model, 1, count, context),
-        Transients(model.config, 4, count, False).chunk(count, context),
+        Transients(model.config, model.config.kv, 4, count, False).chunk(count, context),
     )
     assert held <= said <= 3 * held
 
@@ -122,7 +122,7 @@ def test_a_chunk_holds_no_more_than_was_said(model, count, context):
 @pytest.mark.parametrize(("rows", "width", "context"), [(1, 8, 1024), (4, 8, 1024), (8, 4, 512)])
 def test_a_verify_holds_no_more_than_was_said(model, rows, width, context):
     held = peak(verify, model, rows, width, context)
-    said = Transients(model.config, 4, width, False).verify(rows, width, context)
+    said = Transients(model.config, model.config.kv, 4, width, False).verify(rows, width, context)
     assert held <= said <= 3 * held
 
 
@@ -130,9 +130,13 @@ def published(size: str) -> TargetConfig:
     return TargetConfig.from_dict(json.loads((CONFIGS / f"gemma-4-{size}-it.json").read_text()))
 
 
+def transients(config: TargetConfig, *sizes: int) -> Transients:
+    return Transients(config, config.kv, *sizes)
+
+
 def test_scores_of_wide_heads_are_most_of_a_long_chunk():
     """26B on a Mac: 16 heads, 256 tokens and 32,768 slots in 16 bits, once as scores and once as their softmax."""
-    said = Transients(published("26B-A4B"), 2, 256, True)
+    said = transients(published("26B-A4B"), 2, 256, True)
     scores = 2 * 16 * 256 * 32768 * 2
     assert scores < said.chunk(256, 32768) < 2 * scores
     assert said.chunk(256, 65536) - said.chunk(256, 32768) == pytest.approx(1.5 * scores, rel=0.05)
@@ -142,13 +146,13 @@ def test_fused_attention_has_no_scores():
     """With heads of 128 everywhere the context adds the mask alone: of the chunk, and of the token that goes on."""
     config = published("26B-A4B")
     narrow = tuple(replace(layer, kv=replace(layer.kv, head_dim=128)) for layer in config.layers)
-    said = Transients(replace(config, layers=narrow), 2, 256, True)
+    said = transients(replace(config, layers=narrow), 2, 256, True)
     assert said.chunk(256, 65536) - said.chunk(256, 32768) == 1.5 * 257 * 32768
 
 
 def test_logits_of_a_verify_are_counted():
     """262,144 scores a token: in 16 bits, and three times in 32."""
-    said = Transients(published("31B"), 2, 256, True)
+    said = transients(published("31B"), 2, 256, True)
     assert said.logits(8 * 5) == 40 * 262144 * 14
     assert said.verify(8, 5, 4096) > 1.5 * said.logits(40)
 
@@ -157,5 +161,5 @@ def test_layers_that_share_kv_see_one_token_of_a_chunk():
     """In the small E2B the only full layer that owns K/V is the last one that does: no scores of a whole chunk."""
     config = TargetConfig.from_dict(tiny.target_dict("e2b"))
     whole = replace(config, kv=tuple(layer.kv for layer in config.layers))
-    few, all_layers = (Transients(each, 4, 256, False).chunk(256, 4096) for each in (config, whole))
+    few, all_layers = (transients(each, 4, 256, False).chunk(256, 4096) for each in (config, whole))
     assert 5 * few < all_layers
