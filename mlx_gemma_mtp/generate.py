@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
+from .cli.command import Bar, Parser, Stage, add_kv_bits, command, loaded, note, tell
 from .cli.prompts import read_choice, read_messages, read_prompts, read_schema, read_source, read_tools
 from .cli.replies import Printer
 from .engine.arguments import LONGEST
@@ -56,6 +56,7 @@ def _add_models(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
     )
+    add_kv_bits(group)
 
 
 def _add_prompts(p: argparse.ArgumentParser) -> None:
@@ -321,6 +322,8 @@ def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
         draft_temperature=args.draft_temperature,
         accept=args.accept,
         frozen_costs=args.frozen_costs,
+        kv_bits=args.kv_bits,
+        kv_bits_rings=args.kv_bits_rings,
     )
 
 

@@ -41,6 +41,17 @@ class Parser(argparse.ArgumentParser):
         (file or sys.stdout).write(self.format_help())
 
 
+def add_kv_bits(parser: argparse._ActionsContainer) -> None:
+    """Adds what says in how many bits keys and values are kept, to a parser or a group of one."""
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        metavar="8|4",
+        help="keep keys and values of full layers in 8 or 4 bits, for long contexts (default: the model's type)",
+    )
+    parser.add_argument("--kv-bits-rings", action="store_true", help="those of sliding layers, too")
+
+
 def command(
     run: Callable[[argparse.Namespace], int], parser: Callable[[], argparse.ArgumentParser], argv: list[str] | None
 ) -> int:

@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from ..cache.cache import Cache
 from ..cache.saved import Saved
-from ..cache.spec import with_bits
 from ..errors import in_a_line
 from ..machine import memory, pressure
 from ..machine.device import metal_available
@@ -114,7 +113,7 @@ class Runner:
         """
         self.target, self.drafter, self.tables, self.depth, self.settings = target, drafter, tables, depth, settings
         self.drafting = settings.drafting
-        self.specs = with_bits(target.config.kv, settings.kv_bits, settings.kv_bits_rings)
+        self.specs = settings.specs(target.config)
         drafts = settings.num_draft_tokens
         block = max(WIDEST, 0 if drafts == AUTO else drafts) + 1
         chunk = settings.prefill_chunk
