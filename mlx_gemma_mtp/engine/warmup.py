@@ -122,7 +122,7 @@ def warm_up(
         return
     for rows in (1, 2)[:max_rows]:
         pause()
-        bits = tuple(spec.bits for spec in specs or ())
+        bits = frozenset((spec.window is None, spec.bits) for spec in specs or () if spec.bits)
         kind = (rows, type(target), target.config.moe is None, drafter and type(drafter.masked_embedding), bits)
         if kind not in _done:
             _done.add(kind)
