@@ -109,8 +109,8 @@ def divergences(exact: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.nd
     """Returns of each token the Kullback-Leibler divergence of `other` from `exact`, and whether the likeliest token is
     another one. exact, other: logarithms of probabilities, [T, V].
     """
-    terms = np.where(exact > -np.inf, np.exp(exact) * (exact - other), 0.0)
-    return terms.sum(axis=-1), exact.argmax(axis=-1) != other.argmax(axis=-1)
+    gaps = np.where(exact > -np.inf, exact - other, 0.0)  # what never comes adds nothing
+    return (np.exp(exact) * gaps).sum(axis=-1), exact.argmax(axis=-1) != other.argmax(axis=-1)
 
 
 def written(engine: Engine, texts: Sequence[list[int]], drafts: int, tokens: int) -> dict[str, float]:
