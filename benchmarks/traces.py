@@ -31,7 +31,7 @@ def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tu
     head = engine.text.encode(prompt, chat_template=chat)
     result = engine.generate(head, params, num_draft_tokens=0)
     text = [*head, *result.tokens]
-    cache = Cache(target.config.kv, len(text), target.dtype, engine.drafting.lookback).open(len(text))
+    cache = Cache(engine.specs, len(text), target.dtype, engine.drafting.lookback).open(len(text))
     hidden = target(mx.array([text]), cache.span(len(text)))
     rules = Rules.of([params.resolved(engine.defaults)], target.config.vocab_size, engine.defaults.suppress_token_ids)
     source = Mtp(drafter, target.embed, engine.drafting)

@@ -4,10 +4,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mlx_gemma_mtp.cache.spec import row_bytes
+from mlx_gemma_mtp.cache.spec import BITS, KVSpec, row_bytes, with_bits
 from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.models.quantization import plain
 
@@ -52,7 +52,7 @@ def inspect(where: str) -> dict:
         "modules": modules,
         "left_out": {"tensors": len(media), "bytes": sum(model.tensors[name].nbytes for name in media)},
         "drafter": None if drafter else _drafter_name(where),
-        "memory": {"weights": weights, "kv": {} if drafter else _kv(model)},
+        "memory": {"weights": weights, "kv": {} if drafter else _kv(model.config.kv), "kv_bits": _in_bits(model)},
     }
 
 
@@ -128,9 +128,16 @@ def _drafter_name(where: str) -> str:
     return beside if os.path.isdir(beside) else f"{CONVERTED.sub('', beside.removesuffix('-assistant'))}-assistant"
 
 
-def _kv(model: Checkpoint) -> dict[str, int]:
+def _kv(specs: Sequence[KVSpec]) -> dict[str, int]:
     """Context length -> bytes of the cache of one sequence."""
-    return {str(tokens): row_bytes(model.config.kv, tokens, BLOCK, KV_ITEM) for tokens in CONTEXTS}
+    return {str(tokens): row_bytes(specs, tokens, BLOCK, KV_ITEM) for tokens in CONTEXTS}
+
+
+def _in_bits(model: Checkpoint) -> dict[str, dict[str, int]]:
+    """Bits -> what `_kv` says where full layers keep their K/V in so many; nothing where heads cannot have them."""
+    if model.drafter or any(spec.group is None for spec in model.config.kv if spec.window is None):
+        return {}
+    return {str(bits): _kv(with_bits(model.config.kv, bits)) for bits in BITS}
 
 
 def _lines(report: dict) -> Iterator[str]:
@@ -158,7 +165,9 @@ def _lines(report: dict) -> Iterator[str]:
     yield f"drafter: {report['drafter']}"
     for tokens, size in report["memory"]["kv"].items():
         total = report["memory"]["weights"] + size
-        yield f"to run {int(tokens) // 1024}k tokens: {_gb(total)} (K/V {_gb(size)}, without drafter and activations)"
+        few = "".join(f", {_gb(each[tokens])} in {bits} bits" for bits, each in report["memory"]["kv_bits"].items())
+        kv = f"K/V {_gb(size)}{few}"
+        yield f"to run {int(tokens) // 1024}k tokens: {_gb(total)} ({kv}; without drafter and activations)"
 
 
 def _gb(size: int) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from .cli.command import Parser, command, loaded
+from .cli.flags import add_kv_bits
 from .cli.prompts import PROMPTS, read_lines
 from .errors import UserError
 from .sampling.params import SamplingParams
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draft-model", default="auto", metavar="PATH|auto", help="the drafter (default: auto)")
     p.add_argument("--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading")
     p.add_argument("--dtype", help="float32, bfloat16 or float16 for what is not quantised")
+    add_kv_bits(p)
     p.add_argument("--prompt-file", metavar="FILE", help="a prompt a line (default: eight short ones)")
     p.add_argument("--max-tokens", type=int, default=64, help="tokens of each text (default: 64)")
     p.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="batch sizes (default: 1 4 8)")
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         args.draft_model,
         dtype=args.dtype,
         draft_bits=args.draft_bits,
+        kv_bits=args.kv_bits,
+        kv_bits_rings=args.kv_bits_rings,
         max_rows=max(args.rows),
         max_waiting=max(len(prompts), args.samples),
     )
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     say = (lambda *lines: None) if args.json else (lambda *lines: print(*lines, sep="\n", flush=True))
     say(f"reference: plain decoding, one row at a time; {engine.description}")
     tokens = engine.text.encode(PROMPTS[1])
-    widths = engine.call(lambda: list(probe(engine.target, tokens)))
+    widths = engine.call(lambda: list(probe(engine.target, tokens, engine.specs)))
     say("rows in one product that have the bits of a product of their own:")
     say(*(f"  {path}: {' '.join(map(str, agree))}" for path, agree in widths))
     say(f"{len(prompts)} prompts x {args.max_tokens} tokens:")

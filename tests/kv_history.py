@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_gemma_mtp.cache.cache import Cache, Span
 from mlx_gemma_mtp.cache.saved import Saved
-from mlx_gemma_mtp.cache.spec import capacity
+from mlx_gemma_mtp.cache.spec import KVSpec, capacity
 
 HEADS = 2  # of a query
 Layers = list[np.ndarray]  # of one row: the keys and values of each layer, [2, kv_heads, n, D]
@@ -25,6 +25,29 @@ def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.n
         weights = np.exp(scores - scores.max())
         out[head] = weights / weights.sum() @ values[own]
     return out
+
+
+def unpacked(spec: KVSpec, arrays: Sequence[mx.array]) -> np.ndarray:
+    """The numbers that a row's arrays stand for, [2, kv_heads, n, D], read by hand: the first number of a word lies in
+    its lowest bits; scales of keys and of values are followed by the biases of both.
+    """
+    arrays = [np.array(array)[0] for array in arrays]
+    if spec.bits is None:
+        return np.stack(arrays)
+    words, scales = arrays
+    count = 32 // spec.bits
+    integers = (words[..., None] >> (spec.bits * np.arange(count, dtype=np.uint32))) & ((1 << spec.bits) - 1)
+    integers = integers.reshape(2, spec.kv_heads, words.shape[1], -1, spec.group)
+    scales, biases = scales.reshape(2, 2, spec.kv_heads, words.shape[1], -1, 1)
+    return (integers * scales + biases).reshape(2, spec.kv_heads, words.shape[1], -1).astype(np.float32)
+
+
+def kept(spec: KVSpec, new: np.ndarray) -> np.ndarray:
+    """What is left of numbers along the last axis once they are written."""
+    if spec.bits is None:
+        return new
+    parts = mx.quantize(mx.array(new), spec.group, spec.bits)
+    return np.array(mx.dequantize(*parts, spec.group, spec.bits))
 
 
 class History:
@@ -43,13 +66,13 @@ class History:
         return self.rng.standard_normal(shape).astype(np.float32)
 
     def write(self, tokens: int) -> tuple[Span, Layers]:
-        """Writes T tokens to all rows: the span, and of each layer what was written, [B, 2, kv_heads, T, D]."""
+        """Writes T tokens to all rows: the span, and of each layer what is kept of them, [B, 2, kv_heads, T, D]."""
         cache = self.cache
         span = cache.span(tokens)
         new = [self.random(cache.rows, 2, spec.kv_heads, tokens, spec.head_dim) for spec in cache.specs]
         for i, each in enumerate(new):
             span.write(i, mx.array(each[:, 0]), mx.array(each[:, 1]))
-        return span, new
+        return span, [kept(spec, each) for spec, each in zip(cache.specs, new, strict=True)]
 
     def commit(self, new: Layers, commits: Sequence[int], tight: bool = True) -> None:
         """Commits some tokens of each row. tight: the host reads how many they are."""
@@ -82,7 +105,7 @@ class History:
         there.
         """
         for i, spec in enumerate(self.cache.specs):
-            queries = self.random(self.cache.rows, HEADS, span.tokens or 1, spec.head_dim)
+            queries = self.random(self.cache.rows, HEADS, span.tokens or 1, spec.head_dim) * 2 / spec.head_dim**0.5
             self.check(i, queries, np.array(span.attend(i, mx.array(queries))), new, offset)
 
     def check(self, layer: int, queries: np.ndarray, found: np.ndarray, new: Layers | None, offset: int = 0) -> None:
@@ -101,12 +124,14 @@ class History:
         """A row as it is saved, whose contents are compared."""
         saved, layers = self.cache.save(row, slack), self.rows[row]
         assert saved.tokens == self.lengths[row]
-        assert saved.bytes == sum(keys.nbytes + values.nbytes for keys, values in saved.layers)
-        for pair, spec, layer in zip(saved.layers, self.cache.specs, layers, strict=True):
+        assert saved.bytes == sum(array.nbytes for arrays in saved.layers for array in arrays)
+        for arrays, spec, layer in zip(saved.layers, self.cache.specs, layers, strict=True):
             least = saved.tokens if spec.window is None else spec.window - 1 + self.cache.lookback
-            count = pair[0].shape[2]
+            count = arrays[0].shape[2]
             assert min(least, saved.tokens) <= count <= min(least + slack, saved.tokens)
-            np.testing.assert_array_equal(np.stack(pair)[:, 0], layer[:, :, layer.shape[2] - count :])
+            rounding = 0 if spec.bits is None else 1e-6
+            held = layer[:, :, layer.shape[2] - count :]
+            np.testing.assert_allclose(unpacked(spec, arrays), held, rtol=rounding, atol=rounding)
         return saved, layers
 
     def arrange(self, places: Sequence[int | Kept]) -> None:

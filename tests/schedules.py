@@ -38,6 +38,16 @@ CHUNK = 64  # prompt tokens a forward pass: prompts of a chunk, of several, and 
 LONGEST = 24  # tokens of a text
 PATIENCE = 4000  # rounds, in which every schedule ends
 PAIRS = {"bundled": {}, "e2b": {"model": "tests/data/e2b/target", "draft_model": "tests/data/e2b/drafter"}}
+QUANTISED = {  # the same pairs with K/V in few bits: each text is that of its own engine
+    f"{pair}, K/V of {'all' if rings else 'full'} layers in {bits} bits": {
+        **options,
+        "kv_bits": bits,
+        "kv_bits_rings": rings,
+    }
+    for pair, options in PAIRS.items()
+    for bits in (8, 4)
+    for rings in (False, True)
+}
 
 WORD = {"type": "string", "minLength": 1, "maxLength": 3}
 TOOL = {
@@ -82,9 +92,9 @@ DRAFTS = (0, 1, 4, "auto")
 
 @cache
 def engine_of(pair: str) -> Engine:
-    """The engine of a pair, loaded once."""
+    """The engine of a name in PAIRS or QUANTISED, loaded once."""
     options = {"num_draft_tokens": 4, "dtype": "float32", "prefill_chunk": CHUNK, "frozen_costs": True}
-    return load(**PAIRS[pair], **options)
+    return load(**(PAIRS | QUANTISED)[pair], **options)
 
 
 @dataclass(frozen=True)

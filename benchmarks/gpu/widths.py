@@ -25,7 +25,7 @@ def main(out: Path, seconds: float) -> None:
                 os.environ["MLX_GEMMA_MTP_METAL"] = ours
                 about = {"pair": pair, "format": form, "ours": ours == "1"}
                 try:
-                    found = probe(engine.target, engine.text.encode("def fibonacci(n):"))
+                    found = probe(engine.target, engine.text.encode("def fibonacci(n):"), engine.specs)
                     while one := engine.call(partial(next, found, None)):  # in the thread that computes
                         what, widths = one
                         print(json.dumps(about | {"what": what, "widths": widths}), file=file, flush=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from ..ops.fused import number, numbers
-from .kv import LayerKV, Pair
+from .kv import Arrays, LayerKV
 from .saved import Saved
 from .shelf import Shelf
 from .spec import KVSpec, capacity, ring_slots
@@ -68,16 +68,16 @@ class Cache:
         )
 
     @property
-    def buffers(self) -> list[Pair]:
-        """The keys and values of all layers, in their order. A write copies a buffer while its handle is kept;
-        assigning the handles that were there before drops a write that was only built.
+    def buffers(self) -> list[Arrays]:
+        """The arrays of all layers, in their order. A write copies a buffer while its handle is kept; assigning the
+        handles that were there before drops a write that was only built.
         """
-        return [(kv.keys, kv.values) for layer in self.layers for kv in layer]
+        return [kv.arrays for layer in self.layers for kv in layer]
 
     @buffers.setter
-    def buffers(self, buffers: Sequence[Pair]) -> None:
-        for kv, (keys, values) in zip([kv for layer in self.layers for kv in layer], buffers, strict=True):
-            kv.keys, kv.values = keys, values
+    def buffers(self, buffers: Sequence[Arrays]) -> None:
+        for kv, arrays in zip([kv for layer in self.layers for kv in layer], buffers, strict=True):
+            kv.arrays = arrays
 
     def open(self, tokens: int) -> Cache:
         """Returns this cache with one empty row, which holds `tokens` tokens and never more. Its buffers never grow,
@@ -130,13 +130,13 @@ class Cache:
         """
         tokens = self.length_bound[row]
         shelf = self._shelves[self.classes[row]]
-        pairs = []
+        layers = []
         for sliding, i in self.homes:
             kv, place = (self.rings.layers[i], row) if sliding else (shelf.layers[i], shelf.rows.index(row))
             first = tokens - self._held(kv, row, tokens, slack) if sliding else 0
-            pairs.append(kv.saved(place, first, tokens))
-        mx.eval(pairs)
-        return Saved(tokens, tuple(pairs))
+            layers.append(kv.saved(place, first, tokens))
+        mx.eval(layers)
+        return Saved(tokens, tuple(layers))
 
     def span(self, tokens: int) -> Span:
         """Returns the view of one forward that writes `tokens` tokens past the committed ones of all rows. Rows that
@@ -215,21 +215,21 @@ class Cache:
             there = {row: seats[places[row]] for row in members if not isinstance(places[row], Saved)}
             stay = {row: at for row, (old, at) in there.items() if old is shelf}
             orders.append((shelf, members if len(members) == len(places) else _settled(members, stay)))
-        moved: list[tuple[Shelf, int, list[Pair]]] = []
+        moved: list[tuple[Shelf, int, list[Arrays]]] = []
         for shelf, order in orders:
             for at, row in enumerate(order):
                 if not isinstance(source := places[row], Saved):
                     old = (shelf, source) if shelf is self.rings else seats[source]
                     if old != (shelf, at):
                         moved.append((shelf, at, [layer.copied(old[1]) for layer in old[0].layers]))
-        mx.eval([pairs for _, _, pairs in moved])
+        mx.eval([copies for _, _, copies in moved])
         for shelf, order in orders:
             if len(order) > shelf.places:
                 shelf.resize(len(order))
             shelf.rows = order
-        for shelf, at, pairs in moved:
-            for layer, pair in zip(shelf.layers, pairs, strict=True):
-                layer.assign(at, pair)
+        for shelf, at, copies in moved:
+            for layer, arrays in zip(shelf.layers, copies, strict=True):
+                layer.assign(at, arrays)
         for row, source in enumerate(places):
             if isinstance(source, Saved):
                 self._restore(row, self._shelves[classes[row]], source)
@@ -239,17 +239,17 @@ class Cache:
     def _restore(self, row: int, shelf: Shelf, saved: Saved) -> None:
         """Writes a sequence over all that is in a row's places."""
         at = shelf.rows.index(row)
-        for (sliding, i), (keys, values) in zip(self.homes, saved.layers, strict=True):
+        for (sliding, i), arrays in zip(self.homes, saved.layers, strict=True):
             layer, place = (self.rings.layers[i], row) if sliding else (shelf.layers[i], at)
-            held = min(keys.shape[2], layer.slots)
-            pair = (keys, values) if held == keys.shape[2] else (keys[:, :, -held:], values[:, :, -held:])
-            layer.assign(place, pair, saved.tokens - held)
+            count = arrays[0].shape[2]
+            held = min(count, layer.slots)
+            layer.assign(place, tuple(each[:, :, count - held :] for each in arrays), saved.tokens - held)
 
     def _check(self, saved: Saved) -> None:
         """Asserts that a sequence holds all that its next token may see, and fits."""
-        for spec, (keys, _) in zip(self.specs, saved.layers, strict=True):
+        for spec, (first, *_) in zip(self.specs, saved.layers, strict=True):
             seen = saved.tokens if spec.window is None else min(saved.tokens, spec.window - 1 + self.lookback)
-            assert keys.shape[2] >= seen, f"{keys.shape[2]} positions of {saved.tokens} tokens, expected {seen}"
+            assert first.shape[2] >= seen, f"{first.shape[2]} positions of {saved.tokens} tokens, expected {seen}"
         assert self._room is None or saved.tokens <= self._room, f"{saved.tokens} tokens where {self._room} have room"
 
     def _held(self, kv: LayerKV, row: int, tokens: int, slack: int) -> int:

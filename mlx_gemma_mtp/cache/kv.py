@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
-from ..ops.attention import attention
+from ..ops.attention import attention, quantized_attention
 from .spec import KVSpec
 
-Pair = tuple[mx.array, mx.array]
+Arrays = tuple[mx.array, ...]  # of one layer, or of some of its rows: rows along axis 0, positions along axis 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """The form of one of a layer's arrays: [rows, heads, slots, width]."""
+
+    heads: int
+    width: int
+    dtype: mx.Dtype
+
+    def zeros(self, rows: int, slots: int) -> mx.array:
+        return mx.zeros((rows, self.heads, slots, self.width), self.dtype)
+
+
+def layout(spec: KVSpec, dtype: mx.Dtype) -> tuple[Part, ...]:
+    """Returns the forms of the arrays that a layer's K/V are kept in. dtype: the model's.
+
+    Keys and values; or, quantised, the packed words of keys and then values, and beside them, of `dtype`, the scales of
+    both and then the biases of both. All of them lie side by side as heads, so that the matrix of each is contiguous.
+    """
+    if spec.bits is None:
+        return (Part(spec.kv_heads, spec.head_dim, dtype),) * 2
+    words = Part(2 * spec.kv_heads, spec.head_dim * spec.bits // 32, mx.uint32)
+    return words, Part(4 * spec.kv_heads, spec.head_dim // spec.group, dtype)
 
 
 class LayerKV:
-    """Keys and values of one layer, [rows, kv_heads, slots, head_dim]: at first of no rows."""
+    """Keys and values of one layer, [rows, kv_heads, slots, head_dim] each: at first of no rows.
+
+    arrays: what they are kept in, by `layout`.
+    """
 
     def __init__(self, spec: KVSpec, slots: int, dtype: mx.Dtype):
-        shape = (0, spec.kv_heads, slots, spec.head_dim)
         self.spec, self.slots = spec, slots
-        self.keys, self.values = mx.zeros(shape, dtype), mx.zeros(shape, dtype)
+        self.arrays: Arrays = tuple(part.zeros(0, slots) for part in layout(spec, dtype))
 
     @property
     def rows(self) -> int:
-        return self.keys.shape[0]
+        return self.arrays[0].shape[0]
 
     @property
     def bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(array.nbytes for array in self.arrays)
 
-    def write(self, slot: mx.array, keys: mx.array, values: mx.array) -> None:
-        """Writes K/V of all rows. keys, values: [rows, kv_heads, T, head_dim]; slot: int32, where each value goes, of
-        the same shape.
+    def indices(self, slot: mx.array) -> Arrays:
+        """Returns for each array where its numbers go, as `write` takes it. slot: int32 [rows, 1, T, 1]."""
+        rows, _, tokens, _ = slot.shape
+        shapes = [(rows, array.shape[1], tokens, array.shape[3]) for array in self.arrays]
+        made = {shape: mx.broadcast_to(slot, shape) for shape in shapes}
+        return tuple(made[shape] for shape in shapes)
+
+    def write(self, slots: Arrays, keys: mx.array, values: mx.array) -> None:
+        """Writes K/V of all rows. keys, values: [rows, kv_heads, T, head_dim]; slots: from `indices`.
 
         The write is in place where no other handle and no queued read of a buffer is left. Handles that are kept stay
         as they are, so that a write that was never dispatched can be dropped.
         """
-        self.keys = mx.put_along_axis(self.keys, slot, keys, axis=2)
-        self.values = mx.put_along_axis(self.values, slot, values, axis=2)
+        self._put(slots, (keys, values))
 
     def attend(self, rows: int, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
         """Returns the attention of queries over the first `slots` slots of the first `rows` rows, with scale 1: [rows,
@@ -42,10 +75,7 @@ class LayerKV:
 
         queries: of that shape; mask: from `attention_mask`.
         """
-        keys, values = self.keys, self.values
-        if rows < self.rows or slots < self.slots:
-            keys, values = keys[:rows, :, :slots], values[:rows, :, :slots]
-        return attention(queries, keys, values, mask)
+        return attention(queries, *self._read(rows, slots), mask)
 
     def resize(self, rows: int, slots: int | None = None) -> None:
         """Keeps the first `rows` rows, or adds empty ones, and adds slots at the end up to `slots` of them.
@@ -55,33 +85,68 @@ class LayerKV:
         """
         copies = self.rows > 0
         self.slots = self.slots if slots is None else slots
-        self.keys, self.values = (_resized(old, rows, self.slots) for old in (self.keys, self.values))
+        self.arrays = tuple(_resized(old, rows, self.slots) for old in self.arrays)
         if copies:
-            mx.eval(self.keys, self.values)
+            mx.eval(self.arrays)
 
-    def copied(self, row: int) -> Pair:
-        """Returns copies of a row, [1, kv_heads, slots, head_dim] each; they are to be evaluated before a write."""
+    def copied(self, row: int) -> Arrays:
+        """Returns copies of a row, [1, heads, slots, width] each; they are to be evaluated before a write."""
         index = mx.array([row])  # a gather copies; a slice would go on reading the buffer
-        return mx.take(self.keys, index, axis=0), mx.take(self.values, index, axis=0)
+        return tuple(mx.take(old, index, axis=0) for old in self.arrays)
 
-    def saved(self, row: int, first: int, stop: int) -> Pair:
+    def saved(self, row: int, first: int, stop: int) -> Arrays:
         """Returns copies of a row's positions first to stop - 1, in order; they are to be evaluated before a write."""
         begin, end = first % self.slots, first % self.slots + stop - first
         parts = (begin, min(end, self.slots)), (0, max(end - self.slots, 0))  # the second, often empty, makes a copy
-        buffers = (self.keys, self.values)
-        return tuple(mx.concatenate([old[row : row + 1, :, a:b] for a, b in parts], axis=2) for old in buffers)
+        return tuple(mx.concatenate([old[row : row + 1, :, a:b] for a, b in parts], axis=2) for old in self.arrays)
 
-    def assign(self, row: int, pair: Pair, first: int = 0) -> None:
-        """Makes a row of the keys and values of positions first and after, [1, kv_heads, m, head_dim], m <= slots. All
-        other slots become empty, since what nobody sees must still be finite.
+    def assign(self, row: int, arrays: Arrays, first: int = 0) -> None:
+        """Makes a row of what was copied or saved of positions first and after, [1, heads, m, width] each, m <= slots.
+        All other slots become empty, since what nobody sees must still be finite.
 
         Nothing is evaluated: as the first link of the next write's chain this is in place, too.
         """
-        laid = [_laid(new, first % self.slots, self.slots) for new in pair]
+        laid = tuple(_laid(new, first % self.slots, self.slots) for new in arrays)
         if self.rows > 1:
-            old, place = (self.keys, self.values), mx.array([row])
-            laid = [mx.slice_update(one, new, place, (0,)) for one, new in zip(old, laid, strict=True)]
-        self.keys, self.values = laid
+            place = mx.array([row])
+            laid = tuple(mx.slice_update(old, new, place, (0,)) for old, new in zip(self.arrays, laid, strict=True))
+        self.arrays = laid
+
+    def _put(self, slots: Arrays, new: Arrays) -> None:
+        parts = zip(self.arrays, slots, new, strict=True)
+        self.arrays = tuple(mx.put_along_axis(old, slot, each, axis=2) for old, slot, each in parts)
+
+    def _read(self, rows: int, slots: int) -> Arrays:
+        """Returns the first `slots` slots of the first `rows` rows."""
+        if rows < self.rows or slots < self.slots:
+            return tuple(array[:rows, :, :slots] for array in self.arrays)
+        return self.arrays
+
+
+class QuantizedKV(LayerKV):
+    """Keys and values of one layer in few bits, by groups along each head.
+
+    What is written is what is read, by the forward that wrote it, too, so that a text does not depend on how many
+    tokens a forward writes.
+    """
+
+    def write(self, slots: Arrays, keys: mx.array, values: mx.array) -> None:
+        """Writes K/V of all rows, quantised. keys, values: [rows, kv_heads, T, head_dim]; slots: from `indices`."""
+        both = mx.concatenate([keys, values], axis=1)
+        words, scales, biases = mx.quantize(both, self.spec.group, self.spec.bits)
+        self._put(slots, (words, mx.concatenate([scales, biases], axis=1)))
+
+    def attend(self, rows: int, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
+        """Returns what `LayerKV.attend` does, over the numbers that the words stand for."""
+        words, scales = self._read(rows, slots)
+        (keys, values), parts = mx.split(words, 2, axis=1), mx.split(scales, 4, axis=1)
+        keys, values = (keys, *parts[0::2]), (values, *parts[1::2])
+        return quantized_attention(queries, keys, values, mask, self.spec.group, self.spec.bits)
+
+
+def layer_kv(spec: KVSpec, slots: int, dtype: mx.Dtype) -> LayerKV:
+    """Returns the K/V of one layer, in the bits that its spec says."""
+    return (LayerKV if spec.bits is None else QuantizedKV)(spec, slots, dtype)
 
 
 def _resized(old: mx.array, rows: int, slots: int) -> mx.array:

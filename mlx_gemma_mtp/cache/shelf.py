@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from .kv import LayerKV
+from .kv import layer_kv
 from .spec import KVSpec
 
 
@@ -19,7 +19,7 @@ class Shelf:
     """
 
     def __init__(self, specs: Sequence[KVSpec], slots: Sequence[int], dtype: mx.Dtype):
-        self.layers = [LayerKV(spec, n, dtype) for spec, n in zip(specs, slots, strict=True)]
+        self.layers = [layer_kv(spec, n, dtype) for spec, n in zip(specs, slots, strict=True)]
         self.places = 0
         self.rows: list[int] = []
         self.gather: mx.array | None = None

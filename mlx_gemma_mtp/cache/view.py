@@ -46,7 +46,7 @@ class View:
         if shelf.gather is not None:
             lengths, positions = mx.take(lengths, shelf.gather), mx.take(positions, shelf.gather, axis=0)
         self.lengths, self.positions = lengths, positions
-        self._slots: dict[KVSpec, mx.array] = {}
+        self._slots: dict[KVSpec, tuple[mx.array, ...]] = {}
         self._masks: dict[tuple[KVSpec, int], mx.array] = {}
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
@@ -67,13 +67,12 @@ class View:
         read = slots_read(kv.slots, self.used)
         return kv.attend(len(self.shelf.rows), read, queries, self._mask(kv, read, queries.shape[1]))
 
-    def _slot(self, kv: LayerKV) -> mx.array:
+    def _slot(self, kv: LayerKV) -> tuple[mx.array, ...]:
         if kv.spec not in self._slots:
             slot, empty = (self.positions % number(kv.slots))[:, None, :, None], self.shelf.empty
             if empty:
                 slot = mx.concatenate([slot, _zeros((empty, *slot.shape[1:]), mx.int32)], axis=0)
-            shape = (self.shelf.places, kv.spec.kv_heads, self.tokens, kv.spec.head_dim)
-            self._slots[kv.spec] = mx.broadcast_to(slot, shape)
+            self._slots[kv.spec] = kv.indices(slot)
         return self._slots[kv.spec]
 
     def _mask(self, kv: LayerKV, read: int, heads: int) -> mx.array:

@@ -168,6 +168,6 @@ def _logits(engine: Engine, tokens: list[int]) -> mx.array:
     """The target's soft-capped logits after each token, float32 [1, T, V], in one pass with a cache of its own. For the
     engine's own thread."""
     config = engine.target.config
-    cache = Cache(config.kv, len(tokens), engine.target.dtype).open(len(tokens))
+    cache = Cache(engine.specs, len(tokens), engine.target.dtype).open(len(tokens))
     hidden = engine.target(mx.array([tokens]), cache.span(len(tokens)))
     return soft_cap(engine.target.logits(hidden), config.softcap)

@@ -13,18 +13,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache.cache import Cache
+from ..cache.spec import KVSpec
 from ..models.gemma4 import Gemma4
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
 INPUTS = 3  # one input may agree by luck
 
 
-def probe(model: Gemma4, prompt: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
+def probe(model: Gemma4, prompt: Sequence[int], specs: Sequence[KVSpec]) -> Iterator[tuple[str, list[int]]]:
     """Yields (what, the widths at which it agrees bit for bit with one row).
 
     Probed are a whole pass, the products of each kind by their path, and the routed experts.
+    specs: of the cache of a pass.
     """
-    yield "whole pass", of_passes(model, prompt)
+    yield "whole pass", of_passes(model, prompt, specs)
     yield from of_products(model)
     yield from of_experts(model)
 
@@ -73,9 +75,9 @@ def of_experts(model: Gemma4) -> Iterator[tuple[str, list[int]]]:
             return
 
 
-def of_passes(model: Gemma4, prompt: Sequence[int]) -> list[int]:
+def of_passes(model: Gemma4, prompt: Sequence[int], specs: Sequence[KVSpec]) -> list[int]:
     """Returns the widths at which a whole pass gives its first token the hidden state of a pass of that token alone."""
-    cache = Cache(model.config.kv, max(len(prompt), *WIDTHS), model.dtype).open(len(prompt) + max(WIDTHS))
+    cache = Cache(specs, max(len(prompt), *WIDTHS), model.dtype).open(len(prompt) + max(WIDTHS))
     tokens = mx.array([list(prompt)])
     mx.eval(model(tokens, cache.span(tokens.shape[1])))
     cache.commit(mx.array([tokens.shape[1]]), [tokens.shape[1]])

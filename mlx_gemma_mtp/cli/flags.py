@@ -32,6 +32,18 @@ def add_models(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
     )
+    add_kv_bits(group)
+
+
+def add_kv_bits(parser: argparse._ActionsContainer) -> None:
+    """Adds what says in how many bits keys and values are kept, to a parser or a group of one."""
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        metavar="8|4",
+        help="keep keys and values of full layers in 8 or 4 bits, for long contexts (default: the model's type)",
+    )
+    parser.add_argument("--kv-bits-rings", action="store_true", help="those of sliding layers, too")
 
 
 def add_thoughts(group: argparse._ArgumentGroup) -> None:
@@ -204,6 +216,8 @@ def load_engine(args: argparse.Namespace, command: str, **options: Any) -> Engin
         revision=args.revision,
         num_draft_tokens=args.num_draft_tokens,
         draft_bits=args.draft_bits,
+        kv_bits=args.kv_bits,
+        kv_bits_rings=args.kv_bits_rings,
         memory_limit=args.memory_limit,
         wired_limit=args.wired_limit,
         draft_temperature=args.draft_temperature,

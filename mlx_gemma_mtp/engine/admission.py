@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..cache.spec import row_bytes, saved_bytes, staged_bytes
+from ..cache.spec import KVSpec, row_bytes, saved_bytes, staged_bytes
 from ..errors import UserError, size
 from ..models.config import TargetConfig
 from ..models.transients import Transients
@@ -59,6 +59,7 @@ class Memory:
 
 def memory_of(
     config: TargetConfig,
+    specs: Sequence[KVSpec],
     limit: int,
     weights: int,
     *,
@@ -70,10 +71,11 @@ def memory_of(
 ) -> Memory:
     """Returns where the bytes of a target's run go.
 
-    limit: all that it may hold. weights: bytes of both models. chunk: prompt tokens a forward. block: tokens of the
-    longest verify. item_size: bytes of a number of K/V. lookback: the cache's. metal: whether Metal computes.
+    specs: of its K/V, in their bits. limit: all that it may hold. weights: bytes of both models. chunk: prompt tokens a
+    forward. block: tokens of the longest verify. item_size: bytes of a number of the model's type. lookback: the
+    cache's. metal: whether Metal computes.
     """
-    specs, transients = config.kv, Transients(config, item_size, chunk, metal)
+    transients = Transients(config, specs, item_size, chunk, metal)
     return Memory(
         limit,
         weights,

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from ..cache.spec import BITS
 from ..errors import UserError, shown
 from ..sampling.params import LARGEST_COUNT, SamplingParams, flag, listed, number, whole
 from ..speculative.depth import AUTO
@@ -49,6 +50,16 @@ def limit_of(name: str, value: int | None) -> int | None:
     """Returns a limit in bytes as Python's int, None for the machine's own. Raises UserError."""
     expected = "bytes, a whole number of 1 or more, or None, which is what the machine has"
     return None if value is None else whole(name, value, lambda n: 1 <= n <= 2**63 - 1, expected)
+
+
+def check_kv_bits(bits: int | None, rings: bool) -> int | None:
+    """Returns the bits of K/V as Python's int, None for the model's type. Raises UserError for what is none, and for
+    rings without bits.
+    """
+    if bits is None and rings:
+        raise UserError("kv_bits_rings is set without kv_bits; expected kv_bits=8 or kv_bits=4 beside it")
+    expected = f"one of {', '.join(map(str, BITS))}, or None for the model's own type"
+    return None if bits is None else whole("kv_bits", bits, lambda n: n in BITS, expected)
 
 
 def event(cancel: Any) -> Cancel:

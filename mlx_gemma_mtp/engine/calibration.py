@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from .._version import __version__
 from ..cache.cache import Cache
+from ..cache.spec import KVSpec
 from ..files.files import CACHE
 from ..files.folder import weight_files
 from ..files.hub import Pair
@@ -99,11 +100,14 @@ class Bench:
         rows: int,
         context: int,
         drafting: Drafting = DEFAULT_DRAFTING,
+        specs: Sequence[KVSpec] | None = None,
     ):
+        """specs: of the caches; None for those of the model's type."""
         self.target, self.drafter, self.drafting = target, drafter, drafting
         self.rows, self.context = rows, max(context, len(prompt))
-        (prefilled,), hidden = prefill(target, [prompt], len(prompt), drafting.lookback)
-        self.cache = Cache(target.config.kv, MAX_DRAFTS + 1, target.dtype, drafting.lookback)
+        specs = target.config.kv if specs is None else specs
+        (prefilled,), hidden = prefill(target, [prompt], len(prompt), drafting.lookback, specs=specs)
+        self.cache = Cache(specs, MAX_DRAFTS + 1, target.dtype, drafting.lookback)
         self.cache.arrange([prefilled.save(0)] * rows)
         self.hidden = mx.repeat(hidden, rows, axis=0)
         self.rules = Rules.of([params] * rows, target.config.vocab_size)
@@ -144,6 +148,7 @@ def measure(
     seconds: float = math.inf,
     progress: Callable[[int, int], None] = lambda done, total: None,
     drafting: Drafting = DEFAULT_DRAFTING,
+    specs: Sequence[KVSpec] | None = None,
 ) -> Timings:
     """Times every cell `repeats` times after a first pass that warms up, with the widths in turn. One batch is in
     memory at a time.
@@ -151,12 +156,13 @@ def measure(
     prompt: token ids. params: how tokens are drawn. rows, contexts: what the cells combine. widths: drafts verified, 0
     and more, rising. seconds: a budget of round time, without compilation; once it is spent, nothing more begins, but
     two widths of each place are always timed. progress: called with the rounds timed and all rounds. drafting: whose
-    drafts are timed. The first pass counts only for cells that have no other repeat.
+    drafts are timed. specs: of the caches, as Bench takes them. The first pass counts only for cells that have no
+    other repeat.
     """
     timings, spent, done = Timings(), 0.0, 0
     places = [(count, context) for count in rows for context in contexts]
     for place in places:
-        bench = Bench(target, drafter, prompt, params, *place, drafting)
+        bench = Bench(target, drafter, prompt, params, *place, drafting, specs)
         for cell in [(repeat, width) for repeat in range(repeats + 1) for width in widths]:
             if spent > seconds and cell not in ((0, width) for width in widths[:2]):
                 break
@@ -173,7 +179,8 @@ class Costs:
     measurement.
 
     kind: a key of KINDS. file: None keeps nothing. notice: called with a sentence that the user should know. seconds:
-    the budget of a first start's measurement (see `measure`). drafting: whose drafts are timed.
+    the budget of a first start's measurement (see `measure`). drafting: whose drafts are timed. specs: of the caches,
+    as Bench takes them.
     """
 
     def __init__(
@@ -183,19 +190,27 @@ class Costs:
         notice: Callable[[str], None] = lambda message: None,
         seconds: float = QUICK_SECONDS,
         drafting: Drafting = DEFAULT_DRAFTING,
+        specs: Sequence[KVSpec] | None = None,
     ):
         self.kind, self.file, self.notice, self.seconds = kind, file, notice, seconds
-        self.drafting = drafting
+        self.drafting, self.specs = drafting, specs
 
     @classmethod
     def of_pair(
-        cls, pair: Pair, target: Gemma4, drafter: Drafter | None, notice: Callable[[str], None], drafting: Drafting
+        cls,
+        pair: Pair,
+        target: Gemma4,
+        drafter: Drafter | None,
+        notice: Callable[[str], None],
+        drafting: Drafting,
+        specs: Sequence[KVSpec] = (),
     ) -> dict[str, Costs]:
         """Returns the Costs of every kind of text, by kind. Without a drafter they have no file."""
         if drafter is None:
             return {kind: cls(kind) for kind in KINDS}
-        key = _key(pair, target, drafter) | {"source": drafting.source}
-        return {kind: cls(kind, CostFile({"text": kind} | key), notice, drafting=drafting) for kind in KINDS}
+        key = _key(pair, target, drafter) | {"source": drafting.source} | _bits(specs)
+        files = {kind: CostFile({"text": kind} | key) for kind in KINDS}
+        return {kind: cls(kind, file, notice, drafting=drafting, specs=specs or None) for kind, file in files.items()}
 
     def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
         """Returns the table from the file, or measures a short one and writes it.
@@ -210,7 +225,9 @@ class Costs:
             if done == 1 and time.perf_counter() - began > SLOW:
                 self.notice("measuring what drafts cost on this machine, once")
 
-        timings = measure(target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds, told, self.drafting)
+        timings = measure(
+            target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds, told, self.drafting, self.specs
+        )
         self._write(*timings.parts())
         return CostTable.of(*timings.parts())
 
@@ -225,9 +242,8 @@ class Costs:
         """Measures the whole grid now, writes it, and returns its table. Takes a minute or two."""
         contexts = sorted({len(prompt), min(LONG, target.config.context // 2)})
         grid = ROWS, contexts, range(MAX_DRAFTS + 1)
-        timings = measure(
-            target, drafter, prompt, KINDS[self.kind], *grid, repeats, progress=progress, drafting=self.drafting
-        )
+        how = {"progress": progress, "drafting": self.drafting, "specs": self.specs}
+        timings = measure(target, drafter, prompt, KINDS[self.kind], *grid, repeats, **how)
         self._write(*timings.parts())
         return CostTable.of(*timings.parts())
 
@@ -278,6 +294,12 @@ def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
         "chip": device.name() if metal else _processor(),
         "versions": {"mlx": mx.__version__, "mlx_gemma_mtp": __version__},
     }
+
+
+def _bits(specs: Sequence[KVSpec]) -> dict[str, Any]:
+    """Returns the bits of each layer's K/V; nothing where all are of the model's type."""
+    bits = [spec.bits for spec in specs]
+    return {"kv_bits": bits} if any(bits) else {}
 
 
 def _kernels(target: Gemma4) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from weakref import finalize
 
 import mlx.core as mx
 
+from ..cache.spec import KVSpec
 from ..errors import UserError
 from ..files.progress import Progress
 from ..machine import blas
@@ -290,8 +291,13 @@ class Engine:
         return self.settings.drafting
 
     @property
+    def specs(self) -> tuple[KVSpec, ...]:
+        """What the caches are made of: the K/V of each layer that owns some, in the bits that they are kept in."""
+        return self.settings.specs(self.target.config)
+
+    @property
     def description(self) -> str:
-        """A line about what computes: weight formats, dtype, device, expert paths and MLX's version."""
+        """A line about what computes: weight formats, dtype, device, expert paths, bits of K/V, MLX's version."""
         dtype = str(self.target.dtype).removeprefix("mlx.core.")
         models = {"target": self.target} | ({"drafter": self.drafter} if self.drafter else {})
         formats = [f"{name} {loading.format_of(model)}" for name, model in models.items()]
@@ -299,6 +305,8 @@ class Engine:
         if moe := self.target.config.moe:
             ways = self.target.layers[0].experts.paths(self.target.dtype, moe.top_k)
             device += f", experts {' then '.join(ways)}"
+        if bits := self.settings.kv_bits:
+            device += f", K/V of {'all' if self.settings.kv_bits_rings else 'full'} layers in {bits} bits"
         return f"{', '.join(formats)}, computed in {dtype} on {device}, MLX {mx.__version__}"
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cache.spec import row_bytes
+from ..cache.spec import KVSpec, row_bytes
 from ..errors import UserError, shown
 from ..files import hub
 from ..files.folder import read_config, weight_bytes
@@ -30,10 +30,10 @@ from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import MTP, Drafting
 from ..text.tokenizer_files import check_tokenizer
-from .arguments import check_depth, limit_of, told
+from .arguments import check_depth, check_kv_bits, limit_of, told
 from .calibration import Costs
 from .engine import Engine
-from .settings import MAX_WAITING, PREFILL_CHUNK
+from .settings import MAX_WAITING, PREFILL_CHUNK, Settings
 from .warmup import making_ready, warm_up
 from .worker import Worker
 
@@ -49,6 +49,8 @@ def load(
     num_draft_tokens: int | str = AUTO,
     dtype: str | mx.Dtype | None = None,
     draft_bits: int | None = None,
+    kv_bits: int | None = None,
+    kv_bits_rings: bool = False,
     max_rows: int = MAX_ROWS,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
@@ -71,7 +73,9 @@ def load(
     costs as the file has them, so that equal calls get equal draft lengths. dtype: 'float32', 'bfloat16' or 'float16'
     for weights that are not quantised, of both models; None keeps the target's on Metal and is float32 on a CPU, which
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
-    vocabulary head to at most 4, a centroid head not at all. max_rows: requests that are decoded at once; others wait,
+    vocabulary head to at most 4, a centroid head not at all. kv_bits: 8 or 4 bits a number of the K/V of full layers,
+    which is what a long context takes; None keeps the model's type. kv_bits_rings: those of sliding layers, too.
+    max_rows: requests that are decoded at once; others wait,
     and each takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit:
     bytes that weights, K/V and what a pass computes may take together; None is what the machine has. wired_limit: keeps
     weights wired in a Mac's memory. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
@@ -83,6 +87,7 @@ def load(
     called with what takes seconds now, '' when it is over.
     """
     _check_process()
+    kv_bits_rings = flag("kv_bits_rings", kv_bits_rings)
     notice = told("notice", notice)
     listeners = _Listeners(notice, told("progress", progress), told("stage", stage))
     wanted = _Wanted.of(model, draft_model, revision, dtype, draft_bits)
@@ -95,6 +100,8 @@ def load(
         "max_waiting": count("max_waiting", max_waiting),
         "memory_limit": limit_of("memory_limit", memory_limit),
         "wired_limit": flag("wired_limit", wired_limit),
+        "kv_bits": check_kv_bits(kv_bits, kv_bits_rings),
+        "kv_bits_rings": kv_bits_rings,
     }
     pair, defaults = _find(wanted, listeners)
     worker = Worker()
@@ -103,7 +110,8 @@ def load(
         encode = _import_text()  # takes seconds; meanwhile the models are read and run for the first time
         target, drafter = opening.wait()
         text = encode.Text(pair.target, target.config.vocab_size, target.config.media_token_ids, notice)
-        costs = Costs.of_pair(pair, target, drafter, notice, settings["drafting"])
+        specs = Settings(**settings).specs(target.config)
+        costs = Costs.of_pair(pair, target, drafter, notice, settings["drafting"], specs)
         reason = pair.reason
         return Engine(target, drafter, text, defaults, no_drafter_reason=reason, costs=costs, worker=worker, **settings)
     except BaseException:
@@ -216,14 +224,14 @@ def _open(pair: hub.Pair, wanted: _Wanted, settings: Mapping[str, Any], *told: A
     if cast is None and not metal_available():
         cast = mx.float32
         listeners.notice("no Metal here: running on the CPU, in float32")
-    _check_memory(pair, cast, settings["prefill_chunk"], settings["memory_limit"])
+    specs = _check_memory(pair, cast, settings)
     _computing.add(os.getpid())
     target, drafter = _open_models(pair, cast, wanted.draft_bits)
     listeners.stage("")
     for model in (target, drafter) if drafter else (target,):
         loading.prepare(model, listeners.progress)
     listeners.stage(making_ready(target))
-    warm_up(target, drafter, settings["max_rows"], pause)
+    warm_up(target, drafter, settings["max_rows"], pause, specs)
     listeners.stage("")
     return target, drafter
 
@@ -261,16 +269,18 @@ def _import_text() -> ModuleType:
     return import_module("..text.encode", __package__)
 
 
-def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, block: int, limit: int | None) -> None:
-    """Raises UserError for models that do not fit the memory with one row of a short text. Reads no weights.
+def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, settings: Mapping[str, Any]) -> tuple[KVSpec, ...]:
+    """Returns what the caches will be made of. Raises UserError for K/V that cannot have the bits that were asked for,
+    and for models that do not fit the memory with one row of a short text. Reads no weights.
 
-    cast: the dtype to compute in; float32 doubles the bytes of 16-bit weights. block: prompt tokens a forward pass.
-    limit: bytes that the caller allows, None for what the machine has.
+    cast: the dtype to compute in; float32 doubles the bytes of 16-bit weights.
     """
     config = TargetConfig.from_dict(read_config(pair.target))
     folders = [folder for folder in (pair.target, pair.drafter) if folder is not None]
     widened = cast is not None and cast == mx.float32
     needed = sum(weight_bytes(folder, widened) for folder in folders)
-    needed += row_bytes(config.kv, 1, block, 4 if widened else 2)
+    specs = Settings(**settings).specs(config)
+    needed += row_bytes(specs, 1, settings["prefill_chunk"], 4 if widened else 2)
     advice = "convert it with -q --q-bits 4, or take a smaller model"
-    memory.check(needed, f"the model in {pair.target}", advice, limit)
+    memory.check(needed, f"the model in {pair.target}", advice, settings["memory_limit"])
+    return specs

@@ -113,6 +113,7 @@ class Runner:
         """
         self.target, self.drafter, self.tables, self.depth, self.settings = target, drafter, tables, depth, settings
         self.drafting = settings.drafting
+        self.specs = settings.specs(target.config)
         drafts = settings.num_draft_tokens
         block = max(WIDEST, 0 if drafts == AUTO else drafts) + 1
         chunk = settings.prefill_chunk
@@ -251,9 +252,7 @@ class Runner:
         for piece in pieces:
             held = self.held[piece.id]
             if piece.start == 0:
-                held.staged = Cache(
-                    self.target.config.kv, self.scheduler.chunk, self.target.dtype, self.drafting.lookback
-                )
+                held.staged = Cache(self.specs, self.scheduler.chunk, self.target.dtype, self.drafting.lookback)
                 held.staged.open(len(held.tokens))
                 held.began = held.began or now
             caches.append(held.staged)
@@ -477,6 +476,7 @@ class Runner:
         settings, models = self.settings, (self.target, self.drafter)
         return memory_of(
             self.target.config,
+            self.specs,
             settings.memory_limit or memory.total_bytes(),
             sum(model_bytes(model) for model in models if model is not None),
             chunk=settings.prefill_chunk,
@@ -498,7 +498,7 @@ class Runner:
     def _new_loop(self) -> Speculation:
         """Returns a batch without rows."""
         block = self.scheduler.block
-        cache = Cache(self.target.config.kv, block, self.target.dtype, self.drafting.lookback)
+        cache = Cache(self.specs, block, self.target.dtype, self.drafting.lookback)
         return Speculation(self.target, self.drafter, cache, self.drafting)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..cache.spec import KVSpec, with_bits
+from ..models.config import TargetConfig
 from ..sampling.params import MAX_ROWS
 from ..speculative.depth import AUTO
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
@@ -16,6 +18,7 @@ MAX_WAITING = 1024
 class Settings:
     """The settings of an engine, checked, as `load` describes them.
 
+    kv_bits: of full layers' K/V, None for the model's type. kv_bits_rings: whether sliding layers' have them, too.
     suppress: token ids that the folder forbids.
     """
 
@@ -27,4 +30,10 @@ class Settings:
     wired_limit: bool = False
     drafting: Drafting = DEFAULT_DRAFTING
     frozen_costs: bool = False
+    kv_bits: int | None = None
+    kv_bits_rings: bool = False
     suppress: tuple[int, ...] = ()
+
+    def specs(self, config: TargetConfig) -> tuple[KVSpec, ...]:
+        """Returns what the caches of a target are made of. Raises UserError where its K/V cannot have these bits."""
+        return with_bits(config.kv, self.kv_bits, self.kv_bits_rings)

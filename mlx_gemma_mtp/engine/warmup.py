@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
 
+from ..cache.spec import KVSpec
 from ..errors import UserError
 from ..files.files import cache_folder, whole
 from ..machine.device import metal_available
@@ -104,22 +105,29 @@ def making_ready(target: Gemma4) -> str:
     return "importing the tokenizer"
 
 
-def warm_up(target: Gemma4, drafter: Drafter | None, max_rows: int, pause: Callable[[], None] = lambda: None) -> None:
+def warm_up(
+    target: Gemma4,
+    drafter: Drafter | None,
+    max_rows: int,
+    pause: Callable[[], None] = lambda: None,
+    specs: Sequence[KVSpec] | None = None,
+) -> None:
     """Runs a short prompt, and rounds with drafts and without, in one row and, where max_rows allows, in two.
 
-    Does so once a process for each kind of pair, and not on Metal. pause: called in between. Raises UserError where MLX
-    cannot keep its kernels.
+    Does so once a process for each kind of pair, and not on Metal. pause: called in between. specs: of the caches, as
+    Bench takes them. Raises UserError where MLX cannot keep its kernels.
     """
     check_kernel_folder()
     if not wanted(target):
         return
     for rows in (1, 2)[:max_rows]:
         pause()
-        kind = (rows, type(target), target.config.moe is None, drafter and type(drafter.masked_embedding))
+        bits = frozenset((spec.window is None, spec.bits) for spec in specs or () if spec.bits)
+        kind = (rows, type(target), target.config.moe is None, drafter and type(drafter.masked_embedding), bits)
         if kind not in _done:
             _done.add(kind)
             with _one_at_a_time(), _preamble_compiled():
-                Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0).rounds(2)
+                Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0, specs=specs).rounds(2)
 
 
 @contextmanager

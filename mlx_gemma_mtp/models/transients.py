@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..cache.spec import capacity, ring_slots
+from ..cache.spec import KVSpec, capacity, ring_slots
 from .config import LayerSpec, TargetConfig
 
 FUSED = (64, 80, 128)  # widths of heads that MLX's fused attention on Metal takes for more tokens than a verify's
@@ -20,11 +20,13 @@ FLOAT32 = 4
 class Transients:
     """The bytes of forwards of one target.
 
-    item_size: bytes of a number of the dtype that it computes in. block: prompt tokens of the longest chunk, which says
-    how many slots a ring has. metal: whether Metal computes.
+    specs: of its K/V, one for each layer that owns some, in the bits that they are kept in. item_size: bytes of a
+    number of the dtype that it computes in. block: prompt tokens of the longest chunk, which says how many slots a ring
+    has. metal: whether Metal computes.
     """
 
     config: TargetConfig
+    specs: tuple[KVSpec, ...]
     item_size: int
     block: int
     metal: bool
@@ -44,7 +46,7 @@ class Transients:
         context: tokens of the longest row.
         """
         tokens, room = rows * width, context + 2 * width  # a row has room for the verify after this one
-        return _ahead(self._through(self.config.layers, tokens, room) + self.logits(tokens))
+        return _ahead(self._through(self.config.layers, tokens, room, rows) + self.logits(tokens))
 
     def logits(self, tokens: int) -> int:
         """Returns the bytes of the logits of so many tokens, [tokens, vocabulary] in float32, as the model's dtype
@@ -52,11 +54,13 @@ class Transients:
         """
         return tokens * self.config.vocab_size * (self.item_size + 3 * FLOAT32)
 
-    def _through(self, layers: tuple[LayerSpec, ...], tokens: int, context: int) -> int:
-        """Returns what `tokens` tokens take on their way through these layers."""
+    def _through(self, layers: tuple[LayerSpec, ...], tokens: int, context: int, rows: int = 1) -> int:
+        """Returns what `tokens` tokens of so many rows take on their way through these layers."""
         kinds = {(layer.kv, layer.heads): layer for layer in layers}.values()
         kept = self._stream(tokens) + sum(self._tables(layer, tokens, context) for layer in kinds)
-        work = [max(self._attention(layer, tokens, context), self._feedforward(layer, tokens)) for layer in layers]
+        work = [
+            max(self._attention(layer, tokens, context, rows), self._feedforward(layer, tokens)) for layer in layers
+        ]
         return kept + max(work, default=0)
 
     def _stream(self, tokens: int) -> int:
@@ -75,10 +79,11 @@ class Transients:
             return seen
         return seen * (1 + FLOAT32 * (1 + layer.heads)) + 2 * tokens * layer.kv.head_dim * FLOAT32
 
-    def _attention(self, layer: LayerSpec, tokens: int, context: int) -> int:
-        """Returns queries, keys and values, the scores, and what the heads bring."""
+    def _attention(self, layer: LayerSpec, tokens: int, context: int, rows: int) -> int:
+        """Returns queries, keys and values, the scores, what the heads bring, and copies of what is read packed."""
         brought = 3 * tokens * layer.heads * layer.kv.head_dim * self.item_size
-        return self._projected(layer, tokens) + self._scores(layer, tokens, context) + brought
+        copied = rows * self._copied(layer, context)
+        return self._projected(layer, tokens) + self._scores(layer, tokens, context) + brought + copied
 
     def _projected(self, layer: LayerSpec, tokens: int) -> int:
         """Returns queries, keys and values: projected, normed, with their halves swapped, turned, and the slots that
@@ -89,10 +94,17 @@ class Transients:
 
     def _scores(self, layer: LayerSpec, tokens: int, context: int) -> int:
         """Returns the scores [heads, tokens, slots] and their softmax; nothing where attention is fused."""
-        if self.metal and layer.kv.head_dim in FUSED:
+        if self.metal and layer.kv.head_dim in FUSED and self.specs[layer.kv_layer].bits is None:
             return 0
         size = self.item_size if self.metal else FLOAT32
         return 2 * layer.heads * tokens * self._slots(layer, context) * size
+
+    def _copied(self, layer: LayerSpec, context: int) -> int:
+        """Returns what a row's packed K/V take once more: a CPU's products with them take contiguous ones."""
+        spec = self.specs[layer.kv_layer]
+        if self.metal or spec.bits is None:
+            return 0
+        return self._slots(layer, context) * spec.slot_bytes(self.item_size)
 
     def _feedforward(self, layer: LayerSpec, tokens: int) -> int:
         """Returns gate, up and their product, in the MLP and in each chosen expert, and what the experts bring before

@@ -7,6 +7,7 @@ import mlx.core as mx
 from ..machine.device import metal_available
 from . import fused
 
+Quantized = tuple[mx.array, mx.array, mx.array]  # packed words, scales, biases
 READ_STEP = 16  # slots; a multiple of every SIMD width, so that a longer read adds zeros alone to each lane
 
 
@@ -56,3 +57,30 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.arra
     if metal_available():
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
     return attention_reference(queries, keys, values, mask)
+
+
+def quantized_attention(
+    queries: mx.array, keys: Quantized, values: Quantized, mask: mx.array, group: int, bits: int
+) -> mx.array:
+    """Returns grouped attention with scale 1, [B, heads, T, D], over keys and values that stay packed: what is read of
+    them is their words.
+
+    queries: [B, heads, T, D]; keys, values: packed words, scales and biases, [B, kv_heads, S, any] each; mask: from
+    `attention_mask`. group: numbers along D that share a scale. On a CPU all is float32, for MLX adds up quantised
+    products of 16 bits in 16 bits there; on Metal the softmax alone is, as in MLX's own attention.
+    """
+    rows, heads, tokens, dim = queries.shape
+    kv_heads, slots = keys[0].shape[1:3]
+    grouped = queries.reshape(rows, kv_heads, -1, dim)  # [B, kv_heads, heads / kv_heads * T, D]
+    if not metal_available():
+        grouped = grouped.astype(mx.float32)
+        scores = mx.quantized_matmul(grouped, *keys, transpose=True, group_size=group, bits=bits) + mask
+        weights = fused.exponentials(scores, scores.max(axis=-1, keepdims=True))
+        summed = mx.quantized_matmul(weights, *values, transpose=False, group_size=group, bits=bits)
+        return (summed / weights.sum(axis=-1, keepdims=True)).astype(queries.dtype).reshape(queries.shape)
+    scores = mx.quantized_matmul(grouped, *keys, transpose=True, group_size=group, bits=bits)
+    scores = scores.reshape(rows, kv_heads, heads // kv_heads, tokens, slots)
+    weights = mx.softmax(mx.where(mask[:, None], scores, -mx.inf), axis=-1, precise=True)
+    weights = weights.reshape(rows, kv_heads, -1, slots)
+    summed = mx.quantized_matmul(weights, *values, transpose=False, group_size=group, bits=bits)
+    return summed.reshape(queries.shape)

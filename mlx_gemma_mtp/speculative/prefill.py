@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..cache.cache import Cache
 from ..cache.packed import PackedSpan
+from ..cache.spec import KVSpec
 from ..models.gemma4 import Gemma4
 
 
@@ -29,13 +30,16 @@ def prefill(
     block: int,
     lookback: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
+    specs: Sequence[KVSpec] | None = None,
 ) -> tuple[list[Cache], mx.array]:
     """Feeds whole prompts in chunks of `block` tokens, each evaluated before the next. Returns a cache of each prompt,
     and the hidden states of their last tokens, [B, H].
 
-    progress: told after each chunk how many tokens of the longest prompt are done.
+    progress: told after each chunk how many tokens of the longest prompt are done. specs: of the caches; None for
+    those of the model's type.
     """
-    caches = [Cache(target.config.kv, block, target.dtype, lookback).open(len(prompt)) for prompt in prompts]
+    specs = target.config.kv if specs is None else specs
+    caches = [Cache(specs, block, target.dtype, lookback).open(len(prompt)) for prompt in prompts]
     hidden: dict[int, mx.array] = {}
     for start in range(0, longest := max(map(len, prompts)), block):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
@@ -54,11 +58,12 @@ def batch(
     block: int,
     lookback: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
+    specs: Sequence[KVSpec] | None = None,
 ) -> tuple[Cache, mx.array]:
     """Feeds whole prompts in chunks of `chunk` tokens. Returns one cache of them all, for writes of at most `block`
-    tokens, and the hidden states of their last tokens, [B, H].
+    tokens, and the hidden states of their last tokens, [B, H]. specs: as `prefill` takes them.
     """
-    caches, hidden = prefill(target, prompts, chunk, lookback, progress)
-    cache = Cache(target.config.kv, block, target.dtype, lookback)
+    caches, hidden = prefill(target, prompts, chunk, lookback, progress, specs)
+    cache = Cache(target.config.kv if specs is None else specs, block, target.dtype, lookback)
     cache.arrange([each.save(0) for each in caches])
     return cache, hidden

@@ -36,6 +36,14 @@ def test_the_bundled_pair_is_equal(capsys, prompt_file):
     assert "temperature 1, 24 samples each way: same distribution" in out and "whole pass: 1" in out
 
 
+@pytest.mark.parametrize("flags", [["--kv-bits", "8"], ["--kv-bits", "4", "--kv-bits-rings"]])
+def test_few_bits_of_kv_are_equal(capsys, prompt_file, flags):
+    """The reference is plain decoding over the same bits: a text of another engine is no part of it."""
+    code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--samples", "0", *flags)
+    assert code == 0 and "greedy, 2 rows, 3 drafts: 2 of 2 texts equal" in out, out
+    assert f"K/V of {'all' if len(flags) > 2 else 'full'} layers in {flags[1]} bits" in out
+
+
 def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):
     """Drafts that are kept whatever the target says: the first divergence comes with both logits."""
     monkeypatch.setattr(rounds, "accept", lambda drafts, targets, real: accept(targets[:, :-1], targets, real))

@@ -8,7 +8,7 @@ from test_convert import Checkpoint, V, expected, make_drafter, make_e2b, make_m
 
 from convert import blocks
 from convert.cli import main
-from mlx_gemma_mtp.cache.spec import row_bytes
+from mlx_gemma_mtp.cache.spec import row_bytes, with_bits
 from mlx_gemma_mtp.models.config import TargetConfig
 
 TARGETS = {"e2b": make_e2b, "unified": make_unified, "moe": make_moe, "text": make_text}
@@ -54,7 +54,12 @@ def test_source_and_conversion_say_the_same(tmp_path, capsys, monkeypatch, make)
     assert before["left_out"] == {"tensors": len(media), "bytes": sum(media)}
     assert before["drafter"] == str(tmp_path / "hf-assistant")
     target = TargetConfig.from_dict(json.loads((tmp_path / "out" / "config.json").read_text()))
-    assert before["memory"]["kv"] == {str(n): row_bytes(target.kv, n, 256, 2) for n in (4096, 32768, 131072)}
+    contexts = (4096, 32768, 131072)
+    assert before["memory"]["kv"] == {str(n): row_bytes(target.kv, n, 256, 2) for n in contexts}
+    few = {bits: with_bits(target.kv, bits) for bits in (8, 4)}
+    assert before["memory"]["kv_bits"] == {
+        str(bits): {str(n): row_bytes(specs, n, 256, 2) for n in contexts} for bits, specs in few.items()
+    }
 
 
 def test_quantisation_by_kind_of_module(tmp_path, capsys):

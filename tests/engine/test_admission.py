@@ -64,7 +64,7 @@ def test_bytes_are_those_of_caches(kind, tokens):
     """A prompt while it is prefilled, saved, and in a row of the batch."""
     model = tiny.target(kind)
     sizes = {"chunk": 64, "block": 8, "item_size": 4, "lookback": 1, "metal": False}
-    memory = memory_of(model.config, 0, 0, **sizes)
+    memory = memory_of(model.config, model.config.kv, 0, 0, **sizes)
     (staged,), _ = prefill.prefill(model, [[2 + i % 90 for i in range(tokens)]], 64, 1)
     saved, batch = staged.save(0), Cache(model.config.kv, 8, mx.float32, 1)
     batch.arrange([saved])

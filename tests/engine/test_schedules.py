@@ -19,6 +19,7 @@ from schedules import (
     FREE,
     LONGEST,
     PAIRS,
+    QUANTISED,
     SETTINGS,
     Asked,
     Drive,
@@ -52,6 +53,37 @@ often = settings(common, max_examples=MANY)
 def test_some_schedules(pair, schedule):
     with within(600):
         check_all(pair, schedule)
+
+
+@pytest.mark.parametrize("pair", QUANTISED)
+@settings(always, max_examples=2)
+@given(schedule=schedules())
+def test_some_schedules_over_few_bits(pair, schedule):
+    """K/V in 8 and 4 bits: whatever is drafted, and whoever is beside, the text is that of plain decoding alone over
+    the same bits.
+    """
+    with within(600):
+        check_all(pair, schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", QUANTISED)
+@settings(often, max_examples=MANY // 5)
+@given(schedule=schedules())
+def test_many_schedules_over_few_bits(pair, schedule):
+    with within(600):
+        check_all(pair, schedule)
+
+
+@pytest.mark.parametrize("pair", (min(QUANTISED), max(QUANTISED)))
+def test_a_crowd_over_few_bits_has_drafts_kept(pair):
+    """Three rows where there is hardly room for one, past the wrapped window; their drafts are kept."""
+    requests = tuple(Asked(at=3 * i, prompt=(i, 140 + 60 * i), limit=LONGEST, drafts=i % 2 * 4) for i in range(3))
+    with within(300):
+        drive = check_all(pair, Schedule(requests, spare=1.1))
+    stats = [each.result.stats for each in drive.outcomes.values()]
+    assert sum(each.accepted for each in stats) > 0
+    assert any(spec.bits for spec in drive.runner.specs)
 
 
 @pytest.mark.slow

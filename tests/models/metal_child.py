@@ -1,6 +1,6 @@
 """Runs models through the Metal branches and prints, as JSON, which types and which paths were met.
 
-    python tests/models/metal_child.py simulated|real MODEL DRAFTER ...
+    python tests/models/metal_child.py simulated|real MODEL[:DTYPE[:BITS[,rings]]] DRAFTER ...
 
 "simulated" is for machines without Metal: the question about the device is answered yes before anything of the package
 but the asker is imported, MLX computes on the CPU by its own fallbacks, and a launch of one of our kernels runs its
@@ -35,7 +35,7 @@ if SIMULATED:
 import mlx.nn as nn
 
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.cache.kv import LayerKV
+from mlx_gemma_mtp.cache.kv import LayerKV, QuantizedKV
 from mlx_gemma_mtp.models.drafter import CentroidHead, DenseHead, Drafter
 from mlx_gemma_mtp.models.gemma4 import Block, Gemma4
 from mlx_gemma_mtp.models.linear import Embedding, Linear
@@ -85,10 +85,12 @@ def product(y: mx.array, module: nn.Module, x: mx.array, *rest: Any) -> None:
 def watch_all() -> None:
     """Everything a token's activations pass."""
     watch(Block, "__call__", lambda y, self, x, *_: (note("blocks' inputs", x), note("blocks' outputs", y)))
-    watch(LayerKV, "write", lambda _, self, slot, keys, values: note("written", keys, values))
-    watch(LayerKV, "attend", lambda y, self, rows, slots, queries, mask: (
-        note("queries", queries), note("cache", self.keys, self.values), note("attended", y)
-    ))  # fmt: skip
+    for kind in (LayerKV, QuantizedKV):
+        watch(kind, "write", lambda _, self, slot, keys, values: note("written", keys, values))
+        watch(kind, "attend", lambda y, self, rows, slots, queries, mask: (
+            note("queries", queries), note("cache", *self.arrays), note("attended", y)
+        ))  # fmt: skip
+    watch(QuantizedKV, "write", lambda _, self, *rest: note("quantised", *self.arrays))
     watch(Gemma4, "embed", lambda y, self, tokens: note("embedded", y))
     watch(Gemma4, "__call__", lambda y, *_: note("hidden", y))
     watch(Gemma4, "logits", lambda y, self, hidden: note("target's head", hidden))
@@ -132,8 +134,9 @@ def main(pairs: list[tuple[str, str]]) -> None:
     watch_all()
     results = []
     for target, drafter in pairs:
-        folder, _, dtype = target.partition(":")
-        engine = load(folder, drafter, dtype=dtype or None)
+        folder, dtype, bits = (*target.split(":"), "", "")[:3]
+        options = {"kv_bits": int(bits[0]), "kv_bits_rings": bits.endswith("rings")} if bits else {}
+        engine = load(folder, drafter, dtype=dtype or None, **options)
         met.clear()  # the kernels' self-checks are not the model
         tokens = [
             [result.tokens for result in engine.generate(PROMPTS, SamplingParams(**params), num_draft_tokens=drafts)]

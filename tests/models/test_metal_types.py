@@ -37,7 +37,9 @@ PREAMBLE = Path("mlx/backend/cpu/compiled_preamble.h")  # of every kernel that m
 
 @pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.metal)])
 def run(request):
-    """(target, drafter) folders, a type behind a colon -> what models/metal_child.py found, a dict for each pair."""
+    """(target, drafter) folders, a type behind a colon and bits of K/V behind another -> what models/metal_child.py
+    found, a dict for each pair.
+    """
     if (request.param == "real") != metal_available():
         pytest.skip("no Metal here" if request.param == "real" else "Metal is here, nothing to simulate")
 
@@ -154,3 +156,26 @@ def test_float32_has_the_tokens_of_the_cpu(run, tmp_path):
             results = engine.generate(found["prompts"], SamplingParams(**settings))
             assert tokens == [result.tokens for result in results]
         assert len({token for row in greedy for token in row}) > 6, "a text that repeats itself proves little"
+
+
+@pytest.mark.parametrize("bits", ["8", "4", "4,rings"])
+def test_kv_in_few_bits(run, tmp_path, bits):
+    """What is quantised, scaled, attended and drafted has the model's type, of 16 bits or 32; with float32 the texts of
+    plain decoding are those with drafts, and those of the CPU's branch.
+    """
+    half = converted(tmp_path, "12B", "8 bit", "--dtype", "float16")
+    folders = [(DEMO[0], DEMO[1], ""), (E2B[0], E2B[1], ""), (half[0], half[1], ""), (DEMO[0], DEMO[1], "float32")]
+    found = run(*((f"{target}:{dtype}:{bits}", drafter) for target, drafter, dtype in folders))
+    for each, dtype in zip(found, ("bfloat16", "bfloat16", "float16", "float32"), strict=True):
+        of_one_type(each, dtype)
+        assert f"K/V of {'all' if 'rings' in bits else 'full'} layers in {bits[0]} bits" in each["says"]
+        assert each["met"]["quantised"] == [dtype]
+    if metal_available():
+        return
+    greedy, drafted, sampled, sampled_drafted = found[-1]["tokens"]
+    assert greedy == drafted and sampled == sampled_drafted
+    options = {"kv_bits": int(bits[0]), "kv_bits_rings": "rings" in bits}
+    engine = load(*map(str, DEMO), dtype="float32", num_draft_tokens=0, **options)
+    for tokens, settings in ((greedy, found[-1]["greedy"]), (sampled, found[-1]["sampled"])):
+        results = engine.generate(found[-1]["prompts"], SamplingParams(**settings))
+        assert tokens == [result.tokens for result in results]

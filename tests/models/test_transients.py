@@ -12,7 +12,9 @@ import pytest
 import tiny
 
 from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.cache.kv import layout
 from mlx_gemma_mtp.cache.saved import Saved
+from mlx_gemma_mtp.cache.spec import KVSpec, with_bits
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.models import gemma4, loading
 from mlx_gemma_mtp.models.config import TargetConfig
@@ -23,6 +25,7 @@ from mlx_gemma_mtp.sampling.distribution import Rules
 from mlx_gemma_mtp.sampling.drawing import draw
 from mlx_gemma_mtp.speculative import prefill
 
+Specs = tuple[KVSpec, ...]
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 WIDE = {
     "hidden_size": 256,
@@ -67,24 +70,33 @@ def model(request):
     return MODELS[request.param]()
 
 
+FEW_BITS = {
+    "bundled": [(8, False), (4, True)],
+    "wide moe": [(8, True), (4, False)],
+    "wide e2b": [(4, True)],
+}
+
+
 def ids(count: int) -> list[int]:
     return [2 + i % 90 for i in range(count)]
 
 
-def forward(model: Gemma4, rows: int, tokens: int, context: int) -> Callable[[], None]:
+def forward(model: Gemma4, specs: Specs, rows: int, tokens: int, context: int) -> Callable[[], None]:
     """A chunk of `tokens` tokens of one prompt, which end at `context`."""
-    cache = Cache(model.config.kv, tokens, model.dtype).open(context)
+    cache = Cache(specs, tokens, model.dtype).open(context)
     cache.commit(mx.array([context - tokens]), [context - tokens])
     mx.eval(cache.buffers, cache.lengths)
     return lambda: mx.eval(prefill.chunk(model, [cache], [ids(tokens)]), cache.buffers)
 
 
-def verify(model: Gemma4, rows: int, width: int, context: int) -> Callable[[], None]:
+def verify(model: Gemma4, specs: Specs, rows: int, width: int, context: int) -> Callable[[], None]:
     """A verify with its logits and draws, of the settings that look at most."""
-    before, cache = context - width, Cache(model.config.kv, width, model.dtype)
-    kept = [(s.kv_heads, before if s.window is None else min(before, s.window - 1), s.head_dim) for s in cache.specs]
-    zeros = [mx.zeros((1, *shape), model.dtype) for shape in kept]
-    cache.arrange([Saved(before, tuple((each, each) for each in zeros))] * rows)
+    before, cache = context - width, Cache(specs, width, model.dtype)
+    kept = [before if spec.window is None else min(before, spec.window - 1) for spec in specs]
+    layers = [
+        tuple(part.zeros(1, n) for part in layout(spec, model.dtype)) for n, spec in zip(kept, specs, strict=True)
+    ]
+    cache.arrange([Saved(before, tuple(layers))] * rows)
     tokens, rules = mx.array([ids(width)] * rows), Rules.of([tiny.SAMPLED] * rows, model.config.vocab_size)
     mx.eval(cache.buffers, cache.lengths, tokens)
 
@@ -96,11 +108,13 @@ def verify(model: Gemma4, rows: int, width: int, context: int) -> Callable[[], N
     return run
 
 
-def peak(made: Callable[..., Callable[[], None]], model: Gemma4, rows: int, count: int, context: int) -> int:
+def peak(
+    made: Callable[..., Callable[[], None]], model: Gemma4, specs: Specs, rows: int, count: int, context: int
+) -> int:
     """Bytes that MLX held at most beyond what was there, of two runs that end at `context` tokens."""
     most = 0
     for _ in range(2):
-        run = made(model, rows, count, context)
+        run = made(model, specs, rows, count, context)
         mx.synchronize()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -112,27 +126,48 @@ def peak(made: Callable[..., Callable[[], None]], model: Gemma4, rows: int, coun
 
 @pytest.mark.parametrize(("count", "context"), [(64, 256), (256, 512), (256, 2048)])
 def test_a_chunk_holds_no_more_than_was_said(model, count, context):
-    held, said = (
-        peak(forward, model, 1, count, context),
-        Transients(model.config, 4, count, False).chunk(count, context),
-    )
+    check_chunk(model, model.config.kv, count, context)
+
+
+def check_chunk(model: Gemma4, specs: Specs, count: int, context: int) -> None:
+    held = peak(forward, model, specs, 1, count, context)
+    said = Transients(model.config, specs, 4, count, False).chunk(count, context)
     assert held <= said <= 3 * held
 
 
 @pytest.mark.parametrize(("rows", "width", "context"), [(1, 8, 1024), (4, 8, 1024), (8, 4, 512)])
 def test_a_verify_holds_no_more_than_was_said(model, rows, width, context):
-    held = peak(verify, model, rows, width, context)
-    said = Transients(model.config, 4, width, False).verify(rows, width, context)
+    check_verify(model, model.config.kv, rows, width, context)
+
+
+def check_verify(model: Gemma4, specs: Specs, rows: int, width: int, context: int) -> None:
+    held = peak(verify, model, specs, rows, width, context)
+    said = Transients(model.config, specs, 4, width, False).verify(rows, width, context)
     assert held <= said <= 3 * held
+
+
+@pytest.mark.parametrize(("name", "bits", "rings"), [(n, *each) for n, every in FEW_BITS.items() for each in every])
+def test_the_same_over_kv_in_few_bits(name, bits, rings):
+    """Products with packed K/V take copies of what is read on a CPU, as many as there are rows."""
+    model = MODELS[name]()
+    specs = with_bits(model.config.kv, bits, rings)
+    check_chunk(model, specs, 64, 256)
+    check_chunk(model, specs, 256, 2048)
+    check_verify(model, specs, 1, 8, 1024)
+    check_verify(model, specs, 8, 1, 4096)
 
 
 def published(size: str) -> TargetConfig:
     return TargetConfig.from_dict(json.loads((CONFIGS / f"gemma-4-{size}-it.json").read_text()))
 
 
+def transients(config: TargetConfig, *sizes: int) -> Transients:
+    return Transients(config, config.kv, *sizes)
+
+
 def test_scores_of_wide_heads_are_most_of_a_long_chunk():
     """26B on a Mac: 16 heads, 256 tokens and 32,768 slots in 16 bits, once as scores and once as their softmax."""
-    said = Transients(published("26B-A4B"), 2, 256, True)
+    said = transients(published("26B-A4B"), 2, 256, True)
     scores = 2 * 16 * 256 * 32768 * 2
     assert scores < said.chunk(256, 32768) < 2 * scores
     assert said.chunk(256, 65536) - said.chunk(256, 32768) == pytest.approx(1.5 * scores, rel=0.05)
@@ -142,13 +177,13 @@ def test_fused_attention_has_no_scores():
     """With heads of 128 everywhere the context adds the mask alone: of the chunk, and of the token that goes on."""
     config = published("26B-A4B")
     narrow = tuple(replace(layer, kv=replace(layer.kv, head_dim=128)) for layer in config.layers)
-    said = Transients(replace(config, layers=narrow), 2, 256, True)
+    said = transients(replace(config, layers=narrow), 2, 256, True)
     assert said.chunk(256, 65536) - said.chunk(256, 32768) == 1.5 * 257 * 32768
 
 
 def test_logits_of_a_verify_are_counted():
     """262,144 scores a token: in 16 bits, and three times in 32."""
-    said = Transients(published("31B"), 2, 256, True)
+    said = transients(published("31B"), 2, 256, True)
     assert said.logits(8 * 5) == 40 * 262144 * 14
     assert said.verify(8, 5, 4096) > 1.5 * said.logits(40)
 
@@ -157,5 +192,5 @@ def test_layers_that_share_kv_see_one_token_of_a_chunk():
     """In the small E2B the only full layer that owns K/V is the last one that does: no scores of a whole chunk."""
     config = TargetConfig.from_dict(tiny.target_dict("e2b"))
     whole = replace(config, kv=tuple(layer.kv for layer in config.layers))
-    few, all_layers = (Transients(each, 4, 256, False).chunk(256, 4096) for each in (config, whole))
+    few, all_layers = (transients(each, 4, 256, False).chunk(256, 4096) for each in (config, whole))
     assert 5 * few < all_layers

@@ -11,6 +11,7 @@ from constraints import Stairs
 from cost_tables import random_table
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.cache.spec import with_bits
 from mlx_gemma_mtp.engine.calibration import KINDS, Bench, Costs
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.files import hub
@@ -150,3 +151,12 @@ def test_a_source_has_costs_of_its_own(engine, repeat, monkeypatch):
     monkeypatch.setattr(Repeat, "propose", lambda *args: asked.append(args[-1]) or propose(*args))
     Bench(engine.target, engine.drafter, [2, 10, 20], KINDS["greedy"], 1, 0, repeat).rounds(2)
     assert 2 in asked
+
+
+def test_bits_of_kv_have_costs_of_their_own(engine):
+    """Rounds over packed K/V take other times; K/V of the model's type keep the file that they had."""
+    parts = hub.find_pair(None, "auto", None), engine.target, engine.drafter, lambda message: None, Drafting()
+    specs = [with_bits(engine.target.config.kv, bits) for bits in (None, 8, 4)]
+    costs = [Costs.of_pair(*parts, each)["greedy"] for each in specs]
+    assert len({each.file.path for each in costs}) == 3 and [each.specs for each in costs] == specs
+    assert Costs.of_pair(*parts)["greedy"].file.path == costs[0].file.path
