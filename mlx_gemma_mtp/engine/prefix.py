@@ -10,6 +10,7 @@ import numpy as np
 
 from ..cache.saved import Saved
 
+MOST = 256  # prefixes: each is compared with every prompt
 OnKeep = Callable[[Sequence[int], Saved, str | None], None]
 
 
@@ -103,15 +104,17 @@ class Prefixes:
         """Returns whether a prefix is to be kept: there is none like it, and its bytes fit, for which others go.
 
         A reply does not drive out its own prompt: the next turn may leave the reply's thoughts out.
+
+        size: bytes.
         """
-        new = _array(tokens)
-        if any(len(entry.tokens) == len(new) == each for entry, each in self._common(new, salt)):
+        begins = self._beginnings(_array(tokens), salt)
+        if any(len(entry.tokens) == len(tokens) for entry in begins):
             return False
-        own = [entry for entry, each in self._common(new, salt) if kind is Kind.REPLY and each == len(entry.tokens)]
-        mine = sum(entry.saved.bytes for entry in own)
-        if size + mine > self._room:
+        prompts = [entry for entry in begins if entry.kind is not Kind.REPLY]
+        own = max(prompts, key=lambda entry: len(entry.tokens), default=None) if kind is Kind.REPLY else None
+        if size + (own.saved.bytes if own else 0) > self._room:
             return False
-        self._evict(self._room - size, own)
+        self._evict(self._room - size, MOST - 1, own)
         return True
 
     def keep(
@@ -132,8 +135,7 @@ class Prefixes:
         new = Entry(_array(tokens), saved, salt, kind, self._least(saved))
         first: list[Entry] = []
         if kind is Kind.PROMPT:  # the conversation goes on from here
-            alike = self._common(new.tokens, salt)
-            first = [entry for entry, each in alike if each == len(entry.tokens) and entry.kind is not Kind.BORDER]
+            first = [entry for entry in self._beginnings(new.tokens, salt) if entry.kind is not Kind.BORDER]
         self._order([*first, *(entry for entry in self._entries if entry not in first), new])
         self.counts.kept += 1
         if told and self.on_keep is not None:
@@ -149,13 +151,13 @@ class Prefixes:
         """Gives all bytes back."""
         self._order([])
 
-    def _evict(self, room: int, own: Sequence[Entry] = ()) -> None:
-        """Drops prefixes until the others take at most `room` bytes. own: these stay."""
+    def _evict(self, room: int, most: int = MOST, own: Entry | None = None) -> None:
+        """Drops prefixes until the others are at most so many, of at most `room` bytes. own: this one stays."""
         held, entries = self.bytes, list(self._entries)
         for entry in self._entries:
-            if held <= room:
+            if held <= room and len(entries) <= most:
                 break
-            if entry not in own:
+            if entry is not own:
                 entries.remove(entry)
                 held -= entry.saved.bytes
                 self.counts.evicted += 1
@@ -163,6 +165,10 @@ class Prefixes:
 
     def _order(self, entries: Sequence[Entry]) -> None:
         self._entries = tuple(entries)
+
+    def _beginnings(self, tokens: np.ndarray, salt: str | None) -> list[Entry]:
+        """Returns the prefixes that tokens begin with, or are."""
+        return [entry for entry, each in self._common(tokens, salt) if each == len(entry.tokens)]
 
     def _alike(self, tokens: Sequence[int], salt: str | None) -> list[tuple[Entry, int]]:
         """Returns with how many tokens of each prefix a prompt begins, but for its last token."""

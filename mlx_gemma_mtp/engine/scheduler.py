@@ -126,7 +126,7 @@ class Scheduler:
         pieces = self._pack(budget)
         left = self.memory.limit - self.demand.total()
         unused = max(0, batch_bytes - sum(map(self.demand.row, live)))
-        self.spare = max(0, left - unused if unused <= left else left)
+        self.spare = max(0, (left - unused if unused <= left else left) - self._wide(pieces))
         return Plan(
             ended,
             forget=tuple(entry.job.id for entry in held if not entry.fed),
@@ -396,6 +396,14 @@ class Scheduler:
         while budget > self.chunk and self.memory.chunk(budget, longest) > free:
             budget -= self.chunk
         return max(budget, self.grid)
+
+    def _wide(self, pieces: Sequence[Piece]) -> int:
+        """Returns the bytes that these pieces take beyond those of one chunk."""
+        if not pieces:
+            return 0
+        longest = max(entry.tokens for entry in self.entries.at(Stage.STAGED) if entry.remaining)
+        one = self.memory.chunk(min(self.chunk, longest), longest)
+        return max(0, self.memory.chunk(sum(piece.stop - piece.start for piece in pieces), longest) - one)
 
     def _firsts(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
         """Returns the staged requests whose first tokens are drawn with these pieces' round."""

@@ -838,4 +838,4 @@ def test_what_is_left_is_told():
     assert alone == 300 - memory.weights - memory.staged(8) - memory.chunk(8, 8)
     scheduler.submit(Job(1, 8, 20), 0.0)
     scheduler.plan(0.0, batch_bytes=30)
-    assert scheduler.spare == alone - 30 - memory.staged(8)
+    assert scheduler.spare == alone - 30 - memory.staged(8) - (memory.chunk(16, 8) - memory.chunk(8, 8))
