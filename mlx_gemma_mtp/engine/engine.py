@@ -28,6 +28,7 @@ from ..speculative.drafting import Drafting
 from .arguments import Cancel, told
 from .calibration import KINDS, TEXT, Costs
 from .intake import Intake, Options
+from .prefix import Prefixes
 from .request import Chunk, Request, Result
 from .runner import Runner
 from .settings import Settings
@@ -246,6 +247,13 @@ class Engine:
         """Who chooses draft lengths. Raises UserError once the engine is closed."""
         return self._model("depth")
 
+    @property
+    def prefixes(self) -> Prefixes:
+        """What is kept of prompts and replies for others. Any thread may ask `known` and read `counts` and `bytes`.
+        Raises UserError once the engine is closed.
+        """
+        return self._model("prefixes")
+
     def _model(self, name: str) -> Any:
         if name not in self._models:
             self._worker.check()
@@ -308,8 +316,10 @@ class Engine:
         return self._worker.call(partial(_calibrated, self._model("tables"), self.depth, repeats), progress)
 
 
-def _runner(models: Mapping[str, Any], settings: Settings) -> Runner:
-    return Runner(**models, settings=settings)
+def _runner(models: dict[str, Any], settings: Settings) -> Runner:
+    runner = Runner(**models, settings=settings)
+    models["prefixes"] = runner.keeping.prefixes
+    return runner
 
 
 def _calibrated(tables: Tables, depth: Depth, repeats: int, progress: Progress) -> dict[str, CostTable]:

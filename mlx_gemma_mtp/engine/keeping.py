@@ -82,17 +82,16 @@ class Keeping:
         request, cut = held.request, self.grid
         if request.tokens or not self.prefixes.limit:
             return ()
-        end = (len(request.prompt) - 1) // cut * cut
-        held.ends, found = {end}, {end}
+        end, parting = (len(request.prompt) - 1) // cut * cut, self.prefixes.common(request.prompt, request.salt)
+        lasting = {parting} if parting > held.kept + self.chunk else set()
+        ends = {end}
         if len(request.borders) > 2:  # more than one turn and the head of the reply
-            found.add(request.borders[1] // cut * cut)
+            lasting.add(request.borders[1] // cut * cut)
             turn = request.borders[-2] // cut * cut  # the last one, which may be said anew
-            if end - turn < self.chunk:
-                held.ends.add(turn)
-        parting = self.prefixes.common(request.prompt, request.salt)
-        if parting > held.kept + self.chunk:
-            found.add(parting)
-        return tuple(sorted(each for each in found | held.ends if each > held.kept and each >= self.chunk))
+            if end - turn < self.chunk:  # else it would be a copy of its own
+                ends.add(turn)
+        held.ends = ends - lasting
+        return tuple(sorted(each for each in ends | lasting if each > held.kept and each >= self.chunk))
 
     def prompt(self, held: Held, piece: Piece) -> None:
         """Keeps what the plan wants of a prompt whose piece was prefilled and read: the longest beginning, with what

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 from schedules import CHUNK, LONGEST, PAIRS, Asked, Clock, Drive, Outcome, Schedule, check, engine_of, ids_of, runner_of
 
+from mlx_gemma_mtp.engine.demand import Demand
 from mlx_gemma_mtp.engine.keeping import LONG, share
 from mlx_gemma_mtp.engine.plan import Piece
 from mlx_gemma_mtp.engine.prefix import Kind
@@ -95,6 +96,8 @@ def test_a_system_message_is_shared(pair):
         drive = lambda which: Drive(engine, Schedule((Asked(prompt=(which, 1)),)), driven.runner, driven.clock).run()  # noqa: E731
         first, second = drive(0)[0].result, drive(1)[0].result
     assert (first.stats.cached_tokens, second.stats.cached_tokens) == (0, grid(border))
+    (lasting,) = [each for each in driven.prefixes._entries if each.kind is Kind.BORDER]
+    assert lasting.least <= grid(border) <= len(lasting.tokens), "a turn that goes on does not let it go"
     with mock.patch("schedules.ids_of", lambda engine, asked: prompts[asked.prompt[0]]):
         cold = Driven(pair, prefixes=0)
         alone = [
@@ -227,21 +230,25 @@ def test_under_pressure_they_go():
 
 
 def test_they_go_before_any_row_does():
-    """Memory for two texts and nothing else: what was kept makes room, and nobody is preempted."""
-    requests = (Asked(prompt=(0, 240), drafts=1), Asked(prompt=(1, 240), drafts=1))
-    driven = Driven(prefixes=PLENTY)
-    sizes = Driven().runner.scheduler.memory
-    block = driven.runner.scheduler.block
-    alone = sizes.alone(240, LONGEST, CHUNK, block) - sizes.weights
-    limit = sizes.weights + int(2.6 * alone)
-    driven.runner.scheduler.demand.memory = replace(sizes, limit=limit)
-    for which in range(3):
+    """Memory for two texts and hardly more: what was kept makes room, and nobody waits or is preempted."""
+    requests, peaks = (Asked(prompt=(0, 240), drafts=1), Asked(prompt=(1, 240), drafts=1)), []
+    usual = Demand.total
+
+    def total(demand, *args):
+        peaks.append(usual(demand, *args))
+        return peaks[-1]
+
+    with mock.patch.object(Demand, "total", total):
+        Driven(prefixes=0).run(*requests)
+    driven = Driven()
+    for which in range(6):
         driven.run(Asked(prompt=(which, 400), limit=3))
-    held = driven.prefixes.bytes
-    assert held > 0.5 * alone
+    before = driven.prefixes.bytes
+    demand = driven.runner.scheduler.demand
+    demand.memory = replace(demand.memory, limit=max(peaks))
     outcomes = driven.run(*requests)
-    assert [each.result.stats.preemptions for each in outcomes] == [0, 0]
-    assert driven.prefixes.counts.evicted > 0 and outcomes[0].first == outcomes[1].first
+    assert [each.result.stats.preemptions for each in outcomes] == [0, 0] and outcomes[0].first == outcomes[1].first
+    assert driven.prefixes.counts.evicted > 0 and driven.prefixes.bytes < before
 
 
 def test_a_row_that_lost_its_kv_goes_on_from_what_was_kept():
