@@ -217,7 +217,9 @@ class Runner:
 
     def _known(self, id: int) -> Known:
         """Returns what is kept for a request that is staged now. What it had is gone."""
-        return self.keeping.find(self.held[id])
+        held = self.held[id]
+        held.staged = None
+        return self.keeping.find(held)
 
     def _open(self, held: Held) -> None:
         """Makes the cache in which a prompt is prefilled, from what was found of it."""

@@ -107,7 +107,8 @@ class Scheduler:
         down to the grid, at least one step of it; None for a chunk of each row, or one chunk in all where rows decode.
         pressure: the system's level. batch_bytes: what the batch's buffers hold, unused rows included; where the rows
         of this plan need less and that matters, `trim` is set. How much a row grows is not asked: its bytes are a
-        function of its length. known: says what is kept for a request; it is asked for each that is staged.
+        function of its length. known: says what is kept for a request; it is asked for each that is staged, of which
+        nothing else is held then.
         """
         self._known = known
         ended = self._end(now)

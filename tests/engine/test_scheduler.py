@@ -40,7 +40,7 @@ def memory_of(limit: int = PLENTY, weights: int = 100) -> Memory:
 @dataclass
 class Kept:
     """What the model's runner keeps of a request. length: tokens at which its text ends. keep: what is to be kept of
-    its prompt, beside what the plan finds. computed: tokens of its prompt and text that were prefilled.
+    its prompt, beside what the plan finds. began: whether any of it was prefilled since it was staged.
     """
 
     job: Job
@@ -49,7 +49,7 @@ class Kept:
     fed: int = 0
     text: int = 0
     keep: tuple[int, ...] = ()
-    computed: int = 0
+    began: bool = False
 
     @property
     def tokens(self) -> int:
@@ -81,9 +81,12 @@ class Model:
         self.computed[job.id] = 0
 
     def known(self, id: int) -> Known:
-        """What is kept of a request that is staged: the plan may count on it from then on."""
+        """What is kept of a request that is staged: the plan may count on it from then on. One that had not begun may
+        be staged anew.
+        """
         kept, grid = self.requests[id], self.scheduler.grid
-        assert kept.where == "nowhere"
+        assert kept.where == "nowhere" or (kept.where == "staged" and not kept.began)
+        kept.where, kept.fed, kept.began = "nowhere", 0, False
         found = max((i + 1 for i, key in enumerate(kept.job.keys) if key in self.prefixes), default=0) * grid
         if found:
             found = min(found + self.beyond, kept.tokens - 1)
@@ -166,7 +169,7 @@ class Model:
             assert (piece.stop - 1) // CHUNK == piece.start // CHUNK, "it crosses a border of chunks"
             assert piece.stop % grid == 0 or piece.stop == kept.tokens
             assert list(piece.keep) == sorted({each for each in piece.keep if piece.start < each <= piece.stop})
-            kept.where, kept.fed = "staged", piece.stop
+            kept.where, kept.fed, kept.began = "staged", piece.stop, True
             self.computed[piece.id] += piece.stop - piece.start
             self.prefixes |= {kept.job.keys[each // grid - 1] for each in piece.keep if self.keeps}
         complete = {id for id, kept in self.requests.items() if kept.where == "staged" and kept.fed == kept.tokens}
