@@ -6,7 +6,21 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
-from schedules import CHUNK, LONGEST, PAIRS, Asked, Clock, Drive, Outcome, Schedule, check, engine_of, ids_of, runner_of
+from schedules import (
+    CHUNK,
+    LONGEST,
+    PAIRS,
+    Asked,
+    Clock,
+    Drive,
+    Outcome,
+    Schedule,
+    alone,
+    check,
+    engine_of,
+    ids_of,
+    runner_of,
+)
 
 from mlx_gemma_mtp.engine.demand import Demand
 from mlx_gemma_mtp.engine.keeping import LONG, share
@@ -52,8 +66,7 @@ class Driven:
             fed = sum(piece.stop - piece.start for piece in pieces if piece.id == each.request.id)
             self.computed[each.request.id] = fed
             stats = each.result.stats
-            if not stats.preemptions:
-                assert fed + stats.cached_tokens == stats.prompt_tokens
+            assert fed + stats.cached_tokens >= stats.prompt_tokens  # more where memory was short
         return outcomes
 
 
@@ -100,11 +113,11 @@ def test_a_system_message_is_shared(pair):
     assert lasting.least <= grid(border) <= len(lasting.tokens), "a turn that goes on does not let it go"
     with mock.patch("schedules.ids_of", lambda engine, asked: prompts[asked.prompt[0]]):
         cold = Driven(pair, prefixes=0)
-        alone = [
+        lone = [
             Drive(engine, Schedule((Asked(prompt=(which, 1)),)), cold.runner, cold.clock).run()[0] for which in (0, 1)
         ]
-    assert [each.result.tokens for each in alone] == [first.tokens, second.tokens]
-    assert cached(alone) == [0, 0]
+    assert [each.result.tokens for each in lone] == [first.tokens, second.tokens]
+    assert cached(lone) == [0, 0]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -230,7 +243,7 @@ def test_under_pressure_they_go():
 
 
 def test_they_go_before_any_row_does():
-    """Memory for two texts and hardly more: what was kept makes room, and nobody waits or is preempted."""
+    """Memory for two texts and hardly more: what was kept makes room, and nobody waits for it or is preempted."""
     requests, peaks = (Asked(prompt=(0, 240), drafts=1), Asked(prompt=(1, 240), drafts=1)), []
     usual = Demand.total
 
@@ -240,14 +253,16 @@ def test_they_go_before_any_row_does():
 
     with mock.patch.object(Demand, "total", total):
         Driven(prefixes=0).run(*requests)
-    driven = Driven()
+    cold, driven = Driven(prefixes=0), Driven()
     for which in range(6):
-        driven.run(Asked(prompt=(which, 400), limit=3))
-    before = driven.prefixes.bytes
-    demand = driven.runner.scheduler.demand
-    demand.memory = replace(demand.memory, limit=max(peaks))
-    outcomes = driven.run(*requests)
-    assert [each.result.stats.preemptions for each in outcomes] == [0, 0] and outcomes[0].first == outcomes[1].first
+        driven.run(Asked(prompt=(which + 2, 400), limit=3, salt="others"))
+    before, rounds = driven.prefixes.bytes, []
+    for each in (cold, driven):
+        demand = each.runner.scheduler.demand
+        demand.memory = replace(demand.memory, limit=max(peaks))
+        outcomes = each.run(*requests)
+        rounds.append([(one.rounds, one.last - one.first, one.result.stats.preemptions) for one in outcomes])
+    assert rounds[0] == rounds[1]
     assert driven.prefixes.counts.evicted > 0 and driven.prefixes.bytes < before
 
 
@@ -308,7 +323,7 @@ def test_what_somebody_read_is_used():
         return request
 
     asked = Asked(prompt=(0, 300), turns=1)
-    assert ids_of(engine, asked)[: len(tokens)] == tokens
+    assert ids_of(engine, asked)[: len(tokens)] == tokens and alone("bundled", asked).tokens
     with mock.patch.object(Drive, "made", made):
         assert cached(driven.run(asked)) == [len(tokens)]
     assert tokens not in [each for each, _ in told], "it is told of nobody: it came from there"
