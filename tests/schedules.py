@@ -88,13 +88,20 @@ EVERY = SETTINGS | BOUND
 # Tokens of a prompt: one, few, about a window (128), about two, and past it with the ring wrapped more than once.
 LENGTHS = (5, 1, 2, 33, 63, 64, 65, 127, 128, 129, 200, 257, 420)
 DRAFTS = (0, 1, 4, "auto")
+PREFIXES = 8 << 20  # bytes: a dozen of the prompts above
+SAID = 7  # tokens of the turn that follows a reply
+
+
+_pairs: dict[Engine, str] = {}
 
 
 @cache
 def engine_of(pair: str) -> Engine:
     """The engine of a name in PAIRS or QUANTISED, loaded once."""
     options = {"num_draft_tokens": 4, "dtype": "float32", "prefill_chunk": CHUNK, "frozen_costs": True}
-    return load(**(PAIRS | QUANTISED)[pair], **options)
+    engine = load(**(PAIRS | QUANTISED)[pair], **options)
+    _pairs[engine] = pair
+    return engine
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,10 @@ class Asked:
     """A request of a schedule. Rounds are counted from the first of the schedule for `at`, from the arrival for all
     else.
 
-    prompt: (which text, how many tokens of it). timeout, cancelled: rounds until it is over, None for never. pause:
-    (rounds until its reader stops, rounds until it reads again), None for a reader that always reads.
+    prompt: (which text, how many tokens of it). tail: so many tokens of the next text behind them. turns: so many times
+    the text that this gives alone follows, and SAID tokens of the next text. salt: of its prefixes. timeout, cancelled:
+    rounds until it is over, None for never. pause: (rounds until its reader stops, rounds until it reads again), None
+    for a reader that always reads.
     """
 
     at: int = 0
@@ -112,6 +121,9 @@ class Asked:
     limit: int = LONGEST
     drafts: int | str = 0
     priority: int = 0
+    tail: int = 0
+    turns: int = 0
+    salt: str | None = None
     timeout: int | None = None
     cancelled: int | None = None
     pause: tuple[int, int] | None = None
@@ -119,19 +131,20 @@ class Asked:
     @property
     def alone(self) -> Asked:
         """The same request by itself, without drafts, to its end."""
-        return Asked(prompt=self.prompt, settings=self.settings)
+        return Asked(prompt=self.prompt, settings=self.settings, tail=self.tail, turns=self.turns)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """rows: the most in a batch. spare: bytes for K/V as a multiple of what the largest request needs alone, None for
-    all that there is. budget: prompt tokens a round.
+    all that there is. budget: prompt tokens a round. prefixes: bytes for these, 0 keeps none.
     """
 
     requests: tuple[Asked, ...]
     rows: int = 8
     spare: float | None = None
     budget: int = CHUNK
+    prefixes: int = PREFIXES
 
 
 @dataclass
@@ -175,11 +188,22 @@ def prompt_of(engine: Engine, which: int, length: int) -> list[int]:
     return ids[:length]
 
 
+def ids_of(engine: Engine, asked: Asked) -> list[int]:
+    """The whole prompt of a request."""
+    which, length = asked.prompt
+    ids = prompt_of(engine, which, length) + prompt_of(engine, which + 1, asked.tail)
+    if not asked.turns:
+        return ids
+    before = replace(asked, turns=asked.turns - 1).alone
+    text = alone(_pairs[engine], before).tokens
+    return ids_of(engine, before) + text + prompt_of(engine, which + asked.turns, SAID)
+
+
 def request_of(engine: Engine, asked: Asked, now: float = 0.0) -> Request:
     """The request as the engine makes it, with a deadline by the schedule's clock."""
     params, options = EVERY[asked.settings]
-    options = Options(num_draft_tokens=asked.drafts, priority=asked.priority, **options)
-    prompts = [prompt_of(engine, *asked.prompt)]
+    options = Options(num_draft_tokens=asked.drafts, priority=asked.priority, cache_salt=asked.salt, **options)
+    prompts = [ids_of(engine, asked)]
     (request,) = engine._intake.requests(prompts, replace(params, max_tokens=asked.limit), options)
     request.deadline = None if asked.timeout is None else now + asked.timeout
     return request
@@ -189,7 +213,7 @@ def runner_of(engine: Engine, clock: Callable[[], float], schedule: Schedule) ->
     """A runner of the engine's models, without a thread. Costs and budget are constants: no clock chooses anything."""
     rejection = engine.settings.drafting.rejection
     depth = Depth(lambda kind, idle: table(0.02, 0.1), rejection, frozen=True)
-    settings = replace(engine.settings, max_rows=schedule.rows)
+    settings = replace(engine.settings, max_rows=schedule.rows, prefix_memory=schedule.prefixes)
     make = lambda settings: Runner(  # noqa: E731
         engine.target, engine.drafter, None, depth, settings,
         budget=Budget(CHUNK, CHUNK // 4, schedule.budget), clock=clock,
@@ -199,7 +223,8 @@ def runner_of(engine: Engine, clock: Callable[[], float], schedule: Schedule) ->
         return runner
     scheduler = runner.scheduler
     sizes = [
-        scheduler.memory.alone(asked.prompt[1], asked.limit, CHUNK, scheduler.block) for asked in schedule.requests
+        scheduler.memory.alone(len(ids_of(engine, asked)), asked.limit, CHUNK, scheduler.block)
+        for asked in schedule.requests
     ]
     weights = scheduler.memory.weights
     return make(replace(settings, memory_limit=weights + int(schedule.spare * (max(sizes) - weights))))
@@ -282,7 +307,8 @@ class Drive:
 @cache
 def alone(pair: str, asked: Asked) -> Result:
     """What comes of a request by itself, without drafts and to its end; made once. asked: as `Asked.alone`."""
-    (outcome,) = Drive(engine_of(pair), Schedule((asked,))).run()
+    (outcome,) = Drive(engine_of(pair), Schedule((asked,), prefixes=0)).run()
+    assert outcome.result.stats.cached_tokens == 0
     assert outcome.result.finish_reason in ("stop", "length", "tool_calls", "repetition"), outcome.result.error
     return outcome.result
 
@@ -299,7 +325,7 @@ def scores(pair: str, asked: Asked, at: int) -> mx.array:
     but the filters, with the noise where it is sampled.
     """
     engine, settings = engine_of(pair), EVERY[asked.settings][0].resolved(engine_of(pair).defaults)
-    vocab, prompt = engine.target.config.vocab_size, prompt_of(engine, *asked.prompt)
+    vocab, prompt = engine.target.config.vocab_size, ids_of(engine, asked)
     text = alone(pair, asked.alone).tokens[:at]
     unfiltered = replace(settings, temperature=settings.temperature or 1.0, top_k=-1, top_p=1.0, min_p=0.0)
     rules = Rules.of([unfiltered], vocab, engine.settings.suppress)
@@ -376,20 +402,35 @@ def _requests(settings: Sequence[str]) -> st.SearchStrategy[Asked]:
         limit=st.integers(1, LONGEST),
         drafts=st.sampled_from(DRAFTS),
         priority=st.integers(0, 2),
+        tail=st.sampled_from([0, 0, 0, 3, 70]),
+        turns=st.sampled_from([0, 0, 0, 1, 2]),
+        salt=st.sampled_from([None, None, None, "other"]),
         timeout=rounds(40),
         cancelled=rounds(40),
         pause=st.none() | st.tuples(st.integers(0, 20), st.integers(0, 20)),
     )
 
 
+def _with_turns(requests: Sequence[Asked]) -> tuple[Asked, ...]:
+    """The requests, and before those of a later turn the turns before, to their ends."""
+    made: list[Asked] = []
+    for asked in requests:
+        for turn in range(asked.turns):
+            start = max(0, asked.at - 25 * (asked.turns - turn))
+            made.append(replace(asked.alone, at=start, turns=turn, drafts=asked.drafts, salt=asked.salt))
+        made.append(replace(asked, at=asked.at + 5 * asked.turns))
+    return tuple(made)
+
+
 def schedules(settings: Sequence[str] = tuple(EVERY), most: int = 9) -> st.SearchStrategy[Schedule]:
     """Schedules of up to `most` requests with these settings."""
     return st.builds(
         Schedule,
-        st.lists(_requests(settings), min_size=1, max_size=most).map(tuple),
+        st.lists(_requests(settings), min_size=1, max_size=most).map(_with_turns),
         rows=st.sampled_from([8, 1, 2, 3]),
         spare=st.sampled_from([None, 1.1, 1.5, 2.5]),
         budget=st.sampled_from([CHUNK, CHUNK // 4, 2 * CHUNK]),
+        prefixes=st.sampled_from([PREFIXES, 1 << 30, 1 << 20, 0]),
     )
 
 

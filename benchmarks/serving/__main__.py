@@ -3,7 +3,8 @@
 throughput: requests of mixed lengths that all wait, rows filled as they become free: against mlx-vlm's better of plain
 and MTP, and against this package's own fixed batches; rows in use while requests wait. alone: one row against another
 checkout (--before). arrival: a short request amid seven streams and a prompt of 4,000 tokens. mixed: a row of 6,000
-tokens beside seven of 100: K/V read. slope: memory over 2,000 requests.
+tokens beside seven of 100: K/V read. prefixes: a beginning of 2,000 tokens that comes again: time to the first token,
+prompt tokens computed. slope: memory over 2,000 requests.
 
 Every system is a process of its own; calls go round all of them in turn, so that other load falls on all alike. Ratios
 are medians over the repeats with 95 % intervals by bootstrap. Exit code 1 where a whole interval, or a count, misses
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,18 @@ from typing import Any
 from benchmarks import decode, machine, workers
 from benchmarks.command import command
 from benchmarks.serving import alone, arrival, throughput, work
-from benchmarks.serving.intervals import Interval, of_slope
+from benchmarks.serving.intervals import Interval, of_median, of_slope
 from benchmarks.workers import OURS, Failed, Setup, Worker
 from mlx_gemma_mtp.cli.command import Parser, check_file
 from mlx_gemma_mtp.errors import UserError
 
 LONG, SHORT = 4000, 30  # prompt tokens of the arrivals
+BEGINNING, ENDS = 2000, 8  # of the prefixes: tokens that prompts share, and prompts
 LONG_ROW, SHORT_ROW, SHORT_ROWS = 6000, 100, 7  # of the mixed batch
 SETTLED = 200  # requests, after which memory may not grow
 # What a part is to show.
 OVER_VLM, OVER_FIXED, OCCUPIED, OVER_BEFORE, READ, GROWTH = 2.0, 1.1, 7.2, 0.97, 1.2, 1000  # GROWTH: bytes a request
+OVER_COLD = 5.0  # times as soon the first token comes after a prefix
 
 
 @dataclass
@@ -164,6 +167,44 @@ def mixed_part(job: Job) -> Found:
     ]  # fmt: skip
 
 
+def prefixes_part(job: Job) -> Found:
+    long, ours = work.filled(job.prompts, BEGINNING), job.start(rows=ENDS)
+    ends = [prompt[:SHORT] for prompt in job.prompts[1 : ENDS + 1]]
+    asked = {"long": long, "ends": ends, "limit": SHORT}
+    runs = [ours.ask("prefixes", **asked) for _ in range(1 + job.args.repeats)][1:]  # the first warms up
+    first = lambda each: each["first_token_ms"]  # noqa: E731
+    sooner = of_median([
+        first(cold) / first(warm)
+        for run in runs
+        for cold, warm in zip(run["cold"][1:], run["after_the_first"], strict=True)
+    ])  # fmt: skip
+    together = of_median([first(run["at_once_cold"]) / first(run["at_once"]) for run in runs])
+    most = lambda key: max(each["computed"] for run in runs for each in run[key])  # noqa: E731
+    beyond = max(turn["computed"] - turn["new"] - turn["chunk"] for run in runs for turn in run["turns"][1:])
+    texts = [run["at_once"]["texts"] == run["at_once_cold"]["texts"] for run in runs]
+    return {"runs": runs}, [
+        Shown.at_least(f"times as soon: the first token after {BEGINNING} tokens that are kept", sooner, OVER_COLD),
+        Shown("ms to it, cold and after a prefix",
+              f"{_middle(first(e) for r in runs for e in r['cold']):.1f}, "
+              f"{_middle(first(e) for r in runs for e in r['after_the_first']):.1f}"),
+        Shown.at_most("prompt tokens computed after a prefix", most("after_the_first"), SHORT + _chunk(runs)),
+        Shown(f"times as soon: the last first token of {ENDS} at once", str(together)),
+        Shown.at_most(f"prompt tokens computed by {ENDS} at once", max(run["at_once"]["computed"] for run in runs),
+                      BEGINNING + ENDS * (SHORT + _chunk(runs))),
+        Shown.at_most("tokens that a turn computes beyond its own and a chunk", beyond, 0),
+        Shown("runs whose texts are the cold ones", f"{sum(texts)} of {len(texts)}"),
+    ]  # fmt: skip
+
+
+def _chunk(runs: list[dict[str, Any]]) -> int:
+    return runs[0]["turns"][0]["chunk"]
+
+
+def _middle(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
 def slope_part(job: Job) -> Found:
     args, every = job.args, 50
     sizes = job.start(rows=8).ask("memory", prompts=job.prompts, requests=args.slope_requests, every=every)
@@ -186,6 +227,7 @@ PARTS: dict[str, Callable[[Job], Found]] = {
     "alone": alone_part,
     "arrival": arrival_part,
     "mixed": mixed_part,
+    "prefixes": prefixes_part,
     "slope": slope_part,
 }
 

@@ -25,11 +25,13 @@ from mlx_gemma_mtp.cache.kv import LayerKV
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.engine.intake import Options
 from mlx_gemma_mtp.engine.outbox import Item
+from mlx_gemma_mtp.engine.plan import Plan
 from mlx_gemma_mtp.engine.request import Delivery, Request
 from mlx_gemma_mtp.engine.runner import Runner
-from mlx_gemma_mtp.engine.scheduler import Plan, Scheduler
+from mlx_gemma_mtp.engine.scheduler import Scheduler
 
 FREE = SamplingParams(temperature=0.0, ignore_eos=True)
+PLENTY = 1 << 34  # bytes for prefixes
 
 
 def methods(engine: Engine) -> dict[str, Callable[..., Any]]:
@@ -38,6 +40,7 @@ def methods(engine: Engine) -> dict[str, Callable[..., Any]]:
         "occupancy": lambda **work: occupancy(engine, **work),
         "arrival": lambda **work: engine.call(lambda: arrive(engine, **work)),
         "mixed": lambda **work: engine.call(lambda: mixed(engine, **work)),
+        "prefixes": lambda **work: engine.call(lambda: prefixes(engine, **work)),
         "memory": lambda **work: memory(engine, **work),
         "encode": lambda texts: [engine.text.encode(text) for text in texts],
     }
@@ -65,11 +68,13 @@ def occupancy(engine: Engine, prompts: list[list[int]], limits: list[int], draft
 
 
 class Rounds:
-    """A runner of an engine's models, driven here. rounds: of each what `arrival.summary` reads."""
+    """A runner of an engine's models, driven here. rounds: of each what `arrival.summary` reads. prefixes: bytes for
+    these.
+    """
 
-    def __init__(self, engine: Engine, max_rows: int):
+    def __init__(self, engine: Engine, max_rows: int, prefixes: int = 0):
         self.engine, self.rounds = engine, []
-        settings = replace(engine.settings, max_rows=max_rows)
+        settings = replace(engine.settings, max_rows=max_rows, prefix_memory=prefixes)
         tables = engine._models["tables"]
         self.runner = Runner(engine.target, engine.drafter, tables, engine.depth, settings)
         self._began = time.perf_counter()
@@ -161,6 +166,39 @@ def mixed(engine: Engine, long: list[int], short: list[list[int]], drafts: int) 
 
     each = [read([prompt]) for prompt in (long, *short)]
     return {"together": read([long, *short]), "alone": sum(each, Counter())}
+
+
+def prefixes(engine: Engine, long: list[int], ends: list[list[int]], limit: int) -> dict[str, Any]:
+    """A long beginning with several ends: milliseconds to the first token, and prompt tokens that are computed, with
+    nothing kept and after the first; of all at once; and of a conversation whose turns are the ends.
+    """
+    chunk, runs = engine.settings.prefill_chunk, Rounds(engine, len(ends), PLENTY)
+
+    def run(rounds: Rounds, some: list[list[int]]) -> dict[str, Any]:
+        before = len(rounds.rounds)
+        requests = [rounds.submit(prompt, limit, 0) for prompt in some]
+        while any(request.finish_reason is None for request in requests):
+            rounds.round()
+        first = max(request.stats.ttft_s for request in requests) * 1000
+        computed = sum(each["prompt"] for each in rounds.rounds[before:])
+        return {"first_token_ms": first, "computed": computed, "texts": [request.tokens for request in requests]}
+
+    cold = Rounds(engine, len(ends))
+    prompts = [[*long, *end] for end in ends]
+    found: dict[str, Any] = {"cold": [run(cold, [prompt]) for prompt in prompts]}
+    found["after_the_first"] = [run(runs, [prompt]) for prompt in prompts][1:]
+    found["at_once_cold"] = run(cold, prompts)
+    runs.runner.keeping.prefixes.clear()
+    found["at_once"] = run(runs, prompts)
+    found["turns"], asked = [], list(long)
+    for end in ends:
+        asked += end
+        turn = run(runs, [asked])
+        asked += turn["texts"][0]
+        found["turns"].append(turn | {"new": len(end) + (len(found["turns"]) > 0) * limit, "chunk": chunk})
+    for each in (cold, runs):
+        each.runner.close()
+    return found
 
 
 def memory(engine: Engine, prompts: list[list[int]], requests: int, every: int) -> list[dict[str, int]]:

@@ -30,6 +30,7 @@ from .arguments import Cancel, told
 from .calibration import KINDS, TEXT, Costs
 from .conversation import Conversation
 from .intake import Intake, Options
+from .prefix import Prefixes
 from .request import Chunk, Request, Result
 from .runner import Runner
 from .settings import Settings
@@ -141,6 +142,7 @@ class Engine:
         priority: int = 0,
         cancel: Cancel | None = None,
         progress: Progress | None = None,
+        cache_salt: str | None = None,
     ) -> Stream:
         """Yields pieces of text as they are made. The last chunk of each prompt carries its Result.
 
@@ -157,7 +159,8 @@ class Engine:
         num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows cost and acceptance, None is the engine's.
         timeout: seconds after which the reply ends with finish_reason 'timeout' and the text so far. priority: -100 to
         100; the higher goes first. cancel: an event; once it is set, generation ends after the current round. progress:
-        called with the prompts' tokens that are prefilled and all of them, by whoever reads the stream.
+        called with the prompts' tokens that are prefilled and all of them, by whoever reads the stream. cache_salt: any
+        text; what is kept of these prompts is found by calls with the same salt alone, and the other way round.
 
         The stream ends, with what it has, when it is closed, forgotten, or its engine is closed. A reader that falls
         behind delays nobody but itself.
@@ -180,6 +183,7 @@ class Engine:
             priority,
             cancel,
             progress,
+            cache_salt,
         )
         return self._stream(self.text.prompts(prompt)[0], params, options)
 
@@ -265,6 +269,13 @@ class Engine:
         """Who chooses draft lengths. Raises UserError once the engine is closed."""
         return self._model("depth")
 
+    @property
+    def prefixes(self) -> Prefixes:
+        """What is kept of prompts and replies for others. Any thread may ask `known` and read `counts` and `bytes`.
+        Raises UserError once the engine is closed.
+        """
+        return self._model("prefixes")
+
     def _model(self, name: str) -> Any:
         if name not in self._models:
             self._worker.check()
@@ -334,8 +345,10 @@ class Engine:
         return self._worker.call(partial(_calibrated, self._model("tables"), self.depth, repeats), progress)
 
 
-def _runner(models: Mapping[str, Any], settings: Settings) -> Runner:
-    return Runner(**models, settings=settings)
+def _runner(models: dict[str, Any], settings: Settings) -> Runner:
+    runner = Runner(**models, settings=settings)
+    models["prefixes"] = runner.keeping.prefixes
+    return runner
 
 
 def _calibrated(tables: Tables, depth: Depth, repeats: int, progress: Progress) -> dict[str, CostTable]:

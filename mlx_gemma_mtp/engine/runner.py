@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import count
 
 import mlx.core as mx
 
 from ..cache.cache import Cache
-from ..cache.saved import Saved
 from ..errors import in_a_line
 from ..machine import memory, pressure
 from ..machine.device import metal_available
 from ..machine.power import Awake
+from ..machine.pressure import NORMAL
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.loading import model_bytes
@@ -28,9 +27,12 @@ from ..speculative.loop import Firsts, Joiner, Speculation
 from ..speculative.prefill import chunk
 from ..speculative.readback import Round
 from .admission import Memory, memory_of
+from .held import Held
+from .keeping import Keeping, share
 from .outbox import Item
+from .plan import Job, Known, Piece, Plan
 from .request import Advance, Delivery, Request
-from .scheduler import Job, Piece, Plan, Scheduler
+from .scheduler import Scheduler
 from .settings import Settings
 from .stats import Totals
 from .tables import Tables
@@ -40,50 +42,6 @@ from .tables import Tables
 CLEAR_EVERY = 256
 WIDEST = 15  # drafts that a request may ask for, unless the engine was made for more
 SLOW_CALLER = 0.05  # of a round: a caller that takes longer to deliver spoils the round's time
-
-
-@dataclass
-class Held:
-    """What the runner holds of a request.
-
-    staged: its K/V while its prompt is prefilled, a cache of one row. saved: its K/V while it waits for a row. hidden:
-    [H], the target's hidden state at its prompt's last token, until its first token is drawn. submitted, began,
-    prefilled: when it came, and when its prefill began and ended. since: what all rows had done when it became one of
-    them, None while it is none; shared: what they did while it was one before.
-    """
-
-    request: Request
-    submitted: float
-    staged: Cache | None = None
-    saved: Saved | None = None
-    hidden: mx.array | None = None
-    began: float | None = None
-    prefilled: float = 0.0
-    since: Totals | None = None
-    shared: Totals = field(default_factory=Totals)
-
-    @property
-    def tokens(self) -> list[int]:
-        """What is prefilled: the prompt, and of a request that lost its K/V its text but for the newest token."""
-        return self.request.prompt + self.request.tokens[:-1]
-
-    @property
-    def context(self) -> int:
-        return len(self.request.prompt) + len(self.request.tokens)
-
-    def becomes_row(self, totals: Totals) -> None:
-        """Counts from now on what all rows do. totals: what they did so far."""
-        if self.since is None:
-            self.since = totals
-
-    def leaves_row(self, totals: Totals) -> None:
-        """Ends what `becomes_row` began, and tells the request's stats."""
-        self.shared, self.since = self.as_row(totals), None
-        self.request.stats.share(self.shared)
-
-    def as_row(self, totals: Totals) -> Totals:
-        """Returns what all rows did while it was one. totals: what they did in all."""
-        return self.shared if self.since is None else self.shared + (totals - self.since)
 
 
 class Runner:
@@ -126,6 +84,7 @@ class Runner:
             max_waiting=settings.max_waiting,
         )
         self.budget = budget or Budget(chunk, _grid(chunk))
+        self.keeping = self._new_keeping()
         self.pressure, self.clock = pressure, clock
         memory.limit_cache(self._transient())
         self._awake, self._working = Awake("mlx_gemma_mtp generates text"), ExitStack()  # while there are requests
@@ -151,7 +110,8 @@ class Runner:
     def submit(self, request: Request) -> None:
         """Takes a request in. Raises UserError for one that can never fit, and where too many wait."""
         now = self.clock()
-        job = Job(request.id, len(request.prompt), request.limit, request.priority, request.deadline)
+        keys, cached = self.keeping.keys(request), self.keeping.cached(request)
+        job = Job(request.id, len(request.prompt), request.limit, request.priority, request.deadline, keys, cached)
         self.scheduler.submit(job, now)
         if not self.held:
             self._begin()
@@ -180,15 +140,11 @@ class Runner:
         have the interpreter then, while MLX works without it.
         """
         self._read()
-        plan = self._plan = self.scheduler.plan(
-            self.clock(),
-            self.budget.tokens(len(self.rows)) if self.scheduler.prompts else None,
-            self.pressure(),
-            self._loop.cache.bytes,
-        )
+        level, budget = self.pressure(), self.budget.tokens(len(self.rows)) if self.scheduler.prompts else None
+        plan = self._plan = self.scheduler.plan(self.clock(), budget, level, self._loop.cache.bytes, self._known)
         for id, reason in plan.ended:
             self._end(id, reason)
-        self._arrange(plan)
+        self._arrange(plan, level)
         deliver(self._all_given())
         self._launch()
         if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
@@ -218,6 +174,7 @@ class Runner:
         for id in list(self.held):
             self._end(id, "cancelled", done=True)
         self._start_anew()
+        self.keeping.prefixes.clear()
         self._rest()
         return self._all_given()
 
@@ -251,10 +208,9 @@ class Runner:
         caches, tokens, now = [], [], self.clock()
         for piece in pieces:
             held = self.held[piece.id]
-            if piece.start == 0:
-                held.staged = Cache(self.specs, self.scheduler.chunk, self.target.dtype, self.drafting.lookback)
-                held.staged.open(len(held.tokens))
-                held.began = held.began or now
+            if held.staged is None:
+                self._open(held)
+            held.began = held.began or now
             caches.append(held.staged)
             tokens.append(held.tokens[piece.start : piece.stop])
         hidden = chunk(self.target, caches, tokens)
@@ -264,10 +220,23 @@ class Runner:
                 held.hidden = hidden[i]
         return hidden
 
+    def _known(self, id: int) -> Known:
+        """Returns what is kept for a request that is staged now. What it had is gone."""
+        held = self.held[id]
+        held.staged = None
+        return self.keeping.find(held)
+
+    def _open(self, held: Held) -> None:
+        """Makes the cache in which a prompt is prefilled, from what was found of it."""
+        specs, block = self.specs, self.scheduler.chunk
+        held.staged = Cache(specs, block, self.target.dtype, self.drafting.lookback).open(len(held.tokens), held.found)
+        held.found = None
+
     def _prefilled(self, pieces: Sequence[Piece]) -> None:
         """Takes in that pieces of prompts were prefilled, and tells how far these are."""
         for piece in pieces:
             held = self.held[piece.id]
+            self.keeping.prompt(held, piece)
             self.scheduler.prefilled(piece.id, piece.stop)
             if held.request.tokens:  # it comes back to a place where it was before
                 if piece.stop == len(held.tokens):
@@ -275,7 +244,7 @@ class Runner:
                 continue
             if piece.stop == len(held.tokens):
                 held.prefilled = self.clock()
-                held.request.stats.prompt_tps = len(held.tokens) / max(held.prefilled - held.began, 1e-9)
+                held.request.stats.prompt_tps = held.computed / max(held.prefilled - held.began, 1e-9)
             self._given.append(Advance(piece.id, piece.stop, len(held.tokens)))
 
     def _save_staged(self, held: Held) -> None:
@@ -347,12 +316,22 @@ class Runner:
             else:
                 self.scheduler.finished(id)
                 self._let_go(id)
+                self._keep_reply(held)
 
-    def _arrange(self, plan: Plan) -> None:
-        """Brings the rows into the places that the plan gives them."""
+    def _keep_reply(self, held: Held) -> None:
+        """Keeps what a request computed that has ended, and is let go, in a row."""
+        if (id := held.request.id) in self.rows:
+            self.keeping.reply(held, self._loop, self.rows.index(id))
+
+    def _arrange(self, plan: Plan, pressure: int = NORMAL) -> None:
+        """Brings the rows into the places that the plan gives them. pressure: the system's level."""
         for id in plan.forget:
             held = self.held[id]
-            held.saved = held.staged = held.hidden = None
+            held.found = held.saved = held.staged = held.hidden = None
+        self.keeping.give_back(self.scheduler.spare, pressure)
+        for held in self.held.values():
+            if held.found is not None:
+                self._open(held)
         for id in plan.save:
             self.held[id].saved = self._loop.save(self.rows.index(id))
         gone = [id for id in self.rows if id not in plan.places]
@@ -447,8 +426,11 @@ class Runner:
         """Ends a request with what it has. done: the scheduler does not know of it yet."""
         if done:
             self.scheduler.finished(id)
-        self._given.append(Delivery(id, self.held[id].request.cancel(reason, error)))
+        held = self.held[id]
+        self._given.append(Delivery(id, held.request.cancel(reason, error)))
         self._let_go(id)
+        if not done:
+            self._keep_reply(held)
 
     def _let_go(self, id: int) -> None:
         """Drops all that is held of a request, and completes its figures."""
@@ -485,6 +467,15 @@ class Runner:
             lookback=self.drafting.lookback,
             metal=metal_available(),
         )
+
+    def _new_keeping(self) -> Keeping:
+        """Returns what keeps prefixes, as the settings have it."""
+        scheduler, config = self.scheduler, self.target.config
+        limit = self.settings.prefix_memory
+        if limit is None:
+            limit = share(scheduler.memory, config, scheduler.chunk, scheduler.block)
+        lookback = self.drafting.lookback
+        return Keeping(limit, self.specs, lookback, scheduler.memory, scheduler.chunk, scheduler.grid)
 
     def _transient(self) -> int:
         """The bytes that a round frees again: those of a chunk and a verify of short texts."""
