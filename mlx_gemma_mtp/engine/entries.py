@@ -20,6 +20,8 @@ class Stage(Enum):
     READY = auto()
     LIVE = auto()
 
+    __hash__ = object.__hash__  # Enum's own is a function of Python, and every look at a stage asks for it
+
 
 @dataclass(eq=False)
 class Entry:
@@ -82,6 +84,9 @@ class Entries:
     def __iter__(self) -> Iterator[Entry]:
         """Yields all requests, those that are the least far first."""
         return iter(self.at(*Stage))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._stages.values()))
 
     def at(self, *stages: Stage) -> list[Entry]:
         """Returns the requests of some stages."""

@@ -111,6 +111,8 @@ class Scheduler:
         nothing else is held then.
         """
         self._known = known
+        if (alone := self._go_on(now, batch_bytes)) is not None:
+            return alone
         ended = self._end(now)
         rows = self.entries.at(Stage.LIVE)
         held = [entry for entry in self.entries.at(Stage.STAGED, Stage.READY, Stage.LIVE) if entry.fed]
@@ -190,7 +192,7 @@ class Scheduler:
     @property
     def prompts(self) -> bool:
         """Whether a plan may have pieces."""
-        return bool(self._stages[Stage.WAITING] or self._stages[Stage.STAGED])
+        return self.entries.count(Stage.WAITING) + self.entries.count(Stage.STAGED) > 0
 
     @property
     def waiting(self) -> int:
@@ -203,6 +205,20 @@ class Scheduler:
         """Returns the first deadline of all requests; None without any."""
         deadlines = [entry.job.deadline for entry in self.entries]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def _go_on(self, now: float, batch_bytes: int) -> Plan | None:
+        """Returns the plan of a round in which the rows go on as they are, which is nearly every round; None where
+        anything else is to be looked at.
+        """
+        rows = self.entries.at(Stage.LIVE)
+        if len(rows) != len(self.entries) or any(row.paused or row.leaving or row.late(now) for row in rows):
+            return None
+        left = self.memory.limit - self.demand.total()
+        unused = max(0, batch_bytes - sum(map(self.demand.row, rows)))
+        if unused > left or sorted(row.place for row in rows) != list(range(len(rows))):
+            return None
+        self.spare = left - unused
+        return Plan(places=tuple(row.job.id for row in sorted(rows, key=lambda row: row.place)))
 
     # The moves of a request that a plan makes.
 
