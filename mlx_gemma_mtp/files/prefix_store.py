@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError, in_a_line
-from .background import Background, Write
+from .background import PATIENCE, Background, Write
 from .prefix_file import NAME, HostArray, Image, Layers, Names, layers_of
 
 __all__ = ["HostArray", "Layers", "PrefixStore"]
@@ -112,9 +112,9 @@ class PrefixStore:
         """Waits until everything is written, at most so many seconds. Returns whether it is."""
         return self._background.flush(patience)
 
-    def close(self) -> None:
-        """Writes what still waits, for some seconds at most. What is put afterwards is dropped."""
-        self._background.close()
+    def close(self, patience: float = PATIENCE) -> None:
+        """Writes what still waits, for so many seconds at most. What is put afterwards is dropped."""
+        self._background.close(patience)
 
     # The folder.
 
@@ -183,7 +183,7 @@ class PrefixStore:
     def _tell_of(self, error: OSError) -> None:
         """Tells that nothing can be written, and rests from it."""
         self._failed = self.clock()
-        self._tell(f"prefixes are not kept in {self.folder} ({error.strerror}); what is there is read nevertheless")
+        self._tell(f"prefixes are not kept in {self.folder} ({error.strerror}); what is there is read")
 
     def _tell(self, message: str) -> None:
         """Tells the user, each thing once."""
