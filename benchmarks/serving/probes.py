@@ -24,9 +24,10 @@ from mlx_gemma_mtp import SamplingParams
 from mlx_gemma_mtp.cache.kv import LayerKV
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.engine.intake import Options
+from mlx_gemma_mtp.engine.plan import Plan
 from mlx_gemma_mtp.engine.request import Delivery, Request
 from mlx_gemma_mtp.engine.runner import Runner
-from mlx_gemma_mtp.engine.scheduler import Plan, Scheduler
+from mlx_gemma_mtp.engine.scheduler import Scheduler
 
 FREE = SamplingParams(temperature=0.0, ignore_eos=True)
 

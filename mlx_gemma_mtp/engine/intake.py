@@ -14,7 +14,18 @@ from ..files.progress import Progress
 from ..machine import blas
 from ..models.config import GenerationDefaults, TargetConfig
 from ..sampling.params import SamplingParams, flag
-from .arguments import Cancel, check_depth, check_priority, event, seconds, settings_of, told, told_of, tools_of
+from .arguments import (
+    Cancel,
+    check_depth,
+    check_priority,
+    event,
+    salt_of,
+    seconds,
+    settings_of,
+    told,
+    told_of,
+    tools_of,
+)
 from .constraints import Calls, Constraints
 from .request import Request
 from .stats import Stats
@@ -39,6 +50,7 @@ class Options:
     priority: int = 0
     cancel: Cancel | None = None
     progress: Progress | None = None
+    cache_salt: str | None = None
 
 
 class Intake:
@@ -81,6 +93,7 @@ class Intake:
             "drafts": drafts,
             "priority": check_priority(options.priority),
             "deadline": None if patience is None else began + patience,
+            "salt": salt_of(options.cache_salt),
         }
         encode = partial(
             self.text.encode,
@@ -122,5 +135,6 @@ class Intake:
                 len(prompt), mtp=reason is None, mtp_reason=reason, blas=blas.name(), seed=params.seed, **self.figures
             ),
             self._constraints.of(params, calls, in_thought),
+            borders=self.text.borders(prompt),
             **common,
         )

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import count
 
 import mlx.core as mx
 
 from ..cache.cache import Cache
-from ..cache.saved import Saved
 from ..errors import in_a_line
 from ..machine import memory, pressure
 from ..machine.device import metal_available
@@ -28,9 +26,11 @@ from ..speculative.loop import Firsts, Joiner, Speculation
 from ..speculative.prefill import chunk
 from ..speculative.readback import Round
 from .admission import Memory, memory_of
+from .held import Held
 from .outbox import Item
+from .plan import Job, Piece, Plan
 from .request import Advance, Delivery, Request
-from .scheduler import Job, Piece, Plan, Scheduler
+from .scheduler import Scheduler
 from .settings import Settings
 from .stats import Totals
 from .tables import Tables
@@ -40,50 +40,6 @@ from .tables import Tables
 CLEAR_EVERY = 256
 WIDEST = 15  # drafts that a request may ask for, unless the engine was made for more
 SLOW_CALLER = 0.05  # of a round: a caller that takes longer to deliver spoils the round's time
-
-
-@dataclass
-class Held:
-    """What the runner holds of a request.
-
-    staged: its K/V while its prompt is prefilled, a cache of one row. saved: its K/V while it waits for a row. hidden:
-    [H], the target's hidden state at its prompt's last token, until its first token is drawn. submitted, began,
-    prefilled: when it came, and when its prefill began and ended. since: what all rows had done when it became one of
-    them, None while it is none; shared: what they did while it was one before.
-    """
-
-    request: Request
-    submitted: float
-    staged: Cache | None = None
-    saved: Saved | None = None
-    hidden: mx.array | None = None
-    began: float | None = None
-    prefilled: float = 0.0
-    since: Totals | None = None
-    shared: Totals = field(default_factory=Totals)
-
-    @property
-    def tokens(self) -> list[int]:
-        """What is prefilled: the prompt, and of a request that lost its K/V its text but for the newest token."""
-        return self.request.prompt + self.request.tokens[:-1]
-
-    @property
-    def context(self) -> int:
-        return len(self.request.prompt) + len(self.request.tokens)
-
-    def becomes_row(self, totals: Totals) -> None:
-        """Counts from now on what all rows do. totals: what they did so far."""
-        if self.since is None:
-            self.since = totals
-
-    def leaves_row(self, totals: Totals) -> None:
-        """Ends what `becomes_row` began, and tells the request's stats."""
-        self.shared, self.since = self.as_row(totals), None
-        self.request.stats.share(self.shared)
-
-    def as_row(self, totals: Totals) -> Totals:
-        """Returns what all rows did while it was one. totals: what they did in all."""
-        return self.shared if self.since is None else self.shared + (totals - self.since)
 
 
 class Runner:

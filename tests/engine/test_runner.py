@@ -8,7 +8,8 @@ import pytest
 from schedules import CHUNK, Asked, Drive, Outcome, Schedule, check, engine_of
 
 from mlx_gemma_mtp.cache.cache import Cache
-from mlx_gemma_mtp.engine.scheduler import Plan, Scheduler
+from mlx_gemma_mtp.engine.plan import Plan
+from mlx_gemma_mtp.engine.scheduler import Scheduler
 from mlx_gemma_mtp.machine.power import Awake
 from mlx_gemma_mtp.machine.pressure import CRITICAL, NORMAL
 from mlx_gemma_mtp.speculative.budget import Budget
@@ -119,9 +120,9 @@ def test_memory_is_given_back_before_more_is_taken():
         seen.append(runner.held[ready].saved)
         return usual(row)
 
-    runner.scheduler._forget(runner.scheduler._find(ready))
+    runner.scheduler._forget(runner.scheduler.entries.find(ready))
     last = runner.rows[-1]
-    runner.scheduler._save(runner.scheduler._find(last))
+    runner.scheduler._save(runner.scheduler.entries.find(last))
     with mock.patch.object(runner._loop, "save", save):
         runner._arrange(Plan(forget=(ready,), save=(last,), places=(runner.rows[0],)))
     assert seen == [None]

@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.engine.admission import Memory
-from mlx_gemma_mtp.engine.scheduler import (
-    AHEAD,
-    PATIENCE_S,
-    Job,
-    Piece,
-    Plan,
-    Scheduler,
-)
+from mlx_gemma_mtp.engine.plan import Job, Piece, Plan
+from mlx_gemma_mtp.engine.scheduler import AHEAD, PATIENCE_S, Scheduler
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.machine.pressure import CRITICAL, NORMAL, WARNING
 
@@ -383,7 +377,7 @@ def test_waiting_counts_for_more_than_priority_in_the_end():
             run.round(pressure=WARNING)  # only one goes on
         run.now = waited
         run.submit(Job(2, 30, 3, 1))
-        assert min((1, 2), key=lambda id: run.scheduler._find(id).due) == first
+        assert min((1, 2), key=lambda id: run.scheduler.entries.find(id).due) == first
 
 
 def test_holes_go_to_joiners_first_and_then_to_the_last_row():
@@ -492,7 +486,7 @@ def test_a_row_whose_kv_went_is_prefilled_with_its_text():
 def test_the_last_row_is_never_taken():
     """However little memory is left."""
     run = decoding(PLENTY, 0, 0)
-    run.scheduler.memory = run.memory = replace(run.memory, limit=110)
+    run.scheduler.demand.memory = run.memory = replace(run.memory, limit=110)
     for _ in range(3):
         assert len(run.round().places) == 1
 
@@ -629,8 +623,8 @@ def test_a_chunk_is_no_larger_than_memory_has_room_for():
     for id in range(prompts):
         run.submit(Job(id, 8, 9))
     rows = sum(memory.row(8 + 4 + BLOCK) for _ in range(prompts))
-    run.scheduler.memory = replace(memory, limit=held - rows + memory.chunk(2 * CHUNK, 8))
-    run.scheduler.memory = replace(run.scheduler.memory, row=lambda tokens: 0)
+    run.scheduler.demand.memory = replace(memory, limit=held - rows + memory.chunk(2 * CHUNK, 8))
+    run.scheduler.demand.memory = replace(run.scheduler.memory, row=lambda tokens: 0)
     run.memory = run.scheduler.memory
     assert len(run.round().pieces) == 2
 
