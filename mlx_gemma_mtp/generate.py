@@ -19,6 +19,7 @@ from .cli.prompts import read_choice, read_messages, read_prompts, read_schema, 
 from .cli.replies import Printer
 from .engine.arguments import LONGEST
 from .errors import UserError, clipped, shown
+from .files import prefix_store
 from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, number
 from .text.tool_choice import ToolChoice
 from .text.tools import Tools
@@ -184,6 +185,18 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="what of it the K/V of prompts that may come again take, 0 for none (default: a share of what is left)",
     )
+    group.add_argument(
+        "--prefix-cache",
+        metavar="DIR",
+        help="a folder in which the K/V of prompts outlast the command, for the next one (default: none)",
+    )
+    group.add_argument(
+        "--prefix-cache-limit",
+        type=float,
+        default=prefix_store.LIMIT / 1e9,
+        metavar="GB",
+        help=f"what its files may take; what was used last stays (default: {prefix_store.LIMIT / 1e9:g})",
+    )
     group.add_argument("--wired-limit", action="store_true", help="keep the weights wired in a Mac's memory")
 
 
@@ -213,6 +226,7 @@ def run(args: argparse.Namespace) -> int:
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
     args.timeout, args.memory_limit = read_timeout(args.timeout), read_memory(args.memory_limit)
     args.prefix_memory = read_prefix_memory(args.prefix_memory)
+    args.prefix_cache_limit = read_gigabytes("--prefix-cache-limit", args.prefix_cache_limit)
     engine = load_engine(args, len(prompts))
     cancel = threading.Event()
     with _ctrl_c(cancel):
@@ -294,9 +308,12 @@ def read_timeout(seconds: float | None) -> float | None:
 
 def read_memory(gigabytes: float | None) -> int | None:
     """Returns the bytes that --memory-limit names in GB, None for what the machine has. Raises UserError."""
-    if gigabytes is None:
-        return None
-    return int(number("--memory-limit", gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
+    return None if gigabytes is None else read_gigabytes("--memory-limit", gigabytes)
+
+
+def read_gigabytes(flag: str, gigabytes: float) -> int:
+    """Returns the bytes that a flag names in GB. Raises UserError."""
+    return int(number(flag, gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
 
 
 def read_prefix_memory(gigabytes: float | None) -> int | None:
@@ -334,6 +351,8 @@ def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
         max_waiting=max(prompts, 1),
         memory_limit=args.memory_limit,
         prefix_memory=args.prefix_memory,
+        prefix_cache=args.prefix_cache,
+        prefix_cache_limit=args.prefix_cache_limit,
         wired_limit=args.wired_limit,
         draft_temperature=args.draft_temperature,
         accept=args.accept,

@@ -28,6 +28,7 @@ from ..speculative.drafting import Drafting
 from .arguments import Cancel, told
 from .calibration import KINDS, TEXT, Costs
 from .intake import Intake, Options
+from .prefix_disk import PrefixDisk
 from .request import Chunk, Request, Result
 from .runner import Runner
 from .settings import Settings
@@ -61,9 +62,12 @@ class Engine:
         no_drafter_reason: str | None = None,
         costs: Mapping[str, Costs] | None = None,
         worker: Worker | None = None,
+        disk: PrefixDisk | None = None,
         **settings: Any,
     ):
-        """worker: the one in whose thread the models were loaded; None makes one. settings: fields of Settings."""
+        """worker: the one in whose thread the models were loaded; None makes one. disk: where prefixes outlast the
+        engine. settings: fields of Settings.
+        """
         self.text, self.defaults = text, defaults
         self.settings = Settings(**settings, suppress=tuple(defaults.suppress_token_ids))
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}

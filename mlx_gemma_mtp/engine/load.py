@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..cache.spec import row_bytes
 from ..errors import UserError, shown
-from ..files import hub
+from ..files import hub, prefix_store
 from ..files.folder import read_config, weight_bytes
 from ..files.progress import Progress
 from ..machine import memory
@@ -30,10 +30,11 @@ from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import MTP, Drafting
 from ..text.tokenizer_files import check_tokenizer
-from .arguments import check_depth, limit_of, prefix_memory_of, told
+from .arguments import check_depth, limit_of, prefix_cache_of, prefix_memory_of, told
 from .calibration import Costs
 from .engine import Engine
-from .settings import MAX_WAITING, PREFILL_CHUNK
+from .prefix_disk import PrefixDisk
+from .settings import MAX_WAITING, PREFILL_CHUNK, Settings
 from .warmup import making_ready, warm_up
 from .worker import Worker
 
@@ -59,6 +60,8 @@ def load(
     max_waiting: int = MAX_WAITING,
     memory_limit: int | None = None,
     prefix_memory: int | None = None,
+    prefix_cache: str | os.PathLike[str] | None = None,
+    prefix_cache_limit: int = prefix_store.LIMIT,
     wired_limit: bool = False,
     notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
@@ -76,14 +79,15 @@ def load(
     and each takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit:
     bytes that weights, K/V and what a pass computes may take together; None is what the machine has. prefix_memory:
     bytes of these for the K/V of prompts that may come again; 0 keeps none, None is a quarter of what is left beside
-    the model and a long text. wired_limit: keeps weights wired in a Mac's memory. prefill_chunk: prompt tokens a
-    forward pass. draft_position: of the drafter's query, 0 or -1 after the newest token's index. draft_temperature: a
-    factor of the request's, for drafts alone.
-    draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter.
-    accept: 'coupled' (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is
-    the target's, but the text depends on the drafts). notice: called with a sentence that the user should know; after
-    the load it may be called in any thread. progress: called with the parts read and all parts of each model. stage:
-    called with what takes seconds now, '' when it is over.
+    the model and a long text. prefix_cache: a folder in which these K/V outlast the process, shared by processes;
+    prefix_cache_limit: bytes of its files, of which those go first that nobody used for the longest time. wired_limit:
+    keeps weights wired in a Mac's memory. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
+    query, 0 or -1 after the newest token's index. draft_temperature: a factor of the request's, for drafts alone.
+    draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter. accept: 'coupled'
+    (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is the target's, but
+    the text depends on the drafts). notice: called with a sentence that the user should know; after the load it may be
+    called in any thread. progress: called with the parts read and all parts of each model. stage: called with what
+    takes seconds now, '' when it is over.
     """
     _check_process()
     notice = told("notice", notice)
@@ -98,6 +102,8 @@ def load(
         "max_waiting": count("max_waiting", max_waiting),
         "memory_limit": limit_of("memory_limit", memory_limit),
         "prefix_memory": prefix_memory_of(prefix_memory),
+        "prefix_cache": prefix_cache_of(prefix_cache),
+        "prefix_cache_limit": count("prefix_cache_limit", prefix_cache_limit, 2**63 - 1),
         "wired_limit": flag("wired_limit", wired_limit),
     }
     pair, defaults = _find(wanted, listeners)
@@ -108,8 +114,9 @@ def load(
         target, drafter = opening.wait()
         text = encode.Text(pair.target, target.config.vocab_size, target.config.media_token_ids, notice)
         costs = Costs.of_pair(pair, target, drafter, notice, settings["drafting"])
-        reason = pair.reason
-        return Engine(target, drafter, text, defaults, no_drafter_reason=reason, costs=costs, worker=worker, **settings)
+        disk = PrefixDisk.of_model(pair.target, target, Settings(**settings), notice)
+        more = {"no_drafter_reason": pair.reason, "costs": costs, "worker": worker, "disk": disk}
+        return Engine(target, drafter, text, defaults, **more, **settings)
     except BaseException:
         worker.stop()
         raise

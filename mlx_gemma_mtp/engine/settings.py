@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..files import prefix_store
 from ..sampling.params import MAX_ROWS
 from ..speculative.depth import AUTO
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
@@ -16,8 +18,8 @@ MAX_WAITING = 1024
 class Settings:
     """The settings of an engine, checked, as `load` describes them.
 
-    prefix_memory: bytes for prefixes; 0 keeps none, None is a share of the limit (keeping.py). suppress: token ids that
-    the folder forbids.
+    prefix_memory: bytes for prefixes; 0 keeps none, None is a share of the limit (keeping.py). prefix_cache: a folder
+    for prefixes on disk; None keeps none there. suppress: token ids that the folder forbids.
     """
 
     num_draft_tokens: int | str = AUTO
@@ -26,6 +28,8 @@ class Settings:
     max_waiting: int = MAX_WAITING
     memory_limit: int | None = None
     prefix_memory: int | None = None
+    prefix_cache: Path | None = None
+    prefix_cache_limit: int = prefix_store.LIMIT
     wired_limit: bool = False
     drafting: Drafting = DEFAULT_DRAFTING
     frozen_costs: bool = False

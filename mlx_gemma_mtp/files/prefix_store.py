@@ -25,6 +25,7 @@ from .prefix_file import NAME, HostArray, Image, Layers, Names, layers_of
 __all__ = ["HostArray", "Layers", "PrefixStore"]
 
 PART = re.compile(NAME.pattern + r"\.\w+\.part")
+LIMIT = 20_000_000_000  # bytes of a folder, where nobody says
 LARGEST_QUEUE = 256_000_000  # bytes that wait for the disk; a single entry may be larger
 STALE = 600  # seconds after which nobody writes into an unfinished file any more
 RETRY = 60  # seconds without writes after one that failed
@@ -56,8 +57,7 @@ class PrefixStore:
         longest time go first. notice: called with a sentence that the user should know, in any thread. fits: whether
         layers of so many tokens are such as the key's. clock: of seconds.
 
-        Raises UserError for what can never work: a path that is no folder, or one that is neither there nor can be
-        made, or cannot be read.
+        Raises UserError for what can never work (`make_folder`).
         """
         self.folder, self.limit, self.fits, self.clock = folder, limit, fits, clock
         self.written = self.dropped = 0
@@ -67,7 +67,10 @@ class PrefixStore:
         self._ignored: set[str] = set()  # files that are not to be read, and could not be removed
         self._failed: float | None = None  # when the last write failed; None where it did not
         self._told: set[str] = set()
-        self._open()
+        if (error := make_folder(folder)) is not None:
+            self._tell_of(error)
+        with suppress(OSError):  # a folder that can only be read is read
+            self._sweep()
 
     # What any thread may ask.
 
@@ -117,20 +120,6 @@ class PrefixStore:
         self._background.close(patience)
 
     # The folder.
-
-    def _open(self) -> None:
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.scandir(self.folder).close()
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{self.folder} is no folder; expected one for prefixes, which may be new") from None
-        except OSError as error:
-            if not _is_full(error):
-                reason = f"{self.folder} cannot be used for prefixes ({error.strerror})"
-                raise UserError(f"{reason}; name a folder that can be read and written") from None
-            return self._tell_of(error)
-        with suppress(OSError):  # what can be read alone is read
-            self._sweep()
 
     def _files(self, kind: re.Pattern[str]) -> Iterator[tuple[re.Match[str], os.DirEntry[str]]]:
         """The entries of the folder whose names are of a kind. Raises OSError."""
@@ -255,12 +244,27 @@ class PrefixStore:
             total -= size
 
 
+def make_folder(folder: Path) -> OSError | None:
+    """Makes a folder for prefixes where there is none. Returns why that is not possible now: the disk is full.
+
+    Raises UserError for what can never work: a path that is no folder, or one that is neither there nor can be made, or
+    cannot be read.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.scandir(folder).close()
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} is no folder; expected one for prefixes, which may be new") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        reason = f"{folder} cannot be used for prefixes ({error.strerror})"
+        raise UserError(f"{reason}; name a folder that can be read and written") from None
+    return None
+
+
 class _GivenUp(Exception):
     """Ends a write for whose end nobody waits any more."""
-
-
-def _is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _content(path: Path, limit: int) -> memoryview:
