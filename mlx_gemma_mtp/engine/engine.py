@@ -78,11 +78,11 @@ class Engine:
             "draft_step_bytes": self._draft_bytes,
         }
         reason = no_drafter_reason if drafter is None else None
-        self._intake = Intake(text, defaults, target.config, self.settings.num_draft_tokens, reason, figures)
+        self._intake = Intake(text, defaults, target.config, self.settings.num_draft_tokens, reason, figures, disk)
         # The last references to the models are the worker's: what MLX keeps of them is its thread's.
         self._models = {"target": target, "drafter": drafter, **self._choosing(target, drafter)}
         self._worker = Worker() if worker is None else worker
-        self._worker.drive(partial(_runner, self._models, self.settings), partial(_free, self._models))
+        self._worker.drive(partial(_runner, self._models, self.settings, disk), partial(_free, self._models, disk))
         self._forgotten = finalize(self, self._worker.stop)
         self._forgotten.atexit = False
 
@@ -312,8 +312,8 @@ class Engine:
         return self._worker.call(partial(_calibrated, self._model("tables"), self.depth, repeats), progress)
 
 
-def _runner(models: Mapping[str, Any], settings: Settings) -> Runner:
-    return Runner(**models, settings=settings)
+def _runner(models: Mapping[str, Any], settings: Settings, disk: PrefixDisk | None) -> Runner:
+    return Runner(**models, settings=settings, disk=disk)
 
 
 def _calibrated(tables: Tables, depth: Depth, repeats: int, progress: Progress) -> dict[str, CostTable]:
@@ -322,8 +322,12 @@ def _calibrated(tables: Tables, depth: Depth, repeats: int, progress: Progress) 
     return measured
 
 
-def _free(models: dict[str, Any]) -> None:
-    """Gives the models' memory back. A module refers to itself by what it compiled, so it waits for a collector."""
+def _free(models: dict[str, Any], disk: PrefixDisk | None) -> None:
+    """Gives the models' memory back, once what was kept of prompts is written. A module refers to itself by what it
+    compiled, so it waits for a collector.
+    """
+    if disk is not None:
+        disk.close()
     models.clear()
     gc.collect()
     mx.clear_cache()

@@ -26,6 +26,7 @@ from ..machine import blas, device
 from ..models.gemma4 import Gemma4
 from ..models.loading import format_of
 from ..ops import kernels
+from .prefix import Prefixes
 from .settings import Settings
 
 FORMAT = 1  # of what the arrays of a layer mean
@@ -89,6 +90,7 @@ class PrefixDisk:
 
     def __init__(self, store: PrefixStore):
         self.store = store
+        self._known: Callable[[Sequence[int], str | None], int] = lambda tokens, salt: 0
         self._reading = threading.Lock()  # one reads, and others with the same beginning take what it read
         self._read: WeakValueDictionary[tuple[bytes, str | None], Restored] = WeakValueDictionary()
 
@@ -105,13 +107,20 @@ class PrefixDisk:
         key = _key(model, target, settings)
         return cls(PrefixStore(settings.prefix_cache, key, settings.prefix_cache_limit, notice=notice, fits=shapes.fit))
 
+    def join(self, prefixes: Prefixes) -> None:
+        """Lets K/V in memory go before those on disk: what is kept there is written, what is known there is not read.
+        Called in the worker's thread.
+        """
+        self._known, prefixes.on_keep = prefixes.known, self.keep
+
     # What any thread may ask.
 
-    def read(self, tokens: Sequence[int], salt: str | None = None, known: int = 0) -> Restored | None:
-        """Returns the longest beginning of a prompt, but for its last token, of which a file holds K/V. None where it
-        is not longer than `known`, and where requests that wait hold much that was read already. Requests with the same
+    def read(self, tokens: Sequence[int], salt: str | None = None) -> Restored | None:
+        """Returns the longest beginning of a prompt, but for its last token, of which a file holds K/V. None where
+        memory holds as many, and where requests that wait hold much that was read already. Requests with the same
         beginning share it.
         """
+        known = self._known(tokens, salt)
         tokens = tokens[:-1]  # at least one is computed
         if self.store.longest(tokens, salt) <= known:
             return None

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_gemma_mtp.cache.saved import Saved
 from mlx_gemma_mtp.engine import prefix_disk
+from mlx_gemma_mtp.engine.prefix import Prefixes
 from mlx_gemma_mtp.engine.prefix_disk import PrefixDisk, Shapes
 from mlx_gemma_mtp.files.prefix_store import PrefixStore
 from mlx_gemma_mtp.speculative.prefill import prefill
@@ -53,7 +54,14 @@ def test_at_least_one_token_is_left_and_memory_comes_first(tmp_path):
         disk.keep(TOKENS[:length], saved_of(model, TOKENS[:length]), None)
     disk.store.flush()
     assert disk.read(TOKENS).tokens == 20 and disk.read([*TOKENS, 1]).tokens == 40
-    assert disk.read(TOKENS, known=19).tokens == 20 and disk.read(TOKENS, known=20) is None
+    memory = Prefixes(10**9, 4, Shapes.of(model.config.kv, model.dtype, 0).least)
+    disk.join(memory)
+    memory.keep(TOKENS[:19], saved_of(model, TOKENS[:19]))
+    assert disk.read(TOKENS).tokens == 20
+    memory.keep(TOKENS[:20], saved_of(model, TOKENS[:20]))
+    assert disk.read(TOKENS) is None and disk.read([*TOKENS, 1]).tokens == 40
+    disk.store.flush()
+    assert disk.store.longest(TOKENS[:19]) == 19
     assert disk.read(TOKENS[:1]) is None
 
 
