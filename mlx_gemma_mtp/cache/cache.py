@@ -45,6 +45,7 @@ class Cache:
         self._shelves: dict[int, Shelf] = {}  # by class, rising; those without rows wait for some
         self._room: int | None = None  # tokens that an opened cache has room for
         self._written: list[int] = []  # for each row a position that no write went beyond
+        self._settled: list[int] = []  # and the same without the forward that was built after the last commit
         kinds = [spec.window is not None for spec in specs]
         self.homes = [(sliding, kinds[:i].count(sliding)) for i, sliding in enumerate(kinds)]
         self._seat()
@@ -78,16 +79,20 @@ class Cache:
     def buffers(self, buffers: Sequence[Pair]) -> None:
         for kv, (keys, values) in zip([kv for layer in self.layers for kv in layer], buffers, strict=True):
             kv.keys, kv.values = keys, values
+        self._written = self._settled
 
-    def open(self, tokens: int) -> Cache:
-        """Returns this cache with one empty row, which holds `tokens` tokens and never more. Its buffers never grow,
-        and its rings are no larger than these tokens need.
+    def open(self, tokens: int, saved: Saved | None = None) -> Cache:
+        """Returns this cache with one row, which holds `tokens` tokens and never more: an empty one, or one that goes
+        on from `saved`, copied and evaluated. Its buffers never grow, and its rings are no larger than these tokens
+        need.
         """
         assert not self._shelves, "a cache is opened once, before anything else"
         full, sliding = capacity(tokens), [layer.spec for layer in self.rings.layers]
         slots = [min(full, layer.slots) for layer in self.rings.layers]
         self._room, self.rings = tokens, Shelf(sliding, slots, self.dtype)
-        self.arrange([Saved.empty(self.specs, self.dtype)])
+        self.arrange([Saved.empty(self.specs, self.dtype) if saved is None else saved])
+        if saved is not None:
+            mx.eval(self.buffers, self.lengths)
         return self
 
     def arrange(self, places: Sequence[int | Saved]) -> None:
@@ -118,22 +123,26 @@ class Cache:
             lengths = mx.concatenate([self.lengths, mx.array(known, mx.int32)]) if known else self.lengths
             self.lengths = mx.take(lengths, mx.array(index, mx.int32))
         self._place(places, classes)
-        self.length_bound, self._written = bounds, written
+        self.length_bound, self._written, self._settled = bounds, written, written
         self._known = list(bounds)
 
-    def save(self, row: int, slack: int = 0) -> Saved:
+    def save(self, row: int, slack: int = 0, tokens: int | None = None) -> Saved:
         """Returns copies of a row's committed tokens, evaluated. No verify may be built, and the row's length bound is
         its length, as it is once the host has read the round.
 
         slack: how many positions before the window sliding layers save besides, as far as they still hold them, so that
-        a beginning that is so many tokens shorter can be restored (`Saved.first`).
+        a beginning that is so many tokens shorter can be restored (`Saved.first`). tokens: of the first ones alone, so
+        far back as sliding layers still hold their window; None for all.
         """
-        tokens = self.length_bound[row]
+        length = self.length_bound[row]
+        tokens = length if tokens is None else tokens
         shelf = self._shelves[self.classes[row]]
         pairs = []
         for sliding, i in self.homes:
             kv, place = (self.rings.layers[i], row) if sliding else (shelf.layers[i], shelf.rows.index(row))
             first = tokens - self._held(kv, row, tokens, slack) if sliding else 0
+            held = tokens == length or first >= self._written[row] - kv.slots  # of all tokens the ring law says so
+            assert held, f"the window of {tokens} tokens is written over"
             pairs.append(kv.saved(place, first, tokens))
         mx.eval(pairs)
         return Saved(tokens, tuple(pairs))
@@ -165,12 +174,15 @@ class Cache:
         """
         self.lengths = self.lengths + n
         self.length_bound = [old + more for old, more in zip(self.length_bound, bound, strict=True)]
+        self._settled = self._written
 
     def tighten_length_bound(self, fewer: Sequence[int]) -> None:
         """Lowers the length bounds: the host has read that so many fewer tokens of each row were committed than the
         bound given to `commit`.
         """
         self.length_bound = [bound - less for bound, less in zip(self.length_bound, fewer, strict=True)]
+        built = zip(self._settled, self._written, fewer, strict=True)  # after the bound that is lowered
+        self._written = [max(settled, written - less) for settled, written, less in built]
         self._known = list(self.length_bound)
 
     def _needed(self, row: int) -> int:

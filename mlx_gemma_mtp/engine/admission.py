@@ -20,17 +20,17 @@ class Memory:
 
     limit: all that the run may hold. weights: what both models hold. row(tokens): of a row of the batch whose K/V have
     room for so many tokens, its slots rounded up as the cache does. staged(tokens): of the cache of a prompt of so many
-    tokens while it is prefilled. saved(tokens): of the K/V of so many tokens, kept by themselves. chunk(tokens,
-    context): the most that a forward of so many prompt tokens holds beside these, where the longest prompt has
-    `context` tokens. verify(rows, context): the same of a round's verify of so many rows. advance: tokens of text that
-    a request is given room for when it is admitted.
+    tokens while it is prefilled. saved(tokens, slack=0): of the K/V of so many tokens, kept by themselves, with so much
+    slack (`Cache.save`). chunk(tokens, context): the most that a forward of so many prompt tokens holds beside these,
+    where the longest prompt has `context` tokens. verify(rows, context): the same of a round's verify of so many rows.
+    advance: tokens of text that a request is given room for when it is admitted.
     """
 
     limit: int
     weights: int
     row: Callable[[int], int]
     staged: Callable[[int], int]
-    saved: Callable[[int], int]
+    saved: Callable[..., int]
     chunk: Callable[[int, int], int]
     verify: Callable[[int, int], int]
     advance: int = ADVANCE
@@ -79,7 +79,7 @@ def memory_of(
         weights,
         row=lru_cache(4096)(lambda tokens: row_bytes(specs, tokens, block, item_size, lookback)),
         staged=lru_cache(4096)(lambda tokens: staged_bytes(specs, tokens, chunk, item_size, lookback)),
-        saved=lru_cache(4096)(lambda tokens: saved_bytes(specs, tokens, item_size, lookback)),
+        saved=lru_cache(4096)(lambda tokens, slack=0: saved_bytes(specs, tokens, item_size, lookback + slack)),
         chunk=lru_cache(4096)(transients.chunk),
         verify=lru_cache(4096)(lambda rows, context: transients.verify(rows, block, context)),
     )

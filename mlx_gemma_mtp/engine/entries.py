@@ -25,17 +25,23 @@ class Stage(Enum):
 class Entry:
     """A request in the plan.
 
-    arrived: when it was submitted. fed: how many of `tokens` have K/V. text: tokens generated so far. place: its row
-    while LIVE; None in all other stages, and until `plan` has arranged the rows. paused: whether its reader does not
-    read. leaving: why it leaves with the next plan, '' where it does not.
+    arrived: when it was submitted. fed: how many of `tokens` have K/V. kept: how many of them were kept from others,
+    when that was last looked up. keep: what is to be kept of it (see Known). text: tokens generated so far. place: its
+    row while LIVE; None in all other stages, and until `plan` has arranged the rows. paused: whether its reader does
+    not read. leader: the request whose prompt it waits for last. patient: whether it waits for one. leaving: why it
+    leaves with the next plan, '' where it does not.
     """
 
     job: Job
     arrived: float
     fed: int = 0
+    kept: int = 0
+    keep: tuple[int, ...] = ()
     text: int = 0
     place: int | None = None
     paused: bool = False
+    leader: int | None = None
+    patient: bool = True
     leaving: str = ""
 
     @property
@@ -45,8 +51,13 @@ class Entry:
 
     @property
     def remaining(self) -> int:
-        """The tokens that are still to be prefilled."""
-        return self.tokens - self.fed
+        """The tokens that are still to be prefilled; while it waits, by what was kept when that was looked up."""
+        return self.tokens - max(self.fed, self.kept)
+
+    @property
+    def begun(self) -> bool:
+        """Whether any of its tokens were computed for it."""
+        return self.fed > self.kept
 
     def late(self, now: float) -> str:
         """Returns 'timeout' once its deadline is over, else ''."""
@@ -105,6 +116,15 @@ class Entries:
         """Lets a request go, from whatever stage. Nothing happens to one that is gone."""
         if (stage := self.stage_of(id)) is not None:
             del self._stages[stage][id]
+
+
+def shared(one: Job, other: Job, grid: int) -> int:
+    """Returns how many first tokens of two prompts are the same, rounded down to the grid."""
+    low, high = 0, min(len(one.keys), len(other.keys))
+    while low < high:  # a key stands for all before it
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one.keys[middle - 1] == other.keys[middle - 1] else (low, middle - 1)
+    return low * grid
 
 
 def order(entry: Entry) -> tuple[float, int]:

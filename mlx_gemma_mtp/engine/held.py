@@ -16,14 +16,19 @@ from .stats import Totals
 class Held:
     """What the runner holds of a request.
 
-    staged: its K/V while its prompt is prefilled, a cache of one row. saved: its K/V while it waits for a row. hidden:
-    [H], the target's hidden state at its prompt's last token, until its first token is drawn. submitted, began,
-    prefilled: when it came, and when its prefill began and ended. since: what all rows had done when it became one of
-    them, None while it is none; shared: what they did while it was one before.
+    found: K/V of its first tokens, which were kept from others, until it is staged. kept: how many of its tokens are
+    kept for others. ends: those of them that nobody but its own conversation may come back to. staged: its K/V while
+    its prompt is prefilled, a cache of one row. saved: its K/V while it waits for a row. hidden: [H], the target's
+    hidden state at its prompt's last token, until its first token is drawn. submitted, began, prefilled: when it came,
+    and when its prefill began and ended. since: what all rows had done when it became one of them, None while it is
+    none; shared: what they did while it was one before.
     """
 
     request: Request
     submitted: float
+    found: Saved | None = None
+    kept: int = 0
+    ends: set[int] = field(default_factory=set)
     staged: Cache | None = None
     saved: Saved | None = None
     hidden: mx.array | None = None
@@ -40,6 +45,11 @@ class Held:
     @property
     def context(self) -> int:
         return len(self.request.prompt) + len(self.request.tokens)
+
+    @property
+    def computed(self) -> int:
+        """How many tokens of the prompt were computed for it."""
+        return len(self.request.prompt) - self.request.stats.cached_tokens
 
     def becomes_row(self, totals: Totals) -> None:
         """Counts from now on what all rows do. totals: what they did so far."""

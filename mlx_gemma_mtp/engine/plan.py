@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,9 @@ class Job:
     """What the plan knows of a request.
 
     id: unique. prompt: its tokens. limit: the most tokens to generate. priority: -100 to 100, higher goes first.
-    deadline: when it ends unfinished, by the clock of `plan`; None for never.
+    deadline: when it ends unfinished, by the clock of `plan`; None for never. keys: the i-th stands for the first (i +
+    1) * grid tokens of the prompt, its last token left out: two jobs with an equal key begin with the same tokens.
+    cached: how many of its tokens were kept from others when it came.
     """
 
     id: int
@@ -18,19 +21,32 @@ class Job:
     limit: int
     priority: int = 0
     deadline: float | None = None
+    keys: tuple[int, ...] = ()
+    cached: int = 0
+
+
+class Known(NamedTuple):
+    """What is kept for a request that is staged. tokens: how many of its first tokens have K/V already. keep: numbers
+    of tokens: what is to be kept of its prompt for others, once it is so far.
+    """
+
+    tokens: int = 0
+    keep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
     """Tokens start to stop of a request's prompt, to be prefilled in this round.
 
-    They begin where the last piece ended. Of a requeued request the text so far belongs to the prompt, but for its
-    newest token, which its first verify feeds.
+    They begin where the last piece ended, or behind what was kept of it. keep: numbers of tokens, rising, above `start`
+    and up to `stop`: so many first tokens are kept for others once the piece is prefilled. Of a requeued request the
+    text so far belongs to the prompt, but for its newest token, which its first verify feeds.
     """
 
     id: int
     start: int
     stop: int
+    keep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,17 @@ class Prefixes:
         self._evict(self._room - size, own)
         return True
 
-    def keep(self, tokens: Sequence[int], saved: Saved, salt: str | None = None, kind: Kind = Kind.BORDER) -> bool:
+    def keep(
+        self,
+        tokens: Sequence[int],
+        saved: Saved,
+        salt: str | None = None,
+        kind: Kind = Kind.BORDER,
+        told: bool = True,
+    ) -> bool:
         """Keeps a prefix, where `makes_room` says so. Returns whether it does.
 
-        saved: contiguous arrays of its own, evaluated, of exactly these tokens.
+        saved: contiguous arrays of its own, evaluated, of exactly these tokens. told: whether `on_keep` is to know.
         """
         assert len(tokens) == saved.tokens, f"K/V of {saved.tokens} tokens for {len(tokens)}"
         if not self.makes_room(tokens, salt, saved.bytes, kind):
@@ -129,7 +136,7 @@ class Prefixes:
             first = [entry for entry, each in alike if each == len(entry.tokens) and entry.kind is not Kind.BORDER]
         self._order([*first, *(entry for entry in self._entries if entry not in first), new])
         self.counts.kept += 1
-        if self.on_keep is not None:
+        if told and self.on_keep is not None:
             self.on_keep(tokens, saved, salt)
         return True
 

@@ -14,6 +14,7 @@ from ..errors import in_a_line
 from ..machine import memory, pressure
 from ..machine.device import metal_available
 from ..machine.power import Awake
+from ..machine.pressure import NORMAL
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.loading import model_bytes
@@ -27,8 +28,10 @@ from ..speculative.prefill import chunk
 from ..speculative.readback import Round
 from .admission import Memory, memory_of
 from .held import Held
+from .keeping import Keeping, share
 from .outbox import Item
-from .plan import Job, Piece, Plan
+from .plan import Job, Known, Piece, Plan
+from .prefix_disk import PrefixDisk
 from .request import Advance, Delivery, Request
 from .scheduler import Scheduler
 from .settings import Settings
@@ -61,11 +64,13 @@ class Runner:
         budget: Budget | None = None,
         pressure: Callable[[], int] = pressure.level,
         clock: Callable[[], float] = time.monotonic,
+        disk: PrefixDisk | None = None,
     ):
         """Starts without requests.
 
         tables: where the costs come from that `depth` chooses by. scheduler, budget: None for those of the settings.
-        pressure: the system's level of memory pressure. clock: of arrivals and deadlines, in seconds.
+        pressure: the system's level of memory pressure. clock: of arrivals and deadlines, in seconds. disk: where
+        prefixes outlast the runner.
         """
         self.target, self.drafter, self.tables, self.depth, self.settings = target, drafter, tables, depth, settings
         self.drafting = settings.drafting
@@ -81,6 +86,9 @@ class Runner:
             max_waiting=settings.max_waiting,
         )
         self.budget = budget or Budget(chunk, _grid(chunk))
+        self.keeping = self._new_keeping()
+        if disk is not None:
+            disk.join(self.keeping.prefixes)
         self.pressure, self.clock = pressure, clock
         memory.limit_cache(self._transient())
         self._awake, self._working = Awake("mlx_gemma_mtp generates text"), ExitStack()  # while there are requests
@@ -106,7 +114,8 @@ class Runner:
     def submit(self, request: Request) -> None:
         """Takes a request in. Raises UserError for one that can never fit, and where too many wait."""
         now = self.clock()
-        job = Job(request.id, len(request.prompt), request.limit, request.priority, request.deadline)
+        keys, cached = self.keeping.keys(request), self.keeping.cached(request)
+        job = Job(request.id, len(request.prompt), request.limit, request.priority, request.deadline, keys, cached)
         self.scheduler.submit(job, now)
         if not self.held:
             self._begin()
@@ -131,12 +140,11 @@ class Runner:
     def round(self) -> list[Item]:
         """Computes one round, and returns what it gives. The last Delivery of a request carries its Result."""
         self._read()
-        plan = self._plan = self.scheduler.plan(
-            self.clock(), self.budget.tokens(len(self.rows)), self.pressure(), self._loop.cache.bytes
-        )
+        level, budget = self.pressure(), self.budget.tokens(len(self.rows))
+        plan = self._plan = self.scheduler.plan(self.clock(), budget, level, self._loop.cache.bytes, self._known)
         for id, reason in plan.ended:
             self._end(id, reason)
-        self._arrange(plan)
+        self._arrange(plan, level)
         self._launch()
         if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -166,6 +174,7 @@ class Runner:
         for id in list(self.held):
             self._end(id, "cancelled", done=True)
         self._start_anew()
+        self.keeping.prefixes.clear()
         self._rest()
         return self._all_given()
 
@@ -199,12 +208,9 @@ class Runner:
         caches, tokens, now = [], [], self.clock()
         for piece in pieces:
             held = self.held[piece.id]
-            if piece.start == 0:
-                held.staged = Cache(
-                    self.target.config.kv, self.scheduler.chunk, self.target.dtype, self.drafting.lookback
-                )
-                held.staged.open(len(held.tokens))
-                held.began = held.began or now
+            if held.staged is None:
+                self._open(held)
+            held.began = held.began or now
             caches.append(held.staged)
             tokens.append(held.tokens[piece.start : piece.stop])
         hidden = chunk(self.target, caches, tokens)
@@ -214,10 +220,21 @@ class Runner:
                 held.hidden = hidden[i]
         return hidden
 
+    def _known(self, id: int) -> Known:
+        """Returns what is kept for a request that is staged now. What it had is gone."""
+        return self.keeping.find(self.held[id])
+
+    def _open(self, held: Held) -> None:
+        """Makes the cache in which a prompt is prefilled, from what was found of it."""
+        specs, block = self.target.config.kv, self.scheduler.chunk
+        held.staged = Cache(specs, block, self.target.dtype, self.drafting.lookback).open(len(held.tokens), held.found)
+        held.found = None
+
     def _prefilled(self, pieces: Sequence[Piece]) -> None:
         """Takes in that pieces of prompts were prefilled, and tells how far these are."""
         for piece in pieces:
             held = self.held[piece.id]
+            self.keeping.prompt(held, piece)
             self.scheduler.prefilled(piece.id, piece.stop)
             if held.request.tokens:  # it comes back to a place where it was before
                 if piece.stop == len(held.tokens):
@@ -225,7 +242,7 @@ class Runner:
                 continue
             if piece.stop == len(held.tokens):
                 held.prefilled = self.clock()
-                held.request.stats.prompt_tps = len(held.tokens) / max(held.prefilled - held.began, 1e-9)
+                held.request.stats.prompt_tps = held.computed / max(held.prefilled - held.began, 1e-9)
             self._given.append(Advance(piece.id, piece.stop, len(held.tokens)))
 
     def _save_staged(self, held: Held) -> None:
@@ -297,12 +314,22 @@ class Runner:
             else:
                 self.scheduler.finished(id)
                 self._let_go(id)
+                self._keep_reply(held)
 
-    def _arrange(self, plan: Plan) -> None:
-        """Brings the rows into the places that the plan gives them."""
+    def _keep_reply(self, held: Held) -> None:
+        """Keeps what a request computed that has ended, and is let go, in a row."""
+        if (id := held.request.id) in self.rows:
+            self.keeping.reply(held, self._loop, self.rows.index(id))
+
+    def _arrange(self, plan: Plan, pressure: int = NORMAL) -> None:
+        """Brings the rows into the places that the plan gives them. pressure: the system's level."""
         for id in plan.forget:
             held = self.held[id]
-            held.saved = held.staged = held.hidden = None
+            held.found = held.saved = held.staged = held.hidden = None
+        self.keeping.give_back(self.scheduler.spare, pressure)
+        for held in self.held.values():
+            if held.found is not None:
+                self._open(held)
         for id in plan.save:
             self.held[id].saved = self._loop.save(self.rows.index(id))
         gone = [id for id in self.rows if id not in plan.places]
@@ -397,8 +424,11 @@ class Runner:
         """Ends a request with what it has. done: the scheduler does not know of it yet."""
         if done:
             self.scheduler.finished(id)
-        self._given.append(Delivery(id, self.held[id].request.cancel(reason, error)))
+        held = self.held[id]
+        self._given.append(Delivery(id, held.request.cancel(reason, error)))
         self._let_go(id)
+        if not done:
+            self._keep_reply(held)
 
     def _let_go(self, id: int) -> None:
         """Drops all that is held of a request, and completes its figures."""
@@ -434,6 +464,15 @@ class Runner:
             lookback=self.drafting.lookback,
             metal=metal_available(),
         )
+
+    def _new_keeping(self) -> Keeping:
+        """Returns what keeps prefixes, as the settings have it."""
+        scheduler, config = self.scheduler, self.target.config
+        limit = self.settings.prefix_memory
+        if limit is None:
+            limit = share(scheduler.memory, config, scheduler.chunk, scheduler.block)
+        lookback = self.drafting.lookback
+        return Keeping(limit, config.kv, lookback, scheduler.memory, scheduler.chunk, scheduler.grid)
 
     def _transient(self) -> int:
         """The bytes that a round frees again: those of a chunk and a verify of short texts."""

@@ -10,29 +10,36 @@ The life of a request. Every arrow is one method of Scheduler, and nothing else 
                                 +-- _join, where the batch begins -----+
 
 WAITING: nothing of it is in memory. STAGED: its prompt is being prefilled in a cache of its own, or is prefilled and
-its first token is not drawn. READY: it waits for a row, with K/V and a newest token. LIVE: it has a row of the batch.
-A request whose reader does not read is parked: it loses its row, else keeps its stage, and is passed over. One that
-lost its row is requeued: READY while its K/V are kept, else WAITING, and then its prompt and its text are prefilled
-anew. A request that is cancelled or late leaves with the next plan, from any stage.
+its first token is not drawn. READY: it waits for a row, with K/V and a newest token. LIVE: it has a row of the batch. A
+request whose reader does not read is parked: it loses its row, else keeps its stage, and is passed over. One that lost
+its row is requeued: READY while its K/V are kept, else WAITING, and then its prompt and its text are prefilled anew. Of
+a request that is staged the first tokens may have K/V already, from others (prefix.py); while a staged prompt is about
+to have K/V that one which waits could use, that one goes on waiting. A request that is cancelled or late leaves with
+the next plan, from any stage.
 
 One order decides who goes first and who gives way: the time at which a request is due (`Entry.due`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import UserError
 from ..machine.pressure import CRITICAL, NORMAL
 from .admission import Memory
 from .demand import Demand
-from .entries import Entries, Entry, Stage, order, shortest, yields
-from .plan import Job, Piece, Plan
+from .entries import Entries, Entry, Stage, order, shared, shortest, yields
+from .plan import Job, Known, Piece, Plan
 
 PRIORITIES = range(-100, 101)
 PATIENCE_S = 10.0  # how long after it was due a request for which memory is missing lets others go before it
 AHEAD = 4  # requests with K/V outside the batch, beyond its free rows; the last place is for prompts of one chunk
 TURN = 4  # every so many rounds prompts are prefilled in the order, else the shortest first
+
+
+def _nothing(id: int) -> Known:
+    """Returns that nothing is kept for a request."""
+    return Known()
 
 
 class Scheduler:
@@ -52,6 +59,8 @@ class Scheduler:
         self.max_rows, self.chunk, self.grid, self.block = max_rows, chunk, grid, block
         self.max_waiting, self.entries = max_waiting, Entries()
         self.demand = Demand(memory, self.entries, chunk, block)
+        self.spare = 0  # bytes beside all that the last plan needs: what is kept for others may take them
+        self._known: Callable[[int], Known] = _nothing
         self._rounds = 0  # that prefilled
 
     def submit(self, job: Job, now: float) -> None:
@@ -65,7 +74,7 @@ class Scheduler:
                 f"{self.waiting} requests wait, expected at most max_waiting={self.max_waiting}; "
                 "send this one again later, or load with a larger max_waiting"
             )
-        self.entries.add(Entry(job, now))
+        self.entries.add(Entry(job, now, kept=job.cached))
 
     def cancel(self, id: int, reason: str = "cancelled") -> None:
         """Lets a request leave with the next plan. Nothing happens to one that is gone."""
@@ -84,15 +93,23 @@ class Scheduler:
         if entry := self.entries.find(id):
             entry.paused = False
 
-    def plan(self, now: float, budget: int | None = None, pressure: int = NORMAL, batch_bytes: int = 0) -> Plan:
+    def plan(
+        self,
+        now: float,
+        budget: int | None = None,
+        pressure: int = NORMAL,
+        batch_bytes: int = 0,
+        known: Callable[[int], Known] = _nothing,
+    ) -> Plan:
         """Returns what the next round does. The requests are in their new stages from then on.
 
         now: seconds of the clock of arrivals and deadlines. budget: prompt tokens that the round may prefill, rounded
         down to the grid, at least one step of it; None for a chunk of each row, or one chunk in all where rows decode.
         pressure: the system's level. batch_bytes: what the batch's buffers hold, unused rows included; where the rows
         of this plan need less and that matters, `trim` is set. How much a row grows is not asked: its bytes are a
-        function of its length.
+        function of its length. known: says what is kept for a request; it is asked for each that is staged.
         """
+        self._known = known
         ended = self._end(now)
         rows = self.entries.at(Stage.LIVE)
         held = [entry for entry in self.entries.at(Stage.STAGED, Stage.READY, Stage.LIVE) if entry.fed]
@@ -107,11 +124,14 @@ class Scheduler:
         live = self._arrange()
         begins = bool(live) and not stay and not any(entry.text for entry in live)
         pieces = self._pack(budget)
+        left = self.memory.limit - self.demand.total()
+        unused = max(0, batch_bytes - sum(map(self.demand.row, live)))
+        self.spare = max(0, left - unused if unused <= left else left)
         return Plan(
             ended,
             forget=tuple(entry.job.id for entry in held if not entry.fed),
             save=tuple(entry.job.id for entry in rows if self.entries.stage_of(entry.job.id) is Stage.READY),
-            trim=self.demand.total() + max(0, batch_bytes - sum(map(self.demand.row, live))) > self.memory.limit,
+            trim=unused > left,
             places=tuple(entry.job.id for entry in live),
             begins=begins,
             pieces=pieces,
@@ -189,6 +209,9 @@ class Scheduler:
         return ended
 
     def _stage(self, entry: Entry) -> None:
+        entry.fed, entry.keep = self._known(entry.job.id)
+        entry.kept = entry.fed
+        assert entry.remaining, "the last token is computed, whatever is kept"
         self.entries.move(entry, Stage.WAITING, Stage.STAGED)
 
     def _join(self, entry: Entry) -> None:
@@ -227,7 +250,7 @@ class Scheduler:
         """
         if pressure > NORMAL:  # what has not begun is new, too
             for entry in self.entries.at(Stage.STAGED):
-                if not entry.fed:
+                if not entry.begun:
                     self._forget(entry)
         free = self.max_rows - self.entries.count(Stage.LIVE)
         outside, last = self._outside(free, pressure)
@@ -238,6 +261,8 @@ class Scheduler:
             places = outside - (last if entry.remaining > self.chunk else 0) if waits else free
             held_back = missing is not None and now > missing.due + PATIENCE_S
             if places <= 0 or (waits and (held_back or entry.tokens >= smallest)):
+                continue
+            if waits and self._awaits(entry):
                 continue
             if not self._fits(entry):
                 missing, smallest = missing or entry, min(smallest, entry.tokens)
@@ -269,6 +294,29 @@ class Scheduler:
         if prefilled and not self.entries.count(Stage.LIVE) and min(ready + prefilled, key=order) in prefilled:
             return prefilled
         return ready
+
+    def _awaits(self, entry: Entry) -> bool:
+        """Returns whether a request that waits goes on doing so: a staged prompt of no lower priority begins as its own
+        does, by more than a chunk beyond what is kept, and is not so far yet. Whoever has waited until then does not
+        wait again, be it kept or not.
+        """
+        leader = None if entry.leader is None else self.entries.find(entry.leader)
+        if leader is not None and leader.fed >= shared(leader.job, entry.job, self.grid):
+            entry.patient = False
+        for other in self.entries.at(Stage.STAGED) if entry.patient else []:
+            begins = self._worth(other, entry)
+            if other.fed < begins and not other.paused and other.job.priority >= entry.job.priority:
+                entry.leader = other.job.id
+                return True
+        return False
+
+    def _worth(self, staged: Entry, entry: Entry) -> int:
+        """Returns how many first tokens of a staged prompt are worth keeping for a request that waits, or 0."""
+        least = (entry.kept + self.chunk) // self.grid  # the key of the first border beyond
+        keys = staged.job.keys, entry.job.keys
+        if min(map(len, keys)) <= least or keys[0][least] != keys[1][least]:
+            return 0
+        return shared(staged.job, entry.job, self.grid)
 
     def _fits(self, entry: Entry) -> bool:
         """Returns whether memory holds one more request in its next stage, with room to advance.
@@ -323,11 +371,19 @@ class Scheduler:
             start = entry.fed
             stop = min(entry.tokens, start + self.chunk - start % self.chunk)
             if stop - start > left:
-                stop = start + left // self.grid * self.grid
+                stop = (start + left) // self.grid * self.grid  # what was kept may end anywhere
             if stop > start:
-                pieces.append(Piece(entry.job.id, start, stop))
+                pieces.append(Piece(entry.job.id, start, stop, self._kept(entry, start, stop)))
                 left -= stop - start
         return tuple(pieces)
+
+    def _kept(self, entry: Entry, start: int, stop: int) -> tuple[int, ...]:
+        """Returns what is to be kept of a prompt within its next piece: what `known` said, and what requests that wait
+        have in common with it.
+        """
+        waiting = self.entries.at(Stage.WAITING) if entry.job.keys else []
+        wanted = {*entry.keep, *(self._worth(entry, other) for other in waiting)}
+        return tuple(sorted(each for each in wanted if start < each <= stop))
 
     def _budget(self, budget: int | None, staged: Sequence[Entry]) -> int:
         """Returns how many prompt tokens a round prefills: as asked, at least one step of the grid, and no more than

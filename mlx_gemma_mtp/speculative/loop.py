@@ -147,13 +147,13 @@ class Speculation:
         self.confidences = [[] if isinstance(place, Joiner) else self.confidences[place] for place in places]
         self._listed = 0 if token_counts is None else token_counts.places
 
-    def save(self, row: int, slack: int = 0) -> Saved:
+    def save(self, row: int, slack: int = 0, tokens: int | None = None) -> Saved:
         """Returns copies of a row's K/V, which with its newest token make a Joiner (see Cache.save): between a round
         and the next `launch`. A verify that was built is dropped.
         """
         if isinstance(self._verify, Verify):
             self._go_on_with(self.inputs)
-        return self.cache.save(row, slack)
+        return self.cache.save(row, slack, tokens)
 
     def launch(self, width: int | None = None) -> None:
         """Dispatches the next verify, so that it runs while the caller uses the last round. `step` does it if nobody

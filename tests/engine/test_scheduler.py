@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.engine.admission import Memory
-from mlx_gemma_mtp.engine.plan import Job, Piece, Plan
+from mlx_gemma_mtp.engine.plan import Job, Known, Piece, Plan
 from mlx_gemma_mtp.engine.scheduler import AHEAD, PATIENCE_S, Scheduler
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.machine.pressure import CRITICAL, NORMAL, WARNING
@@ -39,13 +39,17 @@ def memory_of(limit: int = PLENTY, weights: int = 100) -> Memory:
 
 @dataclass
 class Kept:
-    """What the model's runner keeps of a request. length: tokens at which its text ends."""
+    """What the model's runner keeps of a request. length: tokens at which its text ends. keep: what is to be kept of
+    its prompt, beside what the plan finds. computed: tokens of its prompt and text that were prefilled.
+    """
 
     job: Job
     length: int
     where: str = "nowhere"  # staged, saved, row
     fed: int = 0
     text: int = 0
+    keep: tuple[int, ...] = ()
+    computed: int = 0
 
     @property
     def tokens(self) -> int:
@@ -64,12 +68,27 @@ class Model:
     ended: dict[int, str] = field(default_factory=dict)
     first: dict[int, int] = field(default_factory=dict)  # the round that drew a request's first token
     done: dict[int, int] = field(default_factory=dict)  # the round that ended it
+    prefixes: set[int] = field(default_factory=set)  # keys of the beginnings that are kept
+    keeps: bool = True  # whether any are
+    beyond: int = 0  # tokens that are found behind a key: those of a reply
+    computed: dict[int, int] = field(default_factory=dict)  # tokens that were prefilled, by request, done or not
     now: float = 0.0
     rounds: int = 0
 
-    def submit(self, job: Job, length: int | None = None) -> None:
+    def submit(self, job: Job, length: int | None = None, keep: tuple[int, ...] = ()) -> None:
         self.scheduler.submit(job, self.now)
-        self.requests[job.id] = Kept(job, job.limit if length is None else length)
+        self.requests[job.id] = Kept(job, job.limit if length is None else length, keep=keep)
+        self.computed[job.id] = 0
+
+    def known(self, id: int) -> Known:
+        """What is kept of a request that is staged: the plan may count on it from then on."""
+        kept, grid = self.requests[id], self.scheduler.grid
+        assert kept.where == "nowhere"
+        found = max((i + 1 for i, key in enumerate(kept.job.keys) if key in self.prefixes), default=0) * grid
+        if found:
+            found = min(found + self.beyond, kept.tokens - 1)
+            kept.where, kept.fed = "staged", found
+        return Known(found, kept.keep)
 
     def pause(self, id: int) -> None:
         if id in self.requests:
@@ -82,8 +101,8 @@ class Model:
 
     def round(self, budget: int | None = None, pressure: int = NORMAL, emit: int = 1) -> Plan:
         """Does a round in which every row emits `emit` tokens."""
-        plan = self.scheduler.plan(self.now, budget, pressure)
         before = {id: kept.where for id, kept in self.requests.items()}
+        plan = self.scheduler.plan(self.now, budget, pressure, known=self.known)
         self._leave(plan)
         self._arrange(plan)
         self._prefill(plan, budget)
@@ -146,7 +165,10 @@ class Model:
             assert piece.start == kept.fed < piece.stop <= kept.tokens
             assert (piece.stop - 1) // CHUNK == piece.start // CHUNK, "it crosses a border of chunks"
             assert piece.stop % grid == 0 or piece.stop == kept.tokens
+            assert list(piece.keep) == sorted({each for each in piece.keep if piece.start < each <= piece.stop})
             kept.where, kept.fed = "staged", piece.stop
+            self.computed[piece.id] += piece.stop - piece.start
+            self.prefixes |= {kept.job.keys[each // grid - 1] for each in piece.keep if self.keeps}
         complete = {id for id, kept in self.requests.items() if kept.where == "staged" and kept.fed == kept.tokens}
         undrawn = {id for id in complete if not self.requests[id].text} - self.paused
         assert set(plan.firsts) == (undrawn if self.rows and not plan.begins else set())
@@ -164,6 +186,7 @@ class Model:
         if self.rows:
             total += memory.verify(len(self.rows), max(self.requests[id].tokens for id in self.rows))
         assert total <= memory.limit or len(held) == 1
+        assert not self.scheduler.spare or total + self.scheduler.spare <= memory.limit
 
     def _check_stages(self, plan: Plan, pressure: int, before: dict[int, str]) -> None:
         fresh = [id for id, kept in self.requests.items() if kept.where == "staged" and before[id] == "nowhere"]
@@ -210,6 +233,12 @@ def model(max_rows: int = 2, limit: int = PLENTY, **options) -> Model:
     return Model(Scheduler(max_rows, CHUNK, memory, block=BLOCK, **options), memory)
 
 
+def keys(prompt: int, own: int, common: int = 0, text: int = -1, grid: int = CHUNK) -> tuple[int, ...]:
+    """Keys of a prompt that begins with the first `common` tokens of a text, and goes on as no other does."""
+    borders = range(1, (prompt - 1) // grid + 1)
+    return tuple(hash((text, i)) if i * grid <= common else hash(("own", own, i)) for i in borders)
+
+
 jobs = st.lists(
     st.tuples(
         st.integers(0, 12),  # rounds before it comes
@@ -220,6 +249,8 @@ jobs = st.lists(
         st.none() | st.none() | st.integers(0, 40),  # rounds until its deadline
         st.none() | st.none() | st.integers(0, 20),  # rounds until it is cancelled
         st.none() | st.tuples(st.integers(0, 12), st.integers(1, 12)),  # rounds until its reader pauses, for how many
+        st.tuples(st.integers(0, 1), st.integers(0, 40)),  # the text that it begins with, for how many tokens
+        st.sets(st.integers(0, 40), max_size=2),  # what is to be kept of it
     ),
     min_size=1,
     max_size=12,
@@ -235,21 +266,27 @@ jobs = st.lists(
     st.lists(st.sampled_from([None, 1, 2, 5, 8, 20]), min_size=1, max_size=5),
     st.lists(st.sampled_from([NORMAL, NORMAL, NORMAL, WARNING, CRITICAL]), min_size=1, max_size=8),
     st.lists(st.integers(1, BLOCK), min_size=1, max_size=5),
+    st.sampled_from([True, True, False]),
+    st.integers(0, 3),
+    st.none() | st.integers(1, 9),
 )
-def test_random_schedules(jobs, max_rows, grid, limit, budgets, pressures, emits):
+def test_random_schedules(jobs, max_rows, grid, limit, budgets, pressures, emits, keeps, beyond, forgets):
     """Whatever comes, pauses, is cancelled or late: every plan can be done, and every request ends."""
     run = model(max_rows, limit, grid=grid)
+    run.keeps, run.beyond = keeps, beyond
     events: dict[int, list] = {}
     taken = []
 
-    def offer(job: Job, length: int) -> None:
+    def offer(job: Job, length: int, keep: tuple[int, ...]) -> None:
         with suppress(UserError):  # of what never fits
-            run.submit(job, length)
+            run.submit(job, length, keep)
             taken.append(job.id)
 
-    for id, (start, prompt, most, less, priority, deadline, cancel, pause) in enumerate(jobs):
-        job = Job(id, prompt, most, priority, None if deadline is None else (start + deadline) * ROUND_S)
-        events.setdefault(start, []).append((offer, job, max(1, most - less)))
+    for id, (start, prompt, most, less, priority, deadline, cancel, pause, (text, common), keep) in enumerate(jobs):
+        late = None if deadline is None else (start + deadline) * ROUND_S
+        job = Job(id, prompt, most, priority, late, keys(prompt, id, common, text, grid))
+        kept = tuple({grid * i for i in range(1, len(job.keys) + 1)} & {each // grid * grid for each in keep})
+        events.setdefault(start, []).append((offer, job, max(1, most - less), kept))
         if cancel is not None:
             events.setdefault(start + cancel, []).append((run.scheduler.cancel, id))
         if pause is not None:
@@ -258,6 +295,8 @@ def test_random_schedules(jobs, max_rows, grid, limit, budgets, pressures, emits
     for now in range(max(events) + 1):
         for call, *args in events.get(now, ()):
             call(*args)
+        if forgets and now % forgets == 0:
+            run.prefixes.clear()
         run.round(budgets[now % len(budgets)], pressures[now % len(pressures)], emits[now % len(emits)])
     run.run(budget=budgets[0], pressure=pressures[0], emit=emits[0])
     assert run.done.keys() | run.ended.keys() == set(taken) and not run.scheduler.busy
@@ -682,3 +721,121 @@ def test_one_that_outgrew_what_its_prefill_may_take_comes_back_alone():
     run.resume(0)
     fed = sum(len(run.round().pieces) for _ in range(12))
     assert run.rows == [0] and fed <= 1 + -(-46 // CHUNK)
+
+
+def sharing(run: Model, count: int, prompt: int = 40, common: int = 32, **options) -> None:
+    """Requests that begin with the same tokens."""
+    for id in range(count):
+        run.submit(Job(id, prompt, 5, keys=keys(prompt, id, common, grid=run.scheduler.grid), **options))
+
+
+@pytest.mark.parametrize("grid", [8, 4])
+def test_what_waiting_requests_share_is_prefilled_once(grid):
+    """Eight come at once: the first one computes the common tokens, and keeps them; all others go on from there."""
+    run = model(8, grid=grid)
+    sharing(run, 8)
+    run.run()
+    assert run.computed == {0: 40} | dict.fromkeys(range(1, 8), 8)
+    assert run.done.keys() == set(range(8)) and max(run.first.values()) - min(run.first.values()) <= 2
+
+
+def test_equal_prompts_are_prefilled_once_but_for_their_ends():
+    """The last token of each is computed, since its hidden state is drawn from."""
+    run = model(4)
+    sharing(run, 4, prompt=41, common=41)
+    run.run()
+    assert run.computed == {0: 41, 1: 1, 2: 1, 3: 1}
+
+
+def test_nobody_waits_for_a_common_beginning_of_a_chunk():
+    run = model(4)
+    sharing(run, 4, prompt=20, common=8)
+    assert {piece.id for piece in run.round().pieces} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("fate", ["cancelled", "paused", "forgotten", "late"])
+def test_another_goes_on_where_the_first_does_not(fate):
+    """Whoever waited for it chooses another, which computes the common tokens for the rest."""
+    run = model(4)
+    sharing(run, 4, deadline=1.0 if fate == "late" else None)
+    for id in range(1, 4):  # the deadline is the first one's alone
+        entry = run.scheduler.entries.find(id)
+        entry.job = replace(entry.job, deadline=None)
+    run.round()
+    run.round()
+    assert run.computed == {0: 16, 1: 0, 2: 0, 3: 0}
+    if fate == "cancelled":
+        run.scheduler.cancel(0)
+    elif fate == "paused":
+        run.pause(0)
+    elif fate == "late":
+        run.now = 1.0
+    else:
+        run.scheduler._forget(run.scheduler.entries.find(0))
+        run.requests[0].where, run.requests[0].fed = "nowhere", 0
+    run.run()
+    assert run.done.keys() >= {1, 2, 3} and sum(run.computed.values()) <= 16 + 40 + 3 * 8
+    if fate == "paused":
+        run.resume(0)
+        run.run()
+        assert run.done.keys() == {0, 1, 2, 3}
+
+
+def test_whoever_waited_does_not_wait_again_where_nothing_is_kept():
+    """There is no room for prefixes: the others begin together once the first one is past what they share."""
+    run = model(4)
+    run.keeps = False
+    sharing(run, 4)
+    for _ in range(4):
+        assert [piece.id for piece in run.round().pieces] == [0]
+    assert [piece.id for piece in run.round().pieces if piece.id] == [1, 2, 3]
+    run.run()
+    assert run.computed == dict.fromkeys(range(4), 40)
+
+
+def test_nobody_waits_for_a_prompt_of_lower_priority():
+    run = model(4)
+    for id, priority in enumerate((-1, 1, 1, 0)):
+        run.submit(Job(id, 40, 5, priority, keys=keys(40, id, 32)))
+        run.round()
+    assert run.computed[0] > 0 and run.computed[1] > 0 and run.computed[2] == 0
+    run.run()
+    assert run.computed[2] == 8
+
+
+def test_a_piece_behind_an_exact_end_ends_on_the_grid():
+    """What was kept of a reply ends anywhere."""
+    run = model(2, grid=4)
+    run.beyond = 1
+    run.submit(Job(9, 5, 50))
+    for _ in range(2):
+        run.round()
+    run.submit(Job(0, 40, 5, keys=keys(40, 0, grid=4)))
+    run.prefixes = {run.requests[0].job.keys[1]}
+    assert run.round(6).pieces == (Piece(0, 9, 12),)
+    assert run.round(6).pieces == (Piece(0, 12, 16),)
+
+
+def test_what_is_kept_counts_as_prefilled_for_the_order():
+    """A long prompt of which all but a little is kept goes before a shorter one."""
+    run = model(1)
+    run.submit(Job(0, 4, 30))
+    run.round()
+    run.submit(Job(1, 30, 3))
+    run.submit(Job(2, 40, 3, keys=keys(40, 2), cached=32))
+    run.prefixes = {keys(40, 2)[3]}
+    run.run(budget=CHUNK)
+    assert run.first[2] < run.first[1] and run.computed[2] == 8
+
+
+def test_what_is_left_is_told():
+    """What prefixes may take: all that the plan needs nothing of, and nothing of what it needs."""
+    memory = memory_of(300)
+    scheduler = Scheduler(4, CHUNK, memory, block=BLOCK)
+    scheduler.submit(Job(0, 8, 20), 0.0)
+    scheduler.plan(0.0)
+    alone = scheduler.spare
+    assert alone == 300 - memory.weights - memory.staged(8) - memory.chunk(8, 8)
+    scheduler.submit(Job(1, 8, 20), 0.0)
+    scheduler.plan(0.0, batch_bytes=30)
+    assert scheduler.spare == alone - 30 - memory.staged(8)
