@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.arguments import LONGEST
 from ..errors import UserError, clipped, shown
+from ..files import prefix_store
 from ..sampling.params import ACCEPT, COUPLED, SamplingParams, number
 from .command import loaded, tell
 from .prompts import read_schema, read_source
@@ -146,6 +147,18 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
         metavar="GB",
         help="what of it the K/V of prompts that may come again take, 0 for none (default: a share of what is left)",
     )
+    group.add_argument(
+        "--prefix-cache",
+        metavar="DIR",
+        help="a folder in which the K/V of prompts outlast the command, for the next one (default: none)",
+    )
+    group.add_argument(
+        "--prefix-cache-limit",
+        type=float,
+        default=prefix_store.LIMIT / 1e9,
+        metavar="GB",
+        help=f"what its files may take; what was used last stays (default: {prefix_store.LIMIT / 1e9:g})",
+    )
     group.add_argument("--wired-limit", action="store_true", help="keep the weights wired in a Mac's memory")
 
 
@@ -194,9 +207,12 @@ def read_timeout(seconds: float | None) -> float | None:
 
 def read_memory(gigabytes: float | None) -> int | None:
     """Returns the bytes that --memory-limit names in GB, None for what the machine has. Raises UserError."""
-    if gigabytes is None:
-        return None
-    return int(number("--memory-limit", gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
+    return None if gigabytes is None else read_gigabytes("--memory-limit", gigabytes)
+
+
+def read_gigabytes(flag: str, gigabytes: float) -> int:
+    """Returns the bytes that a flag names in GB. Raises UserError."""
+    return int(number(flag, gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
 
 
 def read_prefix_memory(gigabytes: float | None) -> int | None:
@@ -235,6 +251,8 @@ def load_engine(args: argparse.Namespace, command: str, **options: Any) -> Engin
         kv_bits_rings=args.kv_bits_rings,
         memory_limit=args.memory_limit,
         prefix_memory=args.prefix_memory,
+        prefix_cache=args.prefix_cache,
+        prefix_cache_limit=args.prefix_cache_limit,
         wired_limit=args.wired_limit,
         draft_temperature=args.draft_temperature,
         accept=args.accept,

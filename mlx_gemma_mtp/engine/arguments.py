@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ..cache.spec import BITS
 from ..errors import UserError, shown
+from ..files.prefix_store import make_folder
 from ..sampling.params import LARGEST_COUNT, SamplingParams, flag, listed, number, whole
 from ..speculative.depth import AUTO
 from ..text.messages import are_messages
@@ -66,6 +69,19 @@ def prefix_memory_of(value: int | None) -> int | None:
     """Returns the bytes for prefixes as Python's int, None for the engine's choice. Raises UserError."""
     expected = "bytes, a whole number of 0 (keep no prefixes) or more, or None, which is a share of the memory"
     return None if value is None else whole("prefix_memory", value, lambda n: 0 <= n <= 2**63 - 1, expected)
+
+
+def prefix_cache_of(value: Any) -> Path | None:
+    """Returns the folder for prefixes on disk, which it makes; None for none. Raises UserError."""
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str) or "\0" in os.fspath(value):
+        raise UserError(f"prefix_cache is {shown(value)}, expected a folder, which may be new, or None for none")
+    if not os.fspath(value):
+        raise UserError("prefix_cache is empty, expected a folder, which may be new")
+    folder = Path(os.path.expanduser(value)).absolute()
+    make_folder(folder)
+    return folder
 
 
 def event(cancel: Any) -> Cancel:

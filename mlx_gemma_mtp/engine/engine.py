@@ -31,6 +31,7 @@ from .calibration import KINDS, TEXT, Costs
 from .conversation import Conversation
 from .intake import Intake, Options
 from .prefix import Prefixes
+from .prefix_disk import PrefixDisk
 from .request import Chunk, Request, Result
 from .runner import Runner
 from .settings import Settings
@@ -65,9 +66,12 @@ class Engine:
         no_drafter_reason: str | None = None,
         costs: Mapping[str, Costs] | None = None,
         worker: Worker | None = None,
+        disk: PrefixDisk | None = None,
         **settings: Any,
     ):
-        """worker: the one in whose thread the models were loaded; None makes one. settings: fields of Settings."""
+        """worker: the one in whose thread the models were loaded; None makes one. disk: where prefixes outlast the
+        engine. settings: fields of Settings.
+        """
         self.text, self.defaults = text, defaults
         self.settings = Settings(**settings, suppress=tuple(defaults.suppress_token_ids))
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
@@ -78,11 +82,11 @@ class Engine:
             "draft_step_bytes": self._draft_bytes,
         }
         reason = no_drafter_reason if drafter is None else None
-        self._intake = Intake(text, defaults, target.config, self.settings.num_draft_tokens, reason, figures)
+        self._intake = Intake(text, defaults, target.config, self.settings.num_draft_tokens, reason, figures, disk)
         # The last references to the models are the worker's: what MLX keeps of them is its thread's.
         self._models = {"target": target, "drafter": drafter, **self._choosing(target, drafter)}
         self._worker = Worker() if worker is None else worker
-        self._worker.drive(partial(_runner, self._models, self.settings), partial(_free, self._models))
+        self._worker.drive(partial(_runner, self._models, self.settings, disk), partial(_free, self._models, disk))
         self._forgotten = finalize(self, self._worker.stop)
         self._forgotten.atexit = False
 
@@ -345,8 +349,8 @@ class Engine:
         return self._worker.call(partial(_calibrated, self._model("tables"), self.depth, repeats), progress)
 
 
-def _runner(models: dict[str, Any], settings: Settings) -> Runner:
-    runner = Runner(**models, settings=settings)
+def _runner(models: dict[str, Any], settings: Settings, disk: PrefixDisk | None) -> Runner:
+    runner = Runner(**models, settings=settings, disk=disk)
     models["prefixes"] = runner.keeping.prefixes
     return runner
 
@@ -357,8 +361,12 @@ def _calibrated(tables: Tables, depth: Depth, repeats: int, progress: Progress) 
     return measured
 
 
-def _free(models: dict[str, Any]) -> None:
-    """Gives the models' memory back. A module refers to itself by what it compiled, so it waits for a collector."""
+def _free(models: dict[str, Any], disk: PrefixDisk | None) -> None:
+    """Gives the models' memory back, once what was kept of prompts is written. A module refers to itself by what it
+    compiled, so it waits for a collector.
+    """
+    if disk is not None:
+        disk.close()
     models.clear()
     gc.collect()
     mx.clear_cache()

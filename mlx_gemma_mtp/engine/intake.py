@@ -28,6 +28,7 @@ from .arguments import (
     tools_of,
 )
 from .constraints import Calls, Constraints
+from .prefix_disk import PrefixDisk
 from .request import Request
 from .stats import Stats
 
@@ -59,6 +60,7 @@ class Intake:
     """Makes the requests of an engine, in the threads of its callers.
 
     figures: what the Stats of every request say. reason: why requests are decoded plainly; None where they are not.
+    disk: where prompts may be known from; None where nowhere.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Intake:
         drafts: int | str,
         reason: str | None,
         figures: Mapping[str, Any],
+        disk: PrefixDisk | None = None,
     ):
         self.text, self.defaults, self.config = text, defaults, config
-        self.drafts, self.reason, self.figures = drafts, reason, figures
+        self.drafts, self.reason, self.figures, self.disk = drafts, reason, figures, disk
         self.end_tokens = text.end_token_ids.union(defaults.eos_token_ids, config.eos_token_ids)
         self._constraints = Constraints(text, config.vocab_size, self.end_tokens)
         self._ids = itertools.count()  # of requests, whichever call they come from
@@ -142,5 +145,6 @@ class Intake:
             ),
             self._constraints.of(params, calls, in_thought),
             borders=self.text.borders(prompt),
+            restored=None if self.disk is None else self.disk.read(prompt, common["salt"]),
             **common,
         )

@@ -69,8 +69,8 @@ class Keeping:
         request, tokens = held.request, held.tokens
         found, restored = self.prefixes.find(tokens, request.salt), request.restored
         if restored is not None and restored.tokens > (found.tokens if found else 0):
-            self.prefixes.keep(tokens[: restored.tokens], restored, request.salt, told=False)
-            found = restored
+            found = restored.saved()
+            self.prefixes.keep(tokens[: found.tokens], found, request.salt, told=False)
         request.restored, held.found = None, found
         held.kept = found.tokens if found else 0
         if not request.tokens:

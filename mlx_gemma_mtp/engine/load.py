@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..cache.spec import KVSpec, row_bytes
 from ..errors import UserError, shown
-from ..files import hub
+from ..files import hub, prefix_store
 from ..files.folder import read_config, weight_bytes
 from ..files.progress import Progress
 from ..machine import memory
@@ -30,9 +30,10 @@ from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import MTP, Drafting
 from ..text.tokenizer_files import check_tokenizer
-from .arguments import check_depth, check_kv_bits, limit_of, prefix_memory_of, told
+from .arguments import check_depth, check_kv_bits, limit_of, prefix_cache_of, prefix_memory_of, told
 from .calibration import Costs
 from .engine import Engine
+from .prefix_disk import PrefixDisk
 from .settings import MAX_WAITING, PREFILL_CHUNK, Settings
 from .warmup import making_ready, warm_up
 from .worker import Worker
@@ -61,6 +62,8 @@ def load(
     max_waiting: int = MAX_WAITING,
     memory_limit: int | None = None,
     prefix_memory: int | None = None,
+    prefix_cache: str | os.PathLike[str] | None = None,
+    prefix_cache_limit: int = prefix_store.LIMIT,
     wired_limit: bool = False,
     notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
@@ -80,14 +83,15 @@ def load(
     and each takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit:
     bytes that weights, K/V and what a pass computes may take together; None is what the machine has. prefix_memory:
     bytes of these for the K/V of prompts that may come again; 0 keeps none, None is a quarter of what is left beside
-    the model and a long text. wired_limit: keeps weights wired in a Mac's memory. prefill_chunk: prompt tokens a
-    forward pass. draft_position: of the drafter's query, 0 or -1 after the newest token's index. draft_temperature: a
-    factor of the request's, for drafts alone.
-    draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter.
-    accept: 'coupled' (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is
-    the target's, but the text depends on the drafts). notice: called with a sentence that the user should know; after
-    the load it may be called in any thread. progress: called with the parts read and all parts of each model. stage:
-    called with what takes seconds now, '' when it is over.
+    the model and a long text. prefix_cache: a folder in which these K/V outlast the process, shared by processes;
+    prefix_cache_limit: bytes of its files, of which those go first that nobody used for the longest time. wired_limit:
+    keeps weights wired in a Mac's memory. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
+    query, 0 or -1 after the newest token's index. draft_temperature: a factor of the request's, for drafts alone.
+    draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter. accept: 'coupled'
+    (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is the target's, but
+    the text depends on the drafts). notice: called with a sentence that the user should know; after the load it may be
+    called in any thread. progress: called with the parts read and all parts of each model. stage: called with what
+    takes seconds now, '' when it is over.
     """
     _check_process()
     kv_bits_rings = flag("kv_bits_rings", kv_bits_rings)
@@ -103,6 +107,8 @@ def load(
         "max_waiting": count("max_waiting", max_waiting),
         "memory_limit": limit_of("memory_limit", memory_limit),
         "prefix_memory": prefix_memory_of(prefix_memory),
+        "prefix_cache": prefix_cache_of(prefix_cache),
+        "prefix_cache_limit": count("prefix_cache_limit", prefix_cache_limit, 2**63 - 1),
         "wired_limit": flag("wired_limit", wired_limit),
         "kv_bits": check_kv_bits(kv_bits, kv_bits_rings),
         "kv_bits_rings": kv_bits_rings,
@@ -114,10 +120,11 @@ def load(
         encode = _import_text()  # takes seconds; meanwhile the models are read and run for the first time
         target, drafter = opening.wait()
         text = encode.Text(pair.target, target.config.vocab_size, target.config.media_token_ids, notice)
-        specs = Settings(**settings).specs(target.config)
-        costs = Costs.of_pair(pair, target, drafter, notice, settings["drafting"], specs)
-        reason = pair.reason
-        return Engine(target, drafter, text, defaults, no_drafter_reason=reason, costs=costs, worker=worker, **settings)
+        made = Settings(**settings)
+        costs = Costs.of_pair(pair, target, drafter, notice, made.drafting, made.specs(target.config))
+        disk = PrefixDisk.of_model(pair.target, target, made, notice)
+        more = {"no_drafter_reason": pair.reason, "costs": costs, "worker": worker, "disk": disk}
+        return Engine(target, drafter, text, defaults, **more, **settings)
     except BaseException:
         worker.stop()
         raise

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..cache.saved import Saved
 from ..errors import in_a_line
 from ..sampling.params import SamplingParams
 from ..speculative.depth import AUTO
@@ -14,6 +13,7 @@ from ..speculative.guide import Constraint
 from ..speculative.readback import TokenLogprob
 from ..text.reply import NOTHING, Piece, Reply
 from ..text.tools import ToolCall
+from .prefix_disk import Restored
 from .repetition import Repetition
 from .stats import Stats
 
@@ -113,7 +113,7 @@ class Request:
     deadline: float | None = None
     salt: str | None = None
     borders: tuple[int, ...] = ()
-    restored: Saved | None = None
+    restored: Restored | None = None
     tokens: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -31,6 +31,7 @@ from .held import Held
 from .keeping import Keeping, share
 from .outbox import Item
 from .plan import Job, Known, Piece, Plan
+from .prefix_disk import PrefixDisk
 from .request import Advance, Delivery, Request
 from .scheduler import Scheduler
 from .settings import Settings
@@ -63,11 +64,13 @@ class Runner:
         budget: Budget | None = None,
         pressure: Callable[[], int] = pressure.level,
         clock: Callable[[], float] = time.monotonic,
+        disk: PrefixDisk | None = None,
     ):
         """Starts without requests.
 
         tables: where the costs come from that `depth` chooses by. scheduler, budget: None for those of the settings.
-        pressure: the system's level of memory pressure. clock: of arrivals and deadlines, in seconds.
+        pressure: the system's level of memory pressure. clock: of arrivals and deadlines, in seconds. disk: where
+        prefixes outlast the runner.
         """
         self.target, self.drafter, self.tables, self.depth, self.settings = target, drafter, tables, depth, settings
         self.drafting = settings.drafting
@@ -85,6 +88,8 @@ class Runner:
         )
         self.budget = budget or Budget(chunk, _grid(chunk))
         self.keeping = self._new_keeping()
+        if disk is not None:
+            disk.join(self.keeping.prefixes)
         self.pressure, self.clock = pressure, clock
         memory.limit_cache(self._transient())
         self._awake, self._working = Awake("mlx_gemma_mtp generates text"), ExitStack()  # while there are requests

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..cache.spec import KVSpec, with_bits
+from ..files import prefix_store
 from ..models.config import TargetConfig
 from ..sampling.params import MAX_ROWS
 from ..speculative.depth import AUTO
@@ -19,8 +21,8 @@ class Settings:
     """The settings of an engine, checked, as `load` describes them.
 
     kv_bits: of full layers' K/V, None for the model's type. kv_bits_rings: whether sliding layers' have them, too.
-    prefix_memory: bytes for prefixes; 0 keeps none, None is a share of the limit (keeping.py). suppress: token ids that
-    the folder forbids.
+    prefix_memory: bytes for prefixes; 0 keeps none, None is a share of the limit (keeping.py). prefix_cache: a folder
+    for prefixes on disk; None keeps none there. suppress: token ids that the folder forbids.
     """
 
     num_draft_tokens: int | str = AUTO
@@ -29,6 +31,8 @@ class Settings:
     max_waiting: int = MAX_WAITING
     memory_limit: int | None = None
     prefix_memory: int | None = None
+    prefix_cache: Path | None = None
+    prefix_cache_limit: int = prefix_store.LIMIT
     wired_limit: bool = False
     drafting: Drafting = DEFAULT_DRAFTING
     frozen_costs: bool = False

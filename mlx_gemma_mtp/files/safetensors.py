@@ -43,6 +43,19 @@ def read_header(path: Path) -> dict[str, Tensor]:
         size, raw, length = _read_header(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
+    return _tensors(path, raw, length, size)
+
+
+def header_of(path: Path, data: memoryview) -> dict[str, Tensor]:
+    """Returns what `read_header` does, of a file's bytes. path: where they are from."""
+    length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
+    if not 2 <= length <= min(len(data) - 8, MAX_HEADER):
+        raise _broken(path, f"header length {length} in a file of {len(data)} bytes")
+    return _tensors(path, bytes(data[8 : 8 + length]), length, len(data))
+
+
+def _tensors(path: Path, raw: bytes, length: int, size: int) -> dict[str, Tensor]:
+    """The tensors that a header of `length` bytes describes, which must account for every byte of the file."""
     try:
         header = parse_object(raw)
     except ValueError as error:
