@@ -29,13 +29,13 @@ def reply(text: str = "", *calls: ToolCall, reason: str = "stop", reasoning: str
 class Script:
     """A speaker with replies of its own. asked: the prompts, as they came, and their options."""
 
-    def __init__(self, *replies: Result | Exception):
+    def __init__(self, *replies: Result | BaseException):
         self.replies, self.asked = list(replies), []
 
     def generate(self, prompt: Any, params: SamplingParams | None, **options: Any) -> Result:
         self.asked.append((json.loads(json.dumps(prompt)), options))
         answer = self.replies.pop(0)
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer
 

@@ -101,7 +101,7 @@ def test_metal_gives_buffers_back(engine, monkeypatch):
     """Each CLEAR_EVERY rounds; never on a CPU, where there is nothing to give back."""
     cleared, rounds, usual = [], [], runner.Runner.round
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
-    monkeypatch.setattr(runner.Runner, "round", lambda self: rounds.append(1) or usual(self))
+    monkeypatch.setattr(runner.Runner, "round", lambda self, deliver: rounds.append(1) or usual(self, deliver))
     monkeypatch.setattr(runner, "CLEAR_EVERY", 10)
     engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0)
     assert mx.metal.is_available() or not cleared

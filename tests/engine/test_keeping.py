@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -319,7 +320,7 @@ def test_what_somebody_read_is_used():
     def made(drive, asked):
         request = usual(drive, asked)
         if len(request.prompt) > len(tokens):
-            request.restored = saved
+            request.restored = SimpleNamespace(tokens=saved.tokens, saved=lambda: saved)
         return request
 
     asked = Asked(prompt=(0, 300), turns=1)

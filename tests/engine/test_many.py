@@ -255,7 +255,7 @@ def test_a_program_that_never_closes_exits(code):
 
 
 def counted_memory(engine, requests: int, every: int) -> list[int]:
-    """Bytes of MLX's arrays after every so many requests of mixed prompts and settings, eight at a time."""
+    """Bytes of MLX's arrays, but for prefixes, after every so many requests of mixed settings, eight at a time."""
     sizes, r = [], random.Random(0)
     for _ in range(requests // every):
         prompts = [prompt_of(engine, r.randrange(3), r.choice((1, 5, 30, 65, 129, 200))) for _ in range(every)]
@@ -264,7 +264,7 @@ def counted_memory(engine, requests: int, every: int) -> list[int]:
             assert result.error is None
         del result
         gc.collect()
-        sizes.append(mx.get_active_memory())
+        sizes.append(mx.get_active_memory() - engine.prefixes.bytes)
     return sizes
 
 

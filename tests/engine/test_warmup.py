@@ -80,7 +80,7 @@ def test_what_one_row_does_not_need_is_not_made(monkeypatch):
     made = []
 
     class Bench:
-        def __init__(self, target, drafter, prompt, params, rows, context):
+        def __init__(self, target, drafter, prompt, params, rows, context, specs):
             made.append(rows)
 
         def rounds(self, width):
