@@ -113,13 +113,17 @@ class LayerKV:
         self.arrays = laid
 
     def _put(self, slots: Arrays, new: Arrays) -> None:
-        parts = zip(self.arrays, slots, new, strict=True)
-        self.arrays = tuple(mx.put_along_axis(old, slot, each, axis=2) for old, slot, each in parts)
+        (one, other), (here, there) = self.arrays, slots  # a layer has two arrays, whatever it keeps in them
+        self.arrays = (
+            mx.put_along_axis(one, here, new[0], axis=2),
+            mx.put_along_axis(other, there, new[1], axis=2),
+        )
 
     def _read(self, rows: int, slots: int) -> Arrays:
         """Returns the first `slots` slots of the first `rows` rows."""
         if rows < self.rows or slots < self.slots:
-            return tuple(array[:rows, :, :slots] for array in self.arrays)
+            one, other = self.arrays
+            return one[:rows, :, :slots], other[:rows, :, :slots]
         return self.arrays
 
 

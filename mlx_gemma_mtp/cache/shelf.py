@@ -13,20 +13,16 @@ from .spec import KVSpec
 class Shelf:
     """The K/V of some rows of a batch, one LayerKV for each of some layers, all with the same number of places.
 
-    rows: which row of the batch lies in each place, from the first place on. empty: how many places are behind them:
-    what is written there nobody sees. gather: int32 [len(rows)], `rows` as an array; None where these are all rows of
-    the batch in their order.
+    bytes: of all layers. rows: which row of the batch lies in each place, from the first place on. empty: how many
+    places are behind them: what is written there nobody sees. gather: int32 [len(rows)], `rows` as an array; None where
+    these are all rows of the batch in their order.
     """
 
     def __init__(self, specs: Sequence[KVSpec], slots: Sequence[int], dtype: mx.Dtype):
         self.layers = [layer_kv(spec, n, dtype) for spec, n in zip(specs, slots, strict=True)]
-        self.places = 0
+        self.places = self.bytes = 0
         self.rows: list[int] = []
         self.gather: mx.array | None = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(layer.bytes for layer in self.layers)
 
     def longest(self, bounds: Sequence[int]) -> int:
         """Returns the largest length bound of these rows; bounds: of all rows."""
@@ -44,4 +40,4 @@ class Shelf:
         """Keeps the first places, or adds empty ones, and adds slots up to `slots`, one layer after the other."""
         for layer in self.layers:
             layer.resize(places, slots)
-        self.places = places
+        self.places, self.bytes = places, sum(layer.bytes for layer in self.layers)

@@ -28,12 +28,13 @@ class Kind(Enum):
 
 @dataclass(eq=False)
 class Entry:
-    """A prefix that is kept. tokens: int32 [n], what `saved` holds K/V of. least: the fewest of them that may be used
-    by themselves: with fewer, sliding layers would miss some of the window.
+    """A prefix that is kept. tokens: int32 [n], what `saved` holds K/V of. size: its bytes. least: the fewest tokens
+    that may be used by themselves: with fewer, sliding layers would miss some of the window.
     """
 
     tokens: np.ndarray
     saved: Saved
+    size: int
     salt: str | None
     kind: Kind
     least: int
@@ -55,9 +56,10 @@ class Prefixes:
 
     Everything but `known` is the worker's thread's. What was found may be used after it has gone from here.
 
-    limit: bytes that all may take. grid: tokens that a prefix which is only begun with is rounded down to, so that what
-    follows it is computed in the pieces of a prompt that is read from its first token. windows: for each layer that
-    owns K/V how many positions before it a token sees, None for all. on_keep: called with a prefix that is kept anew.
+    limit: bytes that all may take. bytes: of all. grid: tokens that a prefix which is only begun with is rounded down
+    to, so that what follows it is computed in the pieces of a prompt that is read from its first token. windows: for
+    each layer that owns K/V how many positions before it a token sees, None for all. on_keep: called with a prefix that
+    is kept anew.
     """
 
     def __init__(self, limit: int, grid: int, windows: Sequence[int | None], on_keep: OnKeep | None = None):
@@ -65,10 +67,7 @@ class Prefixes:
         self.counts = Counts()
         self._room = limit  # bytes that all may take now
         self._entries: tuple[Entry, ...] = ()  # the first to go first; `known` reads it as it is
-
-    @property
-    def bytes(self) -> int:
-        return sum(entry.saved.bytes for entry in self._entries)
+        self.bytes = 0
 
     @property
     def room(self) -> int:
@@ -112,7 +111,7 @@ class Prefixes:
             return False
         prompts = [entry for entry in begins if entry.kind is not Kind.REPLY]
         own = max(prompts, key=lambda entry: len(entry.tokens), default=None) if kind is Kind.REPLY else None
-        if size + (own.saved.bytes if own else 0) > self._room:
+        if size + (own.size if own else 0) > self._room:
             return False
         self._evict(self._room - size, MOST - 1, own)
         return True
@@ -132,7 +131,7 @@ class Prefixes:
         assert len(tokens) == saved.tokens, f"K/V of {saved.tokens} tokens for {len(tokens)}"
         if not self.makes_room(tokens, salt, saved.bytes, kind):
             return False
-        new = Entry(_array(tokens), saved, salt, kind, self._least(saved))
+        new = Entry(_array(tokens), saved, saved.bytes, salt, kind, self._least(saved))
         first: list[Entry] = []
         if kind is Kind.PROMPT:  # the conversation goes on from here
             first = [entry for entry in self._beginnings(new.tokens, salt) if entry.kind is not Kind.BORDER]
@@ -154,17 +153,19 @@ class Prefixes:
     def _evict(self, room: int, most: int = MOST, own: Entry | None = None) -> None:
         """Drops prefixes until the others are at most so many, of at most `room` bytes. own: this one stays."""
         held, entries = self.bytes, list(self._entries)
+        if held <= room and len(entries) <= most:
+            return
         for entry in self._entries:
             if held <= room and len(entries) <= most:
                 break
             if entry is not own:
                 entries.remove(entry)
-                held -= entry.saved.bytes
+                held -= entry.size
                 self.counts.evicted += 1
         self._order(entries)
 
     def _order(self, entries: Sequence[Entry]) -> None:
-        self._entries = tuple(entries)
+        self._entries, self.bytes = tuple(entries), sum(entry.size for entry in entries)
 
     def _beginnings(self, tokens: np.ndarray, salt: str | None) -> list[Entry]:
         """Returns the prefixes that tokens begin with, or are."""

@@ -150,8 +150,7 @@ class Runner:
         for id, reason in plan.ended:
             self._end(id, reason)
         self._arrange(plan, level)
-        deliver(self._all_given())
-        self._launch()
+        self._launch(deliver)
         if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
             mx.clear_cache()
         if not self.held:
@@ -385,17 +384,24 @@ class Runner:
             counts = TokenCounts.of(prompts, vocab, texts)
         return rules, counts, guide([request.constraint for request in requests], vocab)
 
-    def _launch(self) -> None:
-        """Dispatches the next verify, and counts the last round: where nothing is to be chosen, meanwhile."""
+    def _launch(self, deliver: Callable[[list[Item]], None]) -> None:
+        """Counts the last round, has what it gave delivered, and dispatches the next verify: where nothing is to be
+        chosen, first of all.
+        """
         if not self.rows:
+            deliver(self._all_given())
             return self._count()
         self._launched = self.clock()
-        if not any(self._loop.waiting):
+        plain = not any(self._loop.waiting)
+        if plain:
+            deliver(self._all_given())
             self._loop.launch()
         self._count()
         if not self._plan.begins:  # the first tokens have no verify
             width = self.depth.verify(self._draft_rows(1), self._context(), self._loop.confidences, self._loop.waiting)
-            self._loop.launch(width)
+            if not plain:
+                deliver(self._all_given())
+                self._loop.launch(width)
 
     def _count(self) -> None:
         """Tells the draft length what came of the last round."""
