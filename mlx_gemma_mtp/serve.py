@@ -1,0 +1,268 @@
+"""`python -m mlx_gemma_mtp.serve`: OpenAI's and Anthropic's HTTP interfaces on a pair, for many clients at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .cli.command import Parser, Stage, command, loaded, tell
+from .errors import UserError, clipped, shown
+from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, number
+
+if TYPE_CHECKING:
+    from .engine.engine import Engine
+    from .server.limits import Limits
+    from .server.service import Served
+
+KEY = "MLX_GEMMA_MTP_API_KEY"  # variable with the API key
+BUNDLED = "mlx-gemma-mtp-demo"  # name of the bundled pair
+LARGEST = 2**31 - 1
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser("mlx_gemma_mtp.serve", description="Gemma 4 with its MTP drafter behind OpenAI's and Anthropic's APIs.")
+    _add_models(p)
+    _add_address(p)
+    _add_replies(p)
+    _add_limits(p)
+    p.add_argument(
+        "--metrics-prefix",
+        default="mlx_gemma_mtp:",
+        metavar="TEXT",
+        help="of the names in /metrics; vllm: suits vLLM's dashboards (default: mlx_gemma_mtp:)",
+    )
+    p.add_argument("--log-level", choices=("debug", "info", "warning"), default="info", help="(default: info)")
+    p.add_argument("--version", action="version", version=f"mlx_gemma_mtp {__version__}")
+    return p
+
+
+def _add_models(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("models")
+    group.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
+    group.add_argument(
+        "--draft-model", default="auto", metavar="PATH|auto|none", help="the drafter (default: auto, look for it)"
+    )
+    group.add_argument("--revision", help="the hub revision of --model")
+    group.add_argument("--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading")
+    group.add_argument(
+        "--name", help="the model's name for clients (default: its folder's; the bundled pair's is " + BUNDLED + ")"
+    )
+    group.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name that the model answers to, with * and ? as in file names; repeatable",
+    )
+
+
+def _add_address(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("address and access")
+    group.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
+    group.add_argument("--port", type=int, default=8080, help="(default: 8080; 0 takes any)")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"a key that clients must send; repeatable. Others see arguments, so prefer the variable {KEY}",
+    )
+    group.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME", help="a further name of this server; repeatable"
+    )
+    group.add_argument(
+        "--allowed-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web page that may ask, such as http://localhost:3000; repeatable",
+    )
+
+
+def _add_replies(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("replies")
+    group.add_argument("--thinking", action="store_true", help="let replies think where a request does not say")
+    group.add_argument(
+        "--reasoning-field",
+        choices=("reasoning_content", "reasoning", "both"),
+        default="reasoning_content",
+        help="where OpenAI's clients find thoughts (default: reasoning_content)",
+    )
+    group.add_argument(
+        "--num-draft-tokens",
+        default="auto",
+        metavar="N|auto",
+        help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
+    )
+    group.add_argument("--accept", choices=ACCEPT, default=COUPLED, help="which sampled drafts stay (default: coupled)")
+
+
+def _add_limits(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("limits")
+    group.add_argument(
+        "--max-rows", type=int, default=MAX_ROWS, metavar="N", help=f"decoded at once (default: {MAX_ROWS})"
+    )
+    group.add_argument(
+        "--max-waiting", type=int, default=256, metavar="N", help="that wait; more are refused (default: 256)"
+    )
+    group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: the context)")
+    group.add_argument("--max-output-tokens", type=int, metavar="N", help="of a reply (default: the context)")
+    group.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request, waiting included (default: 600)"
+    )
+    group.add_argument(
+        "--max-body", type=float, default=16.0, metavar="MB", help="of a request, in MB of 10^6 bytes (default: 16)"
+    )
+    group.add_argument(
+        "--drain",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="that requests have to end on SIGTERM (default: 60)",
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GB",
+        help="what weights, K/V and passes may take together, in GB of 10^9 bytes (default: what the machine has)",
+    )
+    group.add_argument("--wired-limit", action="store_true", help="keep the weights wired in a Mac's memory")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 after a signal, 2 for bad input."""
+    return command(run, parser, argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from .server import security  # before the model: what is missing is told at once
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the server needs {error.name}, which is not installed; install it: pip install 'mlx-gemma-mtp[serve]'"
+        ) from None
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    limits = read_limits(args)
+    keys = args.api_key or list(filter(None, [os.environ.get(KEY)]))
+    rules = security.Rules.of(args.host, keys, limits.body, args.allowed_host, args.allowed_origin)
+    _port(args.port)
+    with load_engine(args) as engine:
+        serve(make_served(args, engine, limits), rules, args)
+    return 0
+
+
+def serve(served: Served, rules: Any, args: argparse.Namespace) -> None:
+    """Serves until a signal comes. Raises UserError where the address cannot be listened on."""
+    from .server.app import make_app
+    from .server.drain import Server
+
+    server = Server(make_app(served, rules), served, args.host, args.port, args.drain)
+    try:
+        sockets = [server.config.bind_socket()]
+    except SystemExit:
+        raise UserError(
+            f"--host {args.host} --port {args.port} cannot be listened on; another program may do so: expected "
+            "an address of this machine and a free port"
+        ) from None
+    shown_host = f"[{args.host}]" if ":" in args.host else args.host
+    tell(f"{served.name} on http://{shown_host}:{sockets[0].getsockname()[1]}/v1 ({served.description})")
+    server.run(sockets)
+
+
+def read_limits(args: argparse.Namespace) -> Limits:
+    """Returns the limits that the arguments name. Raises UserError."""
+    from .server.limits import Limits
+
+    limits = replace(
+        Limits(),
+        body=int(_above_zero("--max-body", args.max_body) * 1e6),
+        seconds=_above_zero("--timeout", args.timeout),
+        waiting=_at_least("--max-waiting", args.max_waiting, 0),
+    )
+    if args.max_prompt_tokens is not None:
+        limits = replace(limits, prompt_tokens=_at_least("--max-prompt-tokens", args.max_prompt_tokens, 1))
+    if args.max_output_tokens is not None:
+        limits = replace(limits, output_tokens=_at_least("--max-output-tokens", args.max_output_tokens, 1))
+    args.drain = number("--drain", args.drain, lambda s: 0 <= s <= 1e9, "seconds, 0 or more")
+    return limits
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """Loads the engine that the arguments name."""
+    memory = args.memory_limit
+    return loaded(
+        args.model,
+        args.draft_model,
+        revision=args.revision,
+        num_draft_tokens=read_depth(args.num_draft_tokens),
+        draft_bits=args.draft_bits,
+        max_rows=args.max_rows,
+        max_waiting=max(args.max_waiting + args.max_rows, 1),
+        memory_limit=None if memory is None else int(_above_zero("--memory-limit", memory) * 1e9),
+        wired_limit=args.wired_limit,
+        accept=args.accept,
+    )
+
+
+def read_depth(text: str) -> int | str:
+    """Returns the drafts a round that --num-draft-tokens names, or 'auto'. Raises UserError."""
+    if text != "auto" and not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(f"--num-draft-tokens is {clipped(text)}, expected auto, 0 (plain decoding) or more")
+    return text if text == "auto" else int(text)
+
+
+def make_served(args: argparse.Namespace, engine: Engine, limits: Limits) -> Served:
+    """Returns what is served, after a first text: kernels are compiled, and it is known why there are no drafts."""
+    from .server.service import Served
+
+    name = args.name or (BUNDLED if args.model is None else PurePath(args.model).name or args.model)
+    with Stage() as stage:
+        stage("generating a first text")
+        first = engine.generate("def f(x):", SamplingParams(max_tokens=16, temperature=0.0))
+    plain = engine.drafter is None or args.num_draft_tokens == "0"
+    return Served(
+        engine,
+        name,
+        aliases=args.alias,
+        limits=limits,
+        thinking=args.thinking,
+        reasoning=args.reasoning_field,
+        settings=origins(args),
+        mtp_reason=first.stats.mtp_reason if plain else None,
+        metrics_prefix=args.metrics_prefix,
+    )
+
+
+def origins(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns every argument with where its value comes from, without keys and folders."""
+    defaults, secret = vars(parser().parse_args([])), ("api_key", "model", "draft_model")
+    return {
+        name: {"value": value, "origin": "default" if value == defaults[name] else "flag"}
+        for name, value in vars(args).items()
+        if name not in secret
+    }
+
+
+def _port(port: int) -> int:
+    return _at_least("--port", port, 0, 65535)
+
+
+def _at_least(name: str, value: int, least: int, most: int = LARGEST) -> int:
+    if not least <= value <= most:
+        raise UserError(f"{name} is {shown(value)}, expected {least} to {most}")
+    return value
+
+
+def _above_zero(name: str, value: float) -> float:
+    return number(name, value, lambda n: 0 < n <= 1e9, "a number above 0")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Anthropic's routes, with and without /v1."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from .messages import MessageStream, message_object
+from .routes import answered, asked, streamed
+from .run import Run
+from .schema import CountRequest, MessagesRequest
+from .service import Served
+from .turns import of_messages, tokens_of
+
+
+def anthropic_routes(served: Served) -> APIRouter:
+    """Returns the routes of an engine."""
+    router = APIRouter()
+
+    @router.post("/messages")
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        """Answers a conversation."""
+        model = served.check_model(body.model)
+        run = Run(served, await asked(served, of_messages, body), "messages")
+        if body.stream:
+            return await streamed(run, MessageStream(run, model))
+        return await answered(request, run, lambda results: message_object(run, model, results[0]))
+
+    @router.post("/messages/count_tokens")
+    async def count_tokens(body: CountRequest) -> Response:
+        """Counts the tokens of a prompt."""
+        served.check_model(body.model)
+        return JSONResponse({"input_tokens": await asked(served, tokens_of, body)})
+
+    return router
