@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .cli.command import Bar, Parser, Stage, command, loaded, note, tell
-from .cli.prompts import read_choice, read_messages, read_prompts, read_schema, read_source, read_tools
+from .cli import flags
+from .cli.command import Bar, Parser, Stage, command, interruptible, note, tell
+from .cli.flags import (
+    add_drafts,
+    add_limits,
+    add_models,
+    add_rules,
+    add_sampling,
+    add_thoughts,
+    read_depth,
+    read_memory,
+    read_params,
+    read_timeout,
+)
+from .cli.prompts import read_choice, read_messages, read_prompts, read_tools
 from .cli.replies import Printer
-from .engine.arguments import LONGEST
-from .errors import UserError, clipped, shown
-from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, number
+from .errors import UserError
+from .sampling.params import MAX_ROWS, SamplingParams
 from .text.tool_choice import ToolChoice
 from .text.tools import Tools
 
@@ -27,35 +35,18 @@ if TYPE_CHECKING:
     from .engine.engine import Engine, Result
     from .text.encode import Prompt
 
-BUNDLED = (
-    "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
-    "For a real one: python -m mlx_gemma_mtp.generate --model FOLDER (see README.md: a real model)."
-)
-
 
 def parser() -> argparse.ArgumentParser:
     p = Parser("mlx_gemma_mtp.generate", description="Gemma 4 with its MTP drafter: the same text, faster.")
-    _add_models(p)
+    add_models(p)
     _add_prompts(p)
     _add_tools(p)
-    _add_sampling(p)
-    _add_rules(p)
-    _add_drafts(p)
+    add_sampling(p, 512, "prompt")
+    add_rules(p)
+    add_drafts(p)
     _add_limits(p)
     _add_output(p)
     return p
-
-
-def _add_models(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("models")
-    group.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
-    group.add_argument(
-        "--draft-model", default="auto", metavar="PATH|auto|none", help="the drafter (default: auto, look for it)"
-    )
-    group.add_argument("--revision", help="the hub revision of --model")
-    group.add_argument(
-        "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
-    )
 
 
 def _add_prompts(p: argparse.ArgumentParser) -> None:
@@ -79,11 +70,7 @@ def _add_prompts(p: argparse.ArgumentParser) -> None:
 
 def _add_tools(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("thoughts and tools")
-    group.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
-    group.add_argument("--thinking-budget", type=int, metavar="N", help="close thoughts after N tokens in all")
-    group.add_argument(
-        "--hide-thinking", action="store_true", help="leave thoughts out on a terminal (elsewhere --json has them)"
-    )
+    add_thoughts(group)
     group.add_argument(
         "--tools",
         metavar="FILE|TEXT",
@@ -97,66 +84,6 @@ def _add_tools(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=512, help="at most so many tokens a prompt (default: 512)")
-    group.add_argument(
-        "--temp", type=float, help="temperature; 0 is greedy (default: as the model's generation_config.json says)"
-    )
-    group.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability; 1 is off")
-    group.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; -1 is off")
-    group.add_argument(
-        "--min-p", type=float, help="drop tokens below this share of the likeliest's probability (default: the model's)"
-    )
-    group.add_argument(
-        "--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)"
-    )
-    group.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
-    group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
-
-
-def _add_rules(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("penalties and grammars")
-    group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        help="divides the logits of what was said; 1 is off (default: the model's)",
-    )
-    group.add_argument("--presence-penalty", type=float, default=0.0, help="taken from the logits of what was said")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, for each time that it was said")
-    group.add_argument(
-        "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
-    )
-    group.add_argument("--json-schema", metavar="FILE|TEXT", help="the reply is JSON of this schema (extra `grammar`)")
-    group.add_argument("--regex", help="the reply matches this expression (extra `grammar`)")
-    group.add_argument("--grammar", metavar="FILE|TEXT", help="the reply follows this Lark grammar (extra `grammar`)")
-
-
-def _add_drafts(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("drafts")
-    group.add_argument(
-        "--num-draft-tokens",
-        default="auto",
-        metavar="N|auto",
-        help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
-    )
-    group.add_argument(
-        "--frozen-costs",
-        action="store_true",
-        help="take the measured costs as they are: equal calls, equal draft lengths",
-    )
-    group.add_argument(
-        "--draft-temperature", type=float, default=1.0, metavar="T", help="the drafter's, times --temp (default: 1)"
-    )
-    group.add_argument(
-        "--accept",
-        choices=ACCEPT,
-        default=COUPLED,
-        help="which sampled drafts stay: coupled, where the text never depends on them (default), or rejection, which "
-        "keeps more; the text then depends on the drafts, its distribution does not",
-    )
-
-
 def _add_limits(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("limits")
     group.add_argument(
@@ -166,19 +93,7 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"prompts that are decoded at once; the others wait (default: {MAX_ROWS})",
     )
-    group.add_argument(
-        "--timeout",
-        type=float,
-        metavar="SECONDS",
-        help="end texts that are not done so long after the model is loaded, with what there is (default: never)",
-    )
-    group.add_argument(
-        "--memory-limit",
-        type=float,
-        metavar="GB",
-        help="what weights, K/V and passes may take together, in GB of 10^9 bytes (default: what the machine has)",
-    )
-    group.add_argument("--wired-limit", action="store_true", help="keep the weights wired in a Mac's memory")
+    add_limits(group)
 
 
 def _add_output(p: argparse.ArgumentParser) -> None:
@@ -208,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     args.timeout, args.memory_limit = read_timeout(args.timeout), read_memory(args.memory_limit)
     engine = load_engine(args, len(prompts))
     cancel = threading.Event()
-    with _ctrl_c(cancel):
+    with interruptible(cancel):
         results = generate(engine, prompts, params, args, options, cancel)
     if args.json:
         print_json(prompts, results)
@@ -226,30 +141,6 @@ def run(args: argparse.Namespace) -> int:
     for place in failed:
         tell(f"error: prompt {place}: {results[place - 1].error}")
     return 130 if cancel.is_set() else 1 if failed else 0
-
-
-def read_params(args: argparse.Namespace) -> SamplingParams:
-    """Returns the sampling settings that the arguments name, for every prompt. Raises UserError."""
-    return SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temp,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        logit_bias=dict(map(read_bias, args.logit_bias)),
-        logprobs=args.logprobs,
-        json_schema=read_schema(args.json_schema),
-        regex=args.regex,
-        grammar=read_source("--grammar", args.grammar, lambda text: ":" in text or "\n" in text),
-        thinking=args.thinking,
-        thinking_budget=args.thinking_budget,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
-    )
 
 
 def read_options(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
@@ -270,58 +161,13 @@ def read_options(args: argparse.Namespace, params: SamplingParams) -> dict[str, 
     }
 
 
-def read_depth(text: str) -> int | str:
-    """Returns the number of drafts a round that --num-draft-tokens names, or 'auto'. Raises UserError."""
-    if text == "auto":
-        return text
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise UserError(f"--num-draft-tokens is {clipped(text)}, expected auto, 0 (plain decoding) or more")
-    return int(text)
-
-
-def read_timeout(seconds: float | None) -> float | None:
-    """Returns the seconds of --timeout, None for no limit. Raises UserError."""
-    expected = f"seconds above 0, at most {LONGEST:g}"
-    return None if seconds is None else number("--timeout", seconds, lambda n: 0 < n <= LONGEST, expected)
-
-
-def read_memory(gigabytes: float | None) -> int | None:
-    """Returns the bytes that --memory-limit names in GB, None for what the machine has. Raises UserError."""
-    if gigabytes is None:
-        return None
-    return int(number("--memory-limit", gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
-
-
-def read_bias(text: str) -> tuple[int, float]:
-    """Returns (token id, bias) of a --logit-bias 'ID=BIAS'. Raises UserError."""
-    token, _, bias = text.partition("=")
-    try:
-        return int(token), float(bias)
-    except ValueError:
-        raise UserError(f"--logit-bias is {shown(text)}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
-
-
 def load_engine(args: argparse.Namespace, prompts: int) -> Engine:
     """Loads the engine that the arguments name.
 
     prompts: their number, which bounds the rows that are made ready; so many may wait.
     """
-    if args.model is None:
-        tell(BUNDLED)
-    return loaded(
-        args.model,
-        args.draft_model,
-        revision=args.revision,
-        num_draft_tokens=args.num_draft_tokens,
-        draft_bits=args.draft_bits,
-        max_rows=min(args.max_rows, max(prompts, 1)) if args.max_rows > 0 else args.max_rows,
-        max_waiting=max(prompts, 1),
-        memory_limit=args.memory_limit,
-        wired_limit=args.wired_limit,
-        draft_temperature=args.draft_temperature,
-        accept=args.accept,
-        frozen_costs=args.frozen_costs,
-    )
+    rows = min(args.max_rows, max(prompts, 1)) if args.max_rows > 0 else args.max_rows
+    return flags.load_engine(args, "mlx_gemma_mtp.generate", max_rows=rows, max_waiting=max(prompts, 1))
 
 
 def generate(
@@ -423,22 +269,6 @@ def depths(counts: dict[int, dict[str, int]]) -> str:
     """Returns how often each draft length was taken, and why, as in '4: 31 best, 2 confidence; 0: 1 limit'."""
     each = {drafts: ", ".join(f"{n} {reason}" for reason, n in counts[drafts].items()) for drafts in sorted(counts)}
     return "; ".join(f"{drafts}: {text}" for drafts, text in each.items()) or "none"
-
-
-@contextmanager
-def _ctrl_c(cancel: threading.Event) -> Iterator[None]:
-    """The first Ctrl-C ends after the current round, the second at once."""
-
-    def stop(signum: int, frame: object) -> None:
-        if cancel.is_set():
-            raise KeyboardInterrupt
-        cancel.set()
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -235,6 +236,22 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("--plot needs matplotlib; install it: pip install 'mlx-gemma-mtp[bench]'") from None
+
+
+@contextmanager
+def interruptible(cancel: threading.Event) -> Iterator[None]:
+    """Lets the first Ctrl-C set the event, and the second raise KeyboardInterrupt, until the block ends."""
+
+    def stop(signum: int, frame: object) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

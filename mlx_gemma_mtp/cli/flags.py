@@ -1,0 +1,209 @@
+"""Flags that command lines share, and what they mean: the model, thoughts, sampling, drafts, limits."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..engine.arguments import LONGEST
+from ..errors import UserError, clipped, shown
+from ..sampling.params import ACCEPT, COUPLED, SamplingParams, number
+from .command import loaded, tell
+from .prompts import read_schema, read_source
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+
+BUNDLED = (
+    "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
+    "For a real one: python -m {command} --model FOLDER (see README.md: a real model)."
+)
+
+
+def add_models(p: argparse.ArgumentParser) -> None:
+    """Adds the flags that name the pair."""
+    group = p.add_argument_group("models")
+    group.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
+    group.add_argument(
+        "--draft-model", default="auto", metavar="PATH|auto|none", help="the drafter (default: auto, look for it)"
+    )
+    group.add_argument("--revision", help="the hub revision of --model")
+    group.add_argument(
+        "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
+    )
+
+
+def add_thoughts(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of thoughts to a group."""
+    group.add_argument("--thinking", action="store_true", help="ask the chat template for a thought before the reply")
+    group.add_argument("--thinking-budget", type=int, metavar="N", help="close thoughts after N tokens in all")
+    group.add_argument(
+        "--hide-thinking", action="store_true", help="leave thoughts out on a terminal (elsewhere they always are)"
+    )
+
+
+def add_sampling(p: argparse.ArgumentParser, max_tokens: int, what: str) -> None:
+    """Adds the flags of sampling. max_tokens: the default. what: has so many tokens."""
+    group = p.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        help=f"at most so many tokens a {what} (default: {max_tokens})",
+    )
+    group.add_argument(
+        "--temp", type=float, help="temperature; 0 is greedy (default: as the model's generation_config.json says)"
+    )
+    group.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this probability; 1 is off")
+    group.add_argument("--top-k", type=int, help="keep so many of the likeliest tokens; -1 is off")
+    group.add_argument(
+        "--min-p", type=float, help="drop tokens below this share of the likeliest's probability (default: the model's)"
+    )
+    group.add_argument(
+        "--seed", type=int, help="same seed, same text, for every draft length if coupled (default: a fresh one)"
+    )
+    group.add_argument("--stop", action="append", default=[], help="end at this text and leave it out; repeatable")
+    group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+
+
+def add_rules(p: argparse.ArgumentParser) -> None:
+    """Adds the flags of penalties and grammars."""
+    group = p.add_argument_group("penalties and grammars")
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        help="divides the logits of what was said; 1 is off (default: the model's)",
+    )
+    group.add_argument("--presence-penalty", type=float, default=0.0, help="taken from the logits of what was said")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, for each time that it was said")
+    group.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
+    )
+    group.add_argument("--json-schema", metavar="FILE|TEXT", help="the reply is JSON of this schema (extra `grammar`)")
+    group.add_argument("--regex", help="the reply matches this expression (extra `grammar`)")
+    group.add_argument("--grammar", metavar="FILE|TEXT", help="the reply follows this Lark grammar (extra `grammar`)")
+
+
+def add_drafts(p: argparse.ArgumentParser) -> None:
+    """Adds the flags of drafts."""
+    group = p.add_argument_group("drafts")
+    group.add_argument(
+        "--num-draft-tokens",
+        default="auto",
+        metavar="N|auto",
+        help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
+    )
+    group.add_argument(
+        "--frozen-costs",
+        action="store_true",
+        help="take the measured costs as they are: equal calls, equal draft lengths",
+    )
+    group.add_argument(
+        "--draft-temperature", type=float, default=1.0, metavar="T", help="the drafter's, times --temp (default: 1)"
+    )
+    group.add_argument(
+        "--accept",
+        choices=ACCEPT,
+        default=COUPLED,
+        help="which sampled drafts stay: coupled, where the text never depends on them (default), or rejection, which "
+        "keeps more; the text then depends on the drafts, its distribution does not",
+    )
+
+
+def add_limits(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of time and memory to a group."""
+    group.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end texts that are not done so long after they were asked for, with what there is (default: never)",
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GB",
+        help="what weights, K/V and passes may take together, in GB of 10^9 bytes (default: what the machine has)",
+    )
+    group.add_argument("--wired-limit", action="store_true", help="keep the weights wired in a Mac's memory")
+
+
+def read_params(args: argparse.Namespace) -> SamplingParams:
+    """Returns the sampling settings that the arguments name. A command without --logprobs sets its default.
+
+    Raises UserError.
+    """
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temp,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        logit_bias=dict(map(read_bias, args.logit_bias)),
+        logprobs=args.logprobs,
+        json_schema=read_schema(args.json_schema),
+        regex=args.regex,
+        grammar=read_source("--grammar", args.grammar, lambda text: ":" in text or "\n" in text),
+        thinking=args.thinking,
+        thinking_budget=args.thinking_budget,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+    )
+
+
+def read_depth(text: str) -> int | str:
+    """Returns the number of drafts a round that --num-draft-tokens names, or 'auto'. Raises UserError."""
+    if text == "auto":
+        return text
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise UserError(f"--num-draft-tokens is {clipped(text)}, expected auto, 0 (plain decoding) or more")
+    return int(text)
+
+
+def read_timeout(seconds: float | None) -> float | None:
+    """Returns the seconds of --timeout, None for no limit. Raises UserError."""
+    expected = f"seconds above 0, at most {LONGEST:g}"
+    return None if seconds is None else number("--timeout", seconds, lambda n: 0 < n <= LONGEST, expected)
+
+
+def read_memory(gigabytes: float | None) -> int | None:
+    """Returns the bytes that --memory-limit names in GB, None for what the machine has. Raises UserError."""
+    if gigabytes is None:
+        return None
+    return int(number("--memory-limit", gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
+
+
+def read_bias(text: str) -> tuple[int, float]:
+    """Returns (token id, bias) of a --logit-bias 'ID=BIAS'. Raises UserError."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise UserError(f"--logit-bias is {shown(text)}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
+
+
+def load_engine(args: argparse.Namespace, command: str, **options: Any) -> Engine:
+    """Loads the engine that the arguments name. Says on standard error where it is the bundled pair.
+
+    args: with what read_depth and read_memory return. command: a module, to name in a note. options: of `load`, beside
+    those that the flags name. Raises UserError.
+    """
+    if args.model is None:
+        tell(BUNDLED.format(command=command))
+    return loaded(
+        args.model,
+        args.draft_model,
+        revision=args.revision,
+        num_draft_tokens=args.num_draft_tokens,
+        draft_bits=args.draft_bits,
+        memory_limit=args.memory_limit,
+        wired_limit=args.wired_limit,
+        draft_temperature=args.draft_temperature,
+        accept=args.accept,
+        frozen_costs=args.frozen_costs,
+        **options,
+    )
