@@ -13,6 +13,7 @@ from ._version import __version__
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .engine.conversation import Conversation
     from .engine.engine import Engine
     from .engine.load import load
     from .engine.request import Chunk, Result
@@ -20,10 +21,22 @@ if TYPE_CHECKING:
     from .sampling.params import SamplingParams
     from .text.tools import ToolCall
 
-__all__ = ["Chunk", "Engine", "Result", "SamplingParams", "Stats", "ToolCall", "UserError", "__version__", "load"]
+__all__ = [
+    "Chunk",
+    "Conversation",
+    "Engine",
+    "Result",
+    "SamplingParams",
+    "Stats",
+    "ToolCall",
+    "UserError",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "Chunk": "engine.request",
+    "Conversation": "engine.conversation",
     "Engine": "engine.engine",
     "Result": "engine.request",
     "SamplingParams": "sampling.params",

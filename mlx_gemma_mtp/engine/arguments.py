@@ -14,6 +14,7 @@ from ..text.tool_choice import ToolChoice
 from ..text.tools import Tools
 
 PRIORITIES = 100
+MOST_SAMPLES = 1000  # of a prompt in a call
 LONGEST = 1e9  # seconds: more than a machine runs
 
 

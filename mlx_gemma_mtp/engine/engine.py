@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import finalize
@@ -27,6 +27,7 @@ from ..speculative.depth import Depth
 from ..speculative.drafting import Drafting
 from .arguments import Cancel, told
 from .calibration import KINDS, TEXT, Costs
+from .conversation import Conversation
 from .intake import Intake, Options
 from .request import Chunk, Request, Result
 from .runner import Runner
@@ -37,6 +38,7 @@ from .worker import Worker
 
 if TYPE_CHECKING:
     from ..text.encode import Prompt, Text
+    from ..text.messages import Message
 
 T = TypeVar("T")
 MOST_REPEATS = 1000  # of a calibration
@@ -101,29 +103,31 @@ class Engine:
         prompt: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
-    ) -> Result | list[Result]:
-        """Returns the Result of a prompt, or a list of Results for a list of prompts, in order. They are
-        decoded together, and with whatever else is asked meanwhile. `stream` describes the options.
+    ) -> Result | list[Result] | list[list[Result]]:
+        """Returns the Result of a prompt, or a list of Results for a list of prompts, in order. With n > 1 it is a list
+        of n Results in the place of each. All are decoded together, and with whatever else is asked meanwhile.
+        `stream` describes the options.
         """
-        prompts, single = self.text.prompts(prompt)
-        return _results(list(self._stream(prompts, params, Options(**options), whole=True)), single)
+        (prompts, single), options = self.text.prompts(prompt), Options(**options)
+        return _results(list(self._stream(prompts, params, options, whole=True)), single, options.n)
 
     async def agenerate(
         self,
         prompt: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
-    ) -> Result | list[Result]:
+    ) -> Result | list[Result] | list[list[Result]]:
         """Returns what `generate` does. A task that is cancelled meanwhile cancels its requests."""
-        prompts, single = self.text.prompts(prompt)
-        stream = self._astream(prompts, params, Options(**options), whole=True)
-        return _results([chunk async for chunk in stream], single)
+        (prompts, single), options = self.text.prompts(prompt), Options(**options)
+        stream = self._astream(prompts, params, options, whole=True)
+        return _results([chunk async for chunk in stream], single, options.n)
 
     def stream(
         self,
         prompt: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        n: int = 1,
         system_prompt: str | None = None,
         chat_template: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -143,15 +147,16 @@ class Engine:
         array); or a list of these. params: one SamplingParams for all, or one for each prompt. All else holds for every
         prompt of the call.
 
-        system_prompt: a message before the prompt's. tools: functions that the reply may call, in OpenAI's form;
-        prompts given as ids are taken as if they held them. tool_choice: 'auto' (the default), 'none', 'required', or
-        the tool that the reply must call, by its name or as OpenAI's object. parallel_tool_calls: whether a reply may
-        make several calls. allow_special: takes control strings in messages for control tokens. continue_final_message:
-        goes on with the last message, which is the assistant's. num_draft_tokens: drafts a round; 0 decodes plainly,
-        'auto' follows cost and acceptance, None is the engine's. timeout: seconds after which the reply ends with
-        finish_reason 'timeout' and the text so far. priority: -100 to 100; the higher goes first. cancel: an event;
-        once it is set, generation ends after the current round. progress: called with the prompts' tokens that are
-        prefilled and all of them, by whoever reads the stream.
+        n: samples of each prompt, 1 to 1000, whose chunks have the index prompt * n + sample; sample i has the seed of
+        params + i, or a fresh one where that is None. system_prompt: a message before the prompt's. tools: functions
+        that the reply may call, in OpenAI's form; prompts given as ids are taken as if they held them. tool_choice:
+        'auto' (the default), 'none', 'required', or the tool that the reply must call, by its name or as OpenAI's
+        object. parallel_tool_calls: whether a reply may make several calls. allow_special: takes control strings in
+        messages for control tokens. continue_final_message: goes on with the last message, which is the assistant's.
+        num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows cost and acceptance, None is the engine's.
+        timeout: seconds after which the reply ends with finish_reason 'timeout' and the text so far. priority: -100 to
+        100; the higher goes first. cancel: an event; once it is set, generation ends after the current round. progress:
+        called with the prompts' tokens that are prefilled and all of them, by whoever reads the stream.
 
         The stream ends, with what it has, when it is closed, forgotten, or its engine is closed. A reader that falls
         behind delays nobody but itself.
@@ -161,6 +166,7 @@ class Engine:
         the memory, and where too many requests wait.
         """
         options = Options(
+            n,
             system_prompt,
             chat_template,
             tools,
@@ -197,6 +203,21 @@ class Engine:
             return await asyncio.get_running_loop().run_in_executor(encoders(), take_in)
 
         return AsyncStream(self._worker, begin, options.cancel, options.progress, self, whole)
+
+    def conversation(
+        self,
+        system_prompt: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        params: SamplingParams | None = None,
+        messages: Iterable[Message] = (),
+        **options: Any,
+    ) -> Conversation:
+        """Returns a conversation, which keeps the history.
+
+        system_prompt, tools, params, options (those of `stream`): hold for every turn that does not give its own.
+        messages: the history so far, in OpenAI's form. Raises UserError for messages that no turn could render.
+        """
+        return Conversation(self, system_prompt, tools, params, messages, **options)
 
     def call(self, function: Callable[..., T], *listeners: Callable[..., None]) -> T:
         """Runs a function of one's own with the models, in the thread that computes, between two rounds.
@@ -322,7 +343,10 @@ def _free(models: dict[str, Any]) -> None:
     mx.clear_cache()
 
 
-def _results(chunks: Sequence[Chunk], single: bool) -> Result | list[Result]:
-    """The results of a call, in the order of its prompts; of a single prompt its own."""
+def _results(chunks: Sequence[Chunk], single: bool, n: int) -> Any:
+    """The results of a call, in the order of its prompts, with n > 1 a list for each prompt; of a single prompt its
+    own.
+    """
     ordered = [chunk.result for chunk in sorted(chunks, key=lambda chunk: chunk.index)]
-    return ordered[0] if single else ordered
+    each = ordered if n == 1 else [ordered[at : at + n] for at in range(0, len(ordered), n)]
+    return each[0] if single else each

@@ -13,8 +13,19 @@ from ..errors import UserError
 from ..files.progress import Progress
 from ..machine import blas
 from ..models.config import GenerationDefaults, TargetConfig
-from ..sampling.params import SamplingParams, flag
-from .arguments import Cancel, check_depth, check_priority, event, seconds, settings_of, told, told_of, tools_of
+from ..sampling.params import SamplingParams, count, flag
+from .arguments import (
+    MOST_SAMPLES,
+    Cancel,
+    check_depth,
+    check_priority,
+    event,
+    seconds,
+    settings_of,
+    told,
+    told_of,
+    tools_of,
+)
 from .constraints import Calls, Constraints
 from .request import Request
 from .stats import Stats
@@ -27,6 +38,7 @@ if TYPE_CHECKING:
 class Options:
     """What holds for every prompt of a call, as `Engine.stream` describes it."""
 
+    n: int = 1
     system_prompt: str | None = None
     chat_template: bool = True
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -68,8 +80,11 @@ class Intake:
         params: SamplingParams | Sequence[SamplingParams | None] | None,
         options: Options,
     ) -> list[Request]:
-        """Returns one request for each prompt. Their time runs from now on. Raises UserError."""
+        """Returns n requests for each prompt, those of a prompt one after another. Their time runs from now on. Raises
+        UserError.
+        """
         began = time.monotonic()
+        n = count("n", options.n, MOST_SAMPLES)
         every = settings_of(params, len(prompts))
         drafts = self.drafts if options.num_draft_tokens is None else check_depth(options.num_draft_tokens)
         flag("chat_template", options.chat_template)
@@ -94,7 +109,8 @@ class Intake:
             for prompt, settings in zip(prompts, every, strict=True)
         ]
         calls = self._constraints.calls(tools, choice, any(settings.grammars for settings in every))
-        return [self._request(i, ids, every[i], calls, common) for i, ids in enumerate(encoded)]
+        samples = [(ids, each) for ids, params in zip(encoded, every, strict=True) for each in params.samples(n)]
+        return [self._request(i, ids, each, calls, common) for i, (ids, each) in enumerate(samples)]
 
     def _request(
         self, index: int, prompt: list[int], params: SamplingParams, calls: Calls, common: dict[str, Any]

@@ -22,7 +22,8 @@ class Result:
 
     text: the generated text, without thoughts and calls. tokens: all generated ids but the end token; a stop string's
     tokens are kept. finish_reason: 'stop' (an end token or a stop string), 'tool_calls' (the same, after calls of
-    tools), 'length' (max_tokens, or the context is full), 'timeout', 'cancelled' or 'error'. stats: figures. logprobs:
+    tools), 'length' (max_tokens, or the context is full), 'repetition' (stop_repetition), 'timeout', 'cancelled' or
+    'error'. stats: figures. logprobs:
     one entry for each token, where the request asked for them. error: why the text could not go on, in one line, with
     finish_reason 'error'; text and tokens hold what came before. reasoning: the thoughts. tool_calls: the calls of
     tools, where the request has tools. end_token: the end token that came, None where another thing ended the text.
@@ -42,12 +43,7 @@ class Result:
         """Returns the reply as the assistant's message in OpenAI's form, for the messages of the next turn; with
         `reasoning` and `tool_calls` where there are any.
         """
-        message: dict[str, Any] = {"role": "assistant", "content": self.text}
-        if self.reasoning:
-            message["reasoning"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [call.as_openai() for call in self.tool_calls]
-        return message
+        return reply_message(self.text, self.reasoning, self.tool_calls)
 
 
 @dataclass(frozen=True)
@@ -172,12 +168,12 @@ class Request:
         self.pieces += pieces
         if self.finish_reason:
             result = self._result(logprobs)
-        text, reasoning, calls = _joined(pieces)
+        text, reasoning, calls = joined(pieces)
         tokens, logprobs = self.tokens[start:], logprobs and logprobs[start:]
         return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls)
 
     def _result(self, logprobs: list[TokenLogprob] | None) -> Result:
-        text, reasoning, calls = _joined(self.pieces)
+        text, reasoning, calls = joined(self.pieces)
         if calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
         return Result(
@@ -202,7 +198,17 @@ class Request:
             return NOTHING
 
 
-def _joined(pieces: Sequence[Piece]) -> tuple[str, str, list[ToolCall]]:
-    """The text, the thoughts and the calls of pieces in order."""
+def joined(pieces: Sequence[Piece | Chunk]) -> tuple[str, str, list[ToolCall]]:
+    """Returns the text, the thoughts and the calls of pieces in order."""
     calls = [call for piece in pieces for call in piece.tool_calls]
     return "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces), calls
+
+
+def reply_message(text: str, reasoning: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    """Returns a reply as the assistant's message, as `Result.message` does."""
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if reasoning:
+        message["reasoning"] = reasoning
+    if calls:
+        message["tool_calls"] = [call.as_openai() for call in calls]
+    return message

@@ -18,6 +18,7 @@ MAX_LOGPROBS = 20
 FROM_THE_FOLDER = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what None leaves to its defaults
 OFF = -1  # of top_k
 LARGEST_ID = 2**31 - 1  # of a token: what an int32 can say
+LEAST_REPETITION = 4  # tokens: a block of two, twice
 LARGEST_COUNT = 2**31 - 1  # of rows, tokens or drafts: more than fits any memory
 # Settings of the engine, here because the command line needs them before MLX is imported.
 COUPLED, REJECTION = ACCEPT = ("coupled", "rejection")  # how drafts are accepted
@@ -39,7 +40,9 @@ class SamplingParams:
     off. logit_bias: token id -> a number added to its logit; -inf forbids the token. logprobs: reports this many of the
     likeliest tokens at each place with the model's own log-probabilities, before any of these settings; None reports
     nothing. seed: equal seeds give equal texts; None draws a fresh one. max_tokens: the most tokens to generate. stop:
-    strings that end the text and are left out of it. ignore_eos: generates max_tokens whatever comes.
+    strings that end the text and are left out of it. ignore_eos: generates max_tokens whatever comes. stop_repetition:
+    ends a reply once its last so many tokens, thoughts and calls included, are one block that repeats (of at most half
+    as many tokens, the last time cut off anywhere); None is off.
 
     json_schema (JSON text, or its object, which is kept as text), regex, grammar (Lark): the reply follows it, behind
     its thoughts; at most one of them. thinking: the chat template's switch. thinking_budget: the most tokens of all
@@ -62,6 +65,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_repetition: int | None = None
     json_schema: str | Mapping[str, Any] | None = None
     regex: str | None = None
     grammar: str | None = None
@@ -102,16 +106,18 @@ class SamplingParams:
             "frequency_penalty": signed,
             "logprobs": (whole, lambda n: 0 <= n <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}, a whole number"),
             "seed": (whole, lambda n: 0 <= n <= MAX_SEED, f"0 to {MAX_SEED}, a whole number"),
+            "stop_repetition": (whole, lambda n: n >= LEAST_REPETITION, f"{LEAST_REPETITION} or more tokens, or None"),
             "thinking_budget": (whole, lambda n: n >= 0, "0 or more, a whole number"),
         }
-        may_be_none = {*FROM_THE_FOLDER, "logprobs", "seed", "thinking_budget"}
+        may_be_none = {*FROM_THE_FOLDER, "logprobs", "seed", "stop_repetition", "thinking_budget"}
         given = {k: v for k, v in vars(self).items() if k in checks and (v is not None or k not in may_be_none)}
         numbers = {name: check(name, given[name], *rest) for name, (check, *rest) in checks.items() if name in given}
         if numbers.get("temperature", 1) < LEAST_TEMPERATURE:
             numbers["temperature"] = 0.0
         if "top_p" in numbers:
             numbers["top_p"] = max(numbers["top_p"], LEAST_TOP_P)
-        most = {"top_k": LARGEST_TOP_K, "max_tokens": LARGEST_COUNT, "thinking_budget": LARGEST_COUNT}
+        counts = ("max_tokens", "stop_repetition", "thinking_budget")
+        most = {"top_k": LARGEST_TOP_K} | dict.fromkeys(counts, LARGEST_COUNT)
         return numbers | {name: min(numbers[name], limit) for name, limit in most.items() if name in numbers}
 
     @property
@@ -124,6 +130,14 @@ class SamplingParams:
         """The constraint of the reply as {setting's name: source}, with one entry at most."""
         settings = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
         return {name: source for name, source in settings.items() if source is not None}
+
+    def samples(self, n: int) -> list[SamplingParams]:
+        """Returns the settings of n samples: with the seeds from this one on, beyond the largest from 0 on; without a
+        seed they are these settings, n times.
+        """
+        if self.seed is None:
+            return [self] * n
+        return [replace(self, seed=(self.seed + i) % (MAX_SEED + 1)) for i in range(n)]
 
     def resolved(self, defaults: GenerationDefaults) -> SamplingParams:
         """Returns the settings with the folder's values where they are None, and with a seed."""
