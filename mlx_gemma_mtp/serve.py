@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .cli.command import Parser, Stage, command, loaded, tell
-from .errors import UserError, clipped, shown
-from .sampling.params import ACCEPT, COUPLED, MAX_ROWS, SamplingParams, number
+from .cli.command import Parser, Stage, command, tell
+from .cli.flags import add_drafts, add_limits, add_models, load_engine, read_depth, read_memory, read_timeout
+from .errors import UserError, shown
+from .sampling.params import MAX_ROWS, SamplingParams, number
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
     from .server.limits import Limits
+    from .server.security import Rules
     from .server.service import Served
 
 KEY = "MLX_GEMMA_MTP_API_KEY"  # variable with the API key
@@ -28,9 +30,11 @@ LARGEST = 2**31 - 1
 
 def parser() -> argparse.ArgumentParser:
     p = Parser("mlx_gemma_mtp.serve", description="Gemma 4 with its MTP drafter behind OpenAI's and Anthropic's APIs.")
-    _add_models(p)
+    add_models(p)
+    _add_names(p)
     _add_address(p)
     _add_replies(p)
+    add_drafts(p)
     _add_limits(p)
     p.add_argument(
         "--metrics-prefix",
@@ -43,14 +47,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _add_models(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("models")
-    group.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
-    group.add_argument(
-        "--draft-model", default="auto", metavar="PATH|auto|none", help="the drafter (default: auto, look for it)"
-    )
-    group.add_argument("--revision", help="the hub revision of --model")
-    group.add_argument("--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading")
+def _add_names(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("names")
     group.add_argument(
         "--name", help="the model's name for clients (default: its folder's; the bundled pair's is " + BUNDLED + ")"
     )
@@ -95,13 +93,6 @@ def _add_replies(p: argparse.ArgumentParser) -> None:
         default="reasoning_content",
         help="where OpenAI's clients find thoughts (default: reasoning_content)",
     )
-    group.add_argument(
-        "--num-draft-tokens",
-        default="auto",
-        metavar="N|auto",
-        help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
-    )
-    group.add_argument("--accept", choices=ACCEPT, default=COUPLED, help="which sampled drafts stay (default: coupled)")
 
 
 def _add_limits(p: argparse.ArgumentParser) -> None:
@@ -115,9 +106,6 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
     group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of a prompt (default: the context)")
     group.add_argument("--max-output-tokens", type=int, metavar="N", help="of a reply (default: the context)")
     group.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request, waiting included (default: 600)"
-    )
-    group.add_argument(
         "--max-body", type=float, default=16.0, metavar="MB", help="of a request, in MB of 10^6 bytes (default: 16)"
     )
     group.add_argument(
@@ -127,13 +115,8 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="that requests have to end on SIGTERM (default: 60)",
     )
-    group.add_argument(
-        "--memory-limit",
-        type=float,
-        metavar="GB",
-        help="what weights, K/V and passes may take together, in GB of 10^9 bytes (default: what the machine has)",
-    )
-    group.add_argument("--wired-limit", action="store_true", help="keep the weights wired in a Mac's memory")
+    add_limits(group)
+    p.set_defaults(timeout=600.0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,23 +125,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        from .server import security  # before the model: what is missing is told at once
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"the server needs {error.name}, which is not installed; install it: pip install 'mlx-gemma-mtp[serve]'"
-        ) from None
+    _check_installed()
+    from .server.security import Rules
+
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     limits = read_limits(args)
     keys = args.api_key or list(filter(None, [os.environ.get(KEY)]))
-    rules = security.Rules.of(args.host, keys, limits.body, args.allowed_host, args.allowed_origin)
+    rules = Rules.of(args.host, keys, limits.body, args.allowed_host, args.allowed_origin)
     _port(args.port)
-    with load_engine(args) as engine:
+    args.num_draft_tokens, args.memory_limit = read_depth(args.num_draft_tokens), read_memory(args.memory_limit)
+    rows = {"max_rows": args.max_rows, "max_waiting": max(limits.waiting + args.max_rows, 1)}
+    with load_engine(args, "mlx_gemma_mtp.serve", **rows) as engine:
         serve(make_served(args, engine, limits), rules, args)
     return 0
 
 
-def serve(served: Served, rules: Any, args: argparse.Namespace) -> None:
+def _check_installed() -> None:
+    """Raises UserError where a package of the extra is missing, before anything is loaded."""
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
+            raise UserError(f"the server needs {package}; install it: pip install 'mlx-gemma-mtp[serve]'")
+
+
+def serve(served: Served, rules: Rules, args: argparse.Namespace) -> None:
     """Serves until a signal comes. Raises UserError where the address cannot be listened on."""
     from .server.app import make_app
     from .server.drain import Server
@@ -183,7 +172,7 @@ def read_limits(args: argparse.Namespace) -> Limits:
     limits = replace(
         Limits(),
         body=int(_above_zero("--max-body", args.max_body) * 1e6),
-        seconds=_above_zero("--timeout", args.timeout),
+        seconds=read_timeout(args.timeout),
         waiting=_at_least("--max-waiting", args.max_waiting, 0),
     )
     if args.max_prompt_tokens is not None:
@@ -194,30 +183,6 @@ def read_limits(args: argparse.Namespace) -> Limits:
     return limits
 
 
-def load_engine(args: argparse.Namespace) -> Engine:
-    """Loads the engine that the arguments name."""
-    memory = args.memory_limit
-    return loaded(
-        args.model,
-        args.draft_model,
-        revision=args.revision,
-        num_draft_tokens=read_depth(args.num_draft_tokens),
-        draft_bits=args.draft_bits,
-        max_rows=args.max_rows,
-        max_waiting=max(args.max_waiting + args.max_rows, 1),
-        memory_limit=None if memory is None else int(_above_zero("--memory-limit", memory) * 1e9),
-        wired_limit=args.wired_limit,
-        accept=args.accept,
-    )
-
-
-def read_depth(text: str) -> int | str:
-    """Returns the drafts a round that --num-draft-tokens names, or 'auto'. Raises UserError."""
-    if text != "auto" and not re.fullmatch("[0-9]{1,9}", text):
-        raise UserError(f"--num-draft-tokens is {clipped(text)}, expected auto, 0 (plain decoding) or more")
-    return text if text == "auto" else int(text)
-
-
 def make_served(args: argparse.Namespace, engine: Engine, limits: Limits) -> Served:
     """Returns what is served, after a first text: kernels are compiled, and it is known why there are no drafts."""
     from .server.service import Served
@@ -226,7 +191,7 @@ def make_served(args: argparse.Namespace, engine: Engine, limits: Limits) -> Ser
     with Stage() as stage:
         stage("generating a first text")
         first = engine.generate("def f(x):", SamplingParams(max_tokens=16, temperature=0.0))
-    plain = engine.drafter is None or args.num_draft_tokens == "0"
+    plain = engine.drafter is None or args.num_draft_tokens == 0
     return Served(
         engine,
         name,

@@ -86,7 +86,8 @@ class Scripted:
 
     async def agenerate(self, prompts: Any, params: Any, **options: Any) -> list[Any]:
         chunks = [chunk async for chunk in self.astream(prompts, params, **options)]
-        return [chunk.result for chunk in chunks if chunk.result is not None]
+        results, n = [chunk.result for chunk in chunks if chunk.result is not None], options.get("n", 1)
+        return results if n == 1 else [results[i : i + n] for i in range(0, len(results), n)]
 
 
 def _logprob(token: int) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import shown
-from ..sampling.params import MAX_SEED, OFF, SamplingParams
+from ..sampling.params import OFF, SamplingParams
 from ..text.tools import Tools
 from .channels import Channels
 from .errors import Refusal
@@ -32,26 +32,35 @@ TEMPLATE = ("enable_thinking", "thinking", "thinking_budget")  # of chat_templat
 class Ask:
     """Choices to be made, all in one call of the engine.
 
-    prompts, params: one for each choice, those of one prompt in a row. options: of Engine.astream. prompt_tokens: of
-    each prompt once. n: choices of a prompt. tools: the caller's, if there are any.
+    prompts: ids; each gets n choices, which come in a row. options: of Engine.astream. tools: the caller's, if there
+    are any.
     """
 
     prompts: list[list[int]]
-    params: list[SamplingParams]
+    params: SamplingParams
     options: dict[str, Any]
-    prompt_tokens: int
     n: int = 1
     tools: Tools | None = None
+
+    @property
+    def choices(self) -> int:
+        """How many choices there are."""
+        return len(self.prompts) * self.n
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, each of which counts once."""
+        return sum(map(len, self.prompts))
 
     def channels(self, text: Text, choice: int) -> Channels:
         """Returns the channels of a choice's tokens."""
         called = self.tools is not None and self.options.get("tool_choice") != "none"
-        return Channels(text.template.control, called, text.opens_thought(self.prompts[choice]))
+        return Channels(text.template.control, called, text.opens_thought(self.prompts[choice // self.n]))
 
     @property
     def logprobs(self) -> bool:
         """Whether log-probabilities are reported."""
-        return self.params[0].logprobs is not None
+        return self.params.logprobs is not None
 
 
 @dataclass(frozen=True)
@@ -196,25 +205,13 @@ def encoded(
 
 
 def made(served: Served, prompts: Sequence[list[int]], settings: Settings, tooling: Tooling) -> Ask:
-    """Returns the request for n choices of each prompt, with seeds that follow each other. Raises Refusal for a prompt
-    beyond the context or the limit, and UserError for settings out of range.
+    """Returns the request for n choices of each prompt. Raises Refusal for a prompt beyond the context or the limit,
+    and UserError for settings out of range.
     """
     for ids in prompts:
         _check_length(served, len(ids))
-    params = SamplingParams(**settings.sampling)
-    each = [params if params.seed is None else replace(params, seed=_seed(params, i)) for i in range(settings.n)]
-    return Ask(
-        [ids for ids in prompts for _ in each],
-        each * len(prompts),
-        settings.options | tooling.options,
-        sum(map(len, prompts)),
-        settings.n,
-        tooling.tools,
-    )
-
-
-def _seed(params: SamplingParams, choice: int) -> int:
-    return (params.seed + choice) % (MAX_SEED + 1)
+    params, options = SamplingParams(**settings.sampling), settings.options | tooling.options
+    return Ask(list(prompts), params, options | {"n": settings.n}, settings.n, tooling.tools)
 
 
 def _check_length(served: Served, tokens: int) -> None:

@@ -82,9 +82,7 @@ class ChatStream:
     def __init__(self, run: Run, model: str, usage: bool):
         self._run, self._usage = run, usage
         self._head = head(run, model, "chat.completion.chunk")
-        self._choices = [
-            _Choice(i, report_of(run, i) if run.ask.logprobs else None) for i in range(len(run.ask.prompts))
-        ]
+        self._choices = [_Choice(i, report_of(run, i) if run.ask.logprobs else None) for i in range(run.ask.choices)]
 
     def opening(self) -> bytes:
         """Returns the first event of each choice."""

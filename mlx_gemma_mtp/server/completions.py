@@ -37,7 +37,7 @@ class CompletionStream:
     def __init__(self, run: Run, model: str, usage: bool):
         self._run, self._usage = run, usage
         self._head = head(run, model, KIND, PREFIX)
-        choices = range(len(run.ask.prompts))
+        choices = range(run.ask.choices)
         self._said = dict.fromkeys(choices, 0)  # characters of each choice so far
         self._reports = {i: report_of(run, i) for i in choices}
 

@@ -52,7 +52,7 @@ def _usage(run: Run, results: list[Result]) -> dict[str, int]:
 
 def _stop_sequence(run: Run, result: Result) -> str | None:
     """The stop string that ended a text, None where another thing did."""
-    stops = run.ask.params[0].stop
+    stops = run.ask.params.stop
     if result.finish_reason != "stop" or result.end_token is not None or not stops:
         return None
     whole, before = run.served.engine.text.fast_tokenizer.decode(result.tokens), result.text[-32:]

@@ -50,6 +50,7 @@ class Run:
         try:
             call = self.served.engine.agenerate(self.ask.prompts, self.ask.params, **self.ask.options)
             found = await _refusing(call, self.served)
+            found = [each for some in found for each in (some if self.ask.n > 1 else [some])]
             self.results = dict(enumerate(found))
             for result in found:
                 self._check(result)
@@ -82,7 +83,7 @@ class Run:
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Yields the chunks of all choices. Raises Refusal where one failed."""
-        left = len(self.ask.prompts)
+        left = self.ask.choices
         chunk = await self._first
         self.told = True
         while True:
@@ -100,18 +101,18 @@ class Run:
         if not self._open:
             return
         self._open = False
-        self.served.places.give_back(len(self.ask.prompts))
-        if self._first is not None and len(self.results) < len(self.ask.prompts):
+        self.served.places.give_back(self.ask.choices)
+        if self._first is not None and len(self.results) < self.ask.choices:
             self._first.cancel()  # which closes the stream where nothing came of it yet
             self._closing = asyncio.ensure_future(self._stream.aclose())
-        left = PHASES[self.told] if len(self.results) < len(self.ask.prompts) else None
+        left = PHASES[self.told] if len(self.results) < self.ask.choices else None
         self.served.metrics.ended(self.results.values(), time.monotonic() - self._began, left)
         self._tell()
 
     def _take_places(self) -> None:
         self.served.check_open()
         try:
-            self.served.places.take(len(self.ask.prompts))
+            self.served.places.take(self.ask.choices)
         except Refusal:
             self.served.metrics.refused()
             raise
@@ -131,7 +132,7 @@ class Run:
         """Writes the request's line of the log: numbers, and what was mended of calls."""
         results, seconds = self.results.values(), time.monotonic() - self._began
         ends = ",".join(result.finish_reason for result in results) or "none"
-        if len(results) < len(self.ask.prompts):
+        if len(results) < self.ask.choices:
             ends += " (left)"
         tokens, accepted = (sum(each) for each in zip(*map(_counts, results), strict=True)) if results else (0, 0)
         log.info(

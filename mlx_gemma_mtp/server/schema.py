@@ -106,7 +106,6 @@ class Sampling(Body):
     num_draft_tokens: int | str | None = None
     timeout: float | None = None
     priority: int | None = None
-    cache_salt: str | None = None
 
 
 class ChatRequest(Sampling):

@@ -36,8 +36,8 @@ def usage_of(served: Served, ask: Ask, results: Sequence[Result]) -> dict[str, A
 
 
 def cached_tokens(ask: Ask, results: Sequence[Result]) -> int:
-    """Returns how many tokens of the prompts were not computed. A prompt counts once, however many choices it has."""
-    return sum(max(r.stats.cached_tokens for r in results[i : i + ask.n]) for i in range(0, len(results), ask.n))
+    """Returns how many tokens of the prompts were not computed: none, as long as the engine keeps no prefixes."""
+    return 0
 
 
 def timings_of(result: Result) -> dict[str, Any]:
