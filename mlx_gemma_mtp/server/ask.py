@@ -11,7 +11,7 @@ from ..errors import shown
 from ..sampling.params import OFF, SamplingParams
 from ..text.tools import Tools
 from .channels import Channels
-from .errors import Refusal
+from .errors import Refusal, about
 from .schema import ChatRequest, CompletionRequest, Sampling
 
 if TYPE_CHECKING:
@@ -128,8 +128,9 @@ def of_completion(served: Served, body: CompletionRequest) -> Ask:
     whole = isinstance(body.prompt, str) or (bool(body.prompt) and isinstance(body.prompt[0], int))
     prompts = [body.prompt] if whole else list(body.prompt)
     check_choices(served, len(prompts) * settings.n, "prompt" if not prompts else "n")
-    text = served.engine.text
-    return made(served, [text.encode(each, chat_template=False) for each in prompts], settings, Tooling())
+    with about("prompt"):
+        ids = [served.engine.text.encode(each, chat_template=False) for each in prompts]
+    return made(served, ids, settings, Tooling())
 
 
 def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -> Settings:
@@ -179,7 +180,8 @@ def output_tokens(served: Served, asked: int | None) -> int:
 def tooling_of(served: Served, tools: Any, choice: Any, several: bool) -> Tooling:
     """Returns the tools of a request, checked. Raises Refusal and UserError."""
     served.limits.check("tools", tools, served.limits.tools, "tools")
-    return Tooling(Tools.of(tools) if tools else None, choice, several)
+    with about("tools"):
+        return Tooling(Tools.of(tools) if tools else None, choice, several)
 
 
 def schema_of(served: Served, name: str, schema: Any) -> dict[str, str]:
@@ -195,13 +197,14 @@ def encoded(
     served: Served, messages: Sequence[Mapping[str, Any]], tooling: Tooling, thoughts: Thoughts, continued: bool
 ) -> list[int]:
     """Returns the ids of a conversation. continued: whether the reply goes on with the last message. Raises
-    UserError.
+    Refusal.
     """
     if not messages:
         raise Refusal(400, "messages is empty, expected one message or more", param="messages")
-    return served.engine.text.encode(
-        messages, thinking=thoughts.wanted, tools=tooling.schemas, continue_final_message=continued
-    )
+    with about("messages"):
+        return served.engine.text.encode(
+            messages, thinking=thoughts.wanted, tools=tooling.schemas, continue_final_message=continued
+        )
 
 
 def made(served: Served, prompts: Sequence[list[int]], settings: Settings, tooling: Tooling) -> Ask:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -98,6 +99,15 @@ def stopping() -> Refusal:
 def too_large(what: str, limit: int) -> Refusal:
     """The refusal of what is beyond a limit in bytes."""
     return Refusal(413, f"{what} has more than the {limit} bytes that this server takes; make it smaller")
+
+
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """Has a UserError within the block be a Refusal that names a field."""
+    try:
+        yield
+    except UserError as error:
+        raise Refusal(400, str(error), param=param) from None
 
 
 def of_user_error(error: UserError, names: Sequence[str] = ()) -> Refusal:
