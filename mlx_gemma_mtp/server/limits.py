@@ -16,7 +16,7 @@ class Limits:
     stop_length: stop strings, and the characters of one. biases: entries of logit_bias. schema: characters of a JSON
     schema, a grammar or a regular expression. tools, messages: of a request. seconds: that a request may take, waiting
     included. waiting: choices of all requests that have no row. reading: seconds that a client may leave its stream
-    unread.
+    unread. beat: seconds of silence after which a stream's client, and proxies, are told that it still goes on.
     """
 
     body: int = 16 << 20
@@ -32,6 +32,7 @@ class Limits:
     seconds: float = 600.0
     waiting: int = 256
     reading: float = 30.0
+    beat: float = 5.0
 
     def check(self, name: str, what: Sized | None, most: int, unit: str) -> None:
         """Raises Refusal where a part of a request, called `name`, is longer than `most`. unit: what is counted."""

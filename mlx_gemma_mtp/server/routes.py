@@ -59,7 +59,8 @@ async def answered(request: Request, run: Run, whole: Callable[[list[Result]], d
 async def streamed(run: Run, events: Events) -> EventStream:
     """Returns the answer as events. Raises Refusal before anything is sent, where the engine does not take it in."""
     await run.begin()
-    return EventStream(written(run, events), run.close, run.served.limits.reading)
+    limits = run.served.limits
+    return EventStream(written(run, events), run.close, limits.reading, limits.beat)
 
 
 async def written(run: Run, events: Events) -> AsyncIterator[bytes]:

@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from .run import until_gone
 
 log = logging.getLogger(__name__)
-BEAT = 5.0  # seconds of silence after which a comment tells the client, and proxies, that the answer still comes
 TICK = 0.5  # seconds between two looks at the clock
 HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
 COMMENT, DONE = b": keepalive\n\n", b"data: [DONE]\n\n"
@@ -31,18 +30,11 @@ class EventStream(Response):
     """Events as they come. The client leaves, or does not read: then the events end.
 
     events: pieces of the body. close: is called in the end, whatever it is. reading: seconds that the client may leave
-    what was sent unread. headers: further ones.
+    what was sent unread. beat: seconds of silence before a comment.
     """
 
-    def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        close: Callable[[], None],
-        reading: float,
-        headers: Mapping[str, str] | None = None,
-        beat: float = BEAT,
-    ):
-        super().__init__(headers=HEADERS | dict(headers or {}))
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], reading: float, beat: float):
+        super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._events, self._close, self._reading, self._beat_after = events, close, reading, beat
         self._sending, self._since = False, time.monotonic()  # whether a send waits for the client; since when
