@@ -12,6 +12,7 @@ from .errors import UserError
 # name -> (module with a `main(argv)`, what it does); nothing is imported before it is wanted: see blas.preload
 COMMANDS = {
     "generate": ("mlx_gemma_mtp.generate", "text from a prompt"),
+    "serve": ("mlx_gemma_mtp.serve", "the model behind OpenAI's and Anthropic's HTTP interfaces"),
     "convert": (
         "mlx_gemma_mtp.convert.cli",
         "a Hugging Face checkpoint to an MLX folder; inspect and check folders",

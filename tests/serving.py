@@ -73,7 +73,7 @@ class Scripted:
         self.open += 1
         try:
             for number, request in enumerate(requests):
-                for place, tokens in enumerate(self._rounds(number)):
+                for place, tokens in enumerate(self.rounds_of(number, request.prompt)):
                     if (pause := self._wait()) is not None:
                         await pause
                     if request.finish_reason is None:
@@ -83,6 +83,10 @@ class Scripted:
                     yield request.cancel("length")
         finally:
             self.open -= 1
+
+    def rounds_of(self, number: int, prompt: list[int]) -> Sequence[Sequence[int]]:
+        """The rounds of a prompt."""
+        return self._rounds(number)
 
     async def agenerate(self, prompts: Any, params: Any, **options: Any) -> list[Any]:
         chunks = [chunk async for chunk in self.astream(prompts, params, **options)]
