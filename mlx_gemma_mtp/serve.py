@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from .server.limits import Limits
     from .server.security import Rules
     from .server.service import Served
+    from .server.supervisor import Inherited
 
 KEY = "MLX_GEMMA_MTP_API_KEY"  # variable with the API key
 BUNDLED = "mlx-gemma-mtp-demo"  # name of the bundled pair
@@ -42,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="of the names in /metrics; vllm: suits vLLM's dashboards (default: mlx_gemma_mtp:)",
     )
+    p.add_argument(
+        "--no-parent",
+        action="store_true",
+        help="serve in this process, without one that starts it again where it fails",
+    )
+    p.add_argument("--inherited", help=argparse.SUPPRESS)  # what a child has of its parent
     p.add_argument("--log-level", choices=("debug", "info", "warning"), default="info", help="(default: info)")
     p.add_argument("--version", action="version", version=f"mlx_gemma_mtp {__version__}")
     return p
@@ -120,24 +129,45 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 after a signal, 2 for bad input."""
-    return command(run, parser, argv)
+    """Returns the exit code: 0 after a signal, 1 where the server fails again and again, 2 for bad input."""
+    given = sys.argv[1:] if argv is None else argv
+    return command(partial(run, given), parser, argv)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(given: list[str], args: argparse.Namespace) -> int:
+    """given: the arguments as they came, for the process that serves."""
     _check_installed()
     from .server.security import Rules
+    from .server.supervisor import Inherited, supervise
 
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     limits = read_limits(args)
     keys = args.api_key or list(filter(None, [os.environ.get(KEY)]))
     rules = Rules.of(args.host, keys, limits.body, args.allowed_host, args.allowed_origin)
-    _port(args.port)
     args.num_draft_tokens, args.memory_limit = read_depth(args.num_draft_tokens), read_memory(args.memory_limit)
+    parent = None if args.inherited is None else Inherited.of(args.inherited)
+    if parent is None and not args.no_parent:
+        return supervise(given, listen(args))
+    if parent is not None:
+        parent.follow()
+    listening = listen(args) if parent is None else parent.socket()
     rows = {"max_rows": args.max_rows, "max_waiting": max(limits.waiting + args.max_rows, 1)}
     with load_engine(args, "mlx_gemma_mtp.serve", **rows) as engine:
-        serve(make_served(args, engine, limits), rules, args)
+        serve(make_served(args, engine, limits), rules, args, listening, parent)
     return 0
+
+
+def listen(args: argparse.Namespace) -> socket.socket:
+    """Returns a socket at the address of the arguments. Raises UserError where it cannot be listened on."""
+    _at_least("--port", args.port, 0, 65535)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        return socket.create_server((args.host, args.port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"--host {args.host} --port {args.port} cannot be listened on ({error.strerror or error}); expected an "
+            "address of this machine and a free port"
+        ) from None
 
 
 def _check_installed() -> None:
@@ -147,22 +177,16 @@ def _check_installed() -> None:
             raise UserError(f"the server needs {package}; install it: pip install 'mlx-gemma-mtp[serve]'")
 
 
-def serve(served: Served, rules: Rules, args: argparse.Namespace) -> None:
-    """Serves until a signal comes. Raises UserError where the address cannot be listened on."""
+def serve(
+    served: Served, rules: Rules, args: argparse.Namespace, listening: socket.socket, parent: Inherited | None
+) -> None:
+    """Serves on a socket until a signal comes."""
     from .server.app import make_app
     from .server.drain import Server
 
-    server = Server(make_app(served, rules), served, args.host, args.port, args.drain)
-    try:
-        sockets = [server.config.bind_socket()]
-    except SystemExit:
-        raise UserError(
-            f"--host {args.host} --port {args.port} cannot be listened on; another program may do so: expected "
-            "an address of this machine and a free port"
-        ) from None
-    shown_host = f"[{args.host}]" if ":" in args.host else args.host
-    tell(f"{served.name} on http://{shown_host}:{sockets[0].getsockname()[1]}/v1 ({served.description})")
-    server.run(sockets)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    tell(f"{served.name} on http://{host}:{listening.getsockname()[1]}/v1 ({served.description})")
+    Server(make_app(served, rules), served, args.drain, parent).run([listening])
 
 
 def read_limits(args: argparse.Namespace) -> Limits:
@@ -207,16 +231,12 @@ def make_served(args: argparse.Namespace, engine: Engine, limits: Limits) -> Ser
 
 def origins(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns every argument with where its value comes from, without keys and folders."""
-    defaults, secret = vars(parser().parse_args([])), ("api_key", "model", "draft_model")
+    defaults, secret = vars(parser().parse_args([])), ("api_key", "model", "draft_model", "inherited")
     return {
         name: {"value": value, "origin": "default" if value == defaults[name] else "flag"}
         for name, value in vars(args).items()
         if name not in secret
     }
-
-
-def _port(port: int) -> int:
-    return _at_least("--port", port, 0, 65535)
 
 
 def _at_least(name: str, value: int, least: int, most: int = LARGEST) -> int:

@@ -21,7 +21,7 @@ def anthropic_routes(served: Served) -> APIRouter:
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answers a conversation."""
         model = served.check_model(body.model)
-        run = Run(served, await asked(served, of_messages, body), "messages")
+        run = Run(served, await asked(served, of_messages, body), request.state.id, "messages")
         if body.stream:
             return await streamed(run, MessageStream(run, model))
         return await answered(request, run, lambda results: message_object(run, model, results[0]))

@@ -89,7 +89,7 @@ def openai_routes(served: Served) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
         model = served.check_model(body.model)
-        run = Run(served, await asked(served, of_chat, body), "chat")
+        run = Run(served, await asked(served, of_chat, body), request.state.id, "chat")
         if body.stream:
             return await streamed(run, ChatStream(run, model, wants_usage(body)))
         return await answered(request, run, lambda results: chat_object(run, model, results))
@@ -98,7 +98,7 @@ def openai_routes(served: Served) -> APIRouter:
     async def completion(body: CompletionRequest, request: Request) -> Response:
         """Goes on with a text."""
         model = served.check_model(body.model)
-        run = Run(served, await asked(served, of_completion, body), "completion")
+        run = Run(served, await asked(served, of_completion, body), request.state.id, "completion")
         if body.stream:
             return await streamed(run, CompletionStream(run, model, wants_usage(body)))
         return await answered(request, run, lambda results: completion_object(run, model, results))

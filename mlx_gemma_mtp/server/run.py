@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,11 +32,11 @@ class ClientGone(Exception):
 class Run:
     """A call of the engine, read whole or as chunks; it has its places from its beginning to `close`.
 
-    route: what was asked for, in the log.
+    id: of the request. route: what was asked for, in the log.
     """
 
-    def __init__(self, served: Served, ask: Ask, route: str):
-        self.id, self.served, self.ask, self.route = secrets.token_hex(12), served, ask, route
+    def __init__(self, served: Served, ask: Ask, id: str, route: str):
+        self.id, self.served, self.ask, self.route = id, served, ask, route
         self.results: dict[int, Result] = {}
         self.told = False  # whether a chunk came
         self.created, self._began = int(time.time()), time.monotonic()
@@ -123,7 +122,7 @@ class Run:
         if result.finish_reason == "cancelled":
             raise stopping()
         if result.error is not None:
-            log.error("%s %s failed: %s", self.route, self.id, result.error)
+            log.error("%s: %s failed: %s", self.id, self.route, result.error)
             if result.error in FOR_CLIENTS:
                 raise Refusal(500, result.error, code="generation_failed", retry=False)
             raise unexpected()
@@ -136,13 +135,13 @@ class Run:
             ends += " (left)"
         tokens, accepted = (sum(each) for each in zip(*map(_counts, results), strict=True)) if results else (0, 0)
         log.info(
-            "%s %s: %d prompt tokens, %d tokens (%d drafts accepted) in %.2f s, end: %s",
-            *(self.route, self.id, self.ask.prompt_tokens, tokens, accepted, seconds, ends),
+            "%s: %s: %d prompt tokens, %d tokens (%d drafts accepted) in %.2f s, end: %s",
+            *(self.id, self.route, self.ask.prompt_tokens, tokens, accepted, seconds, ends),
         )
         for result in results:
             for call in result.tool_calls:
                 for what in (*call.repaired, *call.faults):
-                    log.warning("%s %s: the call of %s: %s", self.route, self.id, call.name, what)
+                    log.warning("%s: the call of %s: %s", self.id, call.name, what)
 
 
 def _counts(result: Result) -> tuple[int, int]:

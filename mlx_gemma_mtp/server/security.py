@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import secrets
 import socket
 from collections.abc import Iterable
@@ -14,9 +15,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from .errors import Refusal, too_large
 
+log = logging.getLogger(__name__)
 OPEN = ("/health", "/ready")  # paths that need no key
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -115,7 +117,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send, f"req_{secrets.token_hex(12)}")
+        answer = _Answer(send, secrets.token_hex(12), f"{scope['method']} {scope['path']}")
+        scope.setdefault("state", {})["id"] = answer.id
         try:
             response = self._check(scope, Headers(scope=scope), answer)
         except Refusal as refusal:
@@ -134,7 +137,7 @@ class Gate:
             if scope["method"] == "OPTIONS":
                 return Response(status_code=204, headers=_preflight(headers))
         salt = "" if scope["path"] in OPEN else self.rules.check_key(headers)
-        scope.setdefault("state", {})["salt"] = salt
+        scope["state"]["salt"] = salt
         if scope["method"] == "POST":
             _check_type(headers.get("content-type", ""))
         length = headers.get("content-length", "")
@@ -159,20 +162,25 @@ def _preflight(headers: Headers) -> dict[str, str]:
 
 
 class _Answer:
-    """Sends an answer with the headers that each has. origin: of the web page that may read it."""
+    """Sends an answer with the headers that each has, and logs the refusals.
 
-    def __init__(self, send: Send, id: str):
-        self.send, self.id = send, id
+    id: of the request. what: was asked for, in the log. origin: of the web page that may read the answer.
+    """
+
+    def __init__(self, send: Send, id: str, what: str):
+        self.send, self.id, self.what = send, id, what
         self.origin: str | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=message.setdefault("headers", []))
-            headers["x-request-id"] = headers["request-id"] = self.id
+            headers["x-request-id"] = headers["request-id"] = f"req_{self.id}"
             headers["x-content-type-options"] = "nosniff"
             if self.origin is not None:
                 headers["access-control-allow-origin"] = self.origin
                 headers.add_vary_header("Origin")
+            if message["status"] >= 400:
+                log.info("%s: %s: %d", self.id, shown(self.what, 120), message["status"])
         await self.send(message)
 
 

@@ -107,6 +107,8 @@ def test_a_form_of_a_page_is_no_request(free, kind):
 def test_every_answer_has_an_id(free):
     ids = {httpx.get(free + path).headers["x-request-id"] for path in ("/health", "/v1/models", "/v1/nothing")}
     assert len(ids) == 3 and all(id.startswith("req_") for id in ids)
+    answer = post(free, CHAT, BODY)
+    assert answer.headers["x-request-id"].removeprefix("req_") == answer.json()["id"].removeprefix("chatcmpl-")
 
 
 def test_a_huge_header_is_refused(free):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,8 @@ BODY = {"messages": [{"role": "user", "content": "def f(x):"}], "max_tokens": 40
 def process(*flags: str, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """Starts the command on a free port. Yields its process and its address."""
     command = [sys.executable, "-m", "mlx_gemma_mtp.serve", "--port", "0", "--num-draft-tokens", "3", *flags]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | environment
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     child.said = []
     try:
         url = None
@@ -42,10 +44,14 @@ def process(*flags: str, **environment: str) -> Iterator[tuple[subprocess.Popen,
     finally:
         child.kill()
         child.wait()
+        child.stderr.close()
 
 
 def wait_until_ready(url: str) -> None:
-    httpx.Client(transport=httpx.HTTPTransport(retries=20)).get(f"{url}/ready", timeout=PATIENCE).raise_for_status()
+    end = time.monotonic() + PATIENCE
+    while httpx.get(f"{url}/ready", timeout=PATIENCE).status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_signal_lets_texts_end_and_a_second_one_does_not():
