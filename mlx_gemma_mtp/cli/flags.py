@@ -125,6 +125,12 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
         metavar="GB",
         help="what weights, K/V and passes may take together, in GB of 10^9 bytes (default: what the machine has)",
     )
+    group.add_argument(
+        "--prefix-memory",
+        type=float,
+        metavar="GB",
+        help="what of it the K/V of prompts that may come again take, 0 for none (default: a share of what is left)",
+    )
     group.add_argument("--wired-limit", action="store_true", help="keep the weights wired in a Mac's memory")
 
 
@@ -177,6 +183,15 @@ def read_memory(gigabytes: float | None) -> int | None:
     return int(number("--memory-limit", gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
 
 
+def read_prefix_memory(gigabytes: float | None) -> int | None:
+    """Returns the bytes that --prefix-memory names in GB, None for a share of what is left. Raises UserError."""
+    if gigabytes is None:
+        return None
+    return int(
+        number("--prefix-memory", gigabytes, lambda n: 0 <= n <= 1e6, "GB, such as 2 or 0.5, or 0 for none") * 1e9
+    )
+
+
 def read_bias(text: str) -> tuple[int, float]:
     """Returns (token id, bias) of a --logit-bias 'ID=BIAS'. Raises UserError."""
     token, _, bias = text.partition("=")
@@ -201,6 +216,7 @@ def load_engine(args: argparse.Namespace, command: str, **options: Any) -> Engin
         num_draft_tokens=args.num_draft_tokens,
         draft_bits=args.draft_bits,
         memory_limit=args.memory_limit,
+        prefix_memory=read_prefix_memory(args.prefix_memory),
         wired_limit=args.wired_limit,
         draft_temperature=args.draft_temperature,
         accept=args.accept,

@@ -51,6 +51,12 @@ def limit_of(name: str, value: int | None) -> int | None:
     return None if value is None else whole(name, value, lambda n: 1 <= n <= 2**63 - 1, expected)
 
 
+def prefix_memory_of(value: int | None) -> int | None:
+    """Returns the bytes for prefixes as Python's int, None for the engine's choice. Raises UserError."""
+    expected = "bytes, a whole number of 0 (keep no prefixes) or more, or None, which is a share of the memory"
+    return None if value is None else whole("prefix_memory", value, lambda n: 0 <= n <= 2**63 - 1, expected)
+
+
 def event(cancel: Any) -> Cancel:
     """Returns the event that ends a call, or one that nobody sets. Raises UserError for what is no event."""
     if cancel is None:
@@ -58,6 +64,13 @@ def event(cancel: Any) -> Cancel:
     if isinstance(cancel, type) or not isinstance(cancel, Cancel) or not callable(cancel.is_set):
         raise UserError(f"cancel is {shown(cancel)}, expected an event, such as threading.Event()")
     return cancel
+
+
+def salt_of(salt: Any) -> str | None:
+    """Returns the salt of a call's prefixes. Raises UserError for what is no text."""
+    if salt is not None and not isinstance(salt, str):
+        raise UserError(f"cache_salt is {shown(salt)}, expected text, or None, which shares prefixes with every call")
+    return salt
 
 
 def settings_of(params: SamplingParams | Sequence[SamplingParams | None] | None, prompts: int) -> list[SamplingParams]:

@@ -140,6 +140,7 @@ class Engine:
         priority: int = 0,
         cancel: Cancel | None = None,
         progress: Progress | None = None,
+        cache_salt: str | None = None,
     ) -> Stream:
         """Yields pieces of text as they are made. The last chunk of each prompt carries its Result.
 
@@ -156,7 +157,8 @@ class Engine:
         num_draft_tokens: drafts a round; 0 decodes plainly, 'auto' follows cost and acceptance, None is the engine's.
         timeout: seconds after which the reply ends with finish_reason 'timeout' and the text so far. priority: -100 to
         100; the higher goes first. cancel: an event; once it is set, generation ends after the current round. progress:
-        called with the prompts' tokens that are prefilled and all of them, by whoever reads the stream.
+        called with the prompts' tokens that are prefilled and all of them, by whoever reads the stream. cache_salt:
+        any text; what is kept of these prompts is found by calls with the same salt alone, and the other way round.
 
         The stream ends, with what it has, when it is closed, forgotten, or its engine is closed. A reader that falls
         behind delays nobody but itself.
@@ -179,6 +181,7 @@ class Engine:
             priority,
             cancel,
             progress,
+            cache_salt,
         )
         return self._stream(self.text.prompts(prompt)[0], params, options)
 

@@ -20,6 +20,7 @@ from .arguments import (
     check_depth,
     check_priority,
     event,
+    salt_of,
     seconds,
     settings_of,
     told,
@@ -51,6 +52,7 @@ class Options:
     priority: int = 0
     cancel: Cancel | None = None
     progress: Progress | None = None
+    cache_salt: str | None = None
 
 
 class Intake:
@@ -96,6 +98,7 @@ class Intake:
             "drafts": drafts,
             "priority": check_priority(options.priority),
             "deadline": None if patience is None else began + patience,
+            "salt": salt_of(options.cache_salt),
         }
         encode = partial(
             self.text.encode,
@@ -138,5 +141,6 @@ class Intake:
                 len(prompt), mtp=reason is None, mtp_reason=reason, blas=blas.name(), seed=params.seed, **self.figures
             ),
             self._constraints.of(params, calls, in_thought),
+            borders=self.text.borders(prompt),
             **common,
         )

@@ -30,7 +30,7 @@ from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import MTP, Drafting
 from ..text.tokenizer_files import check_tokenizer
-from .arguments import check_depth, limit_of, told
+from .arguments import check_depth, limit_of, prefix_memory_of, told
 from .calibration import Costs
 from .engine import Engine
 from .settings import MAX_WAITING, PREFILL_CHUNK
@@ -58,6 +58,7 @@ def load(
     frozen_costs: bool = False,
     max_waiting: int = MAX_WAITING,
     memory_limit: int | None = None,
+    prefix_memory: int | None = None,
     wired_limit: bool = False,
     notice: Callable[[str], None] | None = None,
     progress: Progress | None = None,
@@ -73,9 +74,11 @@ def load(
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
     vocabulary head to at most 4, a centroid head not at all. max_rows: requests that are decoded at once; others wait,
     and each takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit:
-    bytes that weights, K/V and what a pass computes may take together; None is what the machine has. wired_limit: keeps
-    weights wired in a Mac's memory. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
-    query, 0 or -1 after the newest token's index. draft_temperature: a factor of the request's, for drafts alone.
+    bytes that weights, K/V and what a pass computes may take together; None is what the machine has. prefix_memory:
+    bytes of these for the K/V of prompts that may come again; 0 keeps none, None is a quarter of what is left beside
+    the model and a long text. wired_limit: keeps weights wired in a Mac's memory. prefill_chunk: prompt tokens a
+    forward pass. draft_position: of the drafter's query, 0 or -1 after the newest token's index. draft_temperature: a
+    factor of the request's, for drafts alone.
     draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter.
     accept: 'coupled' (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is
     the target's, but the text depends on the drafts). notice: called with a sentence that the user should know; after
@@ -94,6 +97,7 @@ def load(
         "frozen_costs": flag("frozen_costs", frozen_costs),
         "max_waiting": count("max_waiting", max_waiting),
         "memory_limit": limit_of("memory_limit", memory_limit),
+        "prefix_memory": prefix_memory_of(prefix_memory),
         "wired_limit": flag("wired_limit", wired_limit),
     }
     pair, defaults = _find(wanted, listeners)

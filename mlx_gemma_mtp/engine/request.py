@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..cache.saved import Saved
 from ..errors import in_a_line
 from ..sampling.params import SamplingParams
 from ..speculative.depth import AUTO
@@ -88,8 +89,10 @@ class Request:
 
     id: unique in the engine. index: the prompt's number in its call. limit: the most tokens to generate, by max_tokens
     and the context. drafts: how many to make a round, or 'auto'. priority: the higher goes first. deadline: when the
-    request ends, in time.monotonic's seconds; None is never. tokens, pieces, logprobs: what was generated so far.
-    finish_reason: set once the request is done.
+    request ends, in time.monotonic's seconds; None is never. salt: prefixes are shared with requests of the same salt
+    alone. borders: where turns begin in the prompt, rising. restored: K/V of a beginning of the prompt that somebody
+    has read for it; they are used where they hold more than what is in memory. tokens, pieces, logprobs: what was
+    generated so far. finish_reason: set once the request is done.
     """
 
     id: int
@@ -104,6 +107,9 @@ class Request:
     drafts: int | str = AUTO
     priority: int = 0
     deadline: float | None = None
+    salt: str | None = None
+    borders: tuple[int, ...] = ()
+    restored: Saved | None = None
     tokens: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -16,7 +16,8 @@ MAX_WAITING = 1024
 class Settings:
     """The settings of an engine, checked, as `load` describes them.
 
-    suppress: token ids that the folder forbids.
+    prefix_memory: bytes for prefixes; 0 keeps none, None is a share of the limit (keeping.py). suppress: token ids that
+    the folder forbids.
     """
 
     num_draft_tokens: int | str = AUTO
@@ -24,6 +25,7 @@ class Settings:
     prefill_chunk: int = PREFILL_CHUNK
     max_waiting: int = MAX_WAITING
     memory_limit: int | None = None
+    prefix_memory: int | None = None
     wired_limit: bool = False
     drafting: Drafting = DEFAULT_DRAFTING
     frozen_costs: bool = False

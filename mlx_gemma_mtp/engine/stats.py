@@ -33,17 +33,19 @@ class Totals(NamedTuple):
 class Stats:
     """Figures of one request. Times are in seconds, rates in tokens a second over the request's own time as a row.
 
-    rounds: verify passes; the first token comes from the prefill. drafted, accepted: draft tokens that were verified,
-    and that were kept. acceptance_by_position[i]: the share of the rounds with at least i + 1 drafts that kept at least
-    i + 1. offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept at least i + 1. depths[K]:
-    rounds that verified K drafts, counted by the reason (choice.REASONS). batch_generation_tps: tokens of all rows
-    while this request was decoded, over that time. rows: how many shared a round with it, itself included, in the mean.
-    host_syncs: readbacks while it was a row. preemptions: how often it left its row, to go on later, because memory was
-    short or its reader did not read. accept: the rule by which sampled drafts were kept.
+    cached_tokens: tokens of the prompt that were not computed, since their K/V were kept. prompt_tps: of those that
+    were. rounds: verify passes; the first token comes from the prefill. drafted, accepted: draft tokens that were
+    verified, and that were kept. acceptance_by_position[i]: the share of the rounds with at least i + 1 drafts that
+    kept at least i + 1. offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept at least i + 1.
+    depths[K]: rounds that verified K drafts, counted by the reason (choice.REASONS). batch_generation_tps: tokens of
+    all rows while this request was decoded, over that time. rows: how many shared a round with it, itself included, in
+    the mean. host_syncs: readbacks while it was a row. preemptions: how often it left its row, to go on later, because
+    memory was short or its reader did not read. accept: the rule by which sampled drafts were kept.
     target_step_bytes, draft_step_bytes: bytes of weights read for one token of the target, and for one draft.
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     prompt_tps: float = 0.0
     generation_tokens: int = 0
     generation_tps: float = 0.0

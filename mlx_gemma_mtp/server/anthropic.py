@@ -6,8 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from .messages import MessageStream, message_object
-from .routes import answered, asked, streamed
-from .run import Run
+from .routes import answered, asked, begun, streamed
 from .schema import CountRequest, MessagesRequest
 from .service import Served
 from .turns import of_messages, tokens_of
@@ -21,7 +20,7 @@ def anthropic_routes(served: Served) -> APIRouter:
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answers a conversation."""
         model = served.check_model(body.model)
-        run = Run(served, await asked(served, of_messages, body), request.state.id, "messages")
+        run = await begun(served, of_messages, body, request, "messages")
         if body.stream:
             return await streamed(run, MessageStream(run, model))
         return await answered(request, run, lambda results: message_object(run, model, results[0]))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import shown
@@ -150,9 +151,20 @@ def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -
         raise Refusal(400, "stream_options is given without stream, expected stream: true", param="stream_options")
     seconds = limits.seconds if body.timeout is None else min(body.timeout, limits.seconds)
     options = {"timeout": seconds, "num_draft_tokens": body.num_draft_tokens, "priority": body.priority or 0}
+    options["cache_salt"] = body.cache_salt
     n = 1 if body.n is None else body.n
     check_choices(served, n, "n")
     return Settings(sampling, options, n)
+
+
+def salted(ask: Ask, key: str) -> Ask:
+    """Returns the request with a salt of its client's own: what is kept of its prompts is found by no other key.
+
+    key: tells whose the request is, '' without keys.
+    """
+    salt = ask.options.get("cache_salt")
+    whole = hashlib.sha256(f"{key}\n{salt or ''}".encode()).hexdigest() if key else salt
+    return replace(ask, options=ask.options | {"cache_salt": whole})
 
 
 def check_choices(served: Served, count: int, param: str) -> None:

@@ -110,6 +110,7 @@ class Metrics:
             "generation_tokens": tokens,
             "num_preemptions": stats.preemptions,
             "prefix_cache_queries": stats.prompt_tokens,
+            "prefix_cache_hits": stats.cached_tokens,
             "spec_decode_num_drafts": stats.offered[0] if stats.offered else 0,
             "spec_decode_num_draft_tokens": stats.drafted,
             "spec_decode_num_accepted_tokens": stats.accepted,

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from ..engine.request import Chunk, Result
 from ..engine.streams import encoders
 from ..errors import UserError
-from .ask import of_chat, of_completion
+from .ask import Ask, of_chat, of_completion, salted
 from .chat import ChatStream, chat_object
 from .completions import CompletionStream, completion_object
 from .errors import GONE, Refusal, of_user_error
@@ -45,6 +45,12 @@ async def asked(served: Served, make: Callable[[Served, B], T], body: B) -> T:
         return await asyncio.get_running_loop().run_in_executor(encoders(), make, served, body)
     except UserError as error:
         raise of_user_error(error, (*PARAMS, *type(body).model_fields)) from None
+
+
+async def begun(served: Served, make: Callable[[Served, B], Ask], body: B, request: Request, route: str) -> Run:
+    """Returns the call of the engine that a body asks for. route: its name in the log. Raises Refusal."""
+    ask = salted(await asked(served, make, body), request.state.salt)
+    return Run(served, ask, request.state.id, route)
 
 
 async def answered(request: Request, run: Run, whole: Callable[[list[Result]], dict[str, Any]]) -> Response:
@@ -89,7 +95,7 @@ def openai_routes(served: Served) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
         model = served.check_model(body.model)
-        run = Run(served, await asked(served, of_chat, body), request.state.id, "chat")
+        run = await begun(served, of_chat, body, request, "chat")
         if body.stream:
             return await streamed(run, ChatStream(run, model, wants_usage(body)))
         return await answered(request, run, lambda results: chat_object(run, model, results))
@@ -98,7 +104,7 @@ def openai_routes(served: Served) -> APIRouter:
     async def completion(body: CompletionRequest, request: Request) -> Response:
         """Goes on with a text."""
         model = served.check_model(body.model)
-        run = Run(served, await asked(served, of_completion, body), request.state.id, "completion")
+        run = await begun(served, of_completion, body, request, "completion")
         if body.stream:
             return await streamed(run, CompletionStream(run, model, wants_usage(body)))
         return await answered(request, run, lambda results: completion_object(run, model, results))

@@ -81,7 +81,7 @@ class StreamOptions(Body):
 
 class Sampling(Body):
     """What chat and text completions share. max_tokens: None is all that the context leaves. num_draft_tokens, timeout,
-    priority: as Engine.stream has them. regex, grammar: what the text must follow.
+    priority, cache_salt: as Engine.stream has them. regex, grammar: what the text must follow.
     """
 
     model: str | None = None
@@ -106,6 +106,7 @@ class Sampling(Body):
     num_draft_tokens: int | str | None = None
     timeout: float | None = None
     priority: int | None = None
+    cache_salt: str | None = None
 
 
 class ChatRequest(Sampling):

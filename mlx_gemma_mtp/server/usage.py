@@ -36,8 +36,8 @@ def usage_of(served: Served, ask: Ask, results: Sequence[Result]) -> dict[str, A
 
 
 def cached_tokens(ask: Ask, results: Sequence[Result]) -> int:
-    """Returns how many tokens of the prompts were not computed: none, as long as the engine keeps no prefixes."""
-    return 0
+    """Returns how many tokens of the prompts were not computed. A prompt counts once, with its first choice."""
+    return sum(result.stats.cached_tokens for result in results[:: ask.n])
 
 
 def timings_of(result: Result) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Text:
         self.bos: int | None = control.get(BOS) if begins is None else begins
         closers = [control.get(token) for token in turn_closers(folder)]
         self.end_token_ids = frozenset(id for id in (eos, *closers) if id is not None and id < vocab_size)
+        self._turn = control.get(TURN)  # None where the vocabulary has none
         self.notice, self._told = notice, False
 
     @property
@@ -184,6 +185,10 @@ class Text:
     def _begun(self, tokens: list[int]) -> list[int]:
         """Tokens of text, behind one <bos>: Google's tokenizer adds none, and most templates write one."""
         return tokens if self.bos is None or tokens[:1] == [self.bos] else [self.bos, *tokens]
+
+    def borders(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Returns where turns begin in a prompt, rising."""
+        return tuple(i for i, token in enumerate(ids) if token == self._turn)
 
     def opens_thought(self, ids: Sequence[int]) -> bool:
         """Returns whether a prompt ends within an open thought: the reply goes on with it."""

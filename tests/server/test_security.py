@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import pytest
 from serving import ASKED, Scripted, post, serving
 
 from mlx_gemma_mtp import UserError
-from mlx_gemma_mtp.server.security import Rules
+from mlx_gemma_mtp.server.security import Rules, digest
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": ASKED, "max_tokens": 2}
@@ -132,3 +133,28 @@ def test_on_every_address_names_stay_checked():
     rules.check_host("[fe80::1]:80")
     with pytest.raises(Exception, match="Host"):
         rules.check_host("evil.example")
+
+
+def test_prefixes_are_kept_apart_by_key_and_salt(engine):
+    """What the engine gets as cache_salt: one for each key and salt, and never the key."""
+    salts: list[str | None] = []
+
+    class Listening(Scripted):
+        def astream(self, prompts: Any, params: Any, **options: Any) -> Any:
+            salts.append(options["cache_salt"])
+            return super().astream(prompts, params, **options)
+
+    listening = Listening(engine, lambda number: [[6]])
+    with serving(listening, keys=("right", "other")) as url:
+        for key in ("right", "other", "right"):
+            post(url, CHAT, BODY, x_api_key=key)
+            post(url, "/v1/messages", BODY, x_api_key=key)
+        post(url, CHAT, BODY | {"cache_salt": "mine"}, x_api_key="right")
+    first, second, again = salts[:2], salts[2:4], salts[4:6]
+    assert first == again and first[0] == first[1] != second[0] and salts[6] not in (None, "mine", *salts[:6])
+    assert not any("right" in salt or salt == digest("right").hex() for salt in salts)
+    salts.clear()
+    with serving(listening) as url:
+        post(url, CHAT, BODY)
+        post(url, CHAT, BODY | {"cache_salt": "mine"})
+    assert salts == [None, "mine"]
