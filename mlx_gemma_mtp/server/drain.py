@@ -54,10 +54,11 @@ class Server(uvicorn.Server):
         """Ends the process where the engine has failed or hangs. Nothing less gives a thread back that waits for
         Metal.
         """
-        pulse = Pulse(self.served.engine)
+        pulse, troubles = Pulse(self.served.engine), 0
         while True:
             trouble = await pulse.trouble()
-            if trouble is not None and not self.served.draining:
+            troubles = 0 if trouble is None else troubles + 1
+            if troubles > 1 and not self.served.draining:  # one may come of a process that was stopped meanwhile
                 log.critical("the engine does not work any more, so this process ends: %s", trouble)
                 os._exit(BROKEN)
             await asyncio.sleep(WATCH)

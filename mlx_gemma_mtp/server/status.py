@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from .._version import __version__
@@ -18,11 +18,13 @@ def status_routes(served: Served) -> APIRouter:
     router, pulse, began = APIRouter(), Pulse(served.engine), time.monotonic()
 
     @router.get("/health")
-    async def health() -> JSONResponse:
-        """Tells whether the engine computes, with what, and how it is set."""
+    async def health(request: Request) -> JSONResponse:
+        """Tells whether the engine computes; to those with a key also what computes, and how it is set."""
         trouble = await pulse.trouble()
         state = "failed" if trouble and not served.draining else "stopping" if served.draining else "ok"
-        about = {"status": state, "seconds": round(time.monotonic() - began, 3)} | _about(served)
+        about = {"status": state, "seconds": round(time.monotonic() - began, 3)}
+        if request.state.salt is not None:
+            about |= _about(served)
         return JSONResponse(about, 503 if state == "failed" else 200)
 
     @router.get("/ready")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import httpx
@@ -249,6 +250,11 @@ def test_a_body_beyond_the_limit(url):
         return  # the server closed before all was written
     refused(response, 413)
     assert post(url, "/v1/messages", big).json()["error"]["type"] == "request_too_large"
+
+
+def test_a_packed_body_is_not_unpacked(url):
+    """A few bytes of gzip could become gigabytes."""
+    refused(post(url, CHAT, gzip.compress(json.dumps({"messages": ASKED}).encode()), content_encoding="gzip"))
 
 
 def test_the_model_s_name_is_the_default(url):

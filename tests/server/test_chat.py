@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -310,6 +311,32 @@ def test_names_of_the_model(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(**(SHORT | {"model": "/etc/passwd"}))
     assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_max_tokens_are_never_exceeded(client, most):
+    """Though a round gives several."""
+    whole = client.chat.completions.create(**(SHORT | {"max_tokens": most}), extra_body={"ignore_eos": True})
+    assert whole.usage.completion_tokens == most and whole.choices[0].finish_reason == "length"
+
+
+def test_all_kinds_of_rows_at_once(url, engine):
+    """Plain, bound, biased, penalised and thinking rows share rounds; each text is its own alone."""
+    pytest.importorskip("llguidance")
+    kinds = [
+        {},
+        {"regex": "[0-9]{8}"},
+        {"logit_bias": {"6": -100.0}},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"reasoning_effort": "low"},
+        {"logprobs": True, "top_logprobs": 3},
+    ]
+    bodies = [{"messages": ASKED, "max_tokens": 16, "temperature": 1.0, "seed": 3} | kind for kind in kinds]
+    alone = [post(url, "/v1/chat/completions", body).json()["choices"][0]["message"] for body in bodies]
+    with ThreadPoolExecutor(12) as threads:
+        together = list(threads.map(lambda body: post(url, "/v1/chat/completions", body).json(), bodies * 2))
+    assert [answer["choices"][0]["message"] for answer in together] == alone * 2
+    assert alone[1]["content"].isdecimal() and len(alone[1]["content"]) == 8
 
 
 def test_paths_without_the_version(url, engine):

@@ -56,6 +56,8 @@ def test_the_right_key(locked, headers):
 def test_health_needs_no_key(locked):
     for path in ("/health", "/ready"):
         assert httpx.get(locked + path).status_code == 200
+    assert "settings" not in httpx.get(f"{locked}/health").json()
+    assert "settings" in httpx.get(f"{locked}/health", headers={"x-api-key": "right"}).json()
     denied = post(locked, "/v1/messages", BODY)
     assert denied.status_code == 401 and denied.json()["error"]["type"] == "authentication_error"
 

@@ -106,6 +106,7 @@ def test_a_process_whose_engine_is_dead_ends(engine, monkeypatch):
         raise SystemExit
 
     monkeypatch.setattr(drain.os, "_exit", leave)
+    monkeypatch.setattr(drain, "WATCH", 0.01)
     served = Served(Dead(engine, lambda number: []), "demo")
     with pytest.raises(SystemExit):
         asyncio.run(drain.Server(None, served, 1.0).watch())
