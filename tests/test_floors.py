@@ -4,7 +4,18 @@ import floors
 import pytest
 
 PACKAGE = floors.ROOT / floors.PACKAGE
-TOP = {"__init__", "__main__", "_version", "errors", "generate", "verify", "doctor", "calibrate", "trace_routing"}
+TOP = {
+    "__init__",
+    "__main__",
+    "_version",
+    "errors",
+    "generate",
+    "serve",
+    "verify",
+    "doctor",
+    "calibrate",
+    "trace_routing",
+}
 
 
 @pytest.fixture(scope="module")
