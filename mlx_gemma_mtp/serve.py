@@ -124,8 +124,7 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="that requests have to end on SIGTERM (default: 60)",
     )
-    add_limits(group)
-    p.set_defaults(timeout=600.0)
+    add_limits(group, timeout=600.0)
 
 
 def main(argv: list[str] | None = None) -> int:

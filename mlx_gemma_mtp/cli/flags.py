@@ -111,13 +111,15 @@ def add_drafts(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_limits(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of time and memory to a group."""
+def add_limits(group: argparse._ArgumentGroup, timeout: float | None = None) -> None:
+    """Adds the flags of time and memory to a group. timeout: the default, in seconds; None is never."""
     group.add_argument(
         "--timeout",
         type=float,
+        default=timeout,
         metavar="SECONDS",
-        help="end texts that are not done so long after they were asked for, with what there is (default: never)",
+        help="end texts that are not done so long after they were asked for, with what there is "
+        f"(default: {'never' if timeout is None else f'{timeout:g}'})",
     )
     group.add_argument(
         "--memory-limit",
