@@ -13,6 +13,7 @@ from .errors import UserError
 COMMANDS = {
     "generate": ("mlx_gemma_mtp.generate", "text from a prompt"),
     "chat": ("mlx_gemma_mtp.chat", "a chat in the terminal; in a pipe each line is a turn"),
+    "serve": ("mlx_gemma_mtp.serve", "the model behind OpenAI's and Anthropic's HTTP interfaces"),
     "convert": (
         "mlx_gemma_mtp.convert.cli",
         "a Hugging Face checkpoint to an MLX folder; inspect and check folders",

@@ -20,10 +20,8 @@ from .cli.flags import (
     add_thoughts,
     load_engine,
     read_depth,
-    read_gigabytes,
     read_memory,
     read_params,
-    read_prefix_memory,
     read_timeout,
 )
 from .cli.session import Session, Settings
@@ -68,8 +66,6 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     settings = Settings(read_params(args), read_depth(args.num_draft_tokens), read_timeout(args.timeout))
     args.num_draft_tokens, args.memory_limit = settings.drafts, read_memory(args.memory_limit)
-    args.prefix_memory = read_prefix_memory(args.prefix_memory)
-    args.prefix_cache_limit = read_gigabytes("--prefix-cache-limit", args.prefix_cache_limit)
     if args.system_prompt is not None and args.load is not None:
         raise UserError("--system-prompt is given with --load, whose chat has its own; drop one of the two")
     read = entry(slash.NAMES, cache_folder() / HISTORY if args.history else None)

@@ -20,10 +20,8 @@ from .cli.flags import (
     add_sampling,
     add_thoughts,
     read_depth,
-    read_gigabytes,
     read_memory,
     read_params,
-    read_prefix_memory,
     read_timeout,
 )
 from .cli.prompts import read_choice, read_messages, read_prompts, read_tools
@@ -128,8 +126,6 @@ def run(args: argparse.Namespace) -> int:
     prompts = [each for each in prompts for _ in range(count("--samples", args.samples, MOST_SAMPLES))]  # of each text
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
     args.timeout, args.memory_limit = read_timeout(args.timeout), read_memory(args.memory_limit)
-    args.prefix_memory = read_prefix_memory(args.prefix_memory)
-    args.prefix_cache_limit = read_gigabytes("--prefix-cache-limit", args.prefix_cache_limit)
     engine = load_engine(args, len(prompts))
     cancel = threading.Event()
     with interruptible(cancel):

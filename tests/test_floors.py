@@ -11,6 +11,7 @@ TOP = {
     "errors",
     "chat",
     "generate",
+    "serve",
     "verify",
     "doctor",
     "calibrate",

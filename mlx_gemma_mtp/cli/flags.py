@@ -127,13 +127,15 @@ def add_drafts(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_limits(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of time and memory to a group."""
+def add_limits(group: argparse._ArgumentGroup, timeout: float | None = None) -> None:
+    """Adds the flags of time and memory to a group. timeout: the default, in seconds; None is never."""
     group.add_argument(
         "--timeout",
         type=float,
+        default=timeout,
         metavar="SECONDS",
-        help="end texts that are not done so long after they were asked for, with what there is (default: never)",
+        help="end texts that are not done so long after they were asked for, with what there is "
+        f"(default: {'never' if timeout is None else f'{timeout:g}'})",
     )
     group.add_argument(
         "--memory-limit",
@@ -250,9 +252,9 @@ def load_engine(args: argparse.Namespace, command: str, **options: Any) -> Engin
         kv_bits=args.kv_bits,
         kv_bits_rings=args.kv_bits_rings,
         memory_limit=args.memory_limit,
-        prefix_memory=args.prefix_memory,
+        prefix_memory=read_prefix_memory(args.prefix_memory),
         prefix_cache=args.prefix_cache,
-        prefix_cache_limit=args.prefix_cache_limit,
+        prefix_cache_limit=read_gigabytes("--prefix-cache-limit", args.prefix_cache_limit),
         wired_limit=args.wired_limit,
         draft_temperature=args.draft_temperature,
         accept=args.accept,

@@ -1,0 +1,29 @@
+"""The app: an engine's routes behind the gate."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from .._version import __version__
+from .anthropic import anthropic_routes
+from .errors import handle_errors
+from .metrics import metrics_routes
+from .routes import openai_routes
+from .security import Gate, Rules
+from .service import Served
+from .status import status_routes
+
+
+def make_app(served: Served, rules: Rules) -> FastAPI:
+    """Returns the ASGI app that serves an engine to those whom the rules let through."""
+    app = FastAPI(
+        title="mlx_gemma_mtp", version=__version__, docs_url=None, redoc_url=None, separate_input_output_schemas=False
+    )
+    app.add_middleware(Gate, rules=rules)
+    handle_errors(app)
+    app.include_router(status_routes(served))
+    app.include_router(metrics_routes(served.metrics))
+    for routes in (openai_routes(served), anthropic_routes(served)):
+        app.include_router(routes, prefix="/v1")
+        app.include_router(routes, include_in_schema=False)
+    return app

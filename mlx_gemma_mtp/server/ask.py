@@ -1,0 +1,286 @@
+"""What a request wants of the engine: prompts as token ids, settings and options. Made in a thread of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import shown
+from ..sampling.params import OFF, SamplingParams
+from ..text.tools import Tools
+from .channels import Channels
+from .errors import Refusal, about
+from .schema import ChatRequest, CompletionRequest, Sampling
+
+if TYPE_CHECKING:
+    from ..text.encode import Text
+    from .service import Served
+
+# Fields that SamplingParams has under the same name.
+SAME = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("seed", "regex", "grammar", "ignore_eos"),
+)
+ANY_OBJECT = {"type": "object"}
+EFFORTS = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None}  # tokens of thoughts
+TEMPLATE = ("enable_thinking", "thinking", "thinking_budget")  # of chat_template_kwargs what is taken
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Choices to be made, all in one call of the engine.
+
+    prompts: ids; each gets n choices, which come in a row. options: of Engine.astream. tools: the caller's, if there
+    are any.
+    """
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    options: dict[str, Any]
+    n: int = 1
+    tools: Tools | None = None
+
+    @property
+    def choices(self) -> int:
+        """How many choices there are."""
+        return len(self.prompts) * self.n
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, each of which counts once."""
+        return sum(map(len, self.prompts))
+
+    def channels(self, text: Text, choice: int) -> Channels:
+        """Returns the channels of a choice's tokens."""
+        called = self.tools is not None and self.options.get("tool_choice") != "none"
+        return Channels(text.template.control, called, text.opens_thought(self.prompts[choice // self.n]))
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether log-probabilities are reported."""
+        return self.params.logprobs is not None
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """Whether a reply may think, and for how many tokens; a budget of None is no limit."""
+
+    wanted: bool = False
+    budget: int | None = None
+
+
+@dataclass(frozen=True)
+class Tooling:
+    """Tools as a request gives them, with the fields of Engine.astream that go with them."""
+
+    tools: Tools | None = None
+    choice: str | Mapping[str, Any] | None = None
+    several: bool = True
+
+    @property
+    def schemas(self) -> list[dict[str, Any]] | None:
+        """The tools for the chat template, None where there are none."""
+        return None if self.tools is None else self.tools.schemas
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of Engine.astream."""
+        if self.tools is None and self.choice is None:
+            return {}
+        return {"tools": self.tools, "tool_choice": self.choice, "parallel_tool_calls": self.several}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a request, as far as they go to SamplingParams and to Engine.astream."""
+
+    sampling: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    n: int = 1
+
+
+def of_chat(served: Served, body: ChatRequest) -> Ask:
+    """Returns what a chat request wants. Raises Refusal and UserError."""
+    body.check_supported()
+    served.limits.check("messages", body.messages, served.limits.messages, "messages")
+    settings = settings_of(served, body, body.max_completion_tokens)
+    if body.top_logprobs is not None and not body.logprobs:
+        message = f"top_logprobs is {body.top_logprobs} without logprobs, expected logprobs: true with it"
+        raise Refusal(400, message, param="top_logprobs")
+    if body.logprobs:
+        settings.sampling["logprobs"] = body.top_logprobs or 0
+    thoughts = _thoughts(served, body)
+    settings.sampling.update(thinking=thoughts.wanted, thinking_budget=thoughts.budget)
+    several = True if body.parallel_tool_calls is None else body.parallel_tool_calls
+    tooling = tooling_of(served, body.tools, body.tool_choice, several)
+    ids = encoded(served, body.messages, tooling, thoughts, bool(body.continue_final_message))
+    return made(served, [ids], settings, tooling)
+
+
+def of_completion(served: Served, body: CompletionRequest) -> Ask:
+    """Returns what a text completion wants. Raises Refusal and UserError."""
+    body.check_supported()
+    settings = settings_of(served, body)
+    if body.logprobs is not None:
+        settings.sampling["logprobs"] = body.logprobs
+    whole = isinstance(body.prompt, str) or (bool(body.prompt) and isinstance(body.prompt[0], int))
+    prompts = [body.prompt] if whole else list(body.prompt)
+    check_choices(served, len(prompts) * settings.n, "prompt" if not prompts else "n")
+    with about("prompt"):
+        ids = [served.engine.text.encode(each, chat_template=False) for each in prompts]
+    return made(served, ids, settings, Tooling())
+
+
+def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -> Settings:
+    """Returns the settings that chat and text completions share. max_tokens: wins over the body's."""
+    limits = served.limits
+    sampling = body.model_dump(include=set(SAME), exclude_none=True)
+    if sampling.get("top_k") == 0:
+        sampling["top_k"] = OFF
+    sampling["stop"] = stops_of(served, "stop", [body.stop] if isinstance(body.stop, str) else body.stop)
+    sampling["logit_bias"] = _biases(served, body.logit_bias)
+    sampling["max_tokens"] = output_tokens(served, body.max_tokens if max_tokens is None else max_tokens)
+    for name in ("regex", "grammar"):
+        limits.check(name, sampling.get(name), limits.schema, "characters")
+    if body.response_format is not None:
+        sampling |= _format(served, body.response_format)
+    if body.stream_options is not None and body.stream_options.model_fields_set and not body.stream:
+        raise Refusal(400, "stream_options is given without stream, expected stream: true", param="stream_options")
+    seconds = limits.seconds if body.timeout is None else min(body.timeout, limits.seconds)
+    options = {"timeout": seconds, "num_draft_tokens": body.num_draft_tokens, "priority": body.priority or 0}
+    options["cache_salt"] = body.cache_salt
+    n = 1 if body.n is None else body.n
+    check_choices(served, n, "n")
+    return Settings(sampling, options, n)
+
+
+def salted(ask: Ask, key: str) -> Ask:
+    """Returns the request with a salt of its client's own: what is kept of its prompts is found by no other key.
+
+    key: tells whose the request is, '' without keys.
+    """
+    salt = ask.options.get("cache_salt")
+    whole = hashlib.sha256(f"{key}\n{salt or ''}".encode()).hexdigest() if key else salt
+    return replace(ask, options=ask.options | {"cache_salt": whole})
+
+
+def check_choices(served: Served, count: int, param: str) -> None:
+    """Raises Refusal for a number of choices that is not from 1 to the limit."""
+    if not 1 <= count <= served.limits.choices:
+        message = f"{param} asks for {count} choices, expected 1 to {served.limits.choices}"
+        raise Refusal(400, message, param=param)
+
+
+def stops_of(served: Served, name: str, stops: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns stop strings. Raises Refusal for too many and too long ones."""
+    limits = served.limits
+    limits.check(name, stops, limits.stops, "strings")
+    for each in stops or ():
+        limits.check(name, each, limits.stop_length, "characters in a string")
+    return tuple(stops or ())
+
+
+def output_tokens(served: Served, asked: int | None) -> int:
+    """Returns the most tokens of a reply: what is asked for, as far as the server and the context allow it."""
+    most = min(served.context, served.limits.output_tokens or served.context)
+    return most if asked is None else min(asked, most)
+
+
+def tooling_of(served: Served, tools: Any, choice: Any, several: bool) -> Tooling:
+    """Returns the tools of a request, checked. Raises Refusal and UserError."""
+    served.limits.check("tools", tools, served.limits.tools, "tools")
+    with about("tools"):
+        return Tooling(Tools.of(tools) if tools else None, choice, several)
+
+
+def schema_of(served: Served, name: str, schema: Any) -> dict[str, str]:
+    """Returns a JSON schema as a setting of SamplingParams. Raises Refusal where it is none, or too large."""
+    if not isinstance(schema, Mapping):
+        raise Refusal(400, f"{name} is {shown(schema)}, expected a JSON schema, which is an object", param=name)
+    text = json.dumps(schema)
+    served.limits.check(name, text, served.limits.schema, "characters")
+    return {"json_schema": text}
+
+
+def encoded(
+    served: Served, messages: Sequence[Mapping[str, Any]], tooling: Tooling, thoughts: Thoughts, continued: bool
+) -> list[int]:
+    """Returns the ids of a conversation. continued: whether the reply goes on with the last message. Raises
+    Refusal.
+    """
+    if not messages:
+        raise Refusal(400, "messages is empty, expected one message or more", param="messages")
+    with about("messages"):
+        return served.engine.text.encode(
+            messages, thinking=thoughts.wanted, tools=tooling.schemas, continue_final_message=continued
+        )
+
+
+def made(served: Served, prompts: Sequence[list[int]], settings: Settings, tooling: Tooling) -> Ask:
+    """Returns the request for n choices of each prompt. Raises Refusal for a prompt beyond the context or the limit,
+    and UserError for settings out of range.
+    """
+    for ids in prompts:
+        _check_length(served, len(ids))
+    params, options = SamplingParams(**settings.sampling), settings.options | tooling.options
+    return Ask(list(prompts), params, options | {"n": settings.n}, settings.n, tooling.tools)
+
+
+def _check_length(served: Served, tokens: int) -> None:
+    most = min(served.context - 1, served.limits.prompt_tokens or served.context)
+    if tokens > most:
+        raise Refusal(
+            400,
+            f"the prompt has {tokens} tokens, expected at most {most}: shorten it (the context is {served.context})",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
+def _biases(served: Served, given: Mapping[str, float] | None) -> dict[int, float]:
+    served.limits.check("logit_bias", given, served.limits.biases, "entries")
+    try:
+        return {int(token): bias for token, bias in (given or {}).items()}
+    except ValueError:
+        message = f"logit_bias has keys such as {shown(next(iter(given)))}, expected token ids"
+        raise Refusal(400, message, param="logit_bias") from None
+
+
+def _format(served: Served, given: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the setting that response_format asks for."""
+    kind = given.get("type")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return schema_of(served, "response_format", ANY_OBJECT)
+    if kind == "json_schema" and isinstance(given.get("json_schema"), Mapping):
+        return schema_of(served, "response_format.json_schema.schema", given["json_schema"].get("schema"))
+    raise Refusal(
+        400,
+        f"response_format is {shown(given)}, expected the type text, json_object, or json_schema with a json_schema",
+        param="response_format",
+    )
+
+
+def _thoughts(served: Served, body: ChatRequest) -> Thoughts:
+    """Returns what a chat request says of thoughts: chat_template_kwargs wins over reasoning_effort, and what is not
+    said is as the server was started.
+    """
+    given = {key: value for key, value in (body.chat_template_kwargs or {}).items() if value is not None}
+    if unknown := [key for key in given if key not in TEMPLATE]:
+        message = f"chat_template_kwargs has {shown(unknown[0])}, expected {', '.join(TEMPLATE)} alone"
+        raise Refusal(400, message, param="chat_template_kwargs", code="unsupported_parameter")
+    budget = given.get("thinking_budget") if body.thinking_budget is None else body.thinking_budget
+    wanted = given.get("enable_thinking", given.get("thinking"))
+    if wanted is not None and not isinstance(wanted, bool):
+        message = f"enable_thinking is {shown(wanted)}, expected true or false"
+        raise Refusal(400, message, param="chat_template_kwargs")
+    if wanted is None and body.reasoning_effort is not None:
+        wanted = body.reasoning_effort != "none"
+        budget = EFFORTS[body.reasoning_effort] if budget is None else budget
+    if wanted is None:
+        wanted = served.thinking or budget is not None
+    return Thoughts(wanted, budget if wanted else None)

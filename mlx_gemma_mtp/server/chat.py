@@ -1,0 +1,137 @@
+"""OpenAI's chat completions: the object, and the chunks of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import Refusal
+from .logprobs import Report, chat_logprobs
+from .stream import DONE, event
+from .usage import repairs_of, timings_of, usage_of
+
+if TYPE_CHECKING:
+    from ..engine.request import Chunk, Result
+    from ..text.tools import ToolCall
+    from .run import Run
+
+FINISH = {"timeout": "length"}  # OpenAI knows no other end of a text that goes on
+
+
+def finish_reason(result: Result) -> str:
+    """Returns OpenAI's word for the end of a result."""
+    return FINISH.get(result.finish_reason, result.finish_reason)
+
+
+def head(run: Run, model: str, kind: str, prefix: str = "chatcmpl-") -> dict[str, Any]:
+    """Returns what every object of an answer begins with."""
+    served = run.served
+    return {
+        "id": prefix + run.id,
+        "object": kind,
+        "created": run.created,
+        "model": model,
+        "system_fingerprint": served.fingerprint,
+    }
+
+
+def chat_object(run: Run, model: str, results: Sequence[Result]) -> dict[str, Any]:
+    """Returns the whole answer."""
+    choices = [_choice(run, index, result) for index, result in enumerate(results)]
+    usage = usage_of(run.served, run.ask, results)
+    return head(run, model, "chat.completion") | {"choices": choices, "usage": usage}
+
+
+def _choice(run: Run, index: int, result: Result) -> dict[str, Any]:
+    served = run.served
+    message: dict[str, Any] = {"role": "assistant", "content": result.text or (None if result.tool_calls else "")}
+    if result.reasoning:
+        message |= served.thoughts(result.reasoning)
+    if result.tool_calls:
+        message["tool_calls"] = [call.as_openai() for call in result.tool_calls]
+    logprobs = None
+    if result.logprobs is not None:
+        logprobs = chat_logprobs(report_of(run, index).whole(result))
+    return {"index": index, "message": message, "logprobs": logprobs} | ending(result)
+
+
+def ending(result: Result) -> dict[str, Any]:
+    """Returns how a choice ended, and its figures."""
+    repaired = repairs_of(result)
+    more = {"repaired": repaired} if repaired else {}
+    return {"finish_reason": finish_reason(result), "timings": timings_of(result)} | more
+
+
+@dataclass
+class _Choice:
+    """A choice that is streamed. calls: of tools, so far."""
+
+    index: int
+    report: Report | None
+    calls: int = 0
+
+
+class ChatStream:
+    """The events of a chat that is streamed.
+
+    usage: whether a last chunk tells the usage. The role comes once, in the first chunk of each choice; text, thoughts
+    and calls never share a chunk, nor does the finish reason with any of them.
+    """
+
+    def __init__(self, run: Run, model: str, usage: bool):
+        self._run, self._usage = run, usage
+        self._head = head(run, model, "chat.completion.chunk")
+        self._choices = [_Choice(i, report_of(run, i) if run.ask.logprobs else None) for i in range(run.ask.choices)]
+
+    def opening(self) -> bytes:
+        """Returns the first event of each choice."""
+        first = {"role": "assistant", "content": ""}
+        return b"".join(self._event(choice, first) for choice in self._choices)
+
+    def of(self, chunk: Chunk) -> bytes:
+        """Returns the events of a chunk, which may be none."""
+        choice = self._choices[chunk.index]
+        return b"".join(self._pieces(choice, chunk))
+
+    def _pieces(self, choice: _Choice, chunk: Chunk) -> Iterator[bytes]:
+        if chunk.reasoning:
+            yield self._event(choice, self._run.served.thoughts(chunk.reasoning))
+        entries = choice.report.take(chunk) if choice.report is not None else []
+        if chunk.text or entries:
+            more = {} if choice.report is None else {"logprobs": chat_logprobs(entries)}
+            yield self._event(choice, {"content": chunk.text}, **more)
+        for call in chunk.tool_calls:
+            yield from self._call(choice, call)
+        if chunk.result is not None:
+            yield self._event(choice, {}, **ending(chunk.result))
+
+    def _call(self, choice: _Choice, call: ToolCall) -> Iterator[bytes]:
+        """A call as deltas: its name first, then its arguments."""
+        whole, place = call.as_openai(), {"index": choice.calls}
+        arguments = whole["function"]["arguments"]
+        choice.calls += 1
+        begun = whole | {"function": {"name": call.name, "arguments": ""}}
+        yield self._event(choice, {"tool_calls": [place | begun]})
+        yield self._event(choice, {"tool_calls": [place | {"function": {"arguments": arguments}}]})
+
+    def closing(self) -> bytes:
+        """Returns the last events, after every choice has ended."""
+        if not self._usage:
+            return DONE
+        results = [self._run.results[choice.index] for choice in self._choices]
+        usage = usage_of(self._run.served, self._run.ask, results)
+        return event(self._head | {"choices": [], "usage": usage}) + DONE
+
+    def failed(self, refusal: Refusal) -> bytes:
+        """Returns the last events of a stream that cannot go on."""
+        return event(refusal.body("")) + DONE
+
+    def _event(self, choice: _Choice, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
+        said = {"index": choice.index, "delta": delta, "finish_reason": finish_reason} | more
+        return event(self._head | {"choices": [said]})
+
+
+def report_of(run: Run, index: int) -> Report:
+    """Returns a new report of a choice's log-probabilities."""
+    return Report(run.served.spell, run.ask.channels(run.served.engine.text, index))

@@ -1,0 +1,78 @@
+"""The server's process: it listens, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from .pulse import Pulse
+from .service import Served
+from .supervisor import Inherited
+
+log = logging.getLogger(__name__)
+WATCH = 5.0  # seconds between two looks at the engine
+BROKEN = 70  # the exit code of a process whose engine does not work any more
+AFTERWARDS = 5  # seconds that the last events have, once their texts are ended
+
+
+class Server(uvicorn.Server):
+    """Serves an app until a signal comes. What runs then goes on for `drain` seconds, nothing new begins; a second
+    signal ends it at once.
+
+    parent: the process that starts another one where this one fails; then it ends where the engine does not work any
+    more.
+    """
+
+    def __init__(self, app: ASGIApp, served: Served, drain: float, parent: Inherited | None = None):
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=max(1, round(drain)) + AFTERWARDS,
+        )
+        super().__init__(config)
+        self.served, self.drain, self.parent = served, drain, parent
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list | None = None) -> None:
+        """Begins to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.parent is not None:
+            self._watching = asyncio.ensure_future(self.watch())
+            self.parent.tell_ready()
+
+    async def watch(self) -> None:
+        """Ends the process where the engine has failed or hangs. Nothing less gives a thread back that waits for
+        Metal.
+        """
+        pulse, troubles = Pulse(self.served.engine), 0
+        while True:
+            trouble = await pulse.trouble()
+            troubles = 0 if trouble is None else troubles + 1
+            if troubles > 1 and not self.served.draining:  # one may come of a process that was stopped meanwhile
+                log.critical("the engine does not work any more, so this process ends: %s", trouble)
+                os._exit(BROKEN)
+            await asyncio.sleep(WATCH)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Is called with each signal. The process is not ended by the signal itself, as uvicorn would have it."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        self.served.draining = self.should_exit = True
+        log.info("stopping: what runs has %.0f s to end; a second signal ends it now", self.drain)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.drain, self._end)
+
+    def _end(self) -> None:
+        """Ends what still runs: each stream then tells its client why."""
+        self._loop.run_in_executor(None, self.served.engine.close)

@@ -1,0 +1,191 @@
+"""Anthropic's messages: the real client, and scripted replies event by event."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anthropic
+import pytest
+from serving import ASKED, NAME, Scripted, ids_of, post, serving
+
+from mlx_gemma_mtp import SamplingParams
+
+PATH = "/v1/messages"
+CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Oslo"]}}, "required": ["city"]}
+TOOL = {"name": "get_weather", "description": "The weather.", "input_schema": CITY}
+GIVEN = {"model": NAME, "max_tokens": 16, "messages": ASKED}
+CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
+THOUGHT = "<|channel>thought\nHm.\n<channel|>"
+END = "<turn|>"
+
+
+@pytest.fixture
+def claude(url):
+    with anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "more, params",
+    [
+        ({"temperature": 0.0}, {"temperature": 0.0}),
+        ({"temperature": 1.0, "top_p": 0.9, "top_k": 40}, {"temperature": 1.0, "top_p": 0.9, "top_k": 40}),
+        ({"temperature": 0.0, "stop_sequences": ["def", "zz"]}, {"temperature": 0.0, "stop": ("def", "zz")}),
+    ],
+    ids=str,
+)
+def test_texts_are_the_engine_s(claude, engine, more, params):
+    expected = engine.generate(ASKED, SamplingParams(max_tokens=16, seed=5, **params))
+    given = GIVEN | {"extra_body": {"seed": 5} | more}  # newer clients have no temperature of their own
+    message = claude.messages.create(**given)
+    with claude.messages.stream(**given) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert message.content[0].text == text == final.content[0].text == expected.text
+    assert message.stop_reason == final.stop_reason and message.stop_sequence == final.stop_sequence
+    assert message.stop_reason == ("stop_sequence" if "stop_sequences" in more else "max_tokens")
+    assert message.stop_sequence == ("def" if "stop_sequences" in more else None)
+    assert message.usage.input_tokens == final.usage.input_tokens == expected.stats.prompt_tokens
+    assert message.usage.output_tokens == final.usage.output_tokens == len(expected.tokens)
+
+
+def test_tokens_are_counted(claude, engine):
+    counted = claude.messages.count_tokens(model=NAME, messages=ASKED, system="Be kind.", tools=[TOOL])
+    spoken = [{"role": "system", "content": "Be kind."}, *ASKED]
+    function = {"type": "function", "function": {"name": TOOL["name"], "description": TOOL["description"]}}
+    function["function"]["parameters"] = CITY
+    from mlx_gemma_mtp.text.tools import Tools
+
+    assert counted.input_tokens == len(engine.text.encode(spoken, tools=Tools.of([function]).schemas))
+    assert claude.messages.count_tokens(model=NAME, messages=ASKED).input_tokens < counted.input_tokens
+
+
+def test_a_forced_tool_and_its_result(claude):
+    pytest.importorskip("llguidance")
+    choice = {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}
+    given = GIVEN | {"max_tokens": 64, "tools": [TOOL], "extra_body": {"temperature": 0.0}}
+    message = claude.messages.create(**given, tool_choice=choice)
+    (use,) = [block for block in message.content if block.type == "tool_use"]
+    assert message.stop_reason == "tool_use" and use.input["city"] in ("Paris", "Oslo")
+    with claude.messages.stream(**given, tool_choice=choice) as stream:
+        assert stream.get_final_message().content[-1].input == use.input
+    turns = [*ASKED, {"role": "assistant", "content": [block.model_dump() for block in message.content]}]
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": [{"type": "text", "text": "15 degrees"}]}
+    turns.append({"role": "user", "content": [result, {"type": "text", "text": "And now?"}]})
+    assert claude.messages.create(**(given | {"messages": turns, "max_tokens": 4})).usage.output_tokens > 0
+
+
+@pytest.fixture(scope="module")
+def script(engine):
+    """A client of a server whose replies are `rounds`."""
+    rounds: list[list[int]] = []
+    with (
+        serving(Scripted(engine, lambda number: rounds)) as url,
+        anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as client,
+    ):
+        client.rounds, client.url = rounds, url
+        yield client
+
+
+def play(script, engine, text: str, size: int = 3) -> None:
+    ids = ids_of(engine, text)
+    script.rounds[:] = [ids[at : at + size] for at in range(0, len(ids), size)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize(
+    "text, kinds",
+    [
+        ("Hello." + END, ["text"]),
+        (END, []),
+        (THOUGHT + "Yes." + END, ["thinking", "text"]),
+        (THOUGHT + CALL + END, ["thinking", "tool_use"]),
+        ("So: " + CALL + CALL + END, ["text", "tool_use", "tool_use"]),
+        ("no end", ["text"]),
+    ],
+)
+def test_a_stream_is_the_whole_message(script, engine, text, kinds, size):
+    play(script, engine, text, size)
+    given = GIVEN | {"tools": [TOOL], "thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 2048}
+    whole = script.messages.create(**given)
+    with script.messages.stream(**given) as stream:
+        final = stream.get_final_message()
+    assert [block.type for block in whole.content] == [block.type for block in final.content] == kinds
+    for one, other in zip(whole.content, final.content, strict=True):
+        assert one.model_dump(exclude={"id", "parsed_output"}) == other.model_dump(exclude={"id", "parsed_output"})
+    assert whole.stop_reason == final.stop_reason
+    assert whole.stop_reason == ("tool_use" if CALL in text else "max_tokens" if text == "no end" else "end_turn")
+
+
+def test_the_order_of_events(script, engine):
+    play(script, engine, THOUGHT + "Yes." + CALL + END)
+    body = GIVEN | {"tools": [TOOL], "stream": True, "max_tokens": 100}
+    lines = post(script.url, PATH, body).text.split("\n")
+    names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    found = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert names == [each["type"] for each in found]
+    assert names[:2] == ["message_start", "ping"] and names[-2:] == ["message_delta", "message_stop"]
+    open_block: int | None = None
+    blocks = 0
+    for each in found:
+        kind: Any = each["type"]
+        if kind == "content_block_start":
+            assert open_block is None and each["index"] == blocks
+            open_block, blocks = each["index"], blocks + 1
+        elif kind == "content_block_delta":
+            assert each["index"] == open_block
+        elif kind == "content_block_stop":
+            assert each["index"] == open_block
+            open_block = None
+    assert blocks == 3 and open_block is None
+
+
+def test_turns_as_claude_code_sends_them(script, engine):
+    """Blocks with cache marks, thoughts that come back signed, failures of tools, a reply that is begun."""
+    play(script, engine, "ok" + END)
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "unsigned"},
+                {"type": "redacted_thinking", "data": "x"},
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"city": "Paris"}},
+                {"type": "tool_use", "id": "t2", "name": "get_weather", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "t2", "is_error": True, "content": "no city"},
+                {"type": "tool_result", "tool_use_id": "t1"},
+            ],
+        },
+        {"role": "assistant", "content": "It is"},
+    ]
+    body = GIVEN | {"messages": turns, "system": [{"type": "text", "text": "Be kind.", "cache_control": None}]}
+    body |= {"tools": [TOOL | {"cache_control": {"type": "ephemeral"}}], "metadata": {"user_id": "x"}}
+    assert script.messages.create(**body).content[0].text == "ok"
+    prompt = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "hi"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "reasoning": "hm",
+            "tool_calls": [
+                {"id": "t1", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}},
+                {"id": "t2", "function": {"name": "get_weather", "arguments": {}}},
+            ],
+        },
+        {"role": "tool", "tool_call_id": "t2", "content": "Error: no city"},
+        {"role": "tool", "tool_call_id": "t1", "content": ""},
+        {"role": "assistant", "content": "It is"},
+    ]
+    from mlx_gemma_mtp.text.tools import Tools
+
+    expected = engine.text.encode(prompt, tools=Tools.of([TOOL]).schemas, continue_final_message=True)
+    count = {key: body[key] for key in ("model", "messages", "system", "tools")}
+    assert script.messages.count_tokens(**count).input_tokens == len(expected)
