@@ -16,7 +16,7 @@ import pytest
 
 from convert import cli as convert
 from mlx_gemma_mtp import __main__ as dispatcher
-from mlx_gemma_mtp import __version__, calibrate, doctor, generate, load, trace_routing, verify
+from mlx_gemma_mtp import __version__, calibrate, chat, doctor, generate, load, serve, trace_routing, verify
 from mlx_gemma_mtp.cli import command
 from mlx_gemma_mtp.cli.prompts import read_lines, read_schema, read_source
 from mlx_gemma_mtp.engine import load as loading
@@ -30,6 +30,8 @@ from mlx_gemma_mtp.speculative.costs import CostFile
 ROOT = Path(__file__).parents[2]
 MODULES = {
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
     "verify": verify,
     "calibrate": calibrate,
     "doctor": doctor,
@@ -72,7 +74,7 @@ def test_help_and_version(capsys):
 def test_what_is_no_command_is_one_line(capsys, argv):
     code, out, err = main(capsys, *argv)
     assert code == 2 and out == ""
-    one_line(err, "not UTF-8" if argv == [NO_TEXT] else "expected one of generate, convert, verify")
+    one_line(err, "not UTF-8" if argv == [NO_TEXT] else "expected one of generate, chat, serve, convert, verify")
 
 
 @pytest.mark.parametrize("name", sorted(dispatcher.COMMANDS))

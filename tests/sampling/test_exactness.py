@@ -65,6 +65,7 @@ class Lengths(Cache):
         super().__init__((), 8, mx.float32)
         super().arrange([Saved(1, ())])  # one stands for all
         self.lengths, self.length_bound = mx.ones((rows,), mx.int32), [1] * rows
+        self._written = self._settled = [1] * rows
 
     def span(self, tokens: int) -> Span:
         return Span(self, tokens)
@@ -73,6 +74,7 @@ class Lengths(Cache):
         old = self.length_bound
         self.length_bound = [each.tokens if isinstance(each, Saved) else old[each] for each in places]
         self.lengths = mx.array(self.length_bound)
+        self._written = self._settled = self.length_bound
 
 
 class ToyDrafter:

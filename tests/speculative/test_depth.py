@@ -615,7 +615,7 @@ class StubBench:
     step = 0.0
     clock = 0.0
 
-    def __init__(self, target, drafter, prompt, params, rows, context, drafting):
+    def __init__(self, target, drafter, prompt, params, rows, context, drafting, specs):
         self.rows, self.context, self.widths = rows, context, []
 
     def rounds(self, width):
