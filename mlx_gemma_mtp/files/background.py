@@ -46,15 +46,19 @@ class Background:
             return not self._closed and (not self._writes or waiting + bytes <= self.limit)
 
     def put(self, write: Write) -> bool:
-        """Takes a write in. Returns False where there is no room for it, and after `close`."""
+        """Takes a write in. Returns False where there is no room for it or no thread to be had, and after `close`."""
         if os.getpid() != self._process:
             return False
         with self._changed:
             if not self.has_room(write.bytes):
                 return False
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="mlx_gemma_mtp writes", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="mlx_gemma_mtp writes", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the process has as many threads as it may have
+                    return False
+                self._thread = thread
                 atexit.register(self.close)  # what the last call of a program gave is written, too
             self._writes.append(write)
             self._changed.notify_all()

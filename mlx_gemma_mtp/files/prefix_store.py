@@ -175,10 +175,11 @@ class PrefixStore:
         self._tell(f"prefixes are not kept in {self.folder} ({error.strerror}); what is there is read")
 
     def _tell(self, message: str) -> None:
-        """Tells the user, each thing once."""
+        """Tells the user, each thing once. What that raises ends neither a write nor a request."""
         if message not in self._told:
             self._told.add(message)
-            self._notice(message)
+            with suppress(Exception):
+                self._notice(message)
 
     # What follows runs in the thread that writes, but for the sweep of a start.
 
@@ -294,6 +295,6 @@ def _touched(path: Path) -> bool:
         os.utime(path)
     except FileNotFoundError:
         return False
-    except OSError:  # a folder that can only be read
-        return path.exists()
+    except OSError:  # a folder that can only be read, or not even that
+        return os.path.exists(path)  # Path's own may raise
     return True

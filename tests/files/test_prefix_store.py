@@ -1,5 +1,6 @@
 """Prefixes on disk: what is found, what is kept within the limit, and what is not what it should be."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -240,6 +241,58 @@ def test_files_that_vanish_were_never_there(tmp_path, monkeypatch):
     tmp_path.mkdir()
     shutil.rmtree(tmp_path)
     assert store.put([1], None, layers([1])) and store.flush() and store.longest([1]) == 1 and told == []
+
+
+def test_a_folder_that_nothing_can_be_asked_about_has_no_files(tmp_path, monkeypatch):
+    """Every look at a file fails, again and again: nothing is raised, into a round least of all."""
+    store, told = opened(tmp_path)
+    kept(store, [1])
+
+    def fails(*asked: object, **named: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for name in ("utime", "stat", "lstat"):
+        monkeypatch.setattr(os, name, fails)
+    length, found = store.read([1, 2])
+    assert length == 1 and same(found, layers([1]))
+    assert store.put([1], None, layers([1])) and store.flush(10)  # it is lost, and told
+    monkeypatch.undo()
+    assert store.longest([1]) == 1 and len(told) == store.dropped == 1
+
+
+def test_whoever_is_told_may_raise(tmp_path, monkeypatch):
+    """A notice that nobody can print: neither the thread that writes ends, nor a request."""
+    told = []
+
+    def notice(message: str) -> None:
+        told.append(message)
+        raise BrokenPipeError
+
+    store, replace = PrefixStore(tmp_path, "key", LARGE, notice=notice), os.replace
+
+    def full(*asked: object) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert store.put([1], None, layers([1])) and store.flush(10) and len(told) == 1
+    monkeypatch.setattr(prefix_store, "RETRY", 0)
+    path = kept(store, [1, 2])
+    path.write_bytes(b"damaged")
+    assert store.read([1, 2, 3]) is None and len(told) == 2
+
+
+def test_without_a_thread_nothing_is_written(tmp_path, monkeypatch):
+    """A process may have as many threads as it is allowed: what is put then is dropped, and later writes work."""
+    store, told = opened(tmp_path)
+
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    assert not store.put([1], None, layers([1])) and store.flush(0) and store.dropped == 1
+    monkeypatch.undo()
+    assert kept(store, [1]) and told == []
 
 
 def test_a_path_that_can_never_be_a_folder_is_refused(tmp_path):
