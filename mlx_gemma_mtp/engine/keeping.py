@@ -68,10 +68,11 @@ class Keeping:
         """
         request, tokens = held.request, held.tokens
         found, restored = self.prefixes.find(tokens, request.salt), request.restored
+        request.restored = None  # what fails with it fails once
         if restored is not None and restored.tokens > (found.tokens if found else 0):
             found = restored.saved()
             self.prefixes.keep(tokens[: found.tokens], found, request.salt, told=False)
-        request.restored, held.found = None, found
+        held.found = found
         held.kept = found.tokens if found else 0
         if not request.tokens:
             request.stats.cached_tokens = held.kept

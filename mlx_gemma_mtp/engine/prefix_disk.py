@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -43,16 +43,21 @@ class Restored:
 
     tokens: int
     layers: Layers
+    _made: WeakValueDictionary[None, Saved] = field(default_factory=WeakValueDictionary, init=False, repr=False)
 
     @property
     def bytes(self) -> int:
         return sum(memoryview(array.data).nbytes for layer in self.layers for array in layer)
 
     def saved(self) -> Saved:
-        """Returns the K/V as arrays of their own, evaluated. Called in the worker's thread."""
-        layers = tuple(tuple(map(_array, layer)) for layer in self.layers)
-        mx.eval(layers)
-        return Saved(self.tokens, layers)
+        """Returns the K/V as arrays of their own, evaluated: the same ones while anybody holds them, since several
+        requests may begin with them at once. Called in the worker's thread.
+        """
+        if (saved := self._made.get(None)) is None:
+            layers = tuple(tuple(map(_array, layer)) for layer in self.layers)
+            mx.eval(layers)
+            saved = self._made[None] = Saved(self.tokens, layers)
+        return saved
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ class Runner:
     def _known(self, id: int) -> Known:
         """Returns what is kept for a request that is staged now. What it had is gone."""
         held = self.held[id]
-        held.staged = None
+        held.saved = held.staged = held.hidden = None
         return self.keeping.find(held)
 
     def _open(self, held: Held) -> None:

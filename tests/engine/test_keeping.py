@@ -20,6 +20,7 @@ from schedules import (
     check,
     engine_of,
     ids_of,
+    request_of,
     runner_of,
 )
 
@@ -329,6 +330,44 @@ def test_what_somebody_read_is_used():
         assert cached(driven.run(asked)) == [len(tokens)]
     assert tokens not in [each for each, _ in told], "it is told of nobody: it came from there"
     assert driven.prefixes.known([*tokens, 1]) == len(tokens)
+
+
+def test_what_cannot_be_made_of_a_file_fails_one_round_and_is_computed():
+    """The request that brought it is not asked for it again: others after it are not ended as well."""
+    engine, clock, row, late = engine_of("bundled"), Clock(), Asked(prompt=(1, 20)), Asked(at=4, prompt=(0, 150))
+    failed: list[int] = []
+
+    class Bringing(Drive):
+        def made(self, asked):
+            request = super().made(asked)
+            if asked is late:
+                request.restored = SimpleNamespace(tokens=CHUNK, saved=mock.Mock(side_effect=MemoryError))
+            return request
+
+        def round(self):
+            try:
+                super().round()
+            except MemoryError as error:
+                failed.append(self.now)
+                self.take(self.runner.fail(error))
+
+    after = replace(row, at=6)
+    outcomes = Bringing(engine, Schedule((row, late, after)), None, clock).run()
+    assert len(failed) == 1 and outcomes[0].result.finish_reason == "error"
+    for each in outcomes[1:]:
+        check("bundled", each)
+
+
+def test_a_request_that_begins_anew_holds_nothing_of_before():
+    """A plan that raised may have sent it back without the runner's knowledge."""
+    runner = runner_of(engine_of("bundled"), Clock(), Schedule(()))
+    request = request_of(engine_of("bundled"), Asked(prompt=(0, 90)))
+    runner.submit(request)
+    held = runner.held[request.id]
+    held.saved = held.staged = held.hidden = object()
+    runner._known(request.id)
+    assert held.saved is held.staged is held.hidden is None
+    runner.close()
 
 
 def test_the_default_share():

@@ -1,6 +1,8 @@
 """Prefixes on disk, from the engine's side: what leaves the device comes back bit for bit, or not at all."""
 
+import gc
 import threading
+import weakref
 
 import mlx.core as mx
 import pytest
@@ -83,6 +85,21 @@ def test_who_waits_for_one_beginning_shares_what_was_read(tmp_path, monkeypatch)
     assert disk.read([1, 2, 3]) is None  # so much waits already
     del found[:]
     assert disk.read([1, 2, 3]).tokens == 2 and disk.read([*TOKENS, 1]).tokens == 40
+
+
+def test_who_begins_at_once_with_what_was_read_shares_its_arrays(tmp_path):
+    """Several requests of a plan that go on from one file: its K/V are on the device once."""
+    model = tiny.target()
+    disk = disk_of(tmp_path, model)
+    disk.keep(TOKENS, saved_of(model, TOKENS), None)
+    disk.store.flush()
+    restored = disk.read([*TOKENS, 1])
+    one = restored.saved()
+    assert restored.saved() is one and disk.read([*TOKENS, 2]).saved() is one
+    gone, before = weakref.ref(one), bits(one)
+    del one
+    gc.collect()
+    assert gone() is None and bits(restored.saved()) == before
 
 
 def test_kv_of_other_shapes_are_removed(tmp_path):
