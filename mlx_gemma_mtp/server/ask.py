@@ -163,7 +163,7 @@ def salted(ask: Ask, key: str) -> Ask:
     key: tells whose the request is, '' without keys.
     """
     salt = ask.options.get("cache_salt")
-    whole = hashlib.sha256(f"{key}\n{salt or ''}".encode()).hexdigest() if key else salt
+    whole = hashlib.sha256(f"{key}\n{salt or ''}".encode("utf-8", "surrogatepass")).hexdigest() if key else salt
     return replace(ask, options=ask.options | {"cache_salt": whole})
 
 

@@ -9,7 +9,8 @@ import httpx
 import pytest
 from serving import ASKED, Scripted, post, serving
 
-from mlx_gemma_mtp import UserError
+from mlx_gemma_mtp import SamplingParams, UserError
+from mlx_gemma_mtp.server.ask import Ask, salted
 from mlx_gemma_mtp.server.security import Rules, digest
 
 CHAT = "/v1/chat/completions"
@@ -135,6 +136,15 @@ def test_on_every_address_names_stay_checked():
     rules.check_host("[fe80::1]:80")
     with pytest.raises(Exception, match="Host"):
         rules.check_host("evil.example")
+
+
+def test_a_salt_that_is_half_a_character_is_a_salt():
+    """JSON can spell one."""
+    salts = [
+        salted(Ask([[1]], SamplingParams(), {"cache_salt": f"\ud800{more}"}), "key").options["cache_salt"]
+        for more in ("", "1")
+    ]
+    assert salts[0] != salts[1] and all(len(each) == 64 for each in salts)
 
 
 def test_prefixes_are_kept_apart_by_key_and_salt(engine):
