@@ -131,7 +131,7 @@ def of_completion(served: Served, body: CompletionRequest) -> Ask:
     check_choices(served, len(prompts) * settings.n, "prompt" if not prompts else "n")
     with about("prompt"):
         ids = [served.engine.text.encode(each, chat_template=False) for each in prompts]
-    return made(served, ids, settings, Tooling())
+    return made(served, ids, settings, Tooling(), "prompt")
 
 
 def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -> Settings:
@@ -219,23 +219,25 @@ def encoded(
         )
 
 
-def made(served: Served, prompts: Sequence[list[int]], settings: Settings, tooling: Tooling) -> Ask:
-    """Returns the request for n choices of each prompt. Raises Refusal for a prompt beyond the context or the limit,
-    and UserError for settings out of range.
+def made(
+    served: Served, prompts: Sequence[list[int]], settings: Settings, tooling: Tooling, param: str = "messages"
+) -> Ask:
+    """Returns the request for n choices of each prompt. param: the field of the prompts. Raises Refusal for a prompt
+    beyond the context or the limit, and UserError for settings out of range.
     """
     for ids in prompts:
-        _check_length(served, len(ids))
+        _check_length(served, len(ids), param)
     params, options = SamplingParams(**settings.sampling), settings.options | tooling.options
     return Ask(list(prompts), params, options | {"n": settings.n}, settings.n, tooling.tools)
 
 
-def _check_length(served: Served, tokens: int) -> None:
+def _check_length(served: Served, tokens: int, param: str) -> None:
     most = min(served.context - 1, served.limits.prompt_tokens or served.context)
     if tokens > most:
         raise Refusal(
             400,
             f"the prompt has {tokens} tokens, expected at most {most}: shorten it (the context is {served.context})",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
 
