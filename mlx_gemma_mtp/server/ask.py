@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Fields that SamplingParams has under the same name.
 SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("seed", "regex", "grammar", "ignore_eos"),
+    *("seed", "regex", "grammar", "ignore_eos", "stop_repetition"),
 )
 ANY_OBJECT = {"type": "object"}
 EFFORTS = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None}  # tokens of thoughts
@@ -138,6 +138,7 @@ def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -
     """Returns the settings that chat and text completions share. max_tokens: wins over the body's."""
     limits = served.limits
     sampling = body.model_dump(include=set(SAME), exclude_none=True)
+    check_repetition(served, body.stop_repetition)
     if sampling.get("top_k") == 0:
         sampling["top_k"] = OFF
     sampling["stop"] = stops_of(served, "stop", [body.stop] if isinstance(body.stop, str) else body.stop)
@@ -165,6 +166,14 @@ def salted(ask: Ask, key: str) -> Ask:
     salt = ask.options.get("cache_salt")
     whole = hashlib.sha256(f"{key}\n{salt or ''}".encode()).hexdigest() if key else salt
     return replace(ask, options=ask.options | {"cache_salt": whole})
+
+
+def check_repetition(served: Served, length: int | None) -> None:
+    """Raises Refusal for a stop_repetition beyond the limit: to look for a long block takes time from every reply."""
+    most = served.limits.repetition
+    if length is not None and length > most:
+        message = f"stop_repetition is {length}, expected at most {most} tokens"
+        raise Refusal(400, message, param="stop_repetition")
 
 
 def check_choices(served: Served, count: int, param: str) -> None:

@@ -144,6 +144,7 @@ class Sampling(Generating):
     regex: str | None = None
     grammar: str | None = None
     ignore_eos: bool | None = None
+    stop_repetition: int | None = None
     num_draft_tokens: int | str | None = None
     timeout: float | None = None
     priority: int | None = None
@@ -191,6 +192,7 @@ class MessagesRequest(Generating):
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
     seed: int | None = None
+    stop_repetition: int | None = None
     num_draft_tokens: int | str | None = None
 
 
