@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import ASKED, NAME, NOW, WEATHER, post
+from serving import ASKED, NAME, NOW, WEATHER, ids_of, post
 
 from mlx_gemma_mtp import SamplingParams
 
@@ -74,8 +74,9 @@ def test_further_parameters_give_the_engine_s_text(client, engine, given):
 
 def test_a_text_that_repeats_itself_ends(client, engine, url):
     """The end is a stop, as by a stop string; the choice tells what it was."""
-    given = {"messages": ASKED, "max_tokens": 400, "logit_bias": {"6": 100.0}, "temperature": 0}
-    expected = own(engine, max_tokens=400, logit_bias={6: 100.0}, temperature=0.0, stop_repetition=16)
+    token = ids_of(engine, "again")[-1]
+    given = {"messages": ASKED, "max_tokens": 400, "logit_bias": {str(token): 100.0}, "temperature": 0}
+    expected = own(engine, max_tokens=400, logit_bias={token: 100.0}, temperature=0.0, stop_repetition=16)
     assert expected.finish_reason == "repetition" and len(expected.tokens) < 400
     whole = client.chat.completions.create(model=NAME, **given, extra_body={"stop_repetition": 16})
     text, chunks = streamed(client, model=NAME, **given, extra_body={"stop_repetition": 16})
