@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Fields that SamplingParams has under the same name.
 SAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("seed", "regex", "grammar", "ignore_eos"),
+    *("seed", "regex", "grammar", "ignore_eos", "stop_repetition"),
 )
 ANY_OBJECT = {"type": "object"}
 EFFORTS = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None}  # tokens of thoughts
@@ -131,13 +131,14 @@ def of_completion(served: Served, body: CompletionRequest) -> Ask:
     check_choices(served, len(prompts) * settings.n, "prompt" if not prompts else "n")
     with about("prompt"):
         ids = [served.engine.text.encode(each, chat_template=False) for each in prompts]
-    return made(served, ids, settings, Tooling())
+    return made(served, ids, settings, Tooling(), "prompt")
 
 
 def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -> Settings:
     """Returns the settings that chat and text completions share. max_tokens: wins over the body's."""
     limits = served.limits
     sampling = body.model_dump(include=set(SAME), exclude_none=True)
+    check_repetition(served, body.stop_repetition)
     if sampling.get("top_k") == 0:
         sampling["top_k"] = OFF
     sampling["stop"] = stops_of(served, "stop", [body.stop] if isinstance(body.stop, str) else body.stop)
@@ -165,6 +166,14 @@ def salted(ask: Ask, key: str) -> Ask:
     salt = ask.options.get("cache_salt")
     whole = hashlib.sha256(f"{key}\n{salt or ''}".encode("utf-8", "surrogatepass")).hexdigest() if key else salt
     return replace(ask, options=ask.options | {"cache_salt": whole})
+
+
+def check_repetition(served: Served, length: int | None) -> None:
+    """Raises Refusal for a stop_repetition beyond the limit: to look for a long block takes time from every reply."""
+    most = served.limits.repetition
+    if length is not None and length > most:
+        message = f"stop_repetition is {length}, expected at most {most} tokens"
+        raise Refusal(400, message, param="stop_repetition")
 
 
 def check_choices(served: Served, count: int, param: str) -> None:
@@ -219,23 +228,25 @@ def encoded(
         )
 
 
-def made(served: Served, prompts: Sequence[list[int]], settings: Settings, tooling: Tooling) -> Ask:
-    """Returns the request for n choices of each prompt. Raises Refusal for a prompt beyond the context or the limit,
-    and UserError for settings out of range.
+def made(
+    served: Served, prompts: Sequence[list[int]], settings: Settings, tooling: Tooling, param: str = "messages"
+) -> Ask:
+    """Returns the request for n choices of each prompt. param: the field of the prompts. Raises Refusal for a prompt
+    beyond the context or the limit, and UserError for settings out of range.
     """
     for ids in prompts:
-        _check_length(served, len(ids))
+        _check_length(served, len(ids), param)
     params, options = SamplingParams(**settings.sampling), settings.options | tooling.options
     return Ask(list(prompts), params, options | {"n": settings.n}, settings.n, tooling.tools)
 
 
-def _check_length(served: Served, tokens: int) -> None:
+def _check_length(served: Served, tokens: int, param: str) -> None:
     most = min(served.context - 1, served.limits.prompt_tokens or served.context)
     if tokens > most:
         raise Refusal(
             400,
             f"the prompt has {tokens} tokens, expected at most {most}: shorten it (the context is {served.context})",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
 

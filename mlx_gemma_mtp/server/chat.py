@@ -20,7 +20,11 @@ FINISH = {"timeout": "length"}  # OpenAI knows no other end of a text that goes 
 
 
 def finish_reason(result: Result) -> str:
-    """Returns OpenAI's word for the end of a result."""
+    """Returns OpenAI's word for the end of a result. One by stop_repetition is an end that was asked for, like that by
+    a stop string.
+    """
+    if result.finish_reason == "repetition":
+        return "tool_calls" if result.tool_calls else "stop"
     return FINISH.get(result.finish_reason, result.finish_reason)
 
 
@@ -59,7 +63,9 @@ def _choice(run: Run, index: int, result: Result) -> dict[str, Any]:
 def ending(result: Result) -> dict[str, Any]:
     """Returns how a choice ended, and its figures."""
     repaired = repairs_of(result)
-    more = {"repaired": repaired} if repaired else {}
+    more: dict[str, Any] = {"repaired": repaired} if repaired else {}
+    if result.finish_reason == "repetition":
+        more["stop_reason"] = "repetition"
     return {"finish_reason": finish_reason(result), "timings": timings_of(result)} | more
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from types import FrameType
 
 import uvicorn
@@ -18,11 +19,12 @@ log = logging.getLogger(__name__)
 WATCH = 5.0  # seconds between two looks at the engine
 BROKEN = 70  # the exit code of a process whose engine does not work any more
 AFTERWARDS = 5  # seconds that the last events have, once their texts are ended
+FREEING = 30.0  # seconds that the engine then has to give its memory back
 
 
 class Server(uvicorn.Server):
     """Serves an app until a signal comes. What runs then goes on for `drain` seconds, nothing new begins; a second
-    signal ends it at once.
+    signal ends it at once. An engine that hangs does not keep the process.
 
     parent: the process that starts another one where this one fails; then it ends where the engine does not work any
     more.
@@ -70,9 +72,18 @@ class Server(uvicorn.Server):
             return
         self.served.draining = self.should_exit = True
         log.info("stopping: what runs has %.0f s to end; a second signal ends it now", self.drain)
+        last = threading.Timer(self.drain + AFTERWARDS + FREEING, _leave)
+        last.daemon = True  # it keeps no process that ends by itself
+        last.start()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.call_later, self.drain, self._end)
 
     def _end(self) -> None:
         """Ends what still runs: each stream then tells its client why."""
         self._loop.run_in_executor(None, self.served.engine.close)
+
+
+def _leave() -> None:
+    """Ends a process whose engine keeps it from ending."""
+    log.critical("the engine does not end, so this process does")
+    os._exit(BROKEN)

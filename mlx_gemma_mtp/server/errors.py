@@ -37,6 +37,7 @@ EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
+    "value_error": "text of UTF-8's characters",
     "list_type": "a list",
     "dict_type": "an object",
     "model_type": "an object",

@@ -13,10 +13,11 @@ class Limits:
     """Limits of one request, and of all.
 
     body: bytes. prompt_tokens, output_tokens: None is the context. choices: of a request, prompts times n. stops,
-    stop_length: stop strings, and the characters of one. biases: entries of logit_bias. schema: characters of a JSON
-    schema, a grammar or a regular expression. tools, messages: of a request. seconds: that a request may take, waiting
-    included. waiting: choices of all requests that have no row. reading: seconds that a client may leave its stream
-    unread. beat: seconds of silence after which a stream's client, and proxies, are told that it still goes on.
+    stop_length: stop strings, and the characters of one. biases: entries of logit_bias. schema: characters of a
+    JSON schema, a grammar or a regular expression. repetition: tokens of stop_repetition. tools, messages: of a
+    request. seconds: that a request may take, waiting included. waiting: choices of all requests that have no row.
+    reading: seconds that a client may leave its stream unread. beat: seconds of silence after which a stream's
+    client, and proxies, are told that it still goes on.
     """
 
     body: int = 16 << 20
@@ -27,6 +28,7 @@ class Limits:
     stop_length: int = 1024
     biases: int = 1024
     schema: int = 256 << 10
+    repetition: int = 4096
     tools: int = 256
     messages: int = 10_000
     seconds: float = 600.0

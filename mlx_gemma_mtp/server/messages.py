@@ -43,6 +43,8 @@ def _ending(run: Run, result: Result) -> dict[str, Any]:
     """How a message ended, and what it used."""
     stop = _stop_sequence(run, result)
     reason = "stop_sequence" if stop is not None else REASONS[result.finish_reason]
+    if result.finish_reason == "repetition" and result.tool_calls:
+        reason = REASONS["tool_calls"]
     return {"stop_reason": reason, "stop_sequence": stop, "usage": _usage(run, [result])}
 
 

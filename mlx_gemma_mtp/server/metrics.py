@@ -20,7 +20,7 @@ FIRST = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
 WHOLE = (0.3, 0.5, 1, 1.5, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))
-ENDS = ("stop", "length", "tool_calls", "timeout", "cancelled", "error")
+ENDS = ("stop", "length", "tool_calls", "repetition", "timeout", "cancelled", "error")
 PHASES = ("waiting", "decoding")  # of a request that its client leaves: before and after its first text
 
 HELP = {

@@ -1,19 +1,33 @@
 """Requests as JSON: the fields of each route and their types. Ranges are checked by SamplingParams.
 
-null is the same as a field that is left out. Fields that are not known are ignored, but for those of UNSUPPORTED, which
-would change what the client gets.
+null is the same as a field that is left out. Fields that are not known are ignored, but for those of UNSUPPORTED and of
+other routes, which would change what the client gets. Of a list the first wrong part alone is told: a body of megabytes
+may have millions.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast
 
 from ..errors import shown
+from ..sampling.params import check_unicode
 from .errors import Refusal
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
+class First(FailFast):
+    """Has the first wrong part of a list told alone. Unlike its base it can stand in a union."""
+
+    __hash__ = object.__hash__
+
+
+Text = Annotated[str, AfterValidator(lambda text: check_unicode("the text", text))]
+Texts = Annotated[list[Text], First()]
+Objects = Annotated[list[dict[str, Any]], First()]
+Ids = Annotated[list[int], First()]
 INSTEAD = "give response_format, regex or grammar"
 # Fields that are not supported -> (values that ask for nothing, what to do instead).
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -44,6 +58,8 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "guided_choice": ((), INSTEAD),
     "guided_grammar": ((), INSTEAD),
     "json_schema": ((), INSTEAD),
+    "output_format": ((), "give output_config.format, or response_format on OpenAI's routes"),
+    "enable_thinking": ((), "give chat_template_kwargs"),
     "typical_p": ((1,), "leave it out"),
     "mirostat": ((0,), "leave it out"),
     "draft_model": ((), "it is chosen when the server starts"),
@@ -52,6 +68,15 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mcp_servers": ((), "this package runs no tools"),
     "container": ((), "this package runs no tools"),
 }
+# Fields of other routes: the values that ask for nothing, where they are not false or 0; those that never do.
+ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "repetition_penalty": (1,),
+    "parallel_tool_calls": (True,),
+    "tool_choice": ("auto", "none"),
+    "reasoning_effort": ("none",),
+}
+HARMLESS = {"prediction", "stream_options"}
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
 
 
@@ -61,12 +86,18 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     def check_supported(self) -> None:
-        """Raises Refusal for a field that asks for what this server does not do."""
+        """Raises Refusal for a field that asks for what this server, or this route, does not do."""
+        others = self.others()
         for name, value in (self.model_extra or {}).items():
-            neutral, instead = UNSUPPORTED.get(name, ((value,), ""))
+            neutral, instead = UNSUPPORTED.get(name) or others.get(name) or ((value,), "")
             if not any(_same(value, each) for each in (*NOTHING, *neutral)):
                 message = f"{name} is {shown(value)}, expected none: it is not supported here; {instead}"
                 raise Refusal(400, message, param=name, code="unsupported_parameter")
+
+    @classmethod
+    def others(cls) -> dict[str, tuple[tuple[Any, ...], str]]:
+        """Returns the fields of other routes, as UNSUPPORTED has fields; none where they would change nothing."""
+        return {}
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -79,12 +110,22 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class Sampling(Body):
+class Generating(Body):
+    """What every route has that generates."""
+
+    @classmethod
+    def others(cls) -> dict[str, tuple[tuple[Any, ...], str]]:
+        """Returns the fields of other routes."""
+        names = {name for each in (ChatRequest, CompletionRequest, MessagesRequest) for name in each.model_fields}
+        return {name: (ELSEWHERE.get(name, (False, 0)), "another route has it") for name in names - HARMLESS}
+
+
+class Sampling(Generating):
     """What chat and text completions share. max_tokens: None is all that the context leaves. num_draft_tokens, timeout,
     priority, cache_salt: as Engine.stream has them. regex, grammar: what the text must follow.
     """
 
-    model: str | None = None
+    model: Text | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -93,9 +134,9 @@ class Sampling(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None  # the biases' types are checked with their ranges
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Text | Texts | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -103,20 +144,21 @@ class Sampling(Body):
     regex: str | None = None
     grammar: str | None = None
     ignore_eos: bool | None = None
+    stop_repetition: int | None = None
     num_draft_tokens: int | str | None = None
     timeout: float | None = None
     priority: int | None = None
-    cache_salt: str | None = None
+    cache_salt: Text | None = None
 
 
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Objects
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
@@ -129,36 +171,37 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions. prompt: text or token ids, or a list of these."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Annotated[list[str], First()] | Ids | Annotated[list[Ids], First()]
     logprobs: int | None = None
 
 
-class MessagesRequest(Body):
+class MessagesRequest(Generating):
     """POST /v1/messages."""
 
-    model: str | None = None
+    model: Text | None = None
     max_tokens: int
-    messages: list[dict[str, Any]]
-    system: str | list[dict[str, Any]] | None = None
-    stop_sequences: list[str] | None = None
+    messages: Objects
+    system: str | Objects | None = None
+    stop_sequences: Texts | None = None
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
     seed: int | None = None
+    stop_repetition: int | None = None
     num_draft_tokens: int | str | None = None
 
 
 class CountRequest(Body):
     """POST /v1/messages/count_tokens."""
 
-    model: str | None = None
-    messages: list[dict[str, Any]]
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    model: Text | None = None
+    messages: Objects
+    system: str | Objects | None = None
+    tools: Objects | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None

@@ -44,9 +44,15 @@ class Rules:
     ) -> Rules:
         """Returns the rules of a server that is bound to an address.
 
-        Raises UserError where others could reach it without a key.
+        Raises UserError where others could reach it without a key, and for a key that no header can carry: without one
+        a request has the empty key.
         """
         keys, names = tuple(keys), {*LOCAL, host.lower(), *map(str.lower, hosts)}
+        if not all(key and key.isascii() and key.isprintable() and key == key.strip() for key in keys):
+            raise UserError(
+                "an API key (--api-key) is empty or has characters that no header carries; expected printable ASCII "
+                "without spaces at its ends"
+            )
         local = is_local(host)
         if not local and not keys:
             raise UserError(

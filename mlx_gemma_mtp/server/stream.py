@@ -69,12 +69,20 @@ class EventStream(Response):
         self._sending, self._since = False, time.monotonic()
 
     async def _beat(self, send: Send) -> None:
-        """Sends comments while nothing else comes. Returns where the client does not read."""
+        """Sends comments while nothing else comes. Returns where the client does not read, comments included."""
         while True:
             await asyncio.sleep(min(TICK, self._beat_after))
             silent = time.monotonic() - self._since
             if self._sending and silent > self._reading:
-                log.info("a client left its stream unread for %.0f s; it is ended", silent)
+                self._tell_unread(silent)
                 return
             if not self._sending and silent >= self._beat_after:
-                await self._send(send, {"type": "http.response.body", "body": COMMENT, "more_body": True})
+                comment = self._send(send, {"type": "http.response.body", "body": COMMENT, "more_body": True})
+                try:
+                    await asyncio.wait_for(comment, self._reading)
+                except TimeoutError:
+                    self._tell_unread(self._reading)
+                    return
+
+    def _tell_unread(self, seconds: float) -> None:
+        log.info("a client left its stream unread for %.0f s; it is ended", seconds)

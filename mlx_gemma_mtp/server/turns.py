@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import shown
-from .ask import Ask, Settings, Thoughts, Tooling, encoded, made, output_tokens, schema_of, stops_of, tooling_of
+from .ask import (
+    EFFORTS,
+    Ask,
+    Settings,
+    Thoughts,
+    Tooling,
+    check_repetition,
+    encoded,
+    made,
+    output_tokens,
+    schema_of,
+    stops_of,
+    tooling_of,
+)
 from .errors import Refusal
 from .schema import CountRequest, MessagesRequest
 
 if TYPE_CHECKING:
     from .service import Served
 
+BUDGETS = {name: EFFORTS[name] for name in ("low", "medium", "high", "xhigh")} | {"max": None}  # tokens of thoughts
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 Block = Mapping[str, Any]
 
@@ -20,10 +35,12 @@ Block = Mapping[str, Any]
 def of_messages(served: Served, body: MessagesRequest) -> Ask:
     """Returns what a request wants. Raises Refusal and UserError."""
     body.check_supported()
-    sampling = body.model_dump(include={"temperature", "top_p", "top_k", "seed"}, exclude_none=True)
+    same = {"temperature", "top_p", "top_k", "seed", "stop_repetition"}
+    sampling = body.model_dump(include=same, exclude_none=True)
+    check_repetition(served, body.stop_repetition)
     sampling["stop"] = stops_of(served, "stop_sequences", body.stop_sequences)
     sampling["max_tokens"] = output_tokens(served, body.max_tokens)
-    thoughts = _thoughts(served, body.thinking)
+    thoughts = _with_effort(_thoughts(served, body.thinking), body.output_config)
     sampling |= {"thinking": thoughts.wanted, "thinking_budget": thoughts.budget}
     form = (body.output_config or {}).get("format")
     if form is not None:
@@ -136,6 +153,18 @@ def _thoughts(served: Served, given: Block | None) -> Thoughts:
     if kind not in ("enabled", "adaptive", "disabled"):
         raise _odd("thinking.type", kind, "'enabled', 'adaptive' or 'disabled'")
     return Thoughts() if kind == "disabled" else Thoughts(True, given.get("budget_tokens"))
+
+
+def _with_effort(thoughts: Thoughts, given: Block | None) -> Thoughts:
+    """Returns thoughts with the budget that output_config's effort means, where they have none of their own."""
+    effort = (given or {}).get("effort")
+    if effort is not None and (not isinstance(effort, str) or effort not in BUDGETS):
+        raise _odd("output_config.effort", effort, f"one of {', '.join(BUDGETS)}")
+    return (
+        replace(thoughts, budget=BUDGETS[effort])
+        if effort and thoughts.wanted and thoughts.budget is None
+        else thoughts
+    )
 
 
 def _format(served: Served, given: Any) -> dict[str, str]:

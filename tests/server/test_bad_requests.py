@@ -9,9 +9,11 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from serving import ASKED, NAME, Scripted, post, serving
 
 from mlx_gemma_mtp.server.limits import Limits
+from mlx_gemma_mtp.server.schema import ChatRequest, CompletionRequest, MessagesRequest
 
 CHAT = "/v1/chat/completions"
 
@@ -220,7 +222,8 @@ FIELDS += ("max_tokens", "stream", "stream_options", "thinking", "chat_template_
     more=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=6), JSON, max_size=5),
 )
 def test_no_body_is_a_fault_of_the_server(url, path, more):
-    body = {"messages": ASKED, "prompt": "x", "max_tokens": 3} | more
+    body = {"prompt": "x"} if path == "/v1/completions" else {"messages": ASKED}
+    body |= {"max_tokens": 3} | more
     try:
         content = json.dumps(body).encode()
     except ValueError:
@@ -255,6 +258,72 @@ def test_a_body_beyond_the_limit(url):
 def test_a_packed_body_is_not_unpacked(url):
     """A few bytes of gzip could become gigabytes."""
     refused(post(url, CHAT, gzip.compress(json.dumps({"messages": ASKED}).encode()), content_encoding="gzip"))
+
+
+@pytest.mark.parametrize(
+    "path, field, value",
+    [
+        (CHAT, "system", "Be brief."),
+        (CHAT, "stop_sequences", ["x"]),
+        (CHAT, "thinking", {"type": "enabled"}),
+        (CHAT, "enable_thinking", True),
+        ("/v1/completions", "tools", [{"name": "f"}]),
+        ("/v1/completions", "max_completion_tokens", 5),
+        ("/v1/completions", "reasoning_effort", "high"),
+        ("/v1/messages", "response_format", {"type": "json_object"}),
+        ("/v1/messages", "output_format", {"type": "json_schema", "schema": {"type": "object"}}),
+        ("/v1/messages", "stop", ["x"]),
+        ("/v1/messages", "n", 2),
+        ("/v1/messages", "cache_salt", "mine"),
+    ],
+)
+def test_a_field_of_another_route_is_refused(url, path, field, value):
+    """It would change the reply, so it is not ignored; what asks for nothing is."""
+    body = {"max_tokens": 3} | ({"prompt": "x"} if path == "/v1/completions" else {"messages": ASKED})
+    response = post(url, path, body | {field: value})
+    assert response.status_code == 400 and field in response.json()["error"]["message"]
+    assert post(url, path, body | {field: None}).status_code == 200
+
+
+def test_what_asks_for_nothing_is_ignored_on_every_route(url):
+    nothing = {"n": 1, "presence_penalty": 0, "repetition_penalty": 1, "ignore_eos": False, "tool_choice": None}
+    more = {"parallel_tool_calls": True, "stream_options": {"include_usage": True}, "user": "u", "metadata": {"a": "b"}}
+    assert post(url, "/v1/messages", {"messages": ASKED, "max_tokens": 3} | nothing | more).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["model", "cache_salt", "stop"])
+def test_half_a_character_is_no_text(engine, field):
+    with serving(Scripted(engine, lambda number: [[6]]), keys=("k",), aliases=("*",)) as url:
+        error = refused(post(url, CHAT, {"messages": ASKED, field: "\ud800"}, x_api_key="k"))
+    assert error["param"] == field
+
+
+@pytest.mark.parametrize(
+    "kind, body",
+    [
+        (CompletionRequest, {"prompt": [0.5] * 10_000}),
+        (CompletionRequest, {"prompt": [[0.5] * 10_000]}),
+        (ChatRequest, {"messages": [1] * 10_000}),
+        (ChatRequest, {"messages": ASKED, "tools": [1] * 10_000}),
+        (ChatRequest, {"messages": ASKED, "stop": [1] * 10_000}),
+        (MessagesRequest, {"messages": ASKED, "max_tokens": 5, "system": [1] * 10_000}),
+    ],
+)
+def test_a_long_list_of_wrong_parts_is_not_told_part_by_part(kind, body):
+    """Each part would be an error of a kilobyte, and a body has millions of parts."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 4
+
+
+def test_biases_are_counted_before_they_are_looked_at(url):
+    error = refused(post(url, CHAT, {"messages": ASKED, "logit_bias": {str(i): "x" for i in range(10_000)}}))
+    assert "10000 entries" in error["message"]
+
+
+def test_the_field_of_a_long_prompt_is_named(url, engine):
+    error = refused(post(url, "/v1/completions", {"prompt": "x y " * engine.target.config.context}))
+    assert error["param"] == "prompt"
 
 
 def test_the_model_s_name_is_the_default(url):

@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import ASKED, NAME, NOW, WEATHER, post
+from serving import ASKED, NAME, NOW, WEATHER, ids_of, post
 
 from mlx_gemma_mtp import SamplingParams
 
@@ -70,6 +70,33 @@ def test_further_parameters_give_the_engine_s_text(client, engine, given):
     whole = client.chat.completions.create(**SHORT, **sampling, extra_body=given)
     text, _ = streamed(client, **SHORT, **sampling, extra_body=given)
     assert whole.choices[0].message.content == text == expected.text
+
+
+def test_a_text_that_repeats_itself_ends(client, engine, url):
+    """The end is a stop, as by a stop string; the choice tells what it was."""
+    token = ids_of(engine, "again")[-1]
+    given = {"messages": ASKED, "max_tokens": 400, "logit_bias": {str(token): 100.0}, "temperature": 0}
+    expected = own(engine, max_tokens=400, logit_bias={token: 100.0}, temperature=0.0, stop_repetition=16)
+    assert expected.finish_reason == "repetition" and len(expected.tokens) < 400
+    whole = client.chat.completions.create(model=NAME, **given, extra_body={"stop_repetition": 16})
+    text, chunks = streamed(client, model=NAME, **given, extra_body={"stop_repetition": 16})
+    last = chunks[-1].choices[0]
+    assert whole.choices[0].message.content == text == expected.text
+    assert whole.choices[0].finish_reason == last.finish_reason == "stop"
+    assert whole.choices[0].model_extra["stop_reason"] == last.model_extra["stop_reason"] == "repetition"
+    plain = post(
+        url, "/v1/completions", {"prompt": "x", "max_tokens": 400} | given | {"stop_repetition": 16, "messages": None}
+    )
+    assert plain.json()["choices"][0]["stop_reason"] == "repetition"
+    spoken = {"messages": ASKED, "max_tokens": 40, "temperature": 0.0}
+    assert post(url, "/v1/messages", spoken | {"stop_repetition": 4}).json()["stop_reason"] in (
+        "end_turn",
+        "max_tokens",
+    )
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        for length in (3, 5000):
+            refused = post(url, path, spoken | {"stop_repetition": length})
+            assert refused.status_code == 400 and "stop_repetition" in refused.json()["error"]["message"]
 
 
 def test_the_answer_s_shape(client, engine):

@@ -118,6 +118,32 @@ def test_a_stream_is_the_whole_message(script, engine, text, kinds, size):
     assert whole.stop_reason == ("tool_use" if CALL in text else "max_tokens" if text == "no end" else "end_turn")
 
 
+@pytest.mark.parametrize("calls, reason", [("", "end_turn"), (CALL, "tool_use")])
+def test_a_text_that_repeats_itself_ends(script, engine, calls, reason):
+    play(script, engine, calls + "again and again and " * 20 + END)
+    given = GIVEN | {"tools": [TOOL], "max_tokens": 2048, "stop_repetition": 12}
+    message = post(script.url, PATH, given).json()
+    assert message["stop_reason"] == reason and message["usage"]["output_tokens"] < 60
+
+
+def test_effort_is_a_budget_of_thoughts(engine):
+    """Where the thinking names none; what is no effort is refused."""
+    asked: list[tuple[bool, int | None]] = []
+
+    class Listening(Scripted):
+        def astream(self, prompts: Any, params: Any, **options: Any) -> Any:
+            asked.append((params.thinking, params.thinking_budget))
+            return super().astream(prompts, params, **options)
+
+    adaptive, fixed = {"type": "adaptive"}, {"type": "enabled", "budget_tokens": 2000}
+    with serving(Listening(engine, lambda number: [[6]])) as url:
+        for thinking in (adaptive, fixed, {"type": "disabled"}):
+            body = GIVEN | {"thinking": thinking, "output_config": {"effort": "low"}}
+            assert post(url, PATH, body).status_code == 200
+        assert post(url, PATH, GIVEN | {"output_config": {"effort": "some"}}).status_code == 400
+    assert asked == [(True, 1024), (True, 2000), (False, None)]
+
+
 def test_the_order_of_events(script, engine):
     play(script, engine, THOUGHT + "Yes." + CALL + END)
     body = GIVEN | {"tools": [TOOL], "stream": True, "max_tokens": 100}

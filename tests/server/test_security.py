@@ -130,6 +130,13 @@ def test_other_machines_need_a_key():
         assert not Rules.of(host, (), 100).addresses
 
 
+@pytest.mark.parametrize("key", ["", " ", " k", "k\n", "\u00fc", "a\0b"])
+def test_a_key_that_nobody_can_send_is_none(key):
+    """The empty one would be everybody's who sends none: --api-key "$UNSET"."""
+    with pytest.raises(UserError, match="--api-key"):
+        Rules.of("0.0.0.0", ("right", key), 100)
+
+
 def test_on_every_address_names_stay_checked():
     rules = Rules.of("0.0.0.0", ("k",), 100)
     rules.check_host("192.168.0.7:8080")

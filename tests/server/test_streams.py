@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import ASKED, NAME, NOW, WEATHER, Scripted, events, ids_of, post, serving
+
+from mlx_gemma_mtp.server.stream import COMMENT, EventStream
 
 BODY = {"model": NAME, "messages": ASKED, "max_tokens": 200}
 TOOLS = BODY | {"tools": [WEATHER, NOW]}
@@ -278,3 +281,24 @@ def test_the_client_raises_what_went_wrong_amid_a_stream(engine):
     ):
         for _ in client.chat.completions.create(**BODY, stream=True):
             pass
+
+
+def test_a_comment_that_is_not_read_ends_the_stream_too():
+    """What was sent fills the socket, the engine is silent, and the comment waits for a client that never reads."""
+    never, closed, sent = asyncio.Event(), [], []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+        if len(sent) > 2:  # uvicorn waits before it writes, not behind it
+            await never.wait()
+
+    async def texts():
+        yield b"data: {}\n\n"
+        await never.wait()
+
+    async def main() -> None:
+        stream = EventStream(texts(), lambda: closed.append(True), reading=0.05, beat=0.01)
+        await asyncio.wait_for(stream({}, never.wait, send), 60)
+
+    asyncio.run(main())
+    assert closed == [True] and sent[-1]["body"] == COMMENT

@@ -113,6 +113,17 @@ def test_a_process_whose_engine_is_dead_ends(engine, monkeypatch):
     assert codes == [drain.BROKEN]
 
 
+def test_an_engine_that_hangs_does_not_keep_the_process(engine, monkeypatch):
+    codes: list[int] = []
+    left = threading.Event()
+    monkeypatch.setattr(drain.os, "_exit", lambda code: (codes.append(code), left.set()))
+    monkeypatch.setattr(drain, "AFTERWARDS", 0)
+    monkeypatch.setattr(drain, "FREEING", 0.01)
+    server = drain.Server(None, Served(Scripted(engine, lambda number: []), "demo"), 0.01)
+    server.handle_exit(signal.SIGTERM, None)
+    assert left.wait(60) and codes == [drain.BROKEN]
+
+
 def children_of(pid: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
