@@ -43,9 +43,10 @@ def saved(path: Path) -> list[dict]:
     return json.loads(path.read_text())["messages"]
 
 
-def test_a_chat_in_a_terminal(tmp_path):
+def test_a_chat_in_a_terminal(tmp_path, monkeypatch):
     """Streams, stops at Ctrl-C and goes on, keeps what came and marks it, takes turns back, saves and loads."""
-    file = tmp_path / "chat.json"
+    monkeypatch.chdir(tmp_path)
+    file = Path("chat.json")  # a short name: what is waited for stands in one line
     with Terminal(MODULE, *ENDLESS) as terminal:
         at_the_prompt(terminal)
         terminal.send(SAID + ENTER)
@@ -70,9 +71,10 @@ def test_a_chat_in_a_terminal(tmp_path):
     assert b"Traceback" not in terminal.raw and b"\x1b[2m" in terminal.raw
 
 
-def test_several_lines_and_keys(tmp_path):
+def test_several_lines_and_keys(tmp_path, monkeypatch):
     """A paste is one turn; Alt-Enter, Ctrl-J and a backslash go on; Ctrl-C clears, Tab completes, up goes back."""
-    file = tmp_path / "chat.json"
+    monkeypatch.chdir(tmp_path)
+    file = Path("chat.json")  # a short name: what is waited for stands in one line
     with Terminal(MODULE, *SHORT) as terminal:
         at_the_prompt(terminal)
         terminal.send(f"{PASTE}one\r\ntwo\n    three{PASTED}")

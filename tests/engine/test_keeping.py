@@ -209,9 +209,9 @@ def test_what_a_prompt_goes_on_from_may_go():
     driven.run(Asked(prompt=(0, 300)))
     usual = Runner._launch
 
-    def launch(runner):
+    def launch(runner, deliver):
         runner.keeping.prefixes.clear()
-        usual(runner)
+        usual(runner, deliver)
 
     with mock.patch.object(Runner, "_launch", launch):
         assert cached(driven.run(Asked(prompt=(0, 300), settings="sampled"))) == [grid(299)]
