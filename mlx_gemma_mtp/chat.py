@@ -20,7 +20,6 @@ from .cli.flags import (
     add_thoughts,
     load_engine,
     read_depth,
-    read_memory,
     read_params,
     read_timeout,
 )
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     settings = Settings(read_params(args), read_depth(args.num_draft_tokens), read_timeout(args.timeout))
-    args.num_draft_tokens, args.memory_limit = settings.drafts, read_memory(args.memory_limit)
+    args.num_draft_tokens = settings.drafts
     if args.system_prompt is not None and args.load is not None:
         raise UserError("--system-prompt is given with --load, whose chat has its own; drop one of the two")
     read = entry(slash.NAMES, cache_folder() / HISTORY if args.history else None)

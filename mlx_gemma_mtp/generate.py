@@ -20,7 +20,6 @@ from .cli.flags import (
     add_sampling,
     add_thoughts,
     read_depth,
-    read_memory,
     read_params,
     read_timeout,
 )
@@ -125,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(args, params)
     prompts = [each for each in prompts for _ in range(count("--samples", args.samples, MOST_SAMPLES))]  # of each text
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
-    args.timeout, args.memory_limit = read_timeout(args.timeout), read_memory(args.memory_limit)
+    args.timeout = read_timeout(args.timeout)
     engine = load_engine(args, len(prompts))
     cancel = threading.Event()
     with interruptible(cancel):

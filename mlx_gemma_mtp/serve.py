@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .cli.command import Parser, Stage, command, tell
-from .cli.flags import add_drafts, add_limits, add_models, load_engine, read_depth, read_memory, read_timeout
+from .cli.flags import add_drafts, add_limits, add_models, load_engine, load_options, read_depth, read_timeout
 from .errors import UserError, shown
 from .sampling.params import MAX_ROWS, SamplingParams, number
 
@@ -143,7 +143,8 @@ def run(given: list[str], args: argparse.Namespace) -> int:
     limits = read_limits(args)
     keys = args.api_key or list(filter(None, [os.environ.get(KEY)]))
     rules = Rules.of(args.host, keys, limits.body, args.allowed_host, args.allowed_origin)
-    args.num_draft_tokens, args.memory_limit = read_depth(args.num_draft_tokens), read_memory(args.memory_limit)
+    args.num_draft_tokens = read_depth(args.num_draft_tokens)
+    load_options(args)  # what is wrong is told here, not by one child after another
     parent = None if args.inherited is None else Inherited.of(args.inherited)
     if parent is None and not args.no_parent:
         return supervise(given, listen(args))

@@ -207,13 +207,10 @@ def read_timeout(seconds: float | None) -> float | None:
     return None if seconds is None else number("--timeout", seconds, lambda n: 0 < n <= LONGEST, expected)
 
 
-def read_memory(gigabytes: float | None) -> int | None:
-    """Returns the bytes that --memory-limit names in GB, None for what the machine has. Raises UserError."""
-    return None if gigabytes is None else read_gigabytes("--memory-limit", gigabytes)
-
-
-def read_gigabytes(flag: str, gigabytes: float) -> int:
-    """Returns the bytes that a flag names in GB. Raises UserError."""
+def read_gigabytes(flag: str, gigabytes: float | None) -> int | None:
+    """Returns the bytes that a flag names in GB, None where it is not given. Raises UserError."""
+    if gigabytes is None:
+        return None
     return int(number(flag, gigabytes, lambda n: 1e-9 <= n <= 1e6, "GB above 0, such as 12 or 7.5") * 1e9)
 
 
@@ -235,29 +232,32 @@ def read_bias(text: str) -> tuple[int, float]:
         raise UserError(f"--logit-bias is {shown(text)}, expected ID=BIAS such as 106=-5 or 106=-inf") from None
 
 
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of `load` that the arguments name. args: with what read_depth returns. Raises UserError."""
+    return {
+        "revision": args.revision,
+        "num_draft_tokens": args.num_draft_tokens,
+        "draft_bits": args.draft_bits,
+        "kv_bits": args.kv_bits,
+        "kv_bits_rings": args.kv_bits_rings,
+        "memory_limit": read_gigabytes("--memory-limit", args.memory_limit),
+        "prefix_memory": read_prefix_memory(args.prefix_memory),
+        "prefix_cache": args.prefix_cache,
+        "prefix_cache_limit": read_gigabytes("--prefix-cache-limit", args.prefix_cache_limit),
+        "wired_limit": args.wired_limit,
+        "draft_temperature": args.draft_temperature,
+        "accept": args.accept,
+        "frozen_costs": args.frozen_costs,
+    }
+
+
 def load_engine(args: argparse.Namespace, command: str, **options: Any) -> Engine:
     """Loads the engine that the arguments name. Says on standard error where it is the bundled pair.
 
-    args: with what read_depth and read_memory return. command: a module, to name in a note. options: of `load`, beside
-    those that the flags name. Raises UserError.
+    args: as of load_options. command: a module, to name in a note. options: of `load`, beside those that the flags
+    name. Raises UserError.
     """
+    named = load_options(args)
     if args.model is None:
         tell(BUNDLED.format(command=command))
-    return loaded(
-        args.model,
-        args.draft_model,
-        revision=args.revision,
-        num_draft_tokens=args.num_draft_tokens,
-        draft_bits=args.draft_bits,
-        kv_bits=args.kv_bits,
-        kv_bits_rings=args.kv_bits_rings,
-        memory_limit=args.memory_limit,
-        prefix_memory=read_prefix_memory(args.prefix_memory),
-        prefix_cache=args.prefix_cache,
-        prefix_cache_limit=read_gigabytes("--prefix-cache-limit", args.prefix_cache_limit),
-        wired_limit=args.wired_limit,
-        draft_temperature=args.draft_temperature,
-        accept=args.accept,
-        frozen_costs=args.frozen_costs,
-        **options,
-    )
+    return loaded(args.model, args.draft_model, **named, **options)

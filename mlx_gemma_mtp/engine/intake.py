@@ -115,17 +115,29 @@ class Intake:
             for prompt, settings in zip(prompts, every, strict=True)
         ]
         calls = self._constraints.calls(tools, choice, any(settings.grammars for settings in every))
-        samples = [(ids, each) for ids, params in zip(encoded, every, strict=True) for each in params.samples(n)]
-        return [self._request(i, ids, each, calls, common) for i, (ids, each) in enumerate(samples)]
+        made: list[Request] = []
+        for ids, settings in zip(encoded, every, strict=True):
+            own = common | self._beginning(ids, common["salt"])
+            for params in settings.samples(n):
+                made.append(self._request(len(made), ids, params, calls, own))
+        return made
 
-    def _request(
-        self, index: int, prompt: list[int], params: SamplingParams, calls: Calls, common: dict[str, Any]
-    ) -> Request:
-        context, vocabulary = self.config.context, self.config.vocab_size
+    def _beginning(self, prompt: list[int], salt: str | None) -> dict[str, Any]:
+        """Returns where turns begin in a prompt, and what is known of it from disk. Raises UserError for one that is
+        too long.
+        """
+        context = self.config.context
         if len(prompt) >= context:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens, expected fewer than the context of {context}; shorten it"
             )
+        restored = None if self.disk is None else self.disk.read(prompt, salt)
+        return {"borders": self.text.borders(prompt), "restored": restored}
+
+    def _request(
+        self, index: int, prompt: list[int], params: SamplingParams, calls: Calls, common: dict[str, Any]
+    ) -> Request:
+        vocabulary = self.config.vocab_size
         params = params.resolved(self.defaults)
         for token in params.logit_bias:
             if token >= vocabulary:
@@ -139,12 +151,10 @@ class Intake:
             params,
             self.text.stream(params.stop, calls.read, in_thought),
             frozenset() if params.ignore_eos else self.end_tokens,
-            min(params.max_tokens, context - len(prompt)),
+            min(params.max_tokens, self.config.context - len(prompt)),
             Stats(
                 len(prompt), mtp=reason is None, mtp_reason=reason, blas=blas.name(), seed=params.seed, **self.figures
             ),
             self._constraints.of(params, calls, in_thought),
-            borders=self.text.borders(prompt),
-            restored=None if self.disk is None else self.disk.read(prompt, common["salt"]),
             **common,
         )

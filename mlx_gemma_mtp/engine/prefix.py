@@ -152,17 +152,16 @@ class Prefixes:
 
     def _evict(self, room: int, most: int = MOST, own: Entry | None = None) -> None:
         """Drops prefixes until the others are at most so many, of at most `room` bytes. own: this one stays."""
-        held, entries = self.bytes, list(self._entries)
-        if held <= room and len(entries) <= most:
-            return
+        held, gone = self.bytes, []
         for entry in self._entries:
-            if held <= room and len(entries) <= most:
+            if held <= room and len(self._entries) - len(gone) <= most:
                 break
             if entry is not own:
-                entries.remove(entry)
+                gone.append(entry)
                 held -= entry.size
-                self.counts.evicted += 1
-        self._order(entries)
+        if gone:
+            self.counts.evicted += len(gone)
+            self._order([entry for entry in self._entries if entry not in gone])
 
     def _order(self, entries: Sequence[Entry]) -> None:
         self._entries, self.bytes = tuple(entries), sum(entry.size for entry in entries)

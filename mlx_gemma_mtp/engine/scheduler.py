@@ -127,8 +127,7 @@ class Scheduler:
         live = self._arrange()
         begins = bool(live) and not stay and not any(entry.text for entry in live)
         pieces = self._pack(budget)
-        left = self.memory.limit - self.demand.total()
-        unused = max(0, batch_bytes - sum(map(self.demand.row, live)))
+        left, unused = self._left(live, batch_bytes)
         self.spare = max(0, (left - unused if unused <= left else left) - self._wide(pieces))
         return Plan(
             ended,
@@ -213,12 +212,16 @@ class Scheduler:
         rows = self.entries.at(Stage.LIVE)
         if len(rows) != len(self.entries) or any(row.paused or row.leaving or row.late(now) for row in rows):
             return None
-        left = self.memory.limit - self.demand.total()
-        unused = max(0, batch_bytes - sum(map(self.demand.row, rows)))
+        left, unused = self._left(rows, batch_bytes)
         if unused > left or sorted(row.place for row in rows) != list(range(len(rows))):
             return None
         self.spare = left - unused
         return Plan(places=tuple(row.job.id for row in sorted(rows, key=lambda row: row.place)))
+
+    def _left(self, rows: Sequence[Entry], batch_bytes: int) -> tuple[int, int]:
+        """Returns the bytes that the limit leaves beside all requests, and those that the batch holds for nobody."""
+        left = self.memory.limit - self.demand.total()
+        return left, max(0, batch_bytes - sum(map(self.demand.row, rows)))
 
     # The moves of a request that a plan makes.
 

@@ -114,7 +114,6 @@ def test_limits_reach_the_load(monkeypatch):
     monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *_, **options: asked.update(options))
     flags = ["--prompt", "x", "--memory-limit", "7.5", "--wired-limit", "--kv-bits", "4", "--kv-bits-rings"]
     args = generate.parser().parse_args(flags)
-    args.memory_limit = generate.read_memory(args.memory_limit)
     generate.load_engine(args, 3000)
     assert asked["memory_limit"] == 7_500_000_000 and asked["wired_limit"] is True
     assert asked["kv_bits"] == 4 and asked["kv_bits_rings"] is True
