@@ -78,7 +78,26 @@ class _Choice:
     calls: int = 0
 
 
-class ChatStream:
+class ChoiceStream:
+    """How the streams of OpenAI's routes end. usage: whether a last chunk tells the usage. head: of every chunk."""
+
+    def __init__(self, run: Run, head: dict[str, Any], usage: bool):
+        self._run, self._head, self._usage = run, head, usage
+
+    def closing(self) -> bytes:
+        """Returns the last events, after every choice has ended."""
+        if not self._usage:
+            return DONE
+        results = [self._run.results[index] for index in range(self._run.ask.choices)]
+        usage = usage_of(self._run.served, self._run.ask, results)
+        return event(self._head | {"choices": [], "usage": usage}) + DONE
+
+    def failed(self, refusal: Refusal) -> bytes:
+        """Returns the last events of a stream that cannot go on."""
+        return event(refusal.body("")) + DONE
+
+
+class ChatStream(ChoiceStream):
     """The events of a chat that is streamed.
 
     usage: whether a last chunk tells the usage. The role comes once, in the first chunk of each choice; text, thoughts
@@ -86,8 +105,7 @@ class ChatStream:
     """
 
     def __init__(self, run: Run, model: str, usage: bool):
-        self._run, self._usage = run, usage
-        self._head = head(run, model, "chat.completion.chunk")
+        super().__init__(run, head(run, model, "chat.completion.chunk"), usage)
         self._choices = [_Choice(i, report_of(run, i) if run.ask.logprobs else None) for i in range(run.ask.choices)]
 
     def opening(self) -> bytes:
@@ -120,18 +138,6 @@ class ChatStream:
         begun = whole | {"function": {"name": call.name, "arguments": ""}}
         yield self._event(choice, {"tool_calls": [place | begun]})
         yield self._event(choice, {"tool_calls": [place | {"function": {"arguments": arguments}}]})
-
-    def closing(self) -> bytes:
-        """Returns the last events, after every choice has ended."""
-        if not self._usage:
-            return DONE
-        results = [self._run.results[choice.index] for choice in self._choices]
-        usage = usage_of(self._run.served, self._run.ask, results)
-        return event(self._head | {"choices": [], "usage": usage}) + DONE
-
-    def failed(self, refusal: Refusal) -> bytes:
-        """Returns the last events of a stream that cannot go on."""
-        return event(refusal.body("")) + DONE
 
     def _event(self, choice: _Choice, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
         said = {"index": choice.index, "delta": delta, "finish_reason": finish_reason} | more

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .chat import ending, head, report_of
-from .errors import Refusal
+from .chat import ChoiceStream, ending, head, report_of
 from .logprobs import completion_logprobs
-from .stream import DONE, event
+from .stream import event
 from .usage import usage_of
 
 if TYPE_CHECKING:
@@ -31,12 +30,11 @@ def completion_object(run: Run, model: str, results: Sequence[Result]) -> dict[s
     return head(run, model, KIND, PREFIX) | {"choices": choices, "usage": usage}
 
 
-class CompletionStream:
+class CompletionStream(ChoiceStream):
     """The events of a text completion that is streamed. usage: whether a last chunk tells the usage."""
 
     def __init__(self, run: Run, model: str, usage: bool):
-        self._run, self._usage = run, usage
-        self._head = head(run, model, KIND, PREFIX)
+        super().__init__(run, head(run, model, KIND, PREFIX), usage)
         choices = range(run.ask.choices)
         self._said = dict.fromkeys(choices, 0)  # characters of each choice so far
         self._reports = {i: report_of(run, i) for i in choices}
@@ -58,17 +56,6 @@ class CompletionStream:
         if chunk.result is not None:
             found += self._event(chunk.index, "", **ending(chunk.result))
         return found
-
-    def closing(self) -> bytes:
-        """Returns the last events, after every choice has ended."""
-        if not self._usage:
-            return DONE
-        results = [self._run.results[index] for index in sorted(self._said)]
-        return event(self._head | {"choices": [], "usage": usage_of(self._run.served, self._run.ask, results)}) + DONE
-
-    def failed(self, refusal: Refusal) -> bytes:
-        """Returns the last events of a stream that cannot go on."""
-        return event(refusal.body("")) + DONE
 
     def _event(self, index: int, text: str, **more: Any) -> bytes:
         choice = {"index": index, "text": text, "logprobs": None, "finish_reason": None} | more
