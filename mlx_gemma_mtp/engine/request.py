@@ -25,10 +25,10 @@ class Result:
     text: the generated text, without thoughts and calls. tokens: all generated ids but the end token; a stop string's
     tokens are kept. finish_reason: 'stop' (an end token or a stop string), 'tool_calls' (the same, after calls of
     tools), 'length' (max_tokens, or the context is full), 'repetition' (stop_repetition), 'timeout', 'cancelled' or
-    'error'. stats: figures. logprobs:
-    one entry for each token, where the request asked for them. error: why the text could not go on, in one line, with
-    finish_reason 'error'; text and tokens hold what came before. reasoning: the thoughts. tool_calls: the calls of
-    tools, where the request has tools. end_token: the end token that came, None where another thing ended the text.
+    'error'. stats: figures. logprobs: one entry for each token, where the request asked for them. error: why the text
+    could not go on, in one line, with finish_reason 'error'; text and tokens hold what came before. reasoning: the
+    thoughts. tool_calls: the calls of tools, where the request has tools. end_token: the end token that came, None
+    where another thing ended the text.
     """
 
     text: str

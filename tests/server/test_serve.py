@@ -109,6 +109,9 @@ def test_a_second_signal_ends_it_at_once():
         (["--max-prompt-tokens", "0"], "--max-prompt-tokens"),
         (["--num-draft-tokens", "many"], "--num-draft-tokens"),
         (["--drain", "-2"], "--drain"),
+        (["--memory-limit", "0"], "--memory-limit"),
+        (["--prefix-memory", "-1"], "--prefix-memory"),
+        (["--prefix-cache-limit", "0"], "--prefix-cache-limit"),
     ],
 )
 def test_wrong_flags_are_told_before_anything_is_loaded(flags, said, capsys, monkeypatch):
