@@ -11,6 +11,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from functools import cache
 
 from ..errors import UserError
 
@@ -60,6 +61,23 @@ class _DlInfo(ctypes.Structure):
 def is_reference() -> bool:
     """Returns whether the reference BLAS multiplies, which is slow."""
     return name().startswith("reference")
+
+
+@cache
+def small_product() -> int:
+    """Returns how many multiply-adds a product may have that the BLAS in use multiplies without packing its matrices,
+    which takes as long as some rows of the product itself; 0 where it always packs.
+
+    OpenBLAS does without on x86-64 with AVX-512 (sgemm_small_matrix_permit of its SkylakeX kernels and their heirs).
+    """
+    if not sys.platform.startswith("linux") or "openblas" not in name():
+        return 0
+    try:
+        core = ctypes.CDLL(None).openblas_get_corename
+    except AttributeError:
+        return 0
+    core.restype = ctypes.c_char_p
+    return 1_000_000 if core() in (b"SkylakeX", b"Cooperlake", b"SapphireRapids") else 0
 
 
 def name() -> str:

@@ -5,10 +5,19 @@
 
 from __future__ import annotations
 
+import sys
+from functools import cache
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..machine.device import metal_available
+from ..machine import blas
+from ..machine.device import Kind, kind, metal_available
+
+FEW = 64  # rows, up to which it pays to multiply a few at a time
+FEWEST = 4  # rows at a time, from which it pays
+BLOCK, BLOCK_ROWS = 64, 24  # outputs of a table that are multiplied at a time, and rows, up to which it pays
+SMALL = 1 << 24  # bytes, up to which a table is kept in both layouts
 
 
 class DerivedWeights(nn.Module):
@@ -28,9 +37,12 @@ class Linear(nn.Linear, DerivedWeights):
 
     def derive(self) -> None:
         self.weight, self._transposed = input_major(self.weight)
+        self._few = few_rows(self.weight.size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x @ self._transposed
+        if x.shape[0] <= self._few:
+            return x @ self._transposed
+        return product(x, self._transposed, self._few)
 
 
 class Embedding(nn.Embedding, DerivedWeights):
@@ -41,10 +53,51 @@ class Embedding(nn.Embedding, DerivedWeights):
         self.derive()
 
     def derive(self) -> None:
-        self.weight, self._transposed = input_major(self.weight)
+        count, size = self.weight.shape
+        if small_product() and self.weight.nbytes <= SMALL and count % BLOCK == 0:
+            self.weight = mx.contiguous(self.weight)
+            self._transposed = self.weight.T
+            blocks = self.weight.reshape(-1, BLOCK, size).swapaxes(1, 2)  # [V / BLOCK, size, BLOCK]
+            self._blocks = mx.contiguous(blocks)
+        else:
+            self.weight, self._transposed = input_major(self.weight)
+            self._blocks = None
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return x @ self._transposed
+        """Returns the scores of all rows of the table, [..., V]. x: [..., size]."""
+        *axes, size = x.shape
+        rows = x.size // size
+        if self._blocks is None or rows > BLOCK_ROWS or rows * size * BLOCK > small_product():
+            return x @ self._transposed
+        y = mx.broadcast_to(x.reshape(rows, size), (self._blocks.shape[0], rows, size)) @ self._blocks
+        return y.swapaxes(0, 1).reshape(*axes, -1)
+
+
+@cache
+def small_product() -> int:
+    """Returns how many multiply-adds a product may have that the CPU's BLAS does not pack; 0 where a GPU multiplies."""
+    return blas.small_product() if kind() is Kind.CPU else 0
+
+
+def few_rows(size: int) -> int:
+    """Returns how many rows a product with a weight of so many numbers may have before the BLAS packs it; a number that
+    none has where it pays to pack anyway, and on a GPU.
+    """
+    few = small_product() // size
+    return few if few >= FEWEST else sys.maxsize
+
+
+def product(x: mx.array, weight: mx.array, few: int) -> mx.array:
+    """Returns x @ weight, a few rows at a time if that divides them, and if they are no more than FEW.
+
+    x: [N, in]; weight: [in, out]; few: rows, up to which the product is not packed (see few_rows).
+    """
+    rows, (inputs, outputs) = x.shape[0], weight.shape
+    each = next((count for count in range(few, FEWEST - 1, -1) if rows % count == 0), 0)
+    if rows > FEW or not each:
+        return x @ weight
+    y = x.reshape(-1, each, inputs) @ mx.broadcast_to(weight, (rows // each, inputs, outputs))
+    return y.reshape(rows, outputs)
 
 
 def input_major(weight: mx.array) -> tuple[mx.array, mx.array]:

@@ -61,3 +61,14 @@ def test_without_openblas_nothing_happens(monkeypatch):
         "0"
     )
     assert run(code).startswith("reference")
+
+
+@linux
+def test_which_blas_multiplies_without_packing():
+    says = "from mlx_gemma_mtp.machine import blas; blas.preload(); import mlx.core; print(blas.small_product())"
+    assert run(says, MLX_GEMMA_MTP_BLAS="off") == "0"
+    if openblas():
+        library = ctypes.CDLL("libopenblas.so.0")
+        library.openblas_get_corename.restype = ctypes.c_char_p
+        wide = library.openblas_get_corename() in (b"SkylakeX", b"Cooperlake", b"SapphireRapids")
+        assert run(says) == ("1000000" if wide else "0")
