@@ -80,11 +80,13 @@ Found = tuple[dict[str, Any], list[Shown]]
 def throughput_part(job: Job) -> Found:
     args = job.args
     limits = work.limits(args.requests, args.least, args.most)
+    drafts, *others = args.num_draft_tokens
     backlog = throughput.Backlog(job.prompts[: args.requests], limits, args.rows)
     crew = {OURS: job.start(rows=args.rows)}
     ways = [
-        throughput.Way(OURS, throughput.CONTINUOUS, args.num_draft_tokens, 1),
-        throughput.Way(OURS, throughput.FIXED, args.num_draft_tokens, args.rows),
+        throughput.Way(OURS, throughput.CONTINUOUS, drafts, 1),
+        throughput.Way(OURS, throughput.FIXED, drafts, args.rows),
+        *(throughput.Way(OURS, throughput.CONTINUOUS, other, 1) for other in others),
     ]
     if line := workers.missing(throughput.VLM):
         job.note(line)
@@ -93,12 +95,14 @@ def throughput_part(job: Job) -> Found:
         ways += throughput.tried(crew, backlog, args.mlx_vlm_drafts, job.note)
     throughput.measure(crew, backlog, ways, args.repeats, job.note)
     found = throughput.judged(ways, backlog)
-    asked = {"prompts": backlog.prompts, "limits": limits, "drafts": args.num_draft_tokens}
+    asked = {"prompts": backlog.prompts, "limits": limits, "drafts": drafts}
     found |= throughput.occupancy(crew[OURS].ask("occupancy", **asked))
     shown = [Shown(f"{w['system']}, {w['way']}, {w['drafts']} drafts: tokens/s", str(Interval(*w["tokens_per_s"])),
                    f"{w['equal']} of {len(limits)} texts equal") for w in found["ways"]]  # fmt: skip
     if over := throughput.interval_of(found, "over_mlx_vlm"):
         shown.append(Shown.at_least(f"times as fast as {found['better_of_mlx_vlm']}", over, OVER_VLM))
+        for way, each in found["others_over_mlx_vlm"].items():
+            shown.append(Shown.at_least(f"{way}: times as fast as that", Interval(*each), OVER_VLM))
     over = throughput.interval_of(found, "over_fixed_batches")
     shown.append(Shown.at_least(f"times as fast as our own batches of {args.rows}", over, OVER_FIXED))
     full = OCCUPIED * args.rows / 8
@@ -212,6 +216,14 @@ def slope_part(job: Job) -> Found:
     found: dict[str, Any] = {"sizes": sizes, "every": every}
     shown = []
     for key in sizes[0]:
+        if key == "batch":  # it grows in steps, up to a bound, with the rows of a length that were there at once
+            shown.append(
+                Shown(
+                    "batch: MB of its buffers, after the first and at the end",
+                    f"{sizes[0][key] / 1e6:.1f}, {sizes[-1][key] / 1e6:.1f}",
+                )
+            )
+            continue
         slope = of_slope([each[key] / every for each in settled])
         found[f"{key}_slope"] = slope.as_list()
         shown.append(
@@ -246,7 +258,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--rows", type=int, default=8)
     g.add_argument("--least", type=int, default=20, help="tokens of a text (default: 20)")
     g.add_argument("--most", type=int, default=300, help="tokens of a text (default: 300)")
-    g.add_argument("--num-draft-tokens", type=_drafts, default="auto", metavar="N|auto", help="(default: auto)")
+    g.add_argument("--num-draft-tokens", type=decode.draft_lengths, default=["auto"], metavar="N|auto,...",
+                   help="of ours; all but the first are compared with mlx-vlm alone (default: auto)")  # fmt: skip
     g.add_argument("--mlx-vlm-drafts", type=decode.numbers, default=[1, 2, 3], help="that are tried (default: 1,2,3)")
     g.add_argument("--without-mlx-vlm", action="store_true")
     g = p.add_argument_group("alone")
@@ -258,10 +271,6 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--apart", type=int, default=20, help="rounds between the arrivals (default: 20)")
     g.add_argument("--slope-requests", type=int, default=2000)
     return p
-
-
-def _drafts(text: str) -> int | str:
-    return text if text == "auto" else int(text)
 
 
 def check(args: argparse.Namespace) -> None:

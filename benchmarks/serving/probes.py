@@ -202,8 +202,8 @@ def prefixes(engine: Engine, long: list[int], ends: list[list[int]], limit: int)
 
 
 def memory(engine: Engine, prompts: list[list[int]], requests: int, every: int) -> list[dict[str, int]]:
-    """After every so many requests of mixed prompts, settings and lengths: bytes of MLX's arrays, of its buffer cache,
-    and of the process.
+    """After every so many requests of mixed prompts, settings and lengths: bytes of the batch's buffers, of MLX's other
+    arrays, of its buffer cache, and of the process.
     """
     r, sizes = random.Random(0), []
     kinds = (FREE, replace(FREE, temperature=1.0, top_k=64, top_p=0.95), replace(FREE, repetition_penalty=1.2))
@@ -212,7 +212,15 @@ def memory(engine: Engine, prompts: list[list[int]], requests: int, every: int) 
         params = [replace(r.choice(kinds), seed=r.randrange(1 << 30), max_tokens=r.randint(1, 16)) for _ in some]
         engine.generate(some, params)
         gc.collect()
-        sizes.append({"arrays": mx.get_active_memory(), "cached": mx.get_cache_memory(), "process": resident()})
+        batch = engine.call(lambda *_: engine._worker._runner._loop.cache.bytes)  # no option of the product tells
+        sizes.append(
+            {
+                "batch": batch,
+                "arrays": mx.get_active_memory() - batch,
+                "cached": mx.get_cache_memory(),
+                "process": resident(),
+            }
+        )
     return sizes
 
 

@@ -131,12 +131,14 @@ def judged(ways: Sequence[Way], backlog: Backlog) -> dict[str, Any]:
         if way is not ours:
             compared[str(way)] = of_median(ratios(ours, way)).as_list()
     peers = [way for way in ways if way.system == VLM]
+    others = [way for way in ways if (way.system, way.name) == (OURS, CONTINUOUS) and way is not ours]
     found: dict[str, Any] = {"requests": len(backlog.prompts), "rows": backlog.rows, "tokens": backlog.tokens}
     found |= {"ways": lines, "ratios": compared}
     if peers:
         best = min(peers, key=lambda way: of_median([served["seconds"] for served in way.served]).middle)
         found["over_mlx_vlm"] = of_median(ratios(ours, best)).as_list()
         found["better_of_mlx_vlm"] = str(best)
+        found["others_over_mlx_vlm"] = {str(way): of_median(ratios(way, best)).as_list() for way in others}
     fixed = next((way for way in ways if (way.system, way.name) == (OURS, FIXED)), None)
     if fixed is not None:
         found["over_fixed_batches"] = of_median(ratios(ours, fixed)).as_list()
