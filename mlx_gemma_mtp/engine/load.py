@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -271,13 +273,32 @@ def _import_text() -> ModuleType:
     quiet = ADVICE not in os.environ  # mlx_lm sets it, too
     if quiet:
         os.environ[ADVICE] = "1"
+    with _late_interrupt():
+        try:
+            with suppress(ImportError):
+                import_module("transformers.models.auto.tokenization_auto")
+        finally:
+            if quiet:
+                os.environ.pop(ADVICE, None)
+        return import_module("..text.encode", __package__)
+
+
+@contextmanager
+def _late_interrupt() -> Iterator[None]:
+    """Lets Ctrl-C wait for the end of a block that imports: modules of an import that it tears lack parts for as long
+    as the process lives, and no later load works.
+    """
+    handler, signals = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # Ctrl-C comes to the main thread, and to who listens
+        return
+    signal.signal(signal.SIGINT, lambda *told: signals.append(told))
     try:
-        with suppress(ImportError):
-            import_module("transformers.models.auto.tokenization_auto")
+        yield
     finally:
-        if quiet:
-            os.environ.pop(ADVICE, None)
-    return import_module("..text.encode", __package__)
+        signal.signal(signal.SIGINT, handler)
+        if signals:
+            handler(*signals[0])
 
 
 def _check_memory(pair: hub.Pair, cast: mx.Dtype | None, settings: Mapping[str, Any]) -> tuple[KVSpec, ...]:

@@ -239,3 +239,21 @@ def test_a_process_with_a_model_ends(name, seconds):
     code = textwrap.indent(textwrap.dedent(code.format(seconds)).strip(), "    ")
     guarded = f"try:\n{code}\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
     assert ended(f"{BEGIN}{LOADED}{guarded}", 300) == (due, "", "")
+
+
+def test_a_load_works_after_ctrl_c_amid_an_import():
+    """An import that is torn would leave jinja2 without its nodes, for as long as the process lives."""
+    torn = """
+    class Interrupting:
+        def find_spec(self, name, path=None, target=None):
+            if name == "jinja2.compiler":
+                sys.meta_path.remove(self)
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(9): time.sleep(0.001)  # where the interpreter takes signals
+    sys.meta_path.insert(0, Interrupting())
+    try: load()
+    except KeyboardInterrupt: sys.stdout.write("interrupted, ")
+    engine = load(num_draft_tokens=2)
+    sys.stdout.write(f"{len(engine.generate('x', SamplingParams(max_tokens=3)).tokens)} tokens")
+    """
+    assert ended(f"{BEGIN}{LOADED}{textwrap.dedent(torn)}") == (0, "interrupted, 3 tokens", "")
