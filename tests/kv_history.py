@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_gemma_mtp.cache.cache import Cache, Span
 from mlx_gemma_mtp.cache.saved import Saved
-from mlx_gemma_mtp.cache.spec import KVSpec, capacity
+from mlx_gemma_mtp.cache.spec import KVSpec, capacity, row_bytes
 
 HEADS = 2  # of a query
 Layers = list[np.ndarray]  # of one row: the keys and values of each layer, [2, kv_heads, n, D]
@@ -154,3 +154,48 @@ def prompt(cache: Cache, length: int, chunk: int, seed: int, slack: int = 0) -> 
             history.step(count, [count])
     assert own.bytes == before
     return history.saved(0, slack)
+
+
+def come_and_go(history: History, rounds: int, most: int, lengths: Sequence[int]) -> None:
+    """Prompts of these lengths join, at most so many at once; rows leave, for good or saved, come back, grow and change
+    places: whatever is read is compared, and so are bytes where what is not needed is given back.
+    """
+    cache, rng = history.cache, history.rng
+    parked: list[Kept] = []
+    for _ in range(rounds):
+        places: list[int | Kept] = []
+        for row in range(cache.rows):
+            fate = rng.random()
+            if fate < 0.7:
+                places.append(row)
+            elif fate < 0.85:
+                parked.append(history.saved(row))
+        if rng.random() < 0.3:
+            rng.shuffle(places)
+        while len(places) < most and rng.random() < 0.6:
+            if parked and rng.random() < 0.4:
+                joiner = parked.pop(int(rng.integers(len(parked))))
+            else:
+                length, chunk = int(rng.choice(lengths)), int(rng.choice([3, 16, 64]))
+                joiner = prompt(cache, length, chunk, int(rng.integers(1 << 30)))
+            places.insert(int(rng.integers(len(places) + 1)), joiner)
+        history.arrange(places)
+        for _ in range(3 if places else 0):
+            tokens = int(rng.integers(1, cache.block + 1))
+            commits = rng.integers(0, tokens + 1, len(places)).tolist()
+            history.step(tokens, commits, tight=bool(rng.integers(2)))
+        history.tighten()
+        if rng.random() < 0.3:
+            cache.trim()
+            held = [cache.classes[row] - 2 * cache.block for row in range(cache.rows)]
+            each = [row_bytes(cache.specs, n, cache.block, cache.dtype.size, cache.lookback) for n in held]
+            assert cache.bytes == sum(each)
+
+
+def damage(history: History) -> None:
+    """What is written and not committed of all rows is NaN."""
+    span, new = history.write(history.cache.block)
+    for i, each in enumerate(new):
+        nan = mx.full(each[:, 0].shape, np.nan)
+        span.write(i, nan, nan)
+    mx.eval(history.cache.buffers)
