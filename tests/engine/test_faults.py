@@ -47,14 +47,15 @@ from mlx_gemma_mtp.text.reply import Piece, Reply
 
 NAMES = ("greedy", "sampled", "penalised", "a stop string", "reported")
 ROWS = ("mask", "advance", "copy", "push", "finish", "closed", "silent")  # what ends one request
-ROUNDS = {  # what breaks a round, by name: whose method, and how often a drive calls it at most
-    "target": (Gemma4, "__call__", 40),
-    "drafter": (Drafter, "__call__", 60),
-    "logits": (Gemma4, "logits", 40),
-    "plan": (Scheduler, "plan", 30),
-    "launch": (Speculation, "launch", 25),
-    "step": (Speculation, "step", 25),
+ROUNDS = {  # what breaks a round, by name: whose method; every drive calls it EARLY times and most of them LATE times
+    "target": (Gemma4, "__call__"),
+    "drafter": (Drafter, "__call__"),
+    "logits": (Gemma4, "logits"),
+    "plan": (Scheduler, "plan"),
+    "launch": (Speculation, "launch"),
+    "step": (Speculation, "step"),
 }
+EARLY, LATE = 6, 25
 FAULTS = (*ROWS, *ROUNDS)
 TOLD = "it broke\nin two lines"
 MEGABYTE = 1 << 20
@@ -160,16 +161,17 @@ class Faulty(Failing):
         return not self.waiting and all(asked is self.victim for asked, _ in self.unfinished())
 
 
-def trial(pair: str, fault: str, seed: int, runner, clock: Clock) -> bool:
-    """One fault amid five requests, and what became of all of them. Returns whether a round raised."""
+def trial(pair: str, fault: str, most: int, seed: int, runner, clock: Clock) -> bool:
+    """One fault amid five requests, and what became of all of them. most: calls until a round raises. Returns whether
+    one did.
+    """
     r = random.Random(seed)
     schedule = drawn(seed, 5, NAMES)
     schedule = replace(schedule, requests=tuple(replace(each, at=each.at % 8) for each in schedule.requests))
     victim, after = r.randrange(5), r.randrange(12)
     drive = Faulty(engine_of(pair), schedule, fault, victim, after, runner, clock)
     if fault in ROUNDS:
-        owner, name, most = ROUNDS[fault]
-        with breaking(owner, name, r.randint(1, most)):
+        with breaking(*ROUNDS[fault], r.randint(1, most)):
             outcomes = drive.run()
     else:
         outcomes = drive.run()
@@ -202,9 +204,10 @@ def trials(pair: str, seeds: Sequence[int]) -> None:
     runner = runner_of(engine_of(pair), clock, Schedule(()))
     threads = threading.active_count()
     for number, seed in enumerate(seeds):
-        fault = FAULTS[number % len(FAULTS)]
+        cycle, which = divmod(number, len(FAULTS))
+        fault = FAULTS[which]
         with within(300):
-            if trial(pair, fault, seed, runner, clock):
+            if trial(pair, fault, LATE if cycle else EARLY, seed, runner, clock):
                 raised.add(fault)
         clock.now += 1000.0
         if number == len(seeds) // 2:
