@@ -16,15 +16,20 @@ Layers = list[np.ndarray]  # of one row: the keys and values of each layer, [2, 
 Kept = tuple[Saved, Layers]
 
 
-def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Of one position: queries [heads, D], keys and values [kv_heads, n, D], in float64. Without keys it is NaN."""
-    out = np.full(queries.shape, np.nan)
-    for head in range(len(queries) if keys.shape[1] else 0):
-        own = head * len(keys) // len(queries)
-        scores = keys[own].astype(float) @ queries[head].astype(float)
-        weights = np.exp(scores - scores.max())
-        out[head] = weights / weights.sum() @ values[own]
-    return out
+def attention(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, places: np.ndarray, window: int | None
+) -> np.ndarray:
+    """Of the positions `places` [T], each of which sees itself and what comes before: queries [heads, T, D], keys and
+    values [kv_heads, n, D], in float64. Without keys it is NaN.
+    """
+    slots, own = np.arange(keys.shape[1]), np.arange(len(queries)) * len(keys) // len(queries)
+    seen = slots <= places[:, None]
+    if window is not None:
+        seen &= slots > places[:, None] - window
+    scores = np.where(seen, queries.astype(float) @ keys[own].astype(float).swapaxes(1, 2), -np.inf)
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
+        return weights @ values[own] / weights.sum(axis=-1, keepdims=True)
 
 
 def unpacked(spec: KVSpec, arrays: Sequence[mx.array]) -> np.ndarray:
@@ -114,11 +119,9 @@ class History:
         for row, layers in enumerate(self.rows):
             past = layers[layer]
             held = past if new is None else np.concatenate([past, new[layer][row]], axis=2)
-            for t in range(queries.shape[2]):
-                place = past.shape[2] + (offset if new is None else t)
-                first = 0 if window is None else max(place - window + 1, 0)
-                want = attention(queries[row, :, t], *held[:, :, first : place + 1])
-                np.testing.assert_allclose(found[row, :, t], want, rtol=1e-5, atol=1e-5, err_msg=f"{layer, row, t}")
+            places = past.shape[2] + (np.arange(queries.shape[2]) if new is not None else np.array([offset]))
+            want = attention(queries[row], *held, places, window)
+            np.testing.assert_allclose(found[row], want, rtol=1e-5, atol=1e-5, err_msg=f"{layer, row}")
 
     def saved(self, row: int, slack: int = 0) -> Kept:
         """A row as it is saved, whose contents are compared."""

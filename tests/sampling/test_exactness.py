@@ -1,8 +1,8 @@
 """Sampling is exact: the joint distribution of some tokens through the real loop, against enumeration.
 
 A toy target (the next token's logits depend on the last token) with a good, a bad and an adversarial drafter: 60,000
-rows, in the slow tests 200,000, one seed each, three drafts a round; chi-square, p > 1e-3. Coupled sampling says the same with any drafter;
-rejection says something else with each, so each is held against enumeration.
+rows, 200,000 in the slow tests, one seed each, three drafts a round; chi-square, p > 1e-3. Coupled sampling says the
+same with any drafter; rejection says something else with each, so each is held against enumeration.
 """
 
 import itertools
