@@ -9,22 +9,27 @@ import numpy as np
 
 from mlx_gemma_mtp.cache.cache import Cache, Span
 from mlx_gemma_mtp.cache.saved import Saved
-from mlx_gemma_mtp.cache.spec import KVSpec, capacity
+from mlx_gemma_mtp.cache.spec import KVSpec, capacity, row_bytes
 
 HEADS = 2  # of a query
 Layers = list[np.ndarray]  # of one row: the keys and values of each layer, [2, kv_heads, n, D]
 Kept = tuple[Saved, Layers]
 
 
-def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Of one position: queries [heads, D], keys and values [kv_heads, n, D], in float64. Without keys it is NaN."""
-    out = np.full(queries.shape, np.nan)
-    for head in range(len(queries) if keys.shape[1] else 0):
-        own = head * len(keys) // len(queries)
-        scores = keys[own].astype(float) @ queries[head].astype(float)
-        weights = np.exp(scores - scores.max())
-        out[head] = weights / weights.sum() @ values[own]
-    return out
+def attention(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, places: np.ndarray, window: int | None
+) -> np.ndarray:
+    """Of the positions `places` [T], each of which sees itself and what comes before: queries [heads, T, D], keys and
+    values [kv_heads, n, D], in float64. Without keys it is NaN.
+    """
+    slots, own = np.arange(keys.shape[1]), np.arange(len(queries)) * len(keys) // len(queries)
+    seen = slots <= places[:, None]
+    if window is not None:
+        seen &= slots > places[:, None] - window
+    scores = np.where(seen, queries.astype(float) @ keys[own].astype(float).swapaxes(1, 2), -np.inf)
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
+        return weights @ values[own] / weights.sum(axis=-1, keepdims=True)
 
 
 def unpacked(spec: KVSpec, arrays: Sequence[mx.array]) -> np.ndarray:
@@ -114,11 +119,9 @@ class History:
         for row, layers in enumerate(self.rows):
             past = layers[layer]
             held = past if new is None else np.concatenate([past, new[layer][row]], axis=2)
-            for t in range(queries.shape[2]):
-                place = past.shape[2] + (offset if new is None else t)
-                first = 0 if window is None else max(place - window + 1, 0)
-                want = attention(queries[row, :, t], *held[:, :, first : place + 1])
-                np.testing.assert_allclose(found[row, :, t], want, rtol=1e-5, atol=1e-5, err_msg=f"{layer, row, t}")
+            places = past.shape[2] + (np.arange(queries.shape[2]) if new is not None else np.array([offset]))
+            want = attention(queries[row], *held, places, window)
+            np.testing.assert_allclose(found[row], want, rtol=1e-5, atol=1e-5, err_msg=f"{layer, row}")
 
     def saved(self, row: int, slack: int = 0) -> Kept:
         """A row as it is saved, whose contents are compared."""
@@ -154,3 +157,48 @@ def prompt(cache: Cache, length: int, chunk: int, seed: int, slack: int = 0) -> 
             history.step(count, [count])
     assert own.bytes == before
     return history.saved(0, slack)
+
+
+def come_and_go(history: History, rounds: int, most: int, lengths: Sequence[int]) -> None:
+    """Prompts of these lengths join, at most so many at once; rows leave, for good or saved, come back, grow and change
+    places: whatever is read is compared, and so are bytes where what is not needed is given back.
+    """
+    cache, rng = history.cache, history.rng
+    parked: list[Kept] = []
+    for _ in range(rounds):
+        places: list[int | Kept] = []
+        for row in range(cache.rows):
+            fate = rng.random()
+            if fate < 0.7:
+                places.append(row)
+            elif fate < 0.85:
+                parked.append(history.saved(row))
+        if rng.random() < 0.3:
+            rng.shuffle(places)
+        while len(places) < most and rng.random() < 0.6:
+            if parked and rng.random() < 0.4:
+                joiner = parked.pop(int(rng.integers(len(parked))))
+            else:
+                length, chunk = int(rng.choice(lengths)), int(rng.choice([3, 16, 64]))
+                joiner = prompt(cache, length, chunk, int(rng.integers(1 << 30)))
+            places.insert(int(rng.integers(len(places) + 1)), joiner)
+        history.arrange(places)
+        for _ in range(3 if places else 0):
+            tokens = int(rng.integers(1, cache.block + 1))
+            commits = rng.integers(0, tokens + 1, len(places)).tolist()
+            history.step(tokens, commits, tight=bool(rng.integers(2)))
+        history.tighten()
+        if rng.random() < 0.3:
+            cache.trim()
+            held = [cache.classes[row] - 2 * cache.block for row in range(cache.rows)]
+            each = [row_bytes(cache.specs, n, cache.block, cache.dtype.size, cache.lookback) for n in held]
+            assert cache.bytes == sum(each)
+
+
+def damage(history: History) -> None:
+    """What is written and not committed of all rows is NaN."""
+    span, new = history.write(history.cache.block)
+    for i, each in enumerate(new):
+        nan = mx.full(each[:, 0].shape, np.nan)
+        span.write(i, nan, nan)
+    mx.eval(history.cache.buffers)

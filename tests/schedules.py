@@ -304,6 +304,28 @@ class Drive:
             outcome.over = delivery.chunk.result is not None
 
 
+class Failing(Drive):
+    """A Drive whose rounds may raise `fault`: whoever is there fails, as the worker has it.
+
+    failed: the turns in which one raised. present: the requests that were there at the last of them.
+    """
+
+    fault: type[Exception]
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.failed: list[int] = []
+        self.present: set[int] = set()
+
+    def round(self) -> None:
+        try:
+            super().round()
+        except self.fault as error:
+            self.failed.append(self.now)
+            self.present = {number for number, each in self.outcomes.items() if not each.over}
+            self.take(self.runner.fail(error))
+
+
 @cache
 def alone(pair: str, asked: Asked) -> Result:
     """What comes of a request by itself, without drafts and to its end; made once. asked: as `Asked.alone`."""

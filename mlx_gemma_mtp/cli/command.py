@@ -14,14 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from ..errors import UserError, clipped, shown
 from ..files.files import is_stream, whole
 from ..machine import blas
 from . import raise_again
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from ..engine.engine import Engine
 
 DIGITS = re.compile(r"\d{100,}")  # of an integer, in a message
@@ -277,6 +277,8 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         if self.bar is None:
+            from tqdm import tqdm  # a tenth of the time to `--version`
+
             self.bar = tqdm(total=total, desc=self.what, delay=1, leave=False, disable=None)
         self.bar.update(done - self.bar.n)
         if done >= total:

@@ -126,28 +126,31 @@ def warm_up(
         kind = (rows, type(target), target.config.moe is None, drafter and type(drafter.masked_embedding), bits)
         if kind not in _done:
             _done.add(kind)
-            with _one_at_a_time(), _preamble_compiled():
+            with _one_at_a_time(), preamble_compiled():
                 Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0, specs=specs).rounds(2)
 
 
 @contextmanager
-def _preamble_compiled() -> Iterator[None]:
-    """Where hardly a kernel is compiled yet, compiles the header that all of them include once, before them.
+def preamble_compiled(few: int = FEW) -> Iterator[None]:
+    """Where fewer kernels than that are compiled yet, compiles the header that all of them include once, before them.
 
-    That is most of a kernel's time: 0.17 seconds instead of 0.57. g++ looks for it beside a kernel's source first, and
-    passes over one that does not fit. It has 50 MB, so it is removed.
+    That is most of a kernel's time: 0.17 seconds instead of 0.82. g++ looks for it beside a kernel's source first, and
+    passes over one that does not fit. It has 50 MB, so whoever made it removes it.
     """
     header, folder = Path(mx.__file__).parent / "include" / PREAMBLE, kernel_folder()
-    if header.is_file() and shutil.which("g++") and len(list(folder.glob("*.so"))) < FEW:
+    made = folder / f"{PREAMBLE}.gch"
+    mine = header.is_file() and shutil.which("g++") and len(list(folder.glob("*.so"))) < few and not made.exists()
+    if mine:
         command = ["g++", *FLAGS, f"-I{header.parents[3]}", "-x", "c++-header", str(header), "-o"]
         with suppress(OSError, subprocess.SubprocessError):  # then each kernel reads it anew
-            (folder / PREAMBLE).parent.mkdir(parents=True, exist_ok=True)
-            with whole(folder / f"{PREAMBLE}.gch") as part:
+            made.parent.mkdir(parents=True, exist_ok=True)
+            with whole(made) as part:
                 subprocess.run([*command, str(part)], check=True, capture_output=True, timeout=PATIENCE)
     try:
         yield
     finally:
-        shutil.rmtree(folder / PREAMBLE.split("/")[0], ignore_errors=True)
+        if mine:
+            shutil.rmtree(folder / PREAMBLE.split("/")[0], ignore_errors=True)
 
 
 @contextmanager

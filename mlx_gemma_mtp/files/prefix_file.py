@@ -8,14 +8,13 @@ key, salt and tokens: a salt is nowhere in plain.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from ..errors import UserError
 from .safetensors import ITEM_BYTES, header_bytes, header_of
@@ -67,7 +66,7 @@ class Names:
 
 def packed(tokens: Sequence[int]) -> memoryview:
     """Returns token ids as little-endian int32."""
-    return memoryview(np.asarray(tokens, "<i4").tobytes())
+    return memoryview(struct.pack(f"<{len(tokens)}i", *tokens))
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Image:
         arrays = {"key": HostArray("U8", (DIGEST,), key), "tokens": HostArray("I32", (len(tokens),), packed(tokens))}
         arrays |= {f"{i}.{place}": each for i, layer in enumerate(layers) for place, each in enumerate(layer)}
         for name, (dtype, shape, data) in arrays.items():
-            assert memoryview(data).nbytes == np.prod(shape, dtype=int) * ITEM_BYTES[dtype], f"{name}: {dtype} {shape}"
+            assert memoryview(data).nbytes == math.prod(shape) * ITEM_BYTES[dtype], f"{name}: {dtype} {shape}"
         described = [(name, dtype, tuple(shape)) for name, (dtype, shape, _) in arrays.items()]
         header, _ = header_bytes([*described, ("sha256", "U8", (DIGEST,))])
         return cls((header, *(each.data for each in arrays.values())))

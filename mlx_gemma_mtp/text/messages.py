@@ -11,8 +11,6 @@ from itertools import takewhile
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-
 from ..errors import UserError, in_a_line, shown
 from ..sampling.params import check_unicode
 from .control import CLOSE, OPEN
@@ -30,6 +28,7 @@ UNSAID = (
     *("id", "type", "index", "status", "annotations", "cache_control", "extra_content", "provider_specific_fields"),
     *("metadata", "response_metadata", "usage_metadata", "usage", "model", "timestamp", "created_at"),
 )
+TRUTHS = ("bool", "bool_")  # Python's and NumPy's, by name: whoever has none of NumPy's does not wait for it
 DEEPEST = 64  # levels of arguments and schemas
 THOUGHT = "thought"  # the channel's name, which a newline ends
 CHANNEL = re.compile(f"{re.escape(OPEN)}(.*?){re.escape(CLOSE)}", re.DOTALL)
@@ -115,7 +114,7 @@ def plain(what: str, value: Any, depth: int = 0) -> Any:
         raise UserError(f"{what} is nested deeper than {DEEPEST} levels; make it flatter")
     if isinstance(value, str):
         return check_unicode(what, str(value))
-    if value is None or isinstance(value, (bool, np.bool_)):
+    if value is None or type(value).__name__ in TRUTHS:
         return None if value is None else bool(value)
     if isinstance(value, Integral):
         return int(value)
@@ -156,7 +155,8 @@ def _check_keys(what: str, given: Mapping[Any, Any], taken: Sequence[str]) -> No
     """Raises UserError for a key that is not taken, unless it says nothing: null, empty, a number, or in UNSAID."""
     for key, value in given.items():
         empty = value is None or (isinstance(value, (str, Mapping, Sequence)) and not len(value))
-        if key not in taken and key not in UNSAID and not empty and not isinstance(value, (Real, np.bool_)):
+        number = isinstance(value, Real) or type(value).__name__ in TRUTHS
+        if key not in taken and key not in UNSAID and not empty and not number:
             raise UserError(
                 f"{what} has the key {shown(key)} with {shown(value)}, expected {', '.join(taken)}: put what it says "
                 "into the content, or leave it out"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_history import HEADS, History, Kept, kept, prompt, unpacked
+from kv_history import HEADS, History, come_and_go, damage, kept, prompt, unpacked
 
 from mlx_gemma_mtp.cache.cache import Cache, Span
 from mlx_gemma_mtp.cache.kv import LayerKV, QuantizedKV
@@ -83,34 +83,9 @@ def test_numbers_are_within_a_step_of_what_was_written(bits, rings):
 @given(seed=st.integers(0, 1 << 30), lookback=st.integers(0, 1))
 def test_rows_that_come_and_go_see_what_brute_force_says(bits, rings, seed, lookback):
     """Prompts join, rows leave, for good or saved, come back, grow and change places, with their windows wrapped."""
-    rng = np.random.default_rng(seed)
     specs = with_bits([KVSpec(2, 32, 40), KVSpec(1, 64, None)], bits, rings)
-    history, parked = History(Cache(specs, 9, mx.float32, lookback), seed), []
-    for _ in range(5):
-        places: list[int | Kept] = []
-        for row in range(history.cache.rows):
-            fate = rng.random()
-            if fate < 0.7:
-                places.append(row)
-            elif fate < 0.85:
-                parked.append(history.saved(row))
-        if rng.random() < 0.3:
-            rng.shuffle(places)
-        while len(places) < 3 and rng.random() < 0.7:
-            if parked and rng.random() < 0.4:
-                joiner = parked.pop(int(rng.integers(len(parked))))
-            else:
-                length, chunk = rng.choice([1, 40, 243, 300]), rng.choice([3, 16, 64])
-                joiner = prompt(history.cache, int(length), int(chunk), int(rng.integers(1 << 30)))
-            places.insert(int(rng.integers(len(places) + 1)), joiner)
-        history.arrange(places)
-        for _ in range(3 if places else 0):
-            tokens = int(rng.integers(1, 10))
-            commits = rng.integers(0, tokens + 1, len(places)).tolist()
-            history.step(tokens, commits, tight=bool(rng.integers(2)))
-        history.tighten()
-        if rng.random() < 0.3:
-            history.cache.trim()
+    history = History(Cache(specs, 9, mx.float32, lookback), seed)
+    come_and_go(history, rounds=5, most=3, lengths=[1, 40, 243, 300])
 
 
 @quantised
@@ -134,10 +109,7 @@ def test_a_damaged_row_damages_nobody_who_comes_into_its_place():
     cache = Cache(with_bits(FLOAT, 8, True), 9, mx.float32)
     history = History(cache)
     history.arrange([prompt(cache, n, 64, seed=n) for n in (30, 20)])
-    span, new = history.write(9)
-    for i, each in enumerate(new):
-        span.write(i, mx.full(each[:, 0].shape, np.nan), mx.full(each[:, 0].shape, np.nan))
-    mx.eval(cache.buffers)
+    damage(history)
     history.arrange([prompt(cache, 3, 64, seed=5), 1])
     history.arrange([0])
     for _ in range(3):

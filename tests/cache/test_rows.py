@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_history import History, Kept, prompt
+from kv_history import History, come_and_go, damage, prompt
 
 from benchmarks.trace import primitives
 from mlx_gemma_mtp.cache.cache import Cache, Span
@@ -37,36 +37,9 @@ def test_classes():
 @given(seed=st.integers(0, 1 << 30), window=st.sampled_from([1, 5, 40]), lookback=st.integers(0, 1))
 def test_rows_that_come_and_go_see_what_brute_force_says(seed, window, lookback):
     """Prompts of several lengths and chunks join; rows leave, for good or saved, come back, grow and change places."""
-    rng = np.random.default_rng(seed)
     specs = [KVSpec(2, 4, window), KVSpec(1, 4, None)]
-    history, parked = History(Cache(specs, 9, mx.float32, lookback), seed), []
-    for _ in range(8):
-        places: list[int | Kept] = []
-        for row in range(history.cache.rows):
-            fate = rng.random()
-            if fate < 0.7:
-                places.append(row)
-            elif fate < 0.85:
-                parked.append(history.saved(row))
-        if rng.random() < 0.3:
-            rng.shuffle(places)
-        while len(places) < 4 and rng.random() < 0.6:
-            if parked and rng.random() < 0.4:
-                joiner = parked.pop(int(rng.integers(len(parked))))
-            else:
-                length, chunk = rng.choice([1, 5, 40, 243, 300, 1100]), rng.choice([3, 16, 64])
-                joiner = prompt(history.cache, int(length), int(chunk), int(rng.integers(1 << 30)))
-            places.insert(int(rng.integers(len(places) + 1)), joiner)
-        history.arrange(places)
-        for _ in range(3 if places else 0):
-            tokens = int(rng.integers(1, 10))
-            commits = rng.integers(0, tokens + 1, len(places)).tolist()
-            history.step(tokens, commits, tight=bool(rng.integers(2)))
-        history.tighten()
-        if rng.random() < 0.3:
-            history.cache.trim()
-            lengths = [history.cache.classes[row] - 2 * 9 for row in range(history.cache.rows)]
-            assert history.cache.bytes == sum(row_bytes(specs, n, 9, 4, lookback) for n in lengths)
+    history = History(Cache(specs, 9, mx.float32, lookback), seed)
+    come_and_go(history, rounds=8, most=4, lengths=[1, 5, 40, 243, 300, 1100])
 
 
 def asked(cache: Cache, tokens: int = 4) -> int:
@@ -155,10 +128,7 @@ def test_a_class_follows_from_the_length_alone():
 def test_what_lay_in_a_place_before_is_gone():
     """A row whose numbers were damaged leaves; whoever comes into its place, and grows there, reads none of them."""
     history = batch([30, 20])
-    span, new = history.write(9)
-    for i, each in enumerate(new):
-        span.write(i, mx.full(each[:, 0].shape, np.nan), mx.full(each[:, 0].shape, np.nan))
-    mx.eval(history.cache.buffers)
+    damage(history)
     newcomer = prompt(history.cache, 3, 64, seed=5)
     history.arrange([1, newcomer])
     history.arrange([newcomer, 1])

@@ -88,12 +88,21 @@ def test_a_command_by_its_name(capsys, name):
     one_line(err, "--nonsense" if name != "convert" else "")
 
 
-def test_the_dispatcher_imports_nothing_large():
+def test_what_is_large_is_imported_when_it_is_needed():
+    """The version, a command's help and an error in its line need none of it, but for two commands' own arrays."""
     code = (
-        "import sys, mlx_gemma_mtp.__main__ as m\nassert m.main(['--version']) == 0\n"
-        "assert not [n for n in sys.modules if n.split('.')[0] in ('mlx', 'transformers', 'numpy', 'huggingface_hub')]"
+        "import sys, mlx_gemma_mtp.__main__ as m\nfrom importlib import import_module\n"
+        "large = {'mlx_lm', 'transformers', 'tokenizers', 'huggingface_hub', 'torch', 'fastapi', 'jinja2'}\n"
+        "arrays = {'mlx', 'numpy', 'tqdm'}\n"
+        "loaded = lambda names: sorted({n.split('.')[0] for n in sys.modules} & names)\n"
+        "assert m.main(['--version']) == 0 and not loaded(large | arrays)\n"
+        "for name in sorted(m.COMMANDS, key=lambda name: name in ('trace-routing', 'convert')):\n"
+        "    import_module(m.COMMANDS[name][0])\n"
+        "    arrays -= {'trace-routing': {'numpy'}, 'convert': arrays}.get(name, set())\n"
+        "    assert not loaded(large | arrays), name\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_child_runs_a_command():

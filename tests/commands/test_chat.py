@@ -72,10 +72,12 @@ def test_a_chat_in_a_terminal(tmp_path, monkeypatch):
 
 
 def test_several_lines_and_keys(tmp_path, monkeypatch):
-    """A paste is one turn; Alt-Enter, Ctrl-J and a backslash go on; Ctrl-C clears, Tab completes, up goes back."""
+    """A paste is one turn; Alt-Enter, Ctrl-J and a backslash go on; Ctrl-C clears, Tab completes, up goes back. What is
+    typed is kept for its user alone.
+    """
     monkeypatch.chdir(tmp_path)
     file = Path("chat.json")  # a short name: what is waited for stands in one line
-    with Terminal(MODULE, *SHORT) as terminal:
+    with Terminal(MODULE, "--history", *SHORT, MLX_GEMMA_MTP_CACHE=str(tmp_path / "cache")) as terminal:
         at_the_prompt(terminal)
         terminal.send(f"{PASTE}one\r\ntwo\n    three{PASTED}")
         terminal.wait("three")
@@ -102,6 +104,8 @@ def test_several_lines_and_keys(tmp_path, monkeypatch):
         assert [each["content"] for each in saved(file)[::2]] == ["one\ntwo\n    three", "a\nb\nc\nd"]
         terminal.send("/exit\r")
         assert terminal.ends() == 0
+    kept = tmp_path / "cache" / chat.HISTORY
+    assert f"/save {file}" in kept.read_text() and stat.S_IMODE(kept.stat().st_mode) == 0o600
 
 
 def test_a_narrow_window_without_colours():
@@ -186,13 +190,3 @@ def test_bad_flags_are_one_line(capsys, monkeypatch, flags, message):
     assert chat.main(flags) == 2
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1] and "Traceback" not in err
-
-
-def test_what_is_typed_is_kept_for_its_user_alone(tmp_path):
-    with Terminal(MODULE, "--history", *SHORT, MLX_GEMMA_MTP_CACHE=str(tmp_path / "cache")) as terminal:
-        at_the_prompt(terminal)
-        say(terminal, "/draft 2", "drafts a round: 2")
-        terminal.send(CTRL_D)
-        assert terminal.ends() == 0
-    file = tmp_path / "cache" / chat.HISTORY
-    assert "/draft 2" in file.read_text() and stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -268,13 +268,6 @@ def test_the_cpu_runs_in_float32(engine):
         assert engine.target.norm.weight.dtype == mx.float32
 
 
-def test_the_readme_example(tmp_path, monkeypatch):
-    """The README's Python block runs as it stands."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    code = readme.split("```python\n", 1)[1].split("```", 1)[0]
-    exec(compile(code, "README.md", "exec"), {})
-
-
 @pytest.mark.slow
 def test_six_thousand_tokens_of_context(engine):
     """The source of a module as the prompt: the same text with and without drafts, which are still accepted."""

@@ -14,6 +14,7 @@ from schedules import (
     Asked,
     Clock,
     Drive,
+    Failing,
     Outcome,
     Schedule,
     alone,
@@ -335,25 +336,20 @@ def test_what_somebody_read_is_used():
 def test_what_cannot_be_made_of_a_file_fails_one_round_and_is_computed():
     """The request that brought it is not asked for it again: others after it are not ended as well."""
     engine, clock, row, late = engine_of("bundled"), Clock(), Asked(prompt=(1, 20)), Asked(at=4, prompt=(0, 150))
-    failed: list[int] = []
 
-    class Bringing(Drive):
+    class Bringing(Failing):
+        fault = MemoryError
+
         def made(self, asked):
             request = super().made(asked)
             if asked is late:
                 request.restored = SimpleNamespace(tokens=CHUNK, saved=mock.Mock(side_effect=MemoryError))
             return request
 
-        def round(self):
-            try:
-                super().round()
-            except MemoryError as error:
-                failed.append(self.now)
-                self.take(self.runner.fail(error))
-
     after = replace(row, at=6)
-    outcomes = Bringing(engine, Schedule((row, late, after)), None, clock).run()
-    assert len(failed) == 1 and outcomes[0].result.finish_reason == "error"
+    drive = Bringing(engine, Schedule((row, late, after)), None, clock)
+    outcomes = drive.run()
+    assert len(drive.failed) == 1 and outcomes[0].result.finish_reason == "error"
     for each in outcomes[1:]:
         check("bundled", each)
 

@@ -42,6 +42,7 @@ pytest.importorskip("llguidance")
 
 CACHE = str(Path(cache.__file__).parent)
 FEW, MANY = 10, 125  # examples of each test and pair
+HALF = [list(QUANTISED)[place] for place in (0, 3, 5, 6)]  # each pair with each number of bits and kind of rings
 common = settings(deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
 always = settings(common, max_examples=FEW, derandomize=True)
 often = settings(common, max_examples=MANY)
@@ -55,7 +56,7 @@ def test_some_schedules(pair, schedule):
         check_all(pair, schedule)
 
 
-@pytest.mark.parametrize("pair", QUANTISED)
+@pytest.mark.parametrize("pair", HALF)
 @settings(always, max_examples=2)
 @given(schedule=schedules())
 def test_some_schedules_over_few_bits(pair, schedule):
@@ -75,7 +76,7 @@ def test_many_schedules_over_few_bits(pair, schedule):
         check_all(pair, schedule)
 
 
-@pytest.mark.parametrize("pair", (min(QUANTISED), max(QUANTISED)))
+@pytest.mark.parametrize("pair", (HALF[1], HALF[3]))
 def test_a_crowd_over_few_bits_has_drafts_kept(pair):
     """Three rows where there is hardly room for one, past the wrapped window; their drafts are kept."""
     requests = tuple(Asked(at=3 * i, prompt=(i, 140 + 60 * i), limit=LONGEST, drafts=i % 2 * 4) for i in range(3))

@@ -87,7 +87,7 @@ def test_what_one_row_does_not_need_is_not_made(monkeypatch):
             pass
 
     monkeypatch.setattr(warmup, "Bench", Bench)
-    monkeypatch.setattr(warmup, "_preamble_compiled", nullcontext)
+    monkeypatch.setattr(warmup, "preamble_compiled", nullcontext)
     monkeypatch.setattr(warmup, "_done", set())
     target = loading.open_target(hub.DEMO / "target")
     for most, expected in ((1, [1]), (1, []), (8, [2]), (8, [])):
@@ -135,17 +135,20 @@ def test_g_plus_plus_takes_the_compiled_header(cache, monkeypatch):
     include, folder = Path(mx.__file__).parent / "include", warmup.kernel_folder()
     if not (include / warmup.PREAMBLE).is_file() or "clang" in subprocess.getoutput("g++ --version"):
         pytest.skip("another MLX, or another compiler")
-    with warmup._preamble_compiled():
+    with warmup.preamble_compiled():
         (folder / "x.cpp").write_text(f'#include "{warmup.PREAMBLE}"\n')
         argv = ["g++", *warmup.FLAGS, "-shared", "-I", include, "-H", folder / "x.cpp", "-o", folder / "libx.so"]
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         assert f"! {folder / warmup.PREAMBLE}.gch" in done.stderr
+        with warmup.preamble_compiled():
+            pass
+        assert (folder / f"{warmup.PREAMBLE}.gch").is_file(), "another's is left to it"
     assert sorted(file.name for file in folder.iterdir()) == ["libx.so", "x.cpp"]
 
 
 def test_a_header_that_cannot_be_compiled_stops_nothing(cache, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(cache.parent))
     monkeypatch.setattr(warmup, "FLAGS", ("-no-such-flag",))
-    with warmup._preamble_compiled():
+    with warmup.preamble_compiled():
         assert not list(warmup.kernel_folder().rglob("*.gch"))
     assert list(warmup.kernel_folder().iterdir()) == []

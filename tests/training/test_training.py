@@ -367,6 +367,22 @@ def test_a_wrong_folder_is_one_line(argv, message, source, tmp_path, monkeypatch
     assert message in error and error.count("\n") == 1
 
 
+def test_each_part_of_the_recipe_takes_what_the_one_before_left(tmp_path, monkeypatch, capsys):
+    """The whole recipe, too short to learn anything; `test_the_whole_recipe` says that it does."""
+    short = replace(SHORT, target_steps=2, drafter_steps=2, replies=300, modules=6)
+    monkeypatch.setattr(recipe, "TINY", short)
+    monkeypatch.setattr(drafter, "LENGTH", 64)
+    monkeypatch.setattr(selfgen, "NEW_TOKENS", 8)
+    monkeypatch.setattr(recipe.report, "LENGTH", 64)
+    monkeypatch.setattr(recipe.report, "NEW_TOKENS", 8)
+    monkeypatch.setattr(recipe.report, "marked_prompts", lambda: ["def f(x):", "What is a list?"])
+    assert recipe.main(["--tiny", "--out", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "export" / "report.json").read_text())
+    assert figures == json.loads(capsys.readouterr().out)
+    assert figures["transformers_greedy"]["same_as_greedy"] == 2
+    assert all(figures[name]["tokens"] == 16 for name in ("greedy", "temperature_1"))
+
+
 @pytest.mark.slow
 def test_the_whole_recipe(tmp_path, capsys):
     """The README's command; what it reports."""

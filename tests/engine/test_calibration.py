@@ -1,0 +1,278 @@
+"""The draft length in the loop of the bundled pair, and the costs that it goes by: measured, kept and shown."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from cost_tables import random_table, table
+
+from mlx_gemma_mtp import SamplingParams, calibrate, load
+from mlx_gemma_mtp.checks import speedup
+from mlx_gemma_mtp.engine import calibration
+from mlx_gemma_mtp.engine.calibration import KINDS, Costs
+from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.ops import expert_paths, kernels
+from mlx_gemma_mtp.speculative.auto import Auto
+from mlx_gemma_mtp.speculative.choice import (
+    GRAMMAR,
+    LIMIT,
+    OFF,
+    REASONS,
+)
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, CostFile, CostTable
+
+SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, ignore_eos=True, seed=3)
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, seed=0)
+PROMPTS = ["def fibonacci(n):", "What is a list?", "import os", "Write a class.", "x = 1", "Why?", "for i in", "return"]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load(dtype="float32")
+
+
+def with_table(engine, costs: CostTable):
+    """The engine, its controllers new; no clock reaches them."""
+    engine.depth.autos |= {kind: Auto(costs, frozen=True) for kind in KINDS}
+    return engine
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_tokens_never_depend_on_it(engine, params, rows):
+    """Equal to plain decoding, alone, in float32, whatever the table says."""
+    plain = [engine.generate(prompt, params, num_draft_tokens=0).tokens for prompt in PROMPTS[:rows]]
+    lengths = set()
+    for seed in range(4):
+        results = with_table(engine, random_table(seed)).generate(PROMPTS[:rows], params)
+        assert [result.tokens for result in results] == plain
+        lengths |= {length for result in results for length in result.stats.depths}
+    assert len(lengths) >= 4
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_same_table_same_choices(engine, params, rows):
+    ragged = [SamplingParams(**{**vars(params), "max_tokens": 12 + 5 * i}) for i in range(rows)]
+    first, second = (
+        [r.stats.depths for r in with_table(engine, table(0.1, 0.1)).generate(PROMPTS[:rows], ragged)] for _ in range(2)
+    )
+    assert first == second and sum(sum(r.values()) for d in first for r in d.values()) > rows
+
+
+def test_mtp_that_cannot_pay_is_off_and_says_so(engine):
+    result = with_table(engine, table(1.0, 0.5)).generate(
+        PROMPTS[0], SamplingParams(**{**vars(GREEDY), "max_tokens": 8})
+    )
+    assert not result.stats.mtp and result.stats.mtp_reason == REASONS[OFF]
+    assert result.stats.depths == {0: {OFF: 6, LIMIT: 1}}
+
+
+def test_frozen_costs_give_equal_calls_equal_lengths(engine, monkeypatch):
+    """Also after other calls; without them the second call knows more than the first."""
+    monkeypatch.setattr(engine.depth, "frozen", True)
+    depths = [with_table(engine, table(0.1, 0.1)).generate(PROMPTS[0], GREEDY).stats.depths]
+    engine.generate(PROMPTS[1:3], SAMPLED)
+    depths += [engine.generate(PROMPTS[0], GREEDY).stats.depths for _ in range(2)]
+    assert depths[0] == depths[1] == depths[2]
+    assert all(auto.frozen for auto in engine.depth.autos.values())
+
+
+def test_frozen_costs_from_load_and_from_the_command_line(monkeypatch):
+    from mlx_gemma_mtp import generate
+
+    frozen, usual = load(dtype="float32", frozen_costs=True), load(dtype="float32")
+    assert frozen.settings.frozen_costs and frozen.depth.frozen and not usual.depth.frozen
+    asked = []
+    monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *a, **options: asked.append(options["frozen_costs"]))
+    for flags in ([], ["--frozen-costs"]):
+        generate.load_engine(generate.parser().parse_args(["--prompt", "x", *flags]), 1)
+    assert asked == [False, True]
+
+
+def test_where_nothing_is_drafted_noise_is_no_speedup(engine):
+    off = speedup.measure(with_table(engine, table(1.0, 0.5)), PROMPTS[:1], GREEDY)
+    assert off.drafted == 0 and off.tokens == 40
+    assert str(off).startswith("MTP: off, drafts do not pay") and "x)" not in str(off)
+    on = speedup.measure(with_table(engine, table(0.01, 0.01)), PROMPTS[:1], GREEDY)
+    assert on.drafted > 0 and f"({on.ratio:.2f}x) over 40 tokens, the same text" in str(on)
+
+
+def test_drafting_follows_a_schema(engine):
+    """JSON by the bundled pair, which drafts Python: most drafts are refused, and soon few are made."""
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+              "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
+    params = SamplingParams(max_tokens=60, temperature=0.0, json_schema=json.dumps(schema), seed=0)
+    auto = with_table(engine, table(0.1, 0.1)).depth.autos["greedy"]
+    made, choose = [], auto.choose
+    auto.choose = lambda *about: made.append(choose(*about)) or made[-1]
+    drafted, lengths = [], []
+    for _ in range(3):
+        made.clear()
+        stats = engine.generate("Invent a user.", params).stats
+        drafted.append((sum(each.drafts for each in made), stats.drafted))
+        lengths.append(stats.depths)
+    assert GRAMMAR in {reason for each in lengths for reasons in each.values() for reason in reasons}
+    assert drafted[2][0] <= 2 * drafted[2][1] + 8, drafted
+
+
+def test_a_number_pins_it(engine):
+    result = engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=2)
+    assert {length: set(why) for length, why in result.stats.depths.items() if length == 2} == {2: {"fixed"}}
+
+
+def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine):
+    notices = []
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path), notices.append, seconds=1e9)
+    prompt = engine.text.encode("def f(x):\n    return x\n")
+    first = costs.table(engine.target, engine.drafter, prompt)
+    assert costs.file.path.exists() and costs.table(engine.target, engine.drafter, prompt) == first
+    assert notices == []
+    context = first.contexts[0]
+    costs.learn({(1, context, 0): 1.0, (1, context, 5): 2.5}, {1: 0.25})  # overwrites, whatever there was
+    verified, drafted = costs.file.read()
+    assert (verified[1, context, 0], verified[1, context, 5], drafted[1]) == (1.0, 2.5, 0.25)
+    assert (1, context, 4) in verified  # what was not met stays
+    costs.file.path.unlink()
+    costs.learn({}, {})
+    assert not costs.file.path.exists()
+    costs.learn({(2, context, 0): 1.0, (2, context, 1): 1.5}, {2: 0.25})  # starts a file
+    assert costs.kept().rounds_at(2, context)[:2] == pytest.approx([1.0, 1.75]) and notices == []
+
+
+class StubBench:
+    """A machine whose plain step takes `step` seconds, half as much again for each further token of a verify."""
+
+    step = 0.0
+    clock = 0.0
+
+    def __init__(self, target, drafter, prompt, params, rows, context, drafting, specs):
+        self.rows, self.context, self.widths = rows, context, []
+
+    def rounds(self, width):
+        self.widths.append(width)
+        verify = self.step * (1 + width / 2)
+        StubBench.clock += 4 * verify
+        return verify + width * self.step / 10, verify
+
+
+@pytest.mark.parametrize("milliseconds", [1, 30, 40, 60, 200, 1000, 30000])
+def test_a_slow_machine_is_measured_too(tmp_path, monkeypatch, milliseconds):
+    """One pass over two widths is enough; what was compiled on the way is not counted."""
+    monkeypatch.setattr(calibration, "Bench", StubBench)
+    monkeypatch.setattr("time.perf_counter", lambda: StubBench.clock)
+    monkeypatch.setattr(StubBench, "step", milliseconds / 1000)
+    notices = []
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path), notices.append)
+    table = costs.table(None, None, [5, 6, 7])
+    assert len(notices) == (milliseconds > 75)  # what takes over a second says what it does
+    verified, drafted = costs.file.read()
+    assert {(1, 3, 0), (1, 3, 1)} <= set(verified) and set(drafted) == {1}
+    assert [each / table.verify_at(1, 3)[0] for each in table.rounds_at(1, 3)[:5]] == pytest.approx(
+        [1, 1.6, 2.2, 2.8, 3.4]
+    )
+    assert costs.table(None, None, [5, 6, 7]) == table  # from the file
+    assert (len(verified) == 3) == (milliseconds <= 60)
+
+
+def test_no_first_pass_is_counted_where_there_is_another(monkeypatch):
+    """The first pass of every width is slow, as where kernels are compiled."""
+
+    class Cold(StubBench):
+        def rounds(self, width):
+            factor = 1 if width in self.widths else 10
+            return tuple(factor * each for each in super().rounds(width))
+
+    monkeypatch.setattr(calibration, "Bench", Cold)
+    monkeypatch.setattr(StubBench, "step", 0.001)
+    timings = calibration.measure(None, None, [5], KINDS["greedy"], (1,), (1,), (0, 1), 2)
+    assert timings.alone == {(1, 1, 0): [0.001, 0.001], (1, 1, 1): [0.0015, 0.0015]}
+    few = calibration.measure(None, None, [5], KINDS["greedy"], (1,), (1,), (0, 1), 2, seconds=0.0)
+    assert few.alone == {(1, 1, 0): [0.01], (1, 1, 1): [0.015]}
+
+
+def test_a_table_is_of_the_kernels_that_run(engine, monkeypatch):
+    """A switch, a failed check, the doctor's rules, another BLAS: other costs, so another file."""
+    pair = hub.find_pair(None, "auto", None)
+    key = lambda: json.dumps(calibration._key(pair, engine.target, engine.drafter))  # noqa: E731
+    keys = [key()]
+    try:
+        kernels.switch_off("grouping", "a finding")
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "metal_available", lambda: True)
+            keys.append(key())
+            patch.setenv(kernels.SWITCH, "0")
+            keys.append(key())
+        steps = ((1, expert_paths.ExpertPath.PAIRS), (48, expert_paths.ExpertPath.SORTED))
+        expert_paths.adopt((expert_paths.Rule("", "", "", steps, expert_paths.EQUAL),))
+        keys.append(key())
+    finally:
+        kernels.forget_failures()
+        expert_paths.adopt(())
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration.blas, "name", lambda: "another")
+        keys.append(key())
+        patch.setenv("OPENBLAS_NUM_THREADS", "17")
+        keys.append(key())
+        patch.setattr(calibration, "format_of", lambda model: "affine4")
+        keys.append(key())
+        patch.setattr(mx, "__version__", "99")
+        keys.append(key())
+    assert len(set(keys)) == len(keys) and key() == keys[0]
+
+
+@pytest.mark.parametrize("broken", ["corrupt", "foreign", "unwritable"])
+def test_a_file_that_is_no_use_is_measured_anew(tmp_path, engine, broken):
+    notices = []
+    costs = Costs("greedy", CostFile({"a": 1}, tmp_path / "costs"), notices.append, seconds=1e9)
+    prompt = engine.text.encode("def f(x):\n    return x\n")
+    if broken == "unwritable":
+        (tmp_path / "costs").write_text("a file where the folder should be")
+    else:
+        costs.file.path.parent.mkdir()
+        costs.file.path.write_text("{" if broken == "corrupt" else json.dumps({"format": 1, "key": {"a": 2}}))
+    assert len(costs.table(engine.target, engine.drafter, prompt).verify_at(1, 50)) == MAX_DRAFTS + 1
+    assert len(notices) >= 1 and str(costs.file.path) in notices[0]
+    assert (costs.file.read() is not None) if broken != "unwritable" else not costs.file.path.exists()
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    """On a small grid: measured, kept, shown again without measuring."""
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "ROWS", (1,))
+    monkeypatch.setattr(calibration, "LONG", 64)
+    assert calibrate.main(["--show"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: nothing was measured before")
+    assert calibrate.main(["--repeats", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    for kind in KINDS:
+        assert [each["rows"] for each in shown[kind]][: len(ROWS)] == list(ROWS)
+        assert all(len(each["break_even"]) == MAX_DRAFTS for each in shown[kind])
+        assert all(len(each["seconds"]) == MAX_DRAFTS + 1 and min(each["seconds"]) > 0 for each in shown[kind])
+    assert mx.metal.is_available() or "CPU" in shown["measured"]
+    assert calibrate.main(["--show"]) == 0
+    text = capsys.readouterr().out
+    assert "greedy text" in text and "sampled text" in text and f"{1e3 * shown['greedy'][0]['seconds'][0]:8.2f}" in text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--draft-model", "none"], "it is drafts whose cost is measured"),
+        (["--plot", "nowhere/x.png"], "--plot"),
+        (["--plot", "x.jpg"], "--plot"),
+        (["--model", "nowhere"], "there is no model"),
+    ],
+)
+def test_bad_input(capsys, argv, message):
+    assert calibrate.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("error: ") and message in err
+
+
+def test_the_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    calibrate.plot({"greedy": table(0.1, 0.1)}, "a machine", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

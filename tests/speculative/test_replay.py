@@ -1,0 +1,67 @@
+"""The draft length on recorded traces, under four tables of costs: never wrong for long, whatever the table says."""
+
+import numpy as np
+import pytest
+
+from benchmarks import replay
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS
+from mlx_gemma_mtp.speculative.depth import AUTO
+
+TRACES = replay.read_traces()
+TABLES = {path.stem: replay.read_table(path) for path in sorted((replay.DATA / "costs").glob("*.json"))}
+
+
+def test_replay_emits_the_whole_text():
+    """Every rule walks the same text; a fixed length's rate follows from counting by hand."""
+    trace, costs = TRACES["code"], TABLES["m4max-26b"]
+    for rule in (3, AUTO):
+        run = replay.replay(trace, costs, rule)
+        assert 0 <= run.tokens - len(trace.accepted) <= MAX_DRAFTS
+    at = rounds = 0
+    while at < len(trace.accepted):
+        at, rounds = at + 1 + min(2, int(trace.accepted[at])), rounds + 1
+    assert replay.fixed_rates(trace, costs)[2] == pytest.approx(at / rounds / costs.rounds_at(1, replay.CONTEXT)[2])
+
+
+@pytest.mark.parametrize("machine", TABLES)
+@pytest.mark.parametrize("text", TRACES)
+def test_auto_is_never_wrong_for_long(machine, text):
+    """At least 0.97 of plain decoding, at least 0.95 of the best fixed length, never more than an oracle; and 32 rounds
+    after a change of text, lengths that are right for the new one.
+    """
+    trace, costs = TRACES[text], TABLES[machine]
+    fixed = replay.fixed_rates(trace, costs)
+    run = replay.replay(trace, costs, AUTO)
+    assert run.rate >= 0.97 * fixed[0]
+    assert run.rate >= 0.95 * max(fixed)
+    assert run.rate <= replay.oracle(trace, costs) * (1 + 1e-9)
+    assert all(rounds <= 32 for rounds in replay.rounds_to_adapt(trace, run, costs))
+
+
+@pytest.mark.parametrize("machine", TABLES)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_wrong_table_costs_little_and_not_for_long(machine, rows):
+    """Whatever the table says, however noisy the times: 0.95 of plain decoding over the first 64 rounds (but one run
+    in which chance and outliers meet), 0.97 from then on; and most of what drafts bring, where they pay.
+    """
+    for text in ("code", "shuffled"):
+        lines = replay.astray(TRACES[text], TABLES[machine], machine + text, rows, scattered_tables=2)
+        early = sorted(line["first"] for line in lines)
+        assert early[0] >= 0.92 and early[1] >= 0.95, lines
+        assert min(line["then"] for line in lines) >= 0.97, lines
+        assert min(line["then"] / line["best"] for line in lines) >= 0.72, lines
+
+
+@pytest.mark.slow
+def test_wrong_tables_of_every_kind():
+    """One run in a hundred may start worse, where chance and outliers come together."""
+    lines = [
+        line | {"machine": machine, "text": text, "rows": rows}
+        for machine, table in TABLES.items()
+        for text, trace in TRACES.items()
+        for rows in ROWS
+        for line in replay.astray(trace, table, machine + text, rows)
+    ]
+    assert min(line["first"] for line in lines) >= 0.87 and min(line["then"] for line in lines) >= 0.965
+    assert sum(line["first"] < 0.95 or line["then"] < 0.97 for line in lines) <= len(lines) / 100
+    assert np.median([line["then"] / line["best"] for line in lines]) >= 0.97
