@@ -19,7 +19,7 @@ from ..errors import UserError, shown
 from .errors import Refusal, too_large
 
 log = logging.getLogger(__name__)
-OPEN = ("/health", "/ready")  # paths that need no key
+OPEN = ("/", "/health", "/ready")  # paths that need no key
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
