@@ -38,7 +38,7 @@ def started() -> Iterator[Browser]:
         child = subprocess.Popen(
             [found(), *FLAGS, f"--user-data-dir={profile}"],
             pass_fds=(3, 4),
-            preexec_fn=lambda: (os.dup2(ends[0], 3), os.dup2(ends[1], 4)),  # noqa: PLW1509
+            preexec_fn=lambda: (os.dup2(ends[0], 3), os.dup2(ends[1], 4)),
             stderr=subprocess.DEVNULL,
         )
         for each in (read, write, *ends):
@@ -107,9 +107,7 @@ class Tab:
     def resize(self, width: int, height: int) -> None:
         """Gives the page a size."""
         mobile = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def prefer(self, dark: bool) -> None:
         """Has the system prefer dark colours, or light ones."""
