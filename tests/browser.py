@@ -126,7 +126,8 @@ class Tab:
         return found["result"].get("value")
 
     def wait(self, code: str, seconds: float = PATIENCE) -> Any:
-        """Returns what an expression gives, once that is true."""
+        """Returns what an expression gives, once that is true; of an element it gives no more than that."""
+        code = f"(() => {{ const found = {code}; return found instanceof Node || found; }})()"
         end = time.monotonic() + seconds
         while not (value := self.run(code)):
             assert time.monotonic() < end, f"never true: {code}; the page says {self.run('document.body.innerText')}"
