@@ -47,7 +47,7 @@ class Server(uvicorn.Server):
     ):
         self._idle = Idle(app)
         config = uvicorn.Config(
-            self._idle,
+            app if unload is None else self._idle,
             interface="asgi3",
             http=Connection,
             log_config=None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .door import QUIET
 
@@ -12,7 +13,11 @@ PATHS = tuple(path.decode() for path in QUIET)
 
 
 class Idle:
-    """An app that notes when its requests begin and end; those that only look at the server do not count."""
+    """An app that notes when its requests begin and end.
+
+    Those that only look at the server do not count. Their connections end with their answers: so no connection is open
+    where nobody has asked for anything else, and none has to be closed on a client that asks just then.
+    """
 
     def __init__(self, app: ASGIApp):
         self._app, self._running, self._since = app, 0, time.monotonic()
@@ -28,7 +33,7 @@ class Idle:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get("path") in PATHS:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _Last(send))
             return
         self._running += 1
         try:
@@ -36,3 +41,15 @@ class Idle:
         finally:
             self._running -= 1
             self._since = time.monotonic()
+
+
+class _Last:
+    """Sends an answer that ends its connection."""
+
+    def __init__(self, send: Send):
+        self._send = send
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(raw=message.setdefault("headers", []))["connection"] = "close"
+        await self._send(message)

@@ -113,8 +113,18 @@ def test_what_a_model_says_is_text(tab, script):
     assert tab.run("document.querySelectorAll('img, .log b, .log i, .log script').length") == 0
     assert tab.text(".assistant pre") == "<script>1</script>\n" and tab.run(SAID).endswith("after `it`")
     assert tab.run("messages[1].content") == script.text and tab.text(".user .text") == "<i>Show</i> </div>"
-    with pytest.raises(AssertionError, match="TrustedHTML"):
-        tab.run("document.body.insertAdjacentHTML('beforeend', '<p>x</p>')")
+
+
+def test_the_policy_lets_nobody_write_html(chromium, script):
+    with chromium.tab() as tab:
+        ready(tab, script.url)
+        with pytest.raises(AssertionError, match="TrustedHTML"):
+            tab.run("document.body.insertAdjacentHTML('beforeend', '<p>x</p>')")
+        added = (
+            "document.body.append(Object.assign(document.createElement('style'), {textContent: 'body {color: red}'}))"
+        )
+        tab.run(added)
+        assert tab.run("getComputedStyle(document.body).color") != "rgb(255, 0, 0)" and len(tab.faults()) == 2
 
 
 def test_thoughts_are_folded_away(tab, script):
