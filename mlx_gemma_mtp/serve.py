@@ -124,6 +124,12 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="that requests have to end on SIGTERM (default: 60)",
     )
+    group.add_argument(
+        "--idle-unload",
+        type=float,
+        metavar="SECONDS",
+        help="without requests, after which the model is unloaded; the next one loads it, and waits (default: never)",
+    )
     add_limits(group, timeout=600.0)
 
 
@@ -137,7 +143,7 @@ def run(given: list[str], args: argparse.Namespace) -> int:
     """given: the arguments as they came, for the process that serves."""
     _check_installed()
     from .server.security import Rules
-    from .server.supervisor import Inherited, supervise
+    from .server.supervisor import UNLOADED, Inherited, supervise
 
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     limits = read_limits(args)
@@ -153,8 +159,8 @@ def run(given: list[str], args: argparse.Namespace) -> int:
     listening = listen(args) if parent is None else parent.socket()
     rows = {"max_rows": args.max_rows, "max_waiting": max(limits.waiting + args.max_rows, 1)}
     with load_engine(args, "mlx_gemma_mtp.serve", **rows) as engine:
-        serve(make_served(args, engine, limits), rules, args, listening, parent)
-    return 0
+        unloaded = serve(make_served(args, engine, limits), rules, args, listening, parent)
+    return UNLOADED if unloaded else 0
 
 
 def listen(args: argparse.Namespace) -> socket.socket:
@@ -179,14 +185,16 @@ def _check_installed() -> None:
 
 def serve(
     served: Served, rules: Rules, args: argparse.Namespace, listening: socket.socket, parent: Inherited | None
-) -> None:
-    """Serves on a socket until a signal comes."""
+) -> bool:
+    """Serves on a socket until a signal comes. Returns whether it ends since nobody has asked for long instead."""
     from .server.app import make_app
     from .server.drain import Server
 
     host = f"[{args.host}]" if ":" in args.host else args.host
     tell(f"{served.name} on http://{host}:{listening.getsockname()[1]}/v1 ({served.description})")
-    Server(make_app(served, rules), served, args.drain, parent).run([listening])
+    server = Server(make_app(served, rules), served, args.drain, parent, args.idle_unload)
+    server.run([listening])
+    return server.unloaded
 
 
 def read_limits(args: argparse.Namespace) -> Limits:
@@ -204,6 +212,10 @@ def read_limits(args: argparse.Namespace) -> Limits:
     if args.max_output_tokens is not None:
         limits = replace(limits, output_tokens=_at_least("--max-output-tokens", args.max_output_tokens, 1))
     args.drain = number("--drain", args.drain, lambda s: 0 <= s <= 1e9, "seconds, 0 or more")
+    if args.idle_unload is not None:
+        args.idle_unload = number("--idle-unload", args.idle_unload, lambda s: 1 <= s <= 1e9, "seconds, 1 or more")
+        if args.no_parent:
+            raise UserError("--idle-unload needs a parent that loads the model again; expected it without --no-parent")
     return limits
 
 

@@ -15,6 +15,7 @@ import uvicorn
 from mlx_gemma_mtp.engine.intake import Options
 from mlx_gemma_mtp.engine.request import Chunk
 from mlx_gemma_mtp.server.app import make_app
+from mlx_gemma_mtp.server.connection import Connection
 from mlx_gemma_mtp.server.security import Rules
 from mlx_gemma_mtp.server.service import Served
 
@@ -40,7 +41,7 @@ def serving(engine: Any, keys: Sequence[str] = (), rules: dict[str, Any] | None 
     """Serves an engine in a thread. Yields the address, without /v1. served: options of Served."""
     told = Served(engine, NAME, **served)
     app = make_app(told, Rules.of("127.0.0.1", keys, told.limits.body, **(rules or {})))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=Connection, log_level="error", lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -77,12 +77,12 @@ def test_no_dependency_is_torch():
 
 
 def tree() -> list[str]:
-    """Files that a wheel must hold: all code, the typing marker and the bundled pair."""
+    """Files that a wheel must hold: all code, the typing marker, the bundled pair and the server's page."""
     code = [str(path.relative_to(ROOT)) for path in sources("mlx_gemma_mtp")]
     converter = [f"mlx_gemma_mtp/{path.relative_to(ROOT)}" for path in sources("convert")]
     demo = ROOT / "mlx_gemma_mtp" / "demo"
     data = [str(path.relative_to(ROOT)) for path in demo.rglob("*") if path.is_file()]
-    return [*code, *converter, *data, "mlx_gemma_mtp/py.typed"]
+    return [*code, *converter, *data, "mlx_gemma_mtp/py.typed", "mlx_gemma_mtp/server/page.html"]
 
 
 @pytest.fixture(scope="module")

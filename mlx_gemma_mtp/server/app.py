@@ -8,6 +8,7 @@ from .._version import __version__
 from .anthropic import anthropic_routes
 from .errors import handle_errors
 from .metrics import metrics_routes
+from .page import page_routes
 from .routes import openai_routes
 from .security import Gate, Rules
 from .service import Served
@@ -21,6 +22,7 @@ def make_app(served: Served, rules: Rules) -> FastAPI:
     )
     app.add_middleware(Gate, rules=rules)
     handle_errors(app)
+    app.include_router(page_routes())
     app.include_router(status_routes(served))
     app.include_router(metrics_routes(served.metrics))
     for routes in (openai_routes(served), anthropic_routes(served)):

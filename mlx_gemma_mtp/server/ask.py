@@ -110,6 +110,8 @@ def of_chat(served: Served, body: ChatRequest) -> Ask:
     if body.top_logprobs is not None and not body.logprobs:
         message = f"top_logprobs is {body.top_logprobs} without logprobs, expected logprobs: true with it"
         raise Refusal(400, message, param="top_logprobs")
+    if body.draft_positions and not body.stream:
+        raise Refusal(400, "draft_positions is given without stream, expected stream: true", param="draft_positions")
     if body.logprobs:
         settings.sampling["logprobs"] = body.top_logprobs or 0
     thoughts = _thoughts(served, body)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import Refusal
 from .logprobs import Report, chat_logprobs
+from .positions import Positions
 from .stream import DONE, event
 from .usage import repairs_of, timings_of, usage_of
 
@@ -75,6 +76,7 @@ class _Choice:
 
     index: int
     report: Report | None
+    positions: Positions | None
     calls: int = 0
 
 
@@ -100,13 +102,20 @@ class ChoiceStream:
 class ChatStream(ChoiceStream):
     """The events of a chat that is streamed.
 
-    usage: whether a last chunk tells the usage. The role comes once, in the first chunk of each choice; text, thoughts
-    and calls never share a chunk, nor does the finish reason with any of them.
+    usage: whether a last chunk tells the usage. positions: whether chunks tell which drafts their text is. The role
+    comes once, in the first chunk of each choice; text, thoughts and calls never share a chunk, nor does the finish
+    reason with any of them.
     """
 
-    def __init__(self, run: Run, model: str, usage: bool):
+    def __init__(self, run: Run, model: str, usage: bool, positions: bool = False):
         super().__init__(run, head(run, model, "chat.completion.chunk"), usage)
-        self._choices = [_Choice(i, report_of(run, i) if run.ask.logprobs else None) for i in range(run.ask.choices)]
+        self._choices = [self._begun(index, positions) for index in range(run.ask.choices)]
+
+    def _begun(self, index: int, positions: bool) -> _Choice:
+        run = self._run
+        report = report_of(run, index) if run.ask.logprobs else None
+        channels = run.ask.channels(run.served.engine.text, index)
+        return _Choice(index, report, Positions(run.served.spell, channels) if positions else None)
 
     def opening(self) -> bytes:
         """Returns the first event of each choice."""
@@ -122,8 +131,10 @@ class ChatStream(ChoiceStream):
         if chunk.reasoning:
             yield self._event(choice, self._run.served.thoughts(chunk.reasoning))
         entries = choice.report.take(chunk) if choice.report is not None else []
-        if chunk.text or entries:
+        drafts = choice.positions.take(chunk) if choice.positions is not None else None
+        if chunk.text or entries or drafts:
             more = {} if choice.report is None else {"logprobs": chat_logprobs(entries)}
+            more |= {} if drafts is None else {"draft_positions": drafts}
             yield self._event(choice, {"content": chunk.text}, **more)
         for call in chunk.tool_calls:
             yield from self._call(choice, call)

@@ -97,7 +97,7 @@ def openai_routes(served: Served) -> APIRouter:
         model = served.check_model(body.model)
         run = await begun(served, of_chat, body, request, "chat")
         if body.stream:
-            return await streamed(run, ChatStream(run, model, wants_usage(body)))
+            return await streamed(run, ChatStream(run, model, wants_usage(body), bool(body.draft_positions)))
         return await answered(request, run, lambda results: chat_object(run, model, results))
 
     @router.post("/completions")

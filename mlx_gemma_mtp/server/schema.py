@@ -152,7 +152,7 @@ class Sampling(Generating):
 
 
 class ChatRequest(Sampling):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. draft_positions: whether a stream tells which draft each piece of its text was."""
 
     messages: Objects
     max_completion_tokens: int | None = None
@@ -166,6 +166,7 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     prediction: dict[str, Any] | None = None
+    draft_positions: bool | None = None
 
 
 class CompletionRequest(Sampling):

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import secrets
 import socket
 from collections.abc import Iterable
@@ -19,8 +20,9 @@ from ..errors import UserError, shown
 from .errors import Refusal, too_large
 
 log = logging.getLogger(__name__)
-OPEN = ("/health", "/ready")  # paths that need no key
+OPEN = ("/", "/health", "/ready")  # paths that need no key
 LOCAL = ("localhost", "127.0.0.1", "::1")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#*\s]+")
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Rules:
     ) -> Rules:
         """Returns the rules of a server that is bound to an address.
 
-        Raises UserError where others could reach it without a key, and for a key that no header can carry: without one
-        a request has the empty key.
+        Raises UserError where others could reach it without a key, for an origin that no browser sends, and for a key
+        that no header can carry: without one a request has the empty key.
         """
         keys, names = tuple(keys), {*LOCAL, host.lower(), *map(str.lower, hosts)}
         if not all(key and key.isascii() and key.isprintable() and key == key.strip() for key in keys):
@@ -53,6 +55,13 @@ class Rules:
                 "an API key (--api-key) is empty or has characters that no header carries; expected printable ASCII "
                 "without spaces at its ends"
             )
+        origins = tuple(map(str.lower, origins))
+        for each in origins:
+            if not ORIGIN.fullmatch(each):
+                raise UserError(
+                    f"--allowed-origin is {shown(each)}, expected one web page's scheme, host and port, such as "
+                    "http://localhost:3000: no path, and no * for all of them"
+                )
         local = is_local(host)
         if not local and not keys:
             raise UserError(

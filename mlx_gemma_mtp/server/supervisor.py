@@ -1,7 +1,8 @@
 """The parent of the server: what Metal does wrong ends a process, so another one is started in its place.
 
-The parent holds the socket that clients connect to, loads nothing, and answers 503 while no child listens. It imports
-none of the server's packages.
+The parent holds the socket that clients connect to, loads nothing, and answers where no child listens. A child that
+nobody needs ends, which gives its memory back for certain; the next request has another one started, and waits for it.
+It imports none of the server's packages.
 """
 
 from __future__ import annotations
@@ -15,39 +16,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .door import Door
 
 log = logging.getLogger(__name__)
 BAD_INPUT = 2  # the child's exit code that another start would give again
+UNLOADED = 75  # the child's exit code where nobody has asked for long
 FAILED = 1  # the parent's, once it gives up
 MOST_FAILURES = 5  # one after the other, of children that ended before they had lived for LIVED
 LIVED = 60.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before the next start; doubled after each failure
-LONGEST_HEAD = 1 << 16  # bytes of a request that is answered with 503
-HEAD_IN = 5.0  # seconds in which it must have come
-BODY = (
-    b'{"error":{"message":"the model is loading; try again a little later","type":"server_error","param":null,'
-    b'"code":"loading"}}'
-)
-BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 2\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY)
-)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inherited:
     """What a child has of its parent, as numbers of open files.
 
-    listening: the socket. ready: a pipe, to be written to once the child listens. parent: a pipe that ends when the
-    parent does.
+    listening: the socket. ready: a pipe, to be written to once the child listens. parent: a socket through which the
+    parent hands connections over, and that ends when the parent does.
     """
 
     listening: int
     ready: int
     parent: int
+    _adopt: Callable[[socket.socket | None], None] | None = field(init=False, repr=False, default=None)
 
     @classmethod
     def of(cls, text: str) -> Inherited:
@@ -61,19 +56,37 @@ class Inherited:
         """Returns the socket that clients connect to."""
         return socket.socket(fileno=self.listening)
 
-    def tell_ready(self) -> None:
-        """Tells the parent that this process listens now."""
+    def tell_ready(self, adopt: Callable[[socket.socket | None], None]) -> None:
+        """Tells the parent that this process listens now.
+
+        adopt: is called in another thread, with each connection that has waited for that, and with None after the last.
+        """
+        self._adopt = adopt
         os.write(self.ready, b"1")
         os.close(self.ready)
 
     def follow(self) -> None:
         """Has this process end, in good order, when its parent is gone."""
+        channel = socket.socket(fileno=self.parent)
 
         def wait() -> None:
-            os.read(self.parent, 1)
-            os.kill(os.getpid(), signal.SIGTERM)
+            while True:
+                said, files, *_ = socket.recv_fds(channel, 1, 1)
+                if not said:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                self._adopt(socket.socket(fileno=files[0]) if files else None)
 
         threading.Thread(target=wait, daemon=True).start()
+
+
+def hand_over(channel: socket.socket, connections: Sequence[socket.socket]) -> None:
+    """Gives a child the connections that have waited for it."""
+    for each in connections:
+        with each, suppress(OSError):  # of a child that has ended
+            socket.send_fds(channel, [b"c"], [each.fileno()])
+    with suppress(OSError):
+        channel.send(b".")
 
 
 class Supervisor:
@@ -85,7 +98,7 @@ class Supervisor:
     def __init__(self, command: Sequence[str], listening: socket.socket, signals: Sequence[signal.Signals]):
         self._command, self._socket, self._signals = list(command), listening, signals
         self._child: subprocess.Popen[bytes] | None = None
-        self._stopping = False
+        self._stopping = self._served = False  # whether it is to end; whether a child has listened
         self._ended = asyncio.Event()
 
     async def run(self) -> int:
@@ -93,27 +106,47 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for sign in self._signals:
             loop.add_signal_handler(sign, self._signalled, sign)
-        failures = 0
+        failures, door = 0, Door(self._socket)
         while True:
             began = time.monotonic()
-            code = await self._live()
-            if self._stopping or code in (0, BAD_INPUT):
-                return max(code, 0)
-            failures = 1 if time.monotonic() - began >= LIVED else failures + 1
+            code = await self._live(door)
+            if self._stopping or code == 0 or (code == BAD_INPUT and not self._served):
+                return 0 if code == UNLOADED else max(code, 0)
+            if code == UNLOADED:
+                failures, door = 0, Door(self._socket, holding=True)
+                if not await self._called(door):
+                    return 0
+                continue
+            failures, door = 1 if time.monotonic() - began >= LIVED else failures + 1, Door(self._socket)
             if failures >= MOST_FAILURES:
                 log.error("the server has %s, %d times in a row; it is not started again", _said(code), failures)
                 return FAILED
             pause = min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE)
             log.error("the server has %s; it is started again in %.0f s", _said(code), pause)
-            async with _Busy(self._socket):
-                await self._sleep(pause)
+            door.open()
+            await self._sleep(pause)
             if self._stopping:
+                await door.turn_away()
                 return 0
 
-    async def _live(self) -> int:
-        """Starts a child and returns its exit code; clients are told to wait until it listens."""
-        (ready, tell_ready), (parent, alive) = os.pipe(), os.pipe()
-        given = Inherited(self._socket.fileno(), tell_ready, parent)
+    async def _called(self, door: Door) -> bool:
+        """Waits for a request. Returns whether one has come; else the server is to end."""
+        log.info("the model is unloaded; the next request loads it")
+        door.open()
+        ends = [asyncio.ensure_future(each) for each in (door.called.wait(), self._ended.wait())]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for each in ends:
+            each.cancel()
+        if self._stopping:
+            await door.turn_away()
+        return not self._stopping
+
+    async def _live(self, door: Door) -> int:
+        """Starts a child and returns its exit code. door: stays open until it listens."""
+        ready, tell_ready = os.pipe()
+        channel, parent = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        given = Inherited(self._socket.fileno(), tell_ready, parent.fileno())
         try:
             # A session of its own: Ctrl-C in a terminal goes to the parent alone, which passes it on.
             self._child = subprocess.Popen(
@@ -122,14 +155,17 @@ class Supervisor:
                 start_new_session=True,
             )
             os.close(tell_ready)
-            os.close(parent)
-            loop = asyncio.get_running_loop()
-            async with _Busy(self._socket):
-                await loop.run_in_executor(None, os.read, ready, 1)  # also where the child has ended
+            parent.close()
+            door.open()
+            if await loop.run_in_executor(None, os.read, ready, 1):
+                self._served = True
+                await loop.run_in_executor(None, hand_over, channel, await door.close())
+            else:  # the child has ended
+                await door.turn_away()
             return await loop.run_in_executor(None, self._child.wait)
         finally:
             os.close(ready)
-            os.close(alive)
+            channel.close()
 
     def _signalled(self, sign: signal.Signals) -> None:
         self._stopping = True
@@ -141,28 +177,6 @@ class Supervisor:
         """Waits, unless the server is to end."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), seconds)
-
-
-class _Busy:
-    """While it is entered, whoever connects is told that the server is loading."""
-
-    def __init__(self, listening: socket.socket):
-        self._socket = listening
-
-    async def __aenter__(self) -> None:
-        self._server = await asyncio.start_server(_refuse, sock=self._socket.dup(), limit=LONGEST_HEAD)
-
-    async def __aexit__(self, *error: object) -> None:
-        self._server.close()
-        await self._server.wait_closed()
-
-
-async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), HEAD_IN)
-        writer.write(BUSY)
-        await writer.drain()
-    writer.close()
 
 
 def _said(code: int) -> str:

@@ -137,6 +137,14 @@ def test_a_key_that_nobody_can_send_is_none(key):
         Rules.of("0.0.0.0", ("right", key), 100)
 
 
+@pytest.mark.parametrize("origin", ["*", "null", "", "localhost:3000", "http://page.example/", "http://*.example"])
+def test_an_origin_that_no_page_has_is_refused(origin):
+    """It would match nothing, and nobody would know why."""
+    with pytest.raises(UserError, match="--allowed-origin"):
+        Rules.of("127.0.0.1", (), 100, origins=("http://page.example", origin))
+    assert Rules.of("127.0.0.1", (), 100, origins=("HTTP://Page.example:80",)).origins == {"http://page.example:80"}
+
+
 def test_on_every_address_names_stay_checked():
     rules = Rules.of("0.0.0.0", ("k",), 100)
     rules.check_host("192.168.0.7:8080")

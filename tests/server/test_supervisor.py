@@ -82,14 +82,14 @@ def _in_thread(command: list[str], listening: socket.socket) -> int:
 
 
 def test_a_child_ends_with_its_parent(tmp_path):
-    reading, writing = os.pipe()
+    reading, writing = socket.socketpair()
     code = "import signal, sys, time; from mlx_gemma_mtp.server.supervisor import Inherited\n"
     code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
-    code += f"Inherited(0, 0, {reading}).follow()\nprint('here', flush=True)\ntime.sleep(100)"
-    child = subprocess.Popen([sys.executable, "-c", code], pass_fds=(reading,), stdout=subprocess.PIPE)
-    os.close(reading)
+    code += f"Inherited(0, 0, {reading.fileno()}).follow()\nprint('here', flush=True)\ntime.sleep(100)"
+    child = subprocess.Popen([sys.executable, "-c", code], pass_fds=(reading.fileno(),), stdout=subprocess.PIPE)
+    reading.close()
     assert child.stdout.readline() == b"here\n"
-    os.close(writing)
+    writing.close()
     assert child.wait(60) == 7
     child.stdout.close()
 
