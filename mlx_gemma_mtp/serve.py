@@ -17,7 +17,7 @@ from ._version import __version__
 from .cli.command import Parser, Stage, command, tell
 from .cli.flags import add_drafts, add_limits, add_models, load_engine, load_options, read_depth, read_timeout
 from .errors import UserError, shown
-from .sampling.params import MAX_ROWS, SamplingParams, number
+from .sampling.params import MAX_ROWS, number
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
@@ -222,11 +222,12 @@ def read_limits(args: argparse.Namespace) -> Limits:
 def make_served(args: argparse.Namespace, engine: Engine, limits: Limits) -> Served:
     """Returns what is served, after a first text: kernels are compiled, and it is known why there are no drafts."""
     from .server.service import Served
+    from .server.warm import warm_up
 
     name = args.name or (BUNDLED if args.model is None else PurePath(args.model).name or args.model)
     with Stage() as stage:
-        stage("generating a first text")
-        first = engine.generate("def f(x):", SamplingParams(max_tokens=16, temperature=0.0))
+        stage("generating first texts")
+        first = warm_up(engine)
     plain = engine.drafter is None or args.num_draft_tokens == 0
     return Served(
         engine,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from .answers import Counted, MessageAnswer, MessageFailure, told
 from .messages import MessageStream, message_object
 from .routes import answered, asked, begun, streamed
 from .schema import CountRequest, MessagesRequest
@@ -16,7 +17,7 @@ def anthropic_routes(served: Served) -> APIRouter:
     """Returns the routes of an engine."""
     router = APIRouter()
 
-    @router.post("/messages")
+    @router.post("/messages", responses=told(MessageAnswer, MessageFailure, events=True))
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answers a conversation."""
         model = served.check_model(body.model)
@@ -25,7 +26,7 @@ def anthropic_routes(served: Served) -> APIRouter:
             return await streamed(run, MessageStream(run, model))
         return await answered(request, run, lambda results: message_object(run, model, results[0]))
 
-    @router.post("/messages/count_tokens")
+    @router.post("/messages/count_tokens", responses=told(Counted, MessageFailure))
     async def count_tokens(body: CountRequest) -> Response:
         """Counts the tokens of a prompt."""
         served.check_model(body.model)

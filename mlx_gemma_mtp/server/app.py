@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from .._version import __version__
+from .answers import name_keys
 from .anthropic import anthropic_routes
 from .errors import handle_errors
 from .metrics import metrics_routes
 from .page import page_routes
 from .routes import openai_routes
-from .security import Gate, Rules
+from .security import OPEN, Gate, Rules
 from .service import Served
 from .status import status_routes
 
@@ -28,4 +29,6 @@ def make_app(served: Served, rules: Rules) -> FastAPI:
     for routes in (openai_routes(served), anthropic_routes(served)):
         app.include_router(routes, prefix="/v1")
         app.include_router(routes, include_in_schema=False)
+    if rules.keys:
+        name_keys(app, OPEN)
     return app

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from .limits import Places
@@ -177,7 +177,7 @@ def metrics_routes(metrics: Metrics) -> APIRouter:
     """Returns the route that tells the figures."""
     router = APIRouter()
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:
         """Tells the server's figures to Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from ..engine.request import Chunk, Result
 from ..engine.streams import encoders
 from ..errors import UserError
+from .answers import ChatAnswer, Model, Models, TextAnswer, told
 from .ask import Ask, of_chat, of_completion, salted
 from .chat import ChatStream, chat_object
 from .completions import CompletionStream, completion_object
@@ -91,7 +92,7 @@ def openai_routes(served: Served) -> APIRouter:
     """Returns the routes of an engine."""
     router = APIRouter()
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", responses=told(ChatAnswer, events=True))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
         model = served.check_model(body.model)
@@ -100,7 +101,7 @@ def openai_routes(served: Served) -> APIRouter:
             return await streamed(run, ChatStream(run, model, wants_usage(body), bool(body.draft_positions)))
         return await answered(request, run, lambda results: chat_object(run, model, results))
 
-    @router.post("/completions")
+    @router.post("/completions", responses=told(TextAnswer, events=True))
     async def completion(body: CompletionRequest, request: Request) -> Response:
         """Goes on with a text."""
         model = served.check_model(body.model)
@@ -109,12 +110,12 @@ def openai_routes(served: Served) -> APIRouter:
             return await streamed(run, CompletionStream(run, model, wants_usage(body)))
         return await answered(request, run, lambda results: completion_object(run, model, results))
 
-    @router.get("/models")
+    @router.get("/models", responses=told(Models))
     async def models() -> Response:
         """Lists the model and its other names."""
         return JSONResponse({"object": "list", "data": served.models()})
 
-    @router.get("/models/{name:path}")
+    @router.get("/models/{name:path}", responses=told(Model))
     async def model(name: str) -> Response:
         """Tells of the model under one of its names."""
         return JSONResponse(served.model(name))

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from .._version import __version__
+from .answers import Health, Ready, told
 from .pulse import Pulse
 from .service import Served
 
@@ -17,7 +18,7 @@ def status_routes(served: Served) -> APIRouter:
     """Returns the routes that tell how a server is."""
     router, pulse, began = APIRouter(), Pulse(served.engine), time.monotonic()
 
-    @router.get("/health")
+    @router.get("/health", responses=told(Health) | {503: {"model": Health, "description": "The engine has ended"}})
     async def health(request: Request) -> JSONResponse:
         """Tells whether the engine computes; to those with a key also what computes, and how it is set."""
         trouble = await pulse.trouble()
@@ -27,7 +28,7 @@ def status_routes(served: Served) -> APIRouter:
             about |= _about(served)
         return JSONResponse(about, 503 if state == "failed" else 200)
 
-    @router.get("/ready")
+    @router.get("/ready", responses=told(Ready) | {503: {"model": Ready, "description": "No requests are taken"}})
     async def ready() -> JSONResponse:
         """Tells whether requests are taken: the kernels are warm, and the server does not stop."""
         good = not served.draining and await pulse.trouble() is None

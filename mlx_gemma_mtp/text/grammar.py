@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 
+UNFORCED = '%llguidance {"no_forcing": true}\n'
+BETWEEN = str.maketrans("", "", "\\[]()'\" \n")
 # llguidance's reasons for a stop at an end of the text, and its error where no token goes on.
 COMPLETE, NOWHERE = ("NoExtension", "EndOfSentence"), "NoExtensionBias"
 
@@ -37,6 +41,8 @@ class Grammars:
         from .tokenizer import source as source_of  # its libraries take seconds to import
 
         self.vocab, self.end_tokens = vocab, sorted(end_tokens)
+        added = tokenizer.added_tokens_decoder.values()
+        self._control = tuple(_bare(each.content) for each in added if each.special)
         # llguidance.hf would copy the tokenizer, which costs as much again, and then write it as text.
         self.tokenizer: LLTokenizer = LLTokenizer(source_of(tokenizer), n_vocab=vocab, eos_token=self.end_tokens)
 
@@ -87,11 +93,36 @@ class Grammars:
             grammar = LLMatcher.grammar_from_regex(source)
         else:
             grammar = LLMatcher.grammar_from_lark(source)
+        if self._names_control(source):
+            grammar = _unforced(kind, source, grammar)
         wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, self.tokenizer)
         matcher = LLMatcher(self.tokenizer, grammar)
         if wrong or matcher.is_error():
             raise ValueError((messages or [matcher.get_error()])[0])
         return matcher
+
+    def _names_control(self, source: str) -> bool:
+        """Whether a text that follows a grammar may hold the name of a control token."""
+        bare = _bare(source)
+        return any(name in bare for name in self._control)
+
+
+def _bare(source: str) -> str:
+    """A source without what may stand between the letters of a name, and with its letters where JSON has their
+    numbers.
+    """
+    return re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda code: chr(int(code[1], 16)), source).translate(BETWEEN)
+
+
+def _unforced(kind: str, source: str, grammar: str) -> str:
+    """A grammar whose forced texts are spelled as the model likes. llguidance spells them itself, and then takes the
+    name of a control token for that token, which no text may hold.
+    """
+    if kind == "grammar":
+        return grammar if "%llguidance" in grammar else f"{UNFORCED}{grammar}"
+    parts = json.loads(grammar)["grammars"][0]
+    schema = f"start: %json {json.dumps(parts['json_schema'])}"
+    return UNFORCED + (schema if kind == "json_schema" else parts["lark_grammar"])
 
 
 def _reason(error: ValueError) -> str:

@@ -123,6 +123,32 @@ def test_other_grammars(engine, constraint, pattern):
     assert plain.tokens == drafted.tokens and re.fullmatch(pattern, plain.text), plain.text
 
 
+MARKED = 'a <turn|> b<|channel>thought <|"|>'
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"json_schema": json.dumps({"type": "object", "properties": {"note": {"const": MARKED}}, "required": ["note"],
+                                    "additionalProperties": False})},
+        {"json_schema": '{"enum": ["x \\u003c|channel>y"]}'},
+        {"regex": r"ab <\|channel>[c]<[t]urn\|>"},
+        {"grammar": 'start: "x<turn|>" "y"'},
+    ],
+    ids=lambda each: next(iter(each)),
+)  # fmt: skip
+def test_names_of_control_tokens_are_text_in_a_grammar(engine, constraint):
+    """What a grammar forces is spelled out; a control token is none of its text, and does not stand for its name."""
+    result = engine.generate("x", SamplingParams(max_tokens=96, temperature=0.0, **constraint))
+    assert result.finish_reason == "stop", result.error
+    if "json_schema" in constraint:
+        expected = {"note": MARKED} if "note" in constraint["json_schema"] else "x <|channel>y"
+        assert json.loads(result.text) == expected
+    else:
+        assert result.text == ("ab <|channel>c<turn|>" if "regex" in constraint else "x<turn|>y")
+    assert not set(result.tokens) & set(engine.text.template.control.values())
+
+
 def test_constrained_and_free_rows_share_a_batch(engine):
     """Each row is as alone; the constrained one leaves first."""
     every = [SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True), SamplingParams(**GREEDY, regex="[ab]{5}")]
