@@ -8,6 +8,7 @@ from .._version import __version__
 from .anthropic import anthropic_routes
 from .errors import handle_errors
 from .metrics import metrics_routes
+from .models import model_routes
 from .routes import openai_routes
 from .security import Gate, Rules
 from .service import Served
@@ -23,7 +24,7 @@ def make_app(served: Served, rules: Rules) -> FastAPI:
     handle_errors(app)
     app.include_router(status_routes(served))
     app.include_router(metrics_routes(served.metrics))
-    for routes in (openai_routes(served), anthropic_routes(served)):
+    for routes in (openai_routes(served), anthropic_routes(served), model_routes(served)):
         app.include_router(routes, prefix="/v1")
         app.include_router(routes, include_in_schema=False)
     return app

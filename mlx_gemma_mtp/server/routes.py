@@ -1,4 +1,4 @@
-"""OpenAI's routes, with and without /v1, and those that say how the server is."""
+"""OpenAI's routes, with and without /v1."""
 
 from __future__ import annotations
 
@@ -108,15 +108,5 @@ def openai_routes(served: Served) -> APIRouter:
         if body.stream:
             return await streamed(run, CompletionStream(run, model, wants_usage(body)))
         return await answered(request, run, lambda results: completion_object(run, model, results))
-
-    @router.get("/models")
-    async def models() -> Response:
-        """Lists the model and its other names."""
-        return JSONResponse({"object": "list", "data": served.models()})
-
-    @router.get("/models/{name:path}")
-    async def model(name: str) -> Response:
-        """Tells of the model under one of its names."""
-        return JSONResponse(served.model(name))
 
     return router
