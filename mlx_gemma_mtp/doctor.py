@@ -74,18 +74,20 @@ def run(args: argparse.Namespace) -> int:
     report, times, drafts = Report(), {}, {}
     known = report.read()
     rules = known[1] if known else ()
+    bandwidth = None if args.no_times else _bandwidth()
     timed = kernels.metal_available() and not args.no_times
     if timed:
         expert_paths.adopt(())
         rules, times = time_experts(args, about["chip"])
     elif not kernels.metal_available():
-        print("no Metal device: plain MLX runs, and nothing is timed")
+        print("no Metal device: plain MLX runs, and no way through experts is timed")
     if any(kernels.why_off(name) is None or checked[name] for name in kernels.KERNELS):
         _keep(report, checked, rules)
     if timed:
         drafts = time_drafts(args.model)  # a load, which takes up what is kept
     if args.json:
         record = {"machine": about, "kernels": kernels.status(), "experts": times, "draft_step": drafts}
+        record["memory_bytes_per_s"] = bandwidth
         with written(args.json) as part:
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 1 if any(checked.values()) else 0
@@ -111,6 +113,22 @@ def _keep(report: Any, checked: dict[str, str | None], rules: tuple[Rule, ...]) 
             f"this cannot be kept in {report.path} ({error.strerror}), so that later loads do not know it; name a "
             f"folder that can be written: {CACHE}=FOLDER"
         )
+
+
+def _bandwidth() -> float:
+    """Measures the memory's bandwidth in bytes a second, and keeps it for the figures of the server."""
+    from .ops import bandwidth
+
+    found = bandwidth.measure()
+    print(f"memory: {found / 1e9:.1f} GB/s, by a copy")
+    try:
+        bandwidth.keep(found)
+    except OSError as error:
+        note(
+            f"the memory's bandwidth cannot be kept ({error.strerror}), so that the server does not know it; name a "
+            f"folder that can be written: {CACHE}=FOLDER"
+        )
+    return found
 
 
 def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...], dict[str, Any]]:

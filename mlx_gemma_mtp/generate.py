@@ -228,6 +228,8 @@ def print_json(prompts: list[Prompt], results: list[Result]) -> None:
             "finish_reason": result.finish_reason,
             "stats": result.stats.as_dict(),
         }
+        if result.cut_call is not None:
+            record["cut_call"] = result.cut_call.as_openai()
         if result.error is not None:
             record["error"] = result.error
         if result.logprobs is not None:

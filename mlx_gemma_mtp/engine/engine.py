@@ -30,6 +30,7 @@ from .arguments import Cancel, told
 from .calibration import KINDS, TEXT, Costs
 from .conversation import Conversation
 from .intake import Intake, Options
+from .kv_bytes import KVBytes, kv_bytes
 from .prefix import Prefixes
 from .prefix_disk import PrefixDisk
 from .request import Chunk, Request, Result
@@ -280,6 +281,11 @@ class Engine:
         """
         return self._model("prefixes")
 
+    @property
+    def kv_bytes(self) -> KVBytes:
+        """What K/V take now, in bytes. Any thread may ask. Raises UserError once the engine is closed."""
+        return self._model("kv_bytes")()
+
     def _model(self, name: str) -> Any:
         if name not in self._models:
             self._worker.check()
@@ -352,6 +358,7 @@ class Engine:
 def _runner(models: dict[str, Any], settings: Settings, disk: PrefixDisk | None) -> Runner:
     runner = Runner(**models, settings=settings, disk=disk)
     models["prefixes"] = runner.keeping.prefixes
+    models["kv_bytes"] = partial(kv_bytes, runner.scheduler, runner.keeping.prefixes, disk)
     return runner
 
 

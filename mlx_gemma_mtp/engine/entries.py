@@ -89,8 +89,8 @@ class Entries:
         return sum(map(len, self._stages.values()))
 
     def at(self, *stages: Stage) -> list[Entry]:
-        """Returns the requests of some stages."""
-        return [entry for stage in stages for entry in self._stages[stage].values()]
+        """Returns the requests of some stages. Any thread may ask: a tuple is made in one step of the interpreter."""
+        return [entry for stage in stages for entry in tuple(self._stages[stage].values())]
 
     def count(self, stage: Stage) -> int:
         """Returns how many requests are in a stage."""

@@ -12,7 +12,7 @@ from ..speculative.depth import AUTO
 from ..speculative.guide import Constraint
 from ..speculative.readback import TokenLogprob
 from ..text.reply import NOTHING, Piece, Reply
-from ..text.tools import ToolCall
+from ..text.tools import CallDelta, ToolCall
 from .prefix_disk import Restored
 from .repetition import Repetition
 from .stats import Stats
@@ -28,7 +28,8 @@ class Result:
     'error'. stats: figures. logprobs: one entry for each token, where the request asked for them. error: why the text
     could not go on, in one line, with finish_reason 'error'; text and tokens hold what came before. reasoning: the
     thoughts. tool_calls: the calls of tools, where the request has tools. end_token: the end token that came, None
-    where another thing ended the text.
+    where another thing ended the text. cut_call: the call that the reply ended in the middle of, where some of it was
+    given away: its arguments are JSON without an end.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Result:
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     end_token: int | None = None
+    cut_call: CallDelta | None = None
 
     def message(self) -> dict[str, Any]:
         """Returns the reply as the assistant's message in OpenAI's form, for the messages of the next turn; with
@@ -54,8 +56,9 @@ class Chunk:
 
     index: the prompt's number in its call. text, tokens: the piece. result: the whole answer, in the last chunk alone.
     logprobs: one entry for each token of the piece, where the request asked for them. reasoning: the piece of a
-    thought. tool_calls: the calls that are complete with this piece. What is held back of text, thoughts and calls
-    comes in a later chunk than its tokens. drafted, accepted: drafts that its round verified and kept, as in Stats.
+    thought. tool_calls: the calls that are complete with this piece. call_deltas: pieces of calls, complete ones and
+    those that are being made. What is held back of text, thoughts and calls comes in a later chunk than its tokens.
+    drafted, accepted: drafts that its round verified and kept, as in Stats.
     """
 
     index: int
@@ -65,6 +68,7 @@ class Chunk:
     logprobs: list[TokenLogprob] | None = None
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    call_deltas: list[CallDelta] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
 
@@ -189,8 +193,9 @@ class Request:
         if self.finish_reason:
             result = self._result(logprobs)
         text, reasoning, calls = joined(pieces)
+        deltas = [delta for piece in pieces for delta in piece.call_deltas]
         tokens, logprobs = self.tokens[start:], logprobs and logprobs[start:]
-        return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls, drafted, accepted)
+        return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls, deltas, drafted, accepted)
 
     def _result(self, logprobs: list[TokenLogprob] | None) -> Result:
         text, reasoning, calls = joined(self.pieces)
@@ -206,6 +211,7 @@ class Request:
             reasoning,
             calls,
             self.end_token,
+            cut_call(self.pieces, calls),
         )
 
     def _safely(self, call: Callable[..., Piece], *args: int | bool) -> Piece:
@@ -222,6 +228,15 @@ def joined(pieces: Sequence[Piece | Chunk]) -> tuple[str, str, list[ToolCall]]:
     """Returns the text, the thoughts and the calls of pieces in order."""
     calls = [call for piece in pieces for call in piece.tool_calls]
     return "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces), calls
+
+
+def cut_call(pieces: Sequence[Piece], calls: Sequence[ToolCall]) -> CallDelta | None:
+    """Returns the call that pieces end in the middle of, None where there is none. calls: those that are complete."""
+    last = next((piece.call_deltas[-1] for piece in reversed(pieces) if piece.call_deltas), None)
+    if last is None or any(call.id == last.id for call in calls):
+        return None
+    told = (delta.json for piece in pieces for delta in piece.call_deltas if delta.id == last.id)
+    return replace(last, json="".join(told))
 
 
 def reply_message(text: str, reasoning: str, calls: Sequence[ToolCall]) -> dict[str, Any]:

@@ -78,6 +78,16 @@ class PrefixStore:
         """Returns how many first tokens of a prompt have a file, 0 for none. The file is not opened."""
         return next((length for length, _ in self._known(tokens, salt)), 0)
 
+    @property
+    def bytes(self) -> int:
+        """The bytes of the folder's prefixes, those of other keys included."""
+        found = 0
+        with suppress(OSError):  # a folder that is gone has none
+            for _, entry in self._files(NAME):
+                with suppress(FileNotFoundError):
+                    found += entry.stat(follow_symlinks=False).st_size
+        return found
+
     def read(self, tokens: Sequence[int], salt: str | None = None) -> tuple[int, Layers] | None:
         """Returns the longest beginning of a prompt that a file holds: its number of tokens, and its layers, which are
         views of one buffer. None where there is none. The file is used now: it is among the last ones to be removed.

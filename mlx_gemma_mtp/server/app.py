@@ -9,6 +9,7 @@ from .answers import name_keys
 from .anthropic import anthropic_routes
 from .errors import handle_errors
 from .metrics import metrics_routes
+from .models import model_routes
 from .page import page_routes
 from .routes import openai_routes
 from .security import OPEN, Gate, Rules
@@ -26,7 +27,7 @@ def make_app(served: Served, rules: Rules) -> FastAPI:
     app.include_router(page_routes())
     app.include_router(status_routes(served))
     app.include_router(metrics_routes(served.metrics))
-    for routes in (openai_routes(served), anthropic_routes(served)):
+    for routes in (openai_routes(served), anthropic_routes(served), model_routes(served)):
         app.include_router(routes, prefix="/v1")
         app.include_router(routes, include_in_schema=False)
     if rules.keys:

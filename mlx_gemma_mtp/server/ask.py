@@ -13,7 +13,7 @@ from ..sampling.params import OFF, SamplingParams
 from ..text.tools import Tools
 from .channels import Channels
 from .errors import Refusal, about
-from .schema import ChatRequest, CompletionRequest, Sampling
+from .schema import ChatRequest, Common, CompletionRequest, Sampling
 
 if TYPE_CHECKING:
     from ..text.encode import Text
@@ -136,13 +136,21 @@ def of_completion(served: Served, body: CompletionRequest) -> Ask:
     return made(served, ids, settings, Tooling(), "prompt")
 
 
-def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -> Settings:
-    """Returns the settings that chat and text completions share. max_tokens: wins over the body's."""
-    limits = served.limits
-    sampling = body.model_dump(include=set(SAME), exclude_none=True)
-    check_repetition(served, body.stop_repetition)
+def common_settings(served: Served, body: Common) -> Settings:
+    """Returns the settings that all routes share."""
+    sampling = body.model_dump(include=set(SAME) & type(body).model_fields.keys(), exclude_none=True)
+    _check_repetition(served, body.stop_repetition)
     if sampling.get("top_k") == 0:
         sampling["top_k"] = OFF
+    seconds = served.limits.seconds if body.timeout is None else min(body.timeout, served.limits.seconds)
+    options = {"timeout": seconds, "num_draft_tokens": body.num_draft_tokens, "priority": body.priority or 0}
+    return Settings(sampling, options | {"cache_salt": body.cache_salt})
+
+
+def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -> Settings:
+    """Returns the settings that chat and text completions share. max_tokens: wins over the body's."""
+    limits, common = served.limits, common_settings(served, body)
+    sampling = common.sampling
     sampling["stop"] = stops_of(served, "stop", [body.stop] if isinstance(body.stop, str) else body.stop)
     sampling["logit_bias"] = _biases(served, body.logit_bias)
     sampling["max_tokens"] = output_tokens(served, body.max_tokens if max_tokens is None else max_tokens)
@@ -152,12 +160,9 @@ def settings_of(served: Served, body: Sampling, max_tokens: int | None = None) -
         sampling |= _format(served, body.response_format)
     if body.stream_options is not None and body.stream_options.model_fields_set and not body.stream:
         raise Refusal(400, "stream_options is given without stream, expected stream: true", param="stream_options")
-    seconds = limits.seconds if body.timeout is None else min(body.timeout, limits.seconds)
-    options = {"timeout": seconds, "num_draft_tokens": body.num_draft_tokens, "priority": body.priority or 0}
-    options["cache_salt"] = body.cache_salt
     n = 1 if body.n is None else body.n
     check_choices(served, n, "n")
-    return Settings(sampling, options, n)
+    return replace(common, n=n)
 
 
 def salted(ask: Ask, key: str) -> Ask:
@@ -170,7 +175,7 @@ def salted(ask: Ask, key: str) -> Ask:
     return replace(ask, options=ask.options | {"cache_salt": whole})
 
 
-def check_repetition(served: Served, length: int | None) -> None:
+def _check_repetition(served: Served, length: int | None) -> None:
     """Raises Refusal for a stop_repetition beyond the limit: to look for a long block takes time from every reply."""
     most = served.limits.repetition
     if length is not None and length > most:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from .calls import calls_of, parted
 from .errors import Refusal
 from .logprobs import Report, chat_logprobs
 from .positions import Positions
@@ -14,7 +15,7 @@ from .usage import repairs_of, timings_of, usage_of
 
 if TYPE_CHECKING:
     from ..engine.request import Chunk, Result
-    from ..text.tools import ToolCall
+    from ..text.tools import CallDelta
     from .run import Run
 
 FINISH = {"timeout": "length"}  # OpenAI knows no other end of a text that goes on
@@ -24,6 +25,8 @@ def finish_reason(result: Result) -> str:
     """Returns OpenAI's word for the end of a result. One by stop_repetition is an end that was asked for, like that by
     a stop string.
     """
+    if result.finish_reason == "repetition" and result.cut_call is not None:
+        return "length"
     if result.finish_reason == "repetition":
         return "tool_calls" if result.tool_calls else "stop"
     return FINISH.get(result.finish_reason, result.finish_reason)
@@ -50,11 +53,12 @@ def chat_object(run: Run, model: str, results: Sequence[Result]) -> dict[str, An
 
 def _choice(run: Run, index: int, result: Result) -> dict[str, Any]:
     served = run.served
-    message: dict[str, Any] = {"role": "assistant", "content": result.text or (None if result.tool_calls else "")}
+    calls = [call.as_openai() for call in calls_of(result)]
+    message: dict[str, Any] = {"role": "assistant", "content": result.text or (None if calls else "")}
     if result.reasoning:
         message |= served.thoughts(result.reasoning)
-    if result.tool_calls:
-        message["tool_calls"] = [call.as_openai() for call in result.tool_calls]
+    if calls:
+        message["tool_calls"] = calls
     logprobs = None
     if result.logprobs is not None:
         logprobs = chat_logprobs(report_of(run, index).whole(result))
@@ -72,12 +76,17 @@ def ending(result: Result) -> dict[str, Any]:
 
 @dataclass
 class _Choice:
-    """A choice that is streamed. calls: of tools, so far."""
+    """A choice that is streamed. calls: the ids of its calls so far."""
 
     index: int
     report: Report | None
     positions: Positions | None
-    calls: int = 0
+    calls: list[str] = field(default_factory=list)
+
+    @property
+    def newest(self) -> str | None:
+        """The id of the newest call."""
+        return self.calls[-1] if self.calls else None
 
 
 class ChoiceStream:
@@ -109,9 +118,9 @@ class ChatStream(ChoiceStream):
 
     def __init__(self, run: Run, model: str, usage: bool, positions: bool = False):
         super().__init__(run, head(run, model, "chat.completion.chunk"), usage)
-        self._choices = [self._begun(index, positions) for index in range(run.ask.choices)]
+        self._choices = [self._new_choice(index, positions) for index in range(run.ask.choices)]
 
-    def _begun(self, index: int, positions: bool) -> _Choice:
+    def _new_choice(self, index: int, positions: bool) -> _Choice:
         run = self._run
         report = report_of(run, index) if run.ask.logprobs else None
         channels = run.ask.channels(run.served.engine.text, index)
@@ -128,6 +137,9 @@ class ChatStream(ChoiceStream):
         return b"".join(self._pieces(choice, chunk))
 
     def _pieces(self, choice: _Choice, chunk: Chunk) -> Iterator[bytes]:
+        going_on, others = parted(chunk.call_deltas, choice.newest)
+        for delta in going_on:
+            yield self._arguments(choice, delta)
         if chunk.reasoning:
             yield self._event(choice, self._run.served.thoughts(chunk.reasoning))
         entries = choice.report.take(chunk) if choice.report is not None else []
@@ -136,19 +148,23 @@ class ChatStream(ChoiceStream):
             more = {} if choice.report is None else {"logprobs": chat_logprobs(entries)}
             more |= {} if drafts is None else {"draft_positions": drafts}
             yield self._event(choice, {"content": chunk.text}, **more)
-        for call in chunk.tool_calls:
-            yield from self._call(choice, call)
+        for delta in others:
+            if delta.id != choice.newest:
+                yield self._begun(choice, delta)
+            yield self._arguments(choice, delta)
         if chunk.result is not None:
             yield self._event(choice, {}, **ending(chunk.result))
 
-    def _call(self, choice: _Choice, call: ToolCall) -> Iterator[bytes]:
-        """A call as deltas: its name first, then its arguments."""
-        whole, place = call.as_openai(), {"index": choice.calls}
-        arguments = whole["function"]["arguments"]
-        choice.calls += 1
-        begun = whole | {"function": {"name": call.name, "arguments": ""}}
-        yield self._event(choice, {"tool_calls": [place | begun]})
-        yield self._event(choice, {"tool_calls": [place | {"function": {"arguments": arguments}}]})
+    def _begun(self, choice: _Choice, delta: CallDelta) -> bytes:
+        """A call's name, before its arguments."""
+        choice.calls.append(delta.id)
+        call = replace(delta, json="").as_openai()
+        return self._event(choice, {"tool_calls": [{"index": len(choice.calls) - 1} | call]})
+
+    def _arguments(self, choice: _Choice, delta: CallDelta) -> bytes:
+        """A piece of the newest call's arguments."""
+        piece = {"index": len(choice.calls) - 1, "function": {"arguments": delta.json}}
+        return self._event(choice, {"tool_calls": [piece]})
 
     def _event(self, choice: _Choice, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
         said = {"index": choice.index, "delta": delta, "finish_reason": finish_reason} | more

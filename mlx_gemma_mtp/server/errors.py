@@ -70,21 +70,24 @@ class Refusal(HTTPException):
         super().__init__(status, message, told)
         self.message, self.param, self.code = message, param, code
 
-    def body(self, path: str) -> dict[str, Any]:
-        """Returns what the client reads. path: of the request, which tells whose client it is."""
+    def body(self, path: str, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Returns what the client reads. path, headers: of the request, which tell whose client it is."""
         known = TYPES.get(self.status_code) or TYPES[500 if self.status_code >= 500 else 400]
-        if speaks_anthropic(path):
+        if speaks_anthropic(path, headers):
             return {"type": "error", "error": {"type": known[1], "message": self.message}}
         return {"error": {"message": self.message, "type": known[0], "param": self.param, "code": self.code}}
 
-    def response(self, path: str) -> JSONResponse:
-        """Returns the whole answer."""
-        return JSONResponse(self.body(path), self.status_code, self.headers)
+    def response(self, path: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """Returns the whole answer. path, headers: of the request."""
+        return JSONResponse(self.body(path, headers), self.status_code, self.headers)
 
 
-def speaks_anthropic(path: str) -> bool:
-    """Returns whether a path is one of Anthropic's routes."""
-    return path.removeprefix("/v1").startswith("/messages")
+def speaks_anthropic(path: str, headers: Mapping[str, str] | None = None) -> bool:
+    """Returns whether a request is of Anthropic's client: by its path, and where OpenAI's has the same path by the
+    header that no other sends.
+    """
+    route = path.removeprefix("/v1")
+    return route.startswith("/messages") or (route.startswith("/models") and "anthropic-version" in (headers or ()))
 
 
 def full() -> Refusal:
@@ -153,26 +156,26 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, error: Refusal) -> JSONResponse:
-        return error.response(request.url.path)
+        return error.response(request.url.path, request.headers)
 
     @app.exception_handler(UserError)
     async def bad_input(request: Request, error: UserError) -> JSONResponse:
-        return of_user_error(error).response(request.url.path)
+        return of_user_error(error).response(request.url.path, request.headers)
 
     @app.exception_handler(RequestValidationError)
     async def bad_shape(request: Request, error: RequestValidationError) -> JSONResponse:
-        return of_validation(error).response(request.url.path)
+        return of_validation(error).response(request.url.path, request.headers)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         path = clipped(request.url.path)
         what = {404: f"there is no {path} here", 405: f"{path} does not take {request.method}"}
         message = what.get(error.status_code, "the body cannot be read; expected one JSON object")
-        return Refusal(error.status_code, message, headers=error.headers).response(request.url.path)
+        return Refusal(error.status_code, message, headers=error.headers).response(request.url.path, request.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return unexpected().response(request.url.path)  # uvicorn logs the traceback
+        return unexpected().response(request.url.path, request.headers)  # uvicorn logs the traceback
 
 
 def unexpected() -> Refusal:

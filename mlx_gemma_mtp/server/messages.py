@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import from_json
+
+from .calls import parted
 from .errors import Refusal
 from .stream import event
-from .usage import cached_tokens, timings_of
+from .usage import cached_tokens, repairs_of, timings_of
 
 if TYPE_CHECKING:
     from ..engine.request import Chunk, Result
+    from ..text.tools import CallDelta
     from .run import Run
 
 REASONS = {
@@ -32,6 +36,8 @@ def message_object(run: Run, model: str, result: Result) -> dict[str, Any]:
     if result.text:
         content.append({"type": "text", "text": result.text})
     content += [_call(call.id, call.name, call.arguments) for call in result.tool_calls]
+    if (cut := result.cut_call) is not None:
+        content.append(_call(cut.id, cut.name, from_json(cut.json, allow_partial=True)))
     return _head(run, model) | {"content": content, "timings": timings_of(result)} | _ending(run, result)
 
 
@@ -43,9 +49,11 @@ def _ending(run: Run, result: Result) -> dict[str, Any]:
     """How a message ended, and what it used."""
     stop = _stop_sequence(run, result)
     reason = "stop_sequence" if stop is not None else REASONS[result.finish_reason]
-    if result.finish_reason == "repetition" and result.tool_calls:
-        reason = REASONS["tool_calls"]
-    return {"stop_reason": reason, "stop_sequence": stop, "usage": _usage(run, [result])}
+    if result.finish_reason == "repetition" and (result.tool_calls or result.cut_call):
+        reason = REASONS["tool_calls" if result.cut_call is None else "length"]
+    repaired = repairs_of(result)
+    more = {"repaired": repaired} if repaired else {}
+    return {"stop_reason": reason, "stop_sequence": stop, "usage": _usage(run, [result])} | more
 
 
 def _usage(run: Run, results: list[Result]) -> dict[str, int]:
@@ -82,6 +90,7 @@ class MessageStream:
         self._run, self._model = run, model
         self._index = -1  # of the newest block
         self._open: str | None = None  # the newest block's type, None where it has ended
+        self._call: str | None = None  # the id of the newest call
 
     def opening(self) -> bytes:
         """Returns the first events."""
@@ -90,24 +99,30 @@ class MessageStream:
 
     def of(self, chunk: Chunk) -> bytes:
         """Returns the events of a chunk, which may be none."""
-        found = b""
+        going_on, others = parted(chunk.call_deltas, self._call)
+        found = b"".join(self._arguments(delta) for delta in going_on)
         if chunk.reasoning:
             found += self._block("thinking", _thinking("", ""))
             found += self._delta("thinking_delta", thinking=chunk.reasoning)
         if chunk.text:
             found += self._block("text", {"type": "text", "text": ""})
             found += self._delta("text_delta", text=chunk.text)
-        for call in chunk.tool_calls:
-            found += self._end()
-            found += self._block("tool_use", _call(call.id, call.name, {}))
-            found += self._delta("input_json_delta", partial_json=call.as_openai()["function"]["arguments"])
+        for delta in others:
+            if delta.id != self._call:
+                self._call = delta.id
+                found += self._end() + self._block("tool_use", _call(delta.id, delta.name, {}))
+            found += self._arguments(delta)
         return found
+
+    def _arguments(self, delta: CallDelta) -> bytes:
+        return self._delta("input_json_delta", partial_json=delta.json)
 
     def closing(self) -> bytes:
         """Returns the last events."""
-        told = _ending(self._run, self._run.results[0])
-        usage = told.pop("usage")
-        last = _event("message_delta", delta=told, usage=usage, timings=timings_of(self._run.results[0]))
+        result = self._run.results[0]
+        told = _ending(self._run, result)
+        delta = {name: told.pop(name) for name in ("stop_reason", "stop_sequence")}
+        last = _event("message_delta", delta=delta, timings=timings_of(result), **told)
         return self._end() + last + _event("message_stop")
 
     def failed(self, refusal: Refusal) -> bytes:

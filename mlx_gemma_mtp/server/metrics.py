@@ -1,8 +1,8 @@
-"""Figures for Prometheus, under vLLM's names where it has them."""
+"""Figures for Prometheus."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -10,65 +10,49 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .families import COUNTERS, GAUGES, HELP, HISTOGRAMS, LABELLED, SHARES
 from .limits import Places
 
 if TYPE_CHECKING:
+    from ..engine.kv_bytes import KVBytes
     from ..engine.request import Result
+    from ..engine.stats import Stats
 
 PREFIX = "mlx_gemma_mtp:"
-FIRST = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640, 2560)  # seconds
-BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
-WHOLE = (0.3, 0.5, 1, 1.5, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960, 1920, 7680)
-TOKENS = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))
 ENDS = ("stop", "length", "tool_calls", "repetition", "timeout", "cancelled", "error")
+UNKNOWN = (
+    b"# memory_bandwidth_ratio is not here: this machine's bandwidth is not known; "
+    b"python -m mlx_gemma_mtp.doctor measures it, and the next start takes it up\n"
+)
 PHASES = ("waiting", "decoding")  # of a request that its client leaves: before and after its first text
-
-HELP = {
-    "num_requests_running": "Choices that have a row, at most.",
-    "num_requests_waiting": "Choices that wait for a row, at least.",
-    "prompt_tokens": "Tokens of prompts.",
-    "generation_tokens": "Tokens of replies.",
-    "request_success": "Choices that ended, by their end.",
-    "request_cancelled": "Requests that their client left, by phase.",
-    "request_refused": "Requests that were refused because too many wait.",
-    "time_to_first_token_seconds": "From a choice's arrival to its first token, waiting included.",
-    "inter_token_latency_seconds": "Between two tokens, the mean of a choice: a round gives several at once.",
-    "e2e_request_latency_seconds": "From a request's arrival to its end.",
-    "request_queue_time_seconds": "Before a choice's prompt was begun: its first token's time without the prefill.",
-    "request_prefill_time_seconds": "Of a choice's prompt.",
-    "request_decode_time_seconds": "Of a choice's tokens.",
-    "request_prompt_tokens": "Tokens of a choice's prompt.",
-    "request_generation_tokens": "Tokens of a choice.",
-    "request_rows": "Choices that shared a round with this one, itself included, in the mean.",
-    "num_preemptions": "How often a choice left its row, to go on later.",
-    "prefix_cache_queries": "Prompt tokens that kept prefixes were asked for.",
-    "prefix_cache_hits": "Prompt tokens that were not computed, since a prefix was kept.",
-    "spec_decode_num_drafts": "Rounds of a row that verified drafts.",
-    "spec_decode_num_draft_tokens": "Drafts that were verified.",
-    "spec_decode_num_accepted_tokens": "Drafts that were kept.",
-    "spec_decode_num_offered_tokens_per_pos": "Rounds of a row that verified a draft at this position.",
-    "spec_decode_num_accepted_tokens_per_pos": "Rounds of a row that kept a draft at this position.",
-    "rounds": "Rounds of a row, by the drafts that they verified and why so many.",
-    "requests_without_drafts": "Choices that verified no draft, by the reason.",
-    "weight_bytes": "Bytes of weights that were read for the tokens of replies; rows of a round share them.",
-    "memory_active_bytes": "Bytes of MLX's arrays.",
-    "memory_peak_bytes": "The most bytes of MLX's arrays.",
-    "memory_cache_bytes": "Bytes of buffers that MLX keeps unused.",
-}
 
 
 class Metrics:
     """The figures of one server; all of them are there from the start, at zero.
 
-    places: of its choices. rows: how many of them have a row, at most. prefix: what the names begin with.
+    places: of its choices. rows: how many of them have a row, at most. prefix: what the names begin with. kv: tells
+    what K/V take, None where nobody knows. bandwidth: of the memory, in bytes a second, None where it is not known:
+    then there is no share of it, and a comment says how to get it.
     """
 
-    def __init__(self, places: Places, rows: int, prefix: str = PREFIX):
+    def __init__(
+        self,
+        places: Places,
+        rows: int,
+        prefix: str = PREFIX,
+        kv: Callable[[], KVBytes | None] = lambda: None,
+        bandwidth: float | None = None,
+    ):
+        self._kv, self._bandwidth = kv, bandwidth
         self._places, self._rows, self._prefix, self.registry = places, rows, prefix, CollectorRegistry()
         self._gauges = {name: self._made(Gauge, name) for name in GAUGES}
         self._counters = {name: self._made(Counter, name) for name in COUNTERS}
         self._labelled = {name: self._made(Counter, name, labelnames=labels) for name, labels in LABELLED.items()}
         self._histograms = {name: self._made(Histogram, name, buckets=some) for name, some in HISTOGRAMS.items()}
+        if bandwidth is not None:
+            self._made(Gauge, "memory_bandwidth_bytes_per_second").set(bandwidth)
+            self._histograms["memory_bandwidth_ratio"] = self._made(Histogram, "memory_bandwidth_ratio", buckets=SHARES)
+        self._read = self._generated = 0.0  # bytes of weights, and tokens
         for end in ENDS:
             self._labelled["request_success"].labels(end)
         for phase in PHASES:
@@ -80,12 +64,21 @@ class Metrics:
     def text(self) -> bytes:
         """Returns all figures as Prometheus reads them."""
         taken = self._places.taken
-        self._gauges["num_requests_running"].set(min(taken, self._rows))
-        self._gauges["num_requests_waiting"].set(max(taken - self._rows, 0))
-        self._gauges["memory_active_bytes"].set(mx.get_active_memory())
-        self._gauges["memory_peak_bytes"].set(mx.get_peak_memory())
-        self._gauges["memory_cache_bytes"].set(mx.get_cache_memory())
-        return generate_latest(self.registry)
+        now = {
+            "num_requests_running": min(taken, self._rows),
+            "num_requests_waiting": max(taken - self._rows, 0),
+            "memory_active_bytes": mx.get_active_memory(),
+            "memory_peak_bytes": mx.get_peak_memory(),
+            "memory_cache_bytes": mx.get_cache_memory(),
+            "weight_bytes_per_token": self._read / max(self._generated, 1),
+        }
+        if (kv := self._kv()) is not None:
+            now |= {"kv_cache_used_bytes": kv.used, "kv_cache_reserved_bytes": kv.reserved}
+            now |= {"kv_cache_usage_perc": kv.reserved / max(kv.limit, 1)}
+            now |= {"prefix_cache_memory_bytes": kv.memory, "prefix_cache_disk_bytes": kv.disk}
+        for name, value in now.items():
+            self._gauges[name].set(value)
+        return generate_latest(self.registry) + (b"" if self._bandwidth else UNKNOWN)
 
     def refused(self) -> None:
         """Counts a request for which there was no place."""
@@ -115,8 +108,8 @@ class Metrics:
             "spec_decode_num_draft_tokens": stats.drafted,
             "spec_decode_num_accepted_tokens": stats.accepted,
         }
-        read = stats.target_step_bytes * stats.rounds + stats.draft_step_bytes * stats.drafted
-        counts["weight_bytes"] = read / max(stats.rows, 1)
+        counts["weight_bytes"] = _read(stats) / max(stats.rows, 1)
+        self._read, self._generated = self._read + counts["weight_bytes"], self._generated + tokens
         for name, count in counts.items():
             self._counters[name].inc(count)
         for position, (offered, kept) in enumerate(zip(stats.offered, stats.kept, strict=True)):
@@ -139,47 +132,32 @@ class Metrics:
         if stats.generation_tps:
             seen |= {"request_decode_time_seconds": decode, "request_rows": stats.rows}
             seen |= {"inter_token_latency_seconds": 1 / stats.generation_tps}
+            if self._bandwidth is not None:
+                seen |= {"memory_bandwidth_ratio": _read(stats) / decode / self._bandwidth}
         for name, value in seen.items():
             self._histograms[name].observe(value)
 
 
-GAUGES = (
-    *("num_requests_running", "num_requests_waiting"),
-    *("memory_active_bytes", "memory_peak_bytes", "memory_cache_bytes"),
-)
-COUNTERS = (
-    *("prompt_tokens", "generation_tokens", "request_refused", "num_preemptions", "prefix_cache_queries"),
-    *("prefix_cache_hits", "spec_decode_num_drafts", "spec_decode_num_draft_tokens"),
-    *("spec_decode_num_accepted_tokens", "weight_bytes"),
-)
-LABELLED = {
-    "request_success": ["finished_reason"],
-    "request_cancelled": ["phase"],
-    "spec_decode_num_offered_tokens_per_pos": ["position"],
-    "spec_decode_num_accepted_tokens_per_pos": ["position"],
-    "rounds": ["drafts", "reason"],
-    "requests_without_drafts": ["reason"],
-}
-HISTOGRAMS = {
-    "time_to_first_token_seconds": FIRST,
-    "inter_token_latency_seconds": BETWEEN,
-    "e2e_request_latency_seconds": WHOLE,
-    "request_queue_time_seconds": WHOLE,
-    "request_prefill_time_seconds": WHOLE,
-    "request_decode_time_seconds": WHOLE,
-    "request_prompt_tokens": TOKENS,
-    "request_generation_tokens": TOKENS,
-    "request_rows": (1, 2, 4, 8, 16, 32, 64),
-}
+def _read(stats: Stats) -> int:
+    """The bytes of weights that were read for a choice and for the rows beside it, at least: more rows wake more
+    experts.
+    """
+    return stats.target_step_bytes * stats.rounds + stats.draft_step_bytes * stats.drafted
 
 
 def metrics_routes(metrics: Metrics) -> APIRouter:
     """Returns the route that tells the figures."""
     router = APIRouter()
 
+<<<<<<< HEAD
     @router.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:
         """Tells the server's figures to Prometheus."""
+=======
+    @router.get("/metrics")
+    def figures() -> Response:
+        """Tells the server's figures to Prometheus. In a thread of its own, since it looks at the disk."""
+>>>>>>> wire
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

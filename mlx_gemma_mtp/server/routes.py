@@ -1,4 +1,4 @@
-"""OpenAI's routes, with and without /v1, and those that say how the server is."""
+"""OpenAI's routes, with and without /v1."""
 
 from __future__ import annotations
 
@@ -110,6 +110,7 @@ def openai_routes(served: Served) -> APIRouter:
             return await streamed(run, CompletionStream(run, model, wants_usage(body)))
         return await answered(request, run, lambda results: completion_object(run, model, results))
 
+<<<<<<< HEAD
     @router.get("/models", responses=told(Models))
     async def models() -> Response:
         """Lists the model and its other names."""
@@ -120,4 +121,6 @@ def openai_routes(served: Served) -> APIRouter:
         """Tells of the model under one of its names."""
         return JSONResponse(served.model(name))
 
+=======
+>>>>>>> wire
     return router

@@ -120,35 +120,40 @@ class Generating(Body):
         return {name: (ELSEWHERE.get(name, (False, 0)), "another route has it") for name in names - HARMLESS}
 
 
-class Sampling(Generating):
-    """What chat and text completions share. max_tokens: None is all that the context leaves. num_draft_tokens, timeout,
-    priority, cache_salt: as Engine.stream has them. regex, grammar: what the text must follow.
-    """
+class Common(Generating):
+    """What all routes share. num_draft_tokens, timeout, priority, cache_salt: as Engine.stream has them."""
 
     model: Text | None = None
-    max_tokens: int | None = None
+    stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None  # the biases' types are checked with their ranges
     seed: int | None = None
-    stop: Text | Texts | None = None
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
-    regex: str | None = None
-    grammar: str | None = None
-    ignore_eos: bool | None = None
     stop_repetition: int | None = None
     num_draft_tokens: int | str | None = None
     timeout: float | None = None
     priority: int | None = None
     cache_salt: Text | None = None
+
+
+class Sampling(Common):
+    """What chat and text completions share. max_tokens: None is all that the context leaves. regex, grammar: what the
+    text must follow.
+    """
+
+    max_tokens: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = None  # the biases' types are checked with their ranges
+    stop: Text | Texts | None = None
+    n: int | None = None
+    stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    ignore_eos: bool | None = None
 
 
 class ChatRequest(Sampling):
@@ -176,25 +181,17 @@ class CompletionRequest(Sampling):
     logprobs: int | None = None
 
 
-class MessagesRequest(Generating):
+class MessagesRequest(Common):
     """POST /v1/messages."""
 
-    model: Text | None = None
     max_tokens: int
     messages: Objects
     system: str | Objects | None = None
     stop_sequences: Texts | None = None
-    stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
     tools: Objects | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
-    seed: int | None = None
-    stop_repetition: int | None = None
-    num_draft_tokens: int | str | None = None
 
 
 class CountRequest(Body):

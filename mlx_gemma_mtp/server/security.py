@@ -137,7 +137,7 @@ class Gate:
         try:
             response = self._check(scope, Headers(scope=scope), answer)
         except Refusal as refusal:
-            response = refusal.response(scope["path"])
+            response = refusal.response(scope["path"], Headers(scope=scope))
         if response is not None:
             await response(scope, receive, answer)
         else:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .._version import __version__
-from ..errors import clipped
+from ..errors import UserError, clipped
+from ..ops import bandwidth
 from .errors import Refusal, stopping
 from .limits import Limits, Places
 from .logprobs import speller
@@ -19,6 +20,7 @@ from .metrics import PREFIX, Metrics
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
+    from ..engine.kv_bytes import KVBytes
 
 REASONING = ("reasoning_content", "reasoning", "both")  # names of the field of thoughts
 
@@ -52,7 +54,7 @@ class Served:
         self.reasoning_fields = REASONING[:2] if reasoning == REASONING[2] else (reasoning,)
         self.context = engine.target.config.context
         self.places = Places(engine.max_rows + self.limits.waiting)
-        self.metrics = Metrics(self.places, engine.max_rows, metrics_prefix)
+        self.metrics = Metrics(self.places, engine.max_rows, metrics_prefix, self.kv_bytes, bandwidth.known())
         self.created = int(time.time())
         self.description = engine.description
         self.spell = speller(engine.text)
@@ -67,6 +69,13 @@ class Served:
             message = f"there is no model {clipped(name, 80)!r} here, expected {self.name!r} or an alias (--alias)"
             raise Refusal(404, message, param="model", code="model_not_found")
         return name
+
+    def kv_bytes(self) -> KVBytes | None:
+        """Returns what the engine's K/V take, None once it is closed."""
+        try:
+            return self.engine.kv_bytes
+        except UserError:
+            return None
 
     def check_open(self) -> None:
         """Raises Refusal where nothing new begins."""

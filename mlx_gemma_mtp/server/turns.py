@@ -10,10 +10,9 @@ from ..errors import shown
 from .ask import (
     EFFORTS,
     Ask,
-    Settings,
     Thoughts,
     Tooling,
-    check_repetition,
+    common_settings,
     encoded,
     made,
     output_tokens,
@@ -35,9 +34,8 @@ Block = Mapping[str, Any]
 def of_messages(served: Served, body: MessagesRequest) -> Ask:
     """Returns what a request wants. Raises Refusal and UserError."""
     body.check_supported()
-    same = {"temperature", "top_p", "top_k", "seed", "stop_repetition"}
-    sampling = body.model_dump(include=same, exclude_none=True)
-    check_repetition(served, body.stop_repetition)
+    settings = common_settings(served, body)
+    sampling = settings.sampling
     sampling["stop"] = stops_of(served, "stop_sequences", body.stop_sequences)
     sampling["max_tokens"] = output_tokens(served, body.max_tokens)
     thoughts = _with_effort(_thoughts(served, body.thinking), body.output_config)
@@ -45,9 +43,8 @@ def of_messages(served: Served, body: MessagesRequest) -> Ask:
     form = (body.output_config or {}).get("format")
     if form is not None:
         sampling |= _format(served, form)
-    options = {"timeout": served.limits.seconds, "num_draft_tokens": body.num_draft_tokens}
     tooling = _tooling(served, body)
-    return made(served, [_ids(served, body, tooling, thoughts)], Settings(sampling, options), tooling)
+    return made(served, [_ids(served, body, tooling, thoughts)], settings, tooling)
 
 
 def tokens_of(served: Served, body: CountRequest) -> int:
@@ -94,7 +91,10 @@ def _turn(where: str, turn: Block) -> Iterator[dict[str, Any]]:
 def _text(where: str, block: Block) -> Block:
     if block.get("type") != "text":
         raise _odd(f"{where}.type", block.get("type"), "'text': this package takes text alone")
-    return {"type": "text", "text": block.get("text")}
+    text = block.get("text")
+    if not isinstance(text, str):
+        raise _odd(f"{where}.text", text, "text")
+    return {"type": "text", "text": text}
 
 
 def _result(where: str, block: Block) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _result(where: str, block: Block) -> dict[str, Any]:
     content = block.get("content")
     if isinstance(content, list):
         parts = [_text(f"{where}.content.{place}", part) for place, part in enumerate(content)]
-        content = "".join(part["text"] for part in parts if isinstance(part["text"], str))
+        content = "".join(part["text"] for part in parts)
     if content is not None and not isinstance(content, str):
         raise _odd(f"{where}.content", content, "text or a list of text blocks")
     text = f"Error: {content or ''}" if block.get("is_error") else content or ""
@@ -136,7 +136,10 @@ def _tooling(served: Served, body: MessagesRequest | CountRequest) -> Tooling:
         choice = CHOICES[kind]
     else:
         raise _odd("tool_choice.type", kind, "'auto', 'any', 'tool' or 'none'")
-    return tooling_of(served, tools, choice, not given.get("disable_parallel_tool_use"))
+    single = given.get("disable_parallel_tool_use")
+    if single not in (None, True, False):
+        raise _odd("tool_choice.disable_parallel_tool_use", single, "true or false")
+    return tooling_of(served, tools, choice, not single)
 
 
 def _tool(where: str, tool: Block) -> dict[str, Any]:
@@ -152,7 +155,10 @@ def _thoughts(served: Served, given: Block | None) -> Thoughts:
     kind = given.get("type")
     if kind not in ("enabled", "adaptive", "disabled"):
         raise _odd("thinking.type", kind, "'enabled', 'adaptive' or 'disabled'")
-    return Thoughts() if kind == "disabled" else Thoughts(True, given.get("budget_tokens"))
+    budget = given.get("budget_tokens")
+    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
+        raise _odd("thinking.budget_tokens", budget, "a whole number, 0 or more")
+    return Thoughts() if kind == "disabled" else Thoughts(True, budget)
 
 
 def _with_effort(thoughts: Thoughts, given: Block | None) -> Thoughts:

@@ -137,7 +137,7 @@ class Fitting:
         for name, each in value.items():
             if name not in properties and name not in schema.get("required", ()) and closed:
                 self._fault(f"{_inside(where, name)} is unknown")
-            found[name] = self.fit(each, properties.get(name, others or {}), _inside(where, name))
+            found[name] = self.fit(each, member(schema, name), _inside(where, name))
         return found
 
     def _array(self, value: list[Any], schema: Schema, where: str) -> list[Any]:
@@ -161,6 +161,30 @@ class Fitting:
 
     def _fault(self, what: str) -> None:
         self.notes.faults.append(what)
+
+
+def member(schema: Schema, name: str) -> Any:
+    """Returns the schema of an object's member."""
+    return schema.get("properties", {}).get(name, schema.get("additionalProperties") or {})
+
+
+def keeps_text(schema: Any) -> bool:
+    """Returns whether text is left as it is, whatever it says, where it is fitted to a schema."""
+    if not isinstance(schema, dict):
+        return True
+    choices = [schema[key] for key in ("anyOf", "oneOf") if schema.get(key)]
+    return "allOf" not in schema and _is_text(schema) and all(any(map(_plain_text, each)) for each in choices)
+
+
+def _plain_text(schema: Any) -> bool:
+    """Whether a schema allows any text, so that no other alternative is better."""
+    more = {"allOf", "anyOf", "oneOf", "enum", "const"}
+    return schema is True or (isinstance(schema, dict) and not schema.keys() & more and _is_text(schema))
+
+
+def _is_text(schema: Schema) -> bool:
+    kinds = kinds_of(schema)
+    return not kinds or "string" in kinds
 
 
 def constant(word: str) -> Any:

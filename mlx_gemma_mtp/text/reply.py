@@ -9,13 +9,14 @@ from __future__ import annotations
 import string
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .control import CLOSE, OPEN
+from .partial_call import PartialCall
 from .stream import Characters, Stops
 from .tool_calls import BARE, CALL_CLOSE, CALL_OPEN, MARK, QUOTE, Body, read, spelled
-from .tools import ToolCall, Tools
+from .tools import CallDelta, ToolCall, Tools
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import StreamingDetokenizer
@@ -26,11 +27,14 @@ MOST_ATTEMPTS = 8  # at reading a call without its tokens, one each time its bra
 
 @dataclass(frozen=True)
 class Piece:
-    """What a token releases: characters of the text, characters of a thought, and calls that are complete."""
+    """What a token releases: characters of the text, characters of a thought, calls that are complete, and pieces of
+    calls: those of a complete call came with it or before.
+    """
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    call_deltas: tuple[CallDelta, ...] = ()
 
 
 NOTHING = Piece()
@@ -174,7 +178,8 @@ class Reply:
     tokens of calls in the text, as they are spelled. in_thought: whether the prompt opened a thought.
 
     A call ends a thought that is still open. A control token amid a string of a call is part of the string, if the
-    string ends later. What cannot be read as a call becomes text.
+    string ends later. What cannot be read as a call becomes text, unless pieces of it were given away: then the call
+    is what was given away, and a call that is cut off has no end.
     """
 
     def __init__(
@@ -195,12 +200,14 @@ class Reply:
         self._answer = Answer(stop, tools is not None)
         self._thought = Thought(opened=False) if in_thought else None
         self._body: Body | None = None
+        self._partial: PartialCall | None = None  # of a call with its tokens
         self._attempts = 0  # at reading a call without its tokens
         self._start = None if tools is None else Start("", tools.names)
         self._tokens: deque[int] = deque()  # to be taken in
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
+        self._deltas: list[CallDelta] = []
 
     @property
     def stopped(self) -> bool:
@@ -230,10 +237,11 @@ class Reply:
         return self._released()
 
     def _released(self) -> Piece:
-        text, reasoning, calls = "".join(self._text), "".join(self._reasoning), tuple(self._calls)
-        for channel in (self._text, self._reasoning, self._calls):
+        text, reasoning = "".join(self._text), "".join(self._reasoning)
+        piece = Piece(text, reasoning, tuple(self._calls), tuple(self._deltas))
+        for channel in (self._text, self._reasoning, self._calls, self._deltas):
             channel.clear()
-        return Piece(text, reasoning, calls) if text or reasoning or calls else NOTHING
+        return NOTHING if piece == NOTHING else piece
 
     def _drain(self) -> None:
         while self._tokens and not self.stopped:
@@ -265,7 +273,7 @@ class Reply:
         if self._start is not None:
             text = self._start.push(text)
             if self._start.call:
-                self._body, self._start, self._attempts = Body(bare=True), None, 0
+                self._body, self._partial, self._start, self._attempts = Body(bare=True), None, None, 0
                 self._extend(text)
                 return
             if self._start.done:
@@ -282,7 +290,9 @@ class Reply:
         if kind in (OPEN, CALL_OPEN):
             self._end_start()
             self._thought = Thought(opened=True) if kind == OPEN else None
-            self._body = Body(bare=False) if kind == CALL_OPEN else None
+            if kind == CALL_OPEN:
+                quote = QUOTE if self._quote is None else MARK
+                self._body, self._partial = Body(bare=False), PartialCall(self._tools, quote)
 
     def _begin(self, trim: str) -> None:
         """Text may begin, after a thought or a call."""
@@ -316,6 +326,8 @@ class Reply:
         """Takes in characters of a call. One without its tokens ends with its braces."""
         body = self._body
         ends = body.push(text)
+        if self._partial is not None:
+            self._tell(self._partial.push(body))
         for end in ends if body.bare else ():
             self._attempts += 1
             if calls := read(body.text[:end], self._tools, closed=False):
@@ -331,28 +343,58 @@ class Reply:
         """The call ends, with the token that follows it; None is the end of the reply. ended: whether the model ended
         it.
         """
-        body, whole = self._body, self._body.text
-        calls = read(whole, self._tools, closed=ended)
+        body, whole, begun = self._body, self._body.text, self._partial is not None and self._partial.begun
+        calls = self._read(whole, ended)
         if not calls and body.later:
             # A string that is never closed: the call ended at the first control token within it, and what follows is
             # read once more.
-            self._tokens.extendleft(reversed(body.later if token is None else [*body.later, token]))
-            whole, token = body.first, self._tokens.popleft()
-            calls = read(whole, self._tools, closed=True)
+            calls = self._read(body.first, closed=True)
+            if calls or not begun or (ended and self._partial.at <= len(body.first)):
+                self._tokens.extendleft(reversed(body.later if token is None else [*body.later, token]))
+                whole, token = body.first, self._tokens.popleft()
         mark = CALL_CLOSE if token is not None and self._kinds[token] == CALL_CLOSE else ""
         if token is not None and not mark:
             self._tokens.appendleft(token)
         if calls:
             self._deliver(calls)
-        else:
+        elif not begun:
             whole = spelled(whole)
             self._give_back(whole if body.bare else CALL_OPEN + whole + mark)
+        elif token is not None or ended:
+            self._deliver_begun(*self._partial.ended())
+        else:
+            self._body = None
+
+    def _read(self, text: str, closed: bool) -> list[ToolCall] | None:
+        """The calls that a text is; None where it is none, or begins otherwise than what was given away."""
+        calls = read(text, self._tools, closed)
+        begun = calls and self._partial is not None and self._partial.begun
+        return None if begun and self._partial.rest(calls[0]) is None else calls
 
     def _deliver(self, calls: Sequence[ToolCall]) -> None:
+        """Calls are whole. The first one may have been given away in part."""
+        if self._partial is not None and self._partial.begun:
+            self._deliver_begun(replace(calls[0], id=self._partial.id), self._partial.rest(calls[0]))
+            calls = calls[1:]
+        for call in calls:
+            self._deltas.append(CallDelta(call.id, call.name, call.json))
+        self._end_of_calls(calls)
+
+    def _deliver_begun(self, call: ToolCall, rest: str) -> None:
+        """The call that was given away in part is whole. rest: of its JSON."""
+        self._tell(rest)
+        self._end_of_calls([call])
+
+    def _end_of_calls(self, calls: Sequence[ToolCall]) -> None:
         self._body = None
         self._calls += calls
         self._answer.call()
         self._begin(string.whitespace)
+
+    def _tell(self, json: str) -> None:
+        """Gives a piece of the call away."""
+        if json:
+            self._deltas.append(CallDelta(self._partial.id, self._partial.name, json))
 
     def _give_back(self, text: str) -> None:
         self._body = None

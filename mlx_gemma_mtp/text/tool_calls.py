@@ -20,7 +20,7 @@ CALL_OPEN, CALL_CLOSE, QUOTE, BARE = "<|tool_call>", "<tool_call|>", '<|"|>', "c
 MARK, SPELLED = "\udc00", "\udc01"
 DEEPEST = 64  # of objects and arrays in each other
 
-_MARKS = re.compile(rf'<\|"\|>|[{MARK}{{}}]')
+_MARKS = re.compile(rf'<\|"\|>|[{MARK}{{}}\[\]]')
 _BLANKS = re.compile(r"\s*")
 _NAME = re.compile(rf"(:?\s*call\s*:\s*)?({NAME})\s*")
 _KEY = re.compile(r"""[^\s:=,{}\[\]"'<>]+(?:[ \t]+[^\s:=,{}\[\]"'<>]+)*""")
@@ -44,17 +44,22 @@ class Body:
     """The characters of a call as they come.
 
     bare: whether it came without its tokens, so that its braces end it. in_string: whether a string is open. later: the
-    tokens from the first control token within a string on; first: the characters before it.
+    tokens from the first control token within a string on; first: the characters before it. edges: begin and end of
+    each mark around strings that are arguments themselves, no parts of arguments. size: of the characters that were
+    looked at, all but what may begin a quote; fresh: the newest of them.
     """
 
     def __init__(self, bare: bool):
         self.bare, self.in_string = bare, False
         self.later: list[int] = []
-        self.first = ""
+        self.first = self.fresh = ""
+        self.edges: list[tuple[int, int]] = []
+        self.size = 0
         self._parts: list[str] = []
         self._marked = False  # whether quotes are tokens, so that their text is text
         self._tail = ""  # not looked at yet: it may begin a quote
-        self._size = self._depth = 0
+        self._depth = self._level = 0  # of braces, and of all brackets
+        self._own = False  # whether the newest string is an argument
 
     @property
     def text(self) -> str:
@@ -66,9 +71,9 @@ class Body:
         self._parts.append(text)
         seen = self._tail + text
         held = next((size for size in range(len(QUOTE) - 1, 0, -1) if seen.endswith(QUOTE[:size])), 0)
-        self._tail = seen[len(seen) - held :]
-        ends = [self._size + end for end in self._ends(seen[: len(seen) - held])]
-        self._size += len(seen) - held
+        self.fresh, self._tail = seen[: len(seen) - held], seen[len(seen) - held :]
+        ends = [self.size + end for end in self._ends(self.fresh)]
+        self.size += len(self.fresh)
         return ends
 
     def interrupt(self, token: int) -> None:
@@ -81,11 +86,22 @@ class Body:
             if mark[0] in (QUOTE, MARK):
                 self._marked = self._marked or mark[0] == MARK
                 if mark[0] == MARK or not self._marked:
-                    self.in_string = not self.in_string
+                    self._turn(mark)
             elif not self.in_string:
-                self._depth += 1 if mark[0] == "{" else -1
-                if self._depth <= 0:
-                    yield mark.end()
+                step = 1 if mark[0] in "{[" else -1
+                self._level += step
+                if mark[0] in "{}":
+                    self._depth += step
+                    if self._depth <= 0:
+                        yield mark.end()
+
+    def _turn(self, mark: re.Match[str]) -> None:
+        """A string begins or ends."""
+        self.in_string = not self.in_string
+        if self.in_string:
+            self._own = self._level == 1
+        if self._own:
+            self.edges.append((self.size + mark.start(), self.size + mark.end()))
 
 
 def read(text: str, tools: Tools, closed: bool) -> list[ToolCall] | None:
@@ -122,24 +138,24 @@ def spelled(text: str) -> str:
 def _call(name: str, arguments: dict[str, Any], repaired: list[str], tools: Tools) -> ToolCall:
     """The call with arguments that fit the tool's schema as far as they can."""
     notes, known = Notes(repaired), name in tools.names
-    arguments = Fitting(notes, _value).fit(_unspelled(arguments), tools.parameters(name) if known else {}, "")
+    arguments = Fitting(notes, value_of).fit(unspelled(arguments), tools.parameters(name) if known else {}, "")
     if not known:
         notes.faults.append(f"there is no tool {name!r}")
     return ToolCall(name, arguments, tuple(dict.fromkeys(notes.repaired)), tuple(dict.fromkeys(notes.faults)))
 
 
-def _unspelled(value: Any) -> Any:
+def unspelled(value: Any) -> Any:
     """The value with the text of quotes in its strings."""
     if isinstance(value, str):
         return value.replace(SPELLED, QUOTE)
     if isinstance(value, Bare):
         return Bare(value.word.replace(SPELLED, QUOTE))
     if isinstance(value, dict):
-        return {_unspelled(key): _unspelled(each) for key, each in value.items()}
-    return [_unspelled(each) for each in value] if isinstance(value, list) else value
+        return {unspelled(key): unspelled(each) for key, each in value.items()}
+    return [unspelled(each) for each in value] if isinstance(value, list) else value
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """The object or array that a text is. Raises ValueError for anything else."""
     reader = Reader(text, closed=False)
     value = reader.value()
@@ -235,7 +251,7 @@ class Reader:
         name, arguments = found.get("name"), found.get("arguments", found.get("parameters"))
         name = name.word if isinstance(name, Bare) else name
         if isinstance(arguments, str):  # as OpenAI writes them
-            arguments = _value(arguments)
+            arguments = value_of(arguments)
         if not isinstance(name, str) or not name or not isinstance(arguments, dict):
             raise Unreadable
         self._note("the call was an object of name and arguments")
@@ -247,8 +263,8 @@ class Reader:
         while not self._left("}"):
             key = self._key()
             if key in found:
-                self._note(f"{key!r} was there twice, the last one counts")
-            found[key] = self._member()
+                self._note(f"{key!r} was there twice, the first one counts")
+            found.setdefault(key, self._member())
             self._separator("}")
         return found
 

@@ -18,7 +18,8 @@ NAME = r"""[^\s{}()\[\]<>"'`,;=|]+"""  # of a tool: what a call can be read back
 PARAMETERS = ("parameters", "input_schema", "inputSchema")  # of OpenAI, Anthropic and MCP
 
 
-def _new_id() -> str:
+def new_id() -> str:
+    """Returns the id of a new call."""
     # Not of `random`: a library leaves its host's seeds alone.
     return f"call_{secrets.token_hex(12)}"
 
@@ -35,12 +36,36 @@ class ToolCall:
     arguments: dict[str, Any]
     repaired: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
-    id: str = field(default_factory=_new_id, compare=False)
+    id: str = field(default_factory=new_id, compare=False)
+
+    @property
+    def json(self) -> str:
+        """The arguments as JSON text."""
+        return json.dumps(self.arguments, ensure_ascii=False)
 
     def as_openai(self) -> dict[str, Any]:
         """Returns the call as OpenAI's API writes it, with the arguments as JSON text."""
-        arguments = json.dumps(self.arguments, ensure_ascii=False)
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
+        return _as_openai(self.id, self.name, self.json)
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A piece of a call that is being made. Joined, the pieces of a whole call are its arguments as JSON text.
+
+    id, name: of the call. json: what follows the pieces before it.
+    """
+
+    id: str
+    name: str
+    json: str
+
+    def as_openai(self) -> dict[str, Any]:
+        """Returns the call, as far as this piece has it, as OpenAI's API writes it."""
+        return _as_openai(self.id, self.name, self.json)
+
+
+def _as_openai(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,17 @@ import pytest
 
 from mlx_gemma_mtp import doctor
 from mlx_gemma_mtp.models import moe
-from mlx_gemma_mtp.ops import expert_paths, kernel_report, kernels
+from mlx_gemma_mtp.ops import bandwidth, expert_paths, kernel_report, kernels
 from mlx_gemma_mtp.ops.expert_paths import VERIFY, ExpertPath
 from mlx_gemma_mtp.ops.kernels import gate_up
 
 P, S, G = ExpertPath.PAIRS, ExpertPath.SORTED, ExpertPath.GROUPED
 EQUAL = frozenset((P, S))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(bandwidth, "SIZE", 1 << 16)
 
 
 @pytest.fixture
@@ -126,6 +131,7 @@ def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(f"kernel {name}: on" in out for name in kernels.KERNELS) and "4-bit, microseconds" in out
     record = json.loads((metal / "r.json").read_text())
+    assert record["memory_bytes_per_s"] == bandwidth.known(metal) > 0
     assert set(record["experts"]["4-bit"]) == set(map(str, expert_paths.ON_METAL)) and record["kernels"]["down"] == "on"
     assert all(t > 0 and math.isfinite(t) for each in record["experts"]["4-bit"].values() for t in each.values())
     checked, rules = kernel_report.Report().read()
@@ -156,7 +162,28 @@ def test_the_command_without_metal(capsys, tmp_path, monkeypatch):
         pytest.skip("there is Metal here")
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
-    assert "kernel down: no Metal device" in out and "nothing is timed" in out and not list(tmp_path.iterdir())
+    assert "kernel down: no Metal device" in out and "no way through experts is timed" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["bandwidth.json"] and bandwidth.known(tmp_path) > 0
+    assert f"memory: {bandwidth.known(tmp_path) / 1e9:.1f} GB/s" in out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', "null"])
+def test_a_bandwidth_that_was_not_measured_here_is_not_known(tmp_path, text):
+    path = bandwidth.keep(2e9, tmp_path)
+    assert bandwidth.known(tmp_path) == 2e9
+    path.write_text(path.read_text().replace('"mlx": "', '"mlx": "older '))
+    assert bandwidth.known(tmp_path) is None
+    for odd in ("NaN", "0", "-1", '"x"', "null"):
+        bandwidth.keep(2e9, tmp_path).write_text(path.read_text().replace("2000000000.0", odd))
+        assert bandwidth.known(tmp_path) is None
+    path.write_text(text)
+    assert bandwidth.known(tmp_path) is None and bandwidth.known(tmp_path / "nowhere") is None
+
+
+def test_a_bandwidth_that_cannot_be_kept_is_a_note(metal, monkeypatch, capsys):
+    (metal / "file").write_text("")
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(metal / "file"))
+    assert doctor._bandwidth() > 0 and "cannot be kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ def refused(response: httpx.Response, status: int = 400) -> dict:
     return error
 
 
+SINGLE = {"type": "auto", "disable_parallel_tool_use": "no"}
+RESULT = {"type": "tool_result", "tool_use_id": "1"}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+
+
 def user(content) -> list:
     return [{"role": "user", "content": content}]
 
@@ -194,6 +199,12 @@ def test_too_many_prompts_for_one_request(url):
         ({"max_tokens": 5, "messages": ASKED, "thinking": {"type": "maybe"}}, "thinking.type"),
         ({"max_tokens": 5, "messages": ASKED, "tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0.type"),
         ({"max_tokens": 5, "messages": ASKED, "tool_choice": {"type": "some"}}, "tool_choice.type"),
+        ({"max_tokens": 5, "messages": ASKED, "thinking": {"type": "enabled", "budget_tokens": "x"}}, "budget_tokens"),
+        ({"max_tokens": 5, "messages": ASKED, "tools": [{"name": "f"}], "tool_choice": SINGLE}, "disable_parallel"),
+        ({"max_tokens": 5, "messages": user([{"type": "text"}])}, "messages.0.content.0.text"),
+        ({"max_tokens": 5, "messages": user([RESULT | {"content": [{"type": "text"}]}])}, "content.0.content.0.text"),
+        ({"max_tokens": 5, "messages": user([RESULT | {"content": [IMAGE]}])}, "messages.0.content.0.content.0.type"),
+        ({"max_tokens": 5, "messages": ASKED, "timeout": 0}, "timeout"),
         ({"messages": ASKED}, "max_tokens"),
         ({"max_tokens": 0, "messages": ASKED}, "max_tokens"),
         ({"max_tokens": 5, "messages": ASKED, "mcp_servers": [{}]}, "mcp_servers"),
@@ -274,7 +285,6 @@ def test_a_packed_body_is_not_unpacked(url):
         ("/v1/messages", "output_format", {"type": "json_schema", "schema": {"type": "object"}}),
         ("/v1/messages", "stop", ["x"]),
         ("/v1/messages", "n", 2),
-        ("/v1/messages", "cache_salt", "mine"),
     ],
 )
 def test_a_field_of_another_route_is_refused(url, path, field, value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import plistlib
 import re
 import subprocess
 import sys
@@ -11,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Scripted, ids_of, serving
+import yaml
+from serving import ASKED, WEATHER, Scripted, events, ids_of, post, serving
+
+from mlx_gemma_mtp import serve
+from mlx_gemma_mtp.files.files import CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 ADDRESS = "http://localhost:8080"
 CURLS = [
     (page.name, command)
@@ -71,3 +77,59 @@ class Caller(Scripted):
 def test_the_agent_calls_its_tools(engine):
     with serving(Caller(engine, lambda number: [])) as url:
         assert run("agent.py", url).count("It is warm.") == 4
+
+
+# ---- files for other programs
+
+
+@pytest.fixture(scope="module")
+def named(engine):
+    """A server whose model has the name that the bundled pair has without --name."""
+    with serving(engine, aliases=(serve.BUNDLED,)) as url:
+        yield url
+
+
+def test_continue_s_file(named):
+    """Keys of its reference (docs.continue.dev/reference), and a request as it sends them."""
+    config = yaml.safe_load((EXAMPLES / "continue.yaml").read_text())
+    [model] = config.pop("models")
+    assert config.keys() == {"name", "version", "schema"} and config["schema"] == "v1"
+    assert model.keys() >= {"name", "provider", "model"} and model["provider"] == "openai"
+    assert model["apiBase"] == f"{ADDRESS}/v1" and set(model["roles"]) <= {"chat", "edit", "apply", "autocomplete"}
+    assert model["capabilities"] == ["tool_use"]
+    more = {"name", "provider", "model", "apiBase", "apiKey", "roles", "capabilities", "defaultCompletionOptions"}
+    options = model["defaultCompletionOptions"]
+    assert model.keys() <= more and options.keys() <= {"contextLength", "maxTokens"}
+    assert 0 < options["maxTokens"] < options["contextLength"]
+    body = {
+        "model": model["model"],
+        "messages": ASKED,
+        "max_tokens": 8,
+        "prediction": {"type": "content", "content": ""},
+    }
+    body |= {"tools": [WEATHER], "stream_options": {"include_usage": True}, "stop": ["```"]}
+    assert events(named, "/v1/chat/completions", body)[-2]["usage"]["completion_tokens"] > 0
+
+
+def test_aider_s_file(named):
+    """Options of its reference (aider.chat/docs/config/options.html), without a key."""
+    config = yaml.safe_load((EXAMPLES / "aider.conf.yml").read_text())
+    assert config.keys() == {"model", "openai-api-base", "show-model-warnings"}
+    provider, _, model = config["model"].partition("/")
+    assert provider == "openai" and config["openai-api-base"] == f"{ADDRESS}/v1"
+    body = {"model": model, "messages": ASKED, "max_tokens": 8, "temperature": 0, "stream": False}
+    assert post(named, "/v1/chat/completions", body).json()["model"] == serve.BUNDLED
+
+
+def test_launchd_s_file():
+    """What it starts is understood, nobody's key is in it, and it is not killed while requests end."""
+    path = EXAMPLES / "local.mlx-gemma-mtp.plist"
+    job = plistlib.loads(path.read_bytes())
+    assert job["Label"] == path.stem and job["RunAtLoad"] and job["KeepAlive"] == {"SuccessfulExit": False}
+    python, flag, module, *arguments = job["ProgramArguments"]
+    assert Path(python).is_absolute() and (flag, module) == ("-m", "mlx_gemma_mtp.serve")
+    args = serve.parser().parse_args(arguments)
+    assert args.api_key == [] and args.host == "127.0.0.1" and job["ExitTimeOut"] > args.drain
+    assert job["EnvironmentVariables"].keys() == {CACHE}
+    for each in (python, args.model, job["StandardErrorPath"], *job["EnvironmentVariables"].values()):
+        assert each.startswith("/Users/YOU/")

@@ -15,7 +15,7 @@ from serving import ASKED, NAME, NOW, WEATHER, Scripted, events, ids_of, post, s
 
 from mlx_gemma_mtp.server.stream import COMMENT, EventStream
 
-BODY = {"model": NAME, "messages": ASKED, "max_tokens": 200}
+BODY = {"model": NAME, "messages": ASKED, "max_tokens": 1000}
 TOOLS = BODY | {"tools": [WEATHER, NOW]}
 CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
 BARE = "<|tool_call>call:now{}<tool_call|>"
@@ -25,6 +25,8 @@ NASTY = (
     "lines:[1,[2,null]],force:true}<tool_call|>"
 )
 END = "<turn|>"
+LINES = "if x[0] == \"}\":\n    print('\U0001f600 \\n')\n" * 3
+LONG = f'<|tool_call>call:write{{force:true,path:<|"|>a.py<|"|>,text:<|"|>{LINES}'
 REPLIES = {
     "plain": "Hello there." + END,
     "empty": END,
@@ -39,6 +41,11 @@ REPLIES = {
     "call left open": "<|tool_call>call:get_weather{city:" + END,
     "no call": "<|tool_call>nonsense<tool_call|>" + END,
     "nasty": NASTY + END,
+    "long call": "So. " + LONG + '<|"|>}<tool_call|>' + END,
+    "long calls": LONG + '<|"|>}<tool_call|>Now.' + THOUGHT + LONG + '<|"|>,to:[]}<tool_call|>' + CALL + "Done." + END,
+    "long call that is cut off": CALL + LONG + "and so on",
+    "long call that is broken": LONG + '<|"|> oops}<tool_call|>Done.' + END,
+    "long string that is not closed": LONG + "}<tool_call|>" + END,
     "marker in prose": "One writes call:get_weather{city} there." + END,
     "emoji": "\U0001f469\u200d\U0001f4bb\U0001f600 é" + END,
     "cut": "no end of it",
@@ -111,6 +118,25 @@ def test_a_stream_is_the_whole_answer(script, engine, name, sizes):
     body = TOOLS | {"tools": [WEATHER, NOW, WRITE]}
     answer = post(script.url, "/v1/chat/completions", body).json()
     assert without_ids(joined(events(script.url, "/v1/chat/completions", body))) == without_ids(whole(answer))
+
+
+def test_a_long_call_comes_as_it_is_made(script, engine):
+    """Its end is not waited for; one that is cut off is no call that may run, and one that is broken says so."""
+    body = TOOLS | {"tools": [WEATHER, NOW, WRITE], "stream": True}
+    script.rounds = cut(ids_of(engine, REPLIES["long call"]), [1])
+    pieces = [
+        call["function"]["arguments"]
+        for each in events(script.url, "/v1/chat/completions", body)[:-1]
+        for call in each["choices"][0]["delta"].get("tool_calls", ())
+    ]
+    assert pieces[:2] == ["", pieces[1]] and pieces[1].startswith('{"force": true, "path": "a.py", "text": "if x[0]')
+    assert len(pieces) > 20 and max(map(len, pieces[2:])) < 40
+    found = reply(script, engine, REPLIES["long call that is cut off"], tools=[WEATHER, WRITE])
+    assert found["ends"] == ["length"] and found["content"] == ""
+    assert found["calls"][1]["arguments"].endswith("and so on")
+    script.rounds = cut(ids_of(engine, REPLIES["long call that is broken"]), [1, 5])
+    last = events(script.url, "/v1/chat/completions", body)[-2]["choices"][0]
+    assert last["finish_reason"] == "tool_calls" and "cannot be read" in last["repaired"][0]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -230,7 +256,7 @@ def test_thoughts_under_both_names(engine):
 def test_the_helper_takes_every_reply(script, engine):
     """openai's accumulator joins what is repeated, and fails without an index."""
     with openai.OpenAI(base_url=f"{script.url}/v1", api_key="any", max_retries=0) as client:
-        for name in ("two calls", "text around", "thought", "empty", "nasty"):
+        for name in ("two calls", "text around", "thought", "empty", "nasty", "long calls"):
             script.rounds = cut(ids_of(engine, REPLIES[name]), [1, 3])
             answer = whole(post(script.url, "/v1/chat/completions", TOOLS | {"tools": [WEATHER, NOW, WRITE]}).json())
             with client.chat.completions.stream(**(TOOLS | {"tools": [WEATHER, NOW, WRITE]})) as stream:

@@ -134,7 +134,7 @@ def test_nothing_raises(parts, begun, closed):
         ("call:f{a:1,}", {"a": 1}, "a comma too many"),
         (f"call:f{{a:{Q}x{Q}\nb:1}}", {"a": "x", "b": 1}, "a comma was missing"),
         ("call:f{a:,b:1}", {"a": "", "b": 1}, "a value was missing"),
-        ("call:f{a:1,a:2}", {"a": 2}, "'a' was there twice"),
+        ("call:f{a:1,a:2}", {"a": 1}, "'a' was there twice"),
         ("call:f{a:1}}", {"a": 1}, "a bracket too many"),
         ("call:f", {}, "the braces were missing"),
         ("call:f{a:[1,2", {"a": [1, 2]}, "closing brackets were missing"),
