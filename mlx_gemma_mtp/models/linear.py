@@ -8,7 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..machine.device import metal_available
+from ..machine import device
 
 
 class DerivedWeights(nn.Module):
@@ -50,10 +50,10 @@ class Embedding(nn.Embedding, DerivedWeights):
 def input_major(weight: mx.array) -> tuple[mx.array, mx.array]:
     """Returns a weight [..., out, in] in the layout that is fast on this device, and its transposed view of one buffer.
 
-    MLX's CPU products run up to twice as fast when the input axis is the outer one. On Metal the file's layout stays.
+    MLX's CPU products run up to twice as fast when the input axis is the outer one. On a GPU the file's layout stays.
     """
     transposed = weight.swapaxes(-1, -2)
-    if not metal_available():
+    if device.traits().input_major:
         transposed = mx.contiguous(transposed)
         weight = transposed.swapaxes(-1, -2)
     return weight, transposed
