@@ -126,12 +126,12 @@ class Budget:
 def opened(args: argparse.Namespace, work: Path) -> Pair:
     """The folders of both systems: as they are on a Mac, float32 copies on a CPU."""
     from benchmarks import folders
-    from mlx_gemma_mtp.machine.device import metal_available
+    from mlx_gemma_mtp.machine import device
 
     pair = find_pair(args.model, args.draft_model)
     if pair.drafter is None:
         raise UserError(f"{pair.target} has no drafter ({pair.reason}); name one with --draft-model")
-    return pair if metal_available() else folders.float32(pair, work / "mlx")
+    return pair if device.traits().float32_sums else folders.float32(pair, work / "mlx")
 
 
 def fit_together(pair: Pair) -> bool:

@@ -124,7 +124,7 @@ def setups(args: argparse.Namespace, work: Path, note: Any) -> list[Setup]:
 def folders_for(args: argparse.Namespace, peers: Sequence[str], work: Path) -> tuple[Pair | None, Pair]:
     """(the Hugging Face source where there is one, the MLX folders)."""
     from benchmarks import folders
-    from mlx_gemma_mtp.machine.device import metal_available
+    from mlx_gemma_mtp.machine import device
 
     if args.hf_path:
         source = Path(args.hf_path)
@@ -138,7 +138,7 @@ def folders_for(args: argparse.Namespace, peers: Sequence[str], work: Path) -> t
     if peers and args.model is None:
         hf = folders.hugging_face(pair, work / "hf")
         return hf, folders.converted(hf, work / "mlx")
-    if peers and not metal_available():
+    if peers and not device.traits().float32_sums:
         return None, folders.float32(pair, work / "mlx")
     return None, pair
 

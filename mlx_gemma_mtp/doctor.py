@@ -1,8 +1,8 @@
-"""`python -m mlx_gemma_mtp.doctor`: does this machine run our Metal kernels right, and which way is fastest here?
+"""`python -m mlx_gemma_mtp.doctor`: does this machine run our kernels right, and which way is fastest here?
 
 Compiles and checks every kernel against its reference, times the ways through a layer of routed experts and a draft
 step, and keeps what it found: later loads on this machine switch failing kernels off and take the fastest way. Written
-without a Mac: on Linux the kernels run in the tests' emulator alone.
+without a Mac: on a CPU the kernels run in the tests' emulator alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Times = Mapping["ExpertPath", Mapping[int, float]]  # path -> tokens -> seconds
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser("mlx_gemma_mtp.doctor", description="Check this machine's Metal kernels and time the ways through them.")
+    p = Parser("mlx_gemma_mtp.doctor", description="Check this machine's kernels and time the ways through them.")
     p.add_argument("--model", help="the pair whose draft step is timed (default: the small bundled pair)")
     p.add_argument(
         "--layer", type=int, nargs=4, default=LAYER, metavar=("HIDDEN", "SIZE", "EXPERTS", "TOP_K"),
@@ -75,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
     known = report.read()
     rules = known[1] if known else ()
     bandwidth = None if args.no_times else _bandwidth()
-    timed = kernels.metal_available() and not args.no_times
+    timed = kernels.available() and not args.no_times
     if timed:
         expert_paths.adopt(())
         rules, times = time_experts(args, about["chip"])
-    elif not kernels.metal_available():
-        print("no Metal device: plain MLX runs, and no way through experts is timed")
+    elif not kernels.available():
+        print(f"{kernels.NO_GPU}: plain MLX runs, and no way through experts is timed")
     if any(kernels.why_off(name) is None or checked[name] for name in kernels.KERNELS):
         _keep(report, checked, rules)
     if timed:

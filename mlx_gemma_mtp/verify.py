@@ -67,11 +67,14 @@ def run(args: argparse.Namespace) -> int:
     )
     from .checks.equality import compare, same_distribution  # after the BLAS: these import MLX
     from .checks.invariance import probe
+    from .machine import device
 
     if engine.drafter is None:
         raise UserError("there is no drafter to verify; name one with --draft-model")
     say = (lambda *lines: None) if args.json else (lambda *lines: print(*lines, sep="\n", flush=True))
     say(f"reference: plain decoding, one row at a time; {engine.description}")
+    if (products := device.float32_products()) != "float32":
+        say(f"products of float32 are computed in {products}; {device.TF32}=0 has them in float32")
     tokens = engine.text.encode(PROMPTS[1])
     widths = engine.call(lambda: list(probe(engine.target, tokens, engine.specs)))
     say("rows in one product that have the bits of a product of their own:")
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         else f"NOT equal: {len(differing)} texts differ, {failed} could not go on; distributions: {unlike}"
     )
     if args.json:
-        print(json.dumps(_record(engine, widths, cells, chances, ok)))
+        print(json.dumps(_record(engine, widths, cells, chances, ok) | {"float32_products": products}))
     return 0 if ok else 1
 
 

@@ -82,7 +82,8 @@ def tree() -> list[str]:
     converter = [f"mlx_gemma_mtp/{path.relative_to(ROOT)}" for path in sources("convert")]
     demo = ROOT / "mlx_gemma_mtp" / "demo"
     data = [str(path.relative_to(ROOT)) for path in demo.rglob("*") if path.is_file()]
-    return [*code, *converter, *data, "mlx_gemma_mtp/py.typed", "mlx_gemma_mtp/server/page.html"]
+    headers = [str(path.relative_to(ROOT)) for path in (ROOT / "mlx_gemma_mtp").rglob("*.h")]
+    return [*code, *converter, *data, *headers, "mlx_gemma_mtp/py.typed", "mlx_gemma_mtp/server/page.html"]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from ..cache.spec import KVSpec, row_bytes, saved_bytes, staged_bytes
 from ..errors import UserError, size
+from ..machine.device import Traits
 from ..models.config import TargetConfig
 from ..models.transients import Transients
 
@@ -67,15 +68,15 @@ def memory_of(
     block: int,
     item_size: int,
     lookback: int = 0,
-    metal: bool,
+    traits: Traits,
 ) -> Memory:
     """Returns where the bytes of a target's run go.
 
     specs: of its K/V, in their bits. limit: all that it may hold. weights: bytes of both models. chunk: prompt tokens a
     forward. block: tokens of the longest verify. item_size: bytes of a number of the model's type. lookback: the
-    cache's. metal: whether Metal computes.
+    cache's. traits: of the device.
     """
-    transients = Transients(config, specs, item_size, chunk, metal)
+    transients = Transients(config, specs, item_size, chunk, traits)
     return Memory(
         limit,
         weights,

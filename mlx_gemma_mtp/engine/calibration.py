@@ -23,7 +23,6 @@ from ..files.files import CACHE
 from ..files.folder import weight_files
 from ..files.hub import Pair
 from ..machine import blas, device
-from ..machine.device import metal_available
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.loading import format_of
@@ -283,15 +282,15 @@ class Costs:
 
 def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
     """What a round's cost depends on."""
-    metal = metal_available()
+    on_cpu = device.kind() is device.Kind.CPU
     return {
         "target": _fingerprint(pair.target),
         "drafter": _fingerprint(pair.drafter),
         "weights": [format_of(target), format_of(drafter)],
         "dtype": [str(target.dtype), str(drafter.layers[0].input_layernorm.weight.dtype)],
         "kernels": _kernels(target),
-        "backend": "Metal" if metal else f"CPU, {os.cpu_count()} cores, {blas.name()}, {_threads()}",
-        "chip": device.name() if metal else _processor(),
+        "backend": f"CPU, {os.cpu_count()} cores, {blas.name()}, {_threads()}" if on_cpu else device.kind(),
+        "chip": _processor() if on_cpu else device.name(),
         "versions": {"mlx": mx.__version__, "mlx_gemma_mtp": __version__},
     }
 

@@ -14,8 +14,7 @@ import mlx.core as mx
 from ..cache.spec import KVSpec
 from ..errors import UserError
 from ..files.progress import Progress
-from ..machine import blas
-from ..machine.device import metal_available
+from ..machine import blas, device
 from ..models import loading
 from ..models.config import GenerationDefaults
 from ..models.drafter import Drafter
@@ -322,13 +321,14 @@ class Engine:
         dtype = str(self.target.dtype).removeprefix("mlx.core.")
         models = {"target": self.target} | ({"drafter": self.drafter} if self.drafter else {})
         formats = [f"{name} {loading.format_of(model)}" for name, model in models.items()]
-        device = f"Metal, {kernels.summary()}" if metal_available() else f"CPU ({blas.name()})"
+        on_cpu = device.kind() is device.Kind.CPU
+        where = f"CPU ({blas.name()})" if on_cpu else f"{device.kind()}, {kernels.summary()}"
         if moe := self.target.config.moe:
             ways = self.target.layers[0].experts.paths(self.target.dtype, moe.top_k)
-            device += f", experts {' then '.join(ways)}"
+            where += f", experts {' then '.join(ways)}"
         if bits := self.settings.kv_bits:
-            device += f", K/V of {'all' if self.settings.kv_bits_rings else 'full'} layers in {bits} bits"
-        return f"{', '.join(formats)}, computed in {dtype} on {device}, MLX {mx.__version__}"
+            where += f", K/V of {'all' if self.settings.kv_bits_rings else 'full'} layers in {bits} bits"
+        return f"{', '.join(formats)}, computed in {dtype} on {where}, MLX {mx.__version__}"
 
     @property
     def advice(self) -> str | None:
@@ -336,10 +336,10 @@ class Engine:
         share = self._draft_bytes / self._target_bytes
         if self.drafter is None or share <= LIGHT_DRAFT or loading.is_quantized(self.drafter):
             return None
-        where = "" if metal_available() else " (on Metal: products with quantised weights are slower on this CPU)"
+        slow = "" if device.traits().float32_sums else " (on a GPU: here such products are slower)"
         return (
             f"a draft reads {self._draft_bytes / 1e6:,.1f} MB of weights, {share:.0%} of a target step's "
-            f"{self._target_bytes / 1e6:,.1f} MB; --draft-bits 8 (draft_bits=8 in Python) makes it lighter{where}"
+            f"{self._target_bytes / 1e6:,.1f} MB; --draft-bits 8 (draft_bits=8 in Python) makes it lighter{slow}"
         )
 
     def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:

@@ -20,8 +20,7 @@ from ..errors import UserError, shown
 from ..files import hub, prefix_store
 from ..files.folder import read_config, weight_bytes
 from ..files.progress import Progress
-from ..machine import memory
-from ..machine.device import metal_available
+from ..machine import device, memory
 from ..models import loading
 from ..models.config import GenerationDefaults, TargetConfig
 from ..models.drafter import Drafter
@@ -77,7 +76,7 @@ def load(
     looks for the target's drafter, 'none' decodes plainly. revision: of the repositories on the hub. num_draft_tokens:
     drafts a round; 0 decodes plainly, 'auto' follows measured costs and acceptance. frozen_costs: 'auto' takes the
     costs as the file has them, so that equal calls get equal draft lengths. dtype: 'float32', 'bfloat16' or 'float16'
-    for weights that are not quantised, of both models; None keeps the target's on Metal and is float32 on a CPU, which
+    for weights that are not quantised, of both models; None keeps the target's on a GPU and is float32 on a CPU, which
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
     vocabulary head to at most 4, a centroid head not at all. kv_bits: 8 or 4 bits a number of the K/V of full layers,
     which is what a long context takes; None keeps the model's type. kv_bits_rings: those of sliding layers, too.
@@ -231,12 +230,12 @@ def _open(pair: hub.Pair, wanted: _Wanted, settings: Mapping[str, Any], *told: A
     """
     *listeners, pause = told
     listeners = _Listeners(*listeners)
-    listeners.stage("checking the Metal kernels (the first start on this machine)")
+    listeners.stage("checking the kernels (the first start on this machine)")
     kernel_report.ensure(listeners.notice)
     cast = wanted.dtype
-    if cast is None and not metal_available():
+    if cast is None and not device.traits().float32_sums:
         cast = mx.float32
-        listeners.notice("no Metal here: running on the CPU, in float32")
+        listeners.notice(f"no GPU here: running on the {device.kind()}, in float32")
     specs = _check_memory(pair, cast, settings)
     _computing.add(os.getpid())
     target, drafter = _open_models(pair, cast, wanted.draft_bits)

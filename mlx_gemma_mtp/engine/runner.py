@@ -11,8 +11,7 @@ import mlx.core as mx
 
 from ..cache.cache import Cache
 from ..errors import in_a_line
-from ..machine import memory, pressure
-from ..machine.device import metal_available
+from ..machine import device, memory, pressure
 from ..machine.power import Awake
 from ..machine.pressure import NORMAL
 from ..models.drafter import Drafter
@@ -38,7 +37,7 @@ from .settings import Settings
 from .stats import Totals
 from .tables import Tables
 
-# Rounds from one time to the next that MLX gives its unused buffers back on Metal: prompts come in ever new sizes, so
+# Rounds from one time to the next that MLX gives its unused buffers back on a GPU: prompts come in ever new sizes, so
 # that else they pile up to its limit.
 CLEAR_EVERY = 256
 WIDEST = 15  # drafts that a request may ask for, unless the engine was made for more
@@ -151,7 +150,7 @@ class Runner:
             self._end(id, reason)
         self._arrange(plan, level)
         self._launch(deliver)
-        if metal_available() and next(self._rounds) % CLEAR_EVERY == 0:
+        if device.traits().gives_back and next(self._rounds) % CLEAR_EVERY == 0:
             mx.clear_cache()
         if not self.held:
             self._rest()
@@ -476,7 +475,7 @@ class Runner:
             block=block,
             item_size=self.target.dtype.size,
             lookback=self.drafting.lookback,
-            metal=metal_available(),
+            traits=device.traits(),
         )
 
     def _new_keeping(self) -> Keeping:

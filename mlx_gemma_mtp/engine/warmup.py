@@ -24,7 +24,7 @@ import mlx.core as mx
 from ..cache.spec import KVSpec
 from ..errors import UserError
 from ..files.files import cache_folder, whole
-from ..machine.device import metal_available
+from ..machine import device
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.loading import step_bytes
@@ -46,7 +46,7 @@ def keep_kernels() -> None:
     A reboot empties /tmp, and there the folder belongs to whoever came first: others cannot add to it, and would run
     what lies in it. A TMPDIR that can be written stays. Only command lines call this, since TMPDIR is the process's.
     """
-    if not sys.platform.startswith("linux") or metal_available():
+    if not sys.platform.startswith("linux") or not device.traits().compiles_on_host:
         return
     if os.path.isdir(given := os.environ.get("TMPDIR", "")) and _can_hold(kernel_folder()):
         return
@@ -61,7 +61,7 @@ def keep_kernels() -> None:
 
 def check_kernel_folder() -> None:
     """Raises UserError where MLX must compile for this CPU and cannot: its folder is not there and cannot be made."""
-    if metal_available():
+    if not device.traits().compiles_on_host:
         return
     try:
         kernel_folder().mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def kernel_folder() -> Path:
 
 def wanted(target: Gemma4) -> bool:
     """Returns whether kernels are to be compiled before they are needed."""
-    return not metal_available() and step_bytes(target) <= MOST_BYTES
+    return device.traits().compiles_on_host and step_bytes(target) <= MOST_BYTES
 
 
 def making_ready(target: Gemma4) -> str:
@@ -114,7 +114,7 @@ def warm_up(
 ) -> None:
     """Runs a short prompt, and rounds with drafts and without, in one row and, where max_rows allows, in two.
 
-    Does so once a process for each kind of pair, and not on Metal. pause: called in between. specs: of the caches, as
+    Does so once a process for each kind of pair, and on a CPU alone. pause: called in between. specs: of the caches, as
     Bench takes them. Raises UserError where MLX cannot keep its kernels.
     """
     check_kernel_folder()

@@ -11,13 +11,15 @@ import mlx.core as mx
 
 from ..errors import UserError, size
 from . import device
-from .device import metal_available
 
 
 def total_bytes() -> int:
-    """Returns the bytes that a model can use: the recommended working set on a Mac, physical memory elsewhere."""
-    if metal_available():
-        return int(device.info()["max_recommended_working_set_size"])
+    """Returns the bytes that a model can use: the recommended working set on a Mac, most of an NVIDIA GPU's memory,
+    physical memory elsewhere.
+    """
+    if told := device.traits().memory:
+        name, share = told
+        return int(share * device.info()[name])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -63,7 +65,7 @@ def wired_limit(on: bool = True) -> Iterator[None]:
 
     mlx_lm does so, too. on: whether to do it at all. Other programs cannot have wired memory, whatever they need.
     """
-    if not on or not metal_available():
+    if not on or not device.traits().wires:
         yield
         return
     _wired.enter()

@@ -8,7 +8,7 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..machine.device import metal_available
+from ..machine import device
 from ..ops import fused
 from ..ops.fused import number
 from .config import LayerSpec, RopeSpec
@@ -21,7 +21,7 @@ def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | No
     size_eps: number(size * eps), kept in the caller's module, so that a compiled graph gets it as an input. weights:
     from `rooted`, of any shape that x broadcasts to; None for no weight.
     """
-    if metal_available():
+    if device.traits().fused_norms:
         y = mx.fast.rms_norm(x, None, eps)
         return y if weights is None else (y * weights).astype(x.dtype)
     size = x.shape[-1]
@@ -30,7 +30,7 @@ def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | No
 
 def rooted(weights: mx.array) -> mx.array:
     """Returns norms' weights as `rms_norm` takes them on this device: on a CPU they are multiplied by sqrt(size)."""
-    return weights if metal_available() else weights * weights.shape[-1] ** 0.5
+    return weights if device.traits().fused_norms else weights * weights.shape[-1] ** 0.5
 
 
 @cache
@@ -61,19 +61,19 @@ class RMSNorm(DerivedWeights):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Returns the norm of x, of its shape and type, whatever type the weight has."""
-        if metal_available():
+        if device.traits().fused_norms:
             return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
         return fused.normed(x, _square_sum(x), self._size_eps, self._rooted)
 
     def add(self, residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
         """Returns (residual + norm(x)) * scale in x's type: how a sub-layer's output joins the residual stream."""
-        if metal_available():
+        if device.traits().fused_norms:
             return ((residual + mx.fast.rms_norm(x, self.weight, self.eps)) * scale).astype(x.dtype)
         return fused.normed_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
 
 
 class FastRotation:
-    """Rotary embedding of one layer kind, in the half-split layout, by MLX's kernel (Metal)."""
+    """Rotary embedding of one layer kind, in the half-split layout, by MLX's kernel (on a GPU)."""
 
     def __init__(self, spec: RopeSpec):
         self.dims = spec.head_dim
@@ -126,7 +126,7 @@ class Rotation:
 @cache
 def rotation(spec: RopeSpec) -> Rotation | FastRotation:
     """Returns the rotary embedding of one layer kind as this device computes it, one for all layers of the kind."""
-    return FastRotation(spec) if metal_available() else Rotation(spec)
+    return FastRotation(spec) if device.traits().fused_rope else Rotation(spec)
 
 
 def swap_halves(x: mx.array) -> mx.array:

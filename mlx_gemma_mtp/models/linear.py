@@ -11,8 +11,7 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..machine import blas
-from ..machine.device import Kind, kind, metal_available
+from ..machine import blas, device
 
 FEW = 64  # rows, up to which it pays to multiply a few at a time
 FEWEST = 4  # rows at a time, from which it pays
@@ -76,7 +75,7 @@ class Embedding(nn.Embedding, DerivedWeights):
 @cache
 def small_product() -> int:
     """Returns how many multiply-adds a product may have that the CPU's BLAS does not pack; 0 where a GPU multiplies."""
-    return blas.small_product() if kind() is Kind.CPU else 0
+    return blas.small_product() if device.traits().host_blas else 0
 
 
 def few_rows(size: int) -> int:
@@ -103,10 +102,10 @@ def product(x: mx.array, weight: mx.array, few: int) -> mx.array:
 def input_major(weight: mx.array) -> tuple[mx.array, mx.array]:
     """Returns a weight [..., out, in] in the layout that is fast on this device, and its transposed view of one buffer.
 
-    MLX's CPU products run up to twice as fast when the input axis is the outer one. On Metal the file's layout stays.
+    MLX's CPU products run up to twice as fast when the input axis is the outer one. On a GPU the file's layout stays.
     """
     transposed = weight.swapaxes(-1, -2)
-    if not metal_available():
+    if device.traits().input_major:
         transposed = mx.contiguous(transposed)
         weight = transposed.swapaxes(-1, -2)
     return weight, transposed

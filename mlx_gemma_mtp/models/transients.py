@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..cache.spec import KVSpec, capacity, ring_slots
+from ..machine.device import Traits
 from .config import LayerSpec, TargetConfig
 
 FUSED = (64, 80, 128)  # widths of heads that MLX's fused attention on Metal takes for more tokens than a verify's
@@ -22,14 +23,14 @@ class Transients:
 
     specs: of its K/V, one for each layer that owns some, in the bits that they are kept in. item_size: bytes of a
     number of the dtype that it computes in. block: prompt tokens of the longest chunk, which says how many slots a ring
-    has. metal: whether Metal computes.
+    has. traits: of the device.
     """
 
     config: TargetConfig
     specs: tuple[KVSpec, ...]
     item_size: int
     block: int
-    metal: bool
+    traits: Traits
 
     def chunk(self, tokens: int, context: int) -> int:
         """Returns the most bytes of a forward over `tokens` prompt tokens, whose longest prompt has `context` tokens.
@@ -75,7 +76,7 @@ class Transients:
         is fused one number for each head, too.
         """
         seen = tokens * self._slots(layer, context)
-        if self.metal:
+        if self.traits.fused_attention:
             return seen
         return seen * (1 + FLOAT32 * (1 + layer.heads)) + 2 * tokens * layer.kv.head_dim * FLOAT32
 
@@ -94,15 +95,15 @@ class Transients:
 
     def _scores(self, layer: LayerSpec, tokens: int, context: int) -> int:
         """Returns the scores [heads, tokens, slots] and their softmax; nothing where attention is fused."""
-        if self.metal and layer.kv.head_dim in FUSED and self.specs[layer.kv_layer].bits is None:
+        if self.traits.fused_attention and layer.kv.head_dim in FUSED and self.specs[layer.kv_layer].bits is None:
             return 0
-        size = self.item_size if self.metal else FLOAT32
+        size = self.item_size if self.traits.float32_sums else FLOAT32
         return 2 * layer.heads * tokens * self._slots(layer, context) * size
 
     def _copied(self, layer: LayerSpec, context: int) -> int:
         """Returns what a row's packed K/V take once more: a CPU's products with them take contiguous ones."""
         spec = self.specs[layer.kv_layer]
-        if self.metal or spec.bits is None:
+        if self.traits.reads_packed or spec.bits is None:
             return 0
         return self._slots(layer, context) * spec.slot_bytes(self.item_size)
 
@@ -119,7 +120,7 @@ class Transients:
         """Returns how many slots a layer's queries are given."""
         window = layer.kv.window
         slots = ring_slots(window, self.block) if window else capacity(context)
-        return slots if self.metal else min(slots, -(-context // 16) * 16)
+        return slots if self.traits.splits_by_slots else min(slots, -(-context // 16) * 16)
 
 
 def _ahead(held: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..machine.device import metal_available
+from ..machine import device
 from . import fused
 
 Quantized = tuple[mx.array, mx.array, mx.array]  # packed words, scales, biases
@@ -14,17 +14,17 @@ READ_STEP = 16  # slots; a multiple of every SIMD width, so that a longer read a
 def slots_read(slots: int, used: int) -> int:
     """Returns how many of a cache's slots `attention` is given, where no query sees a slot from `used` on.
 
-    On Metal it is all of them: MLX's fused kernels split their sums by the number of slots, so another number gives
+    On a GPU it is all of them: MLX's fused kernels split their sums by the number of slots, so another number gives
     other bits. Elsewhere it is the used ones, rounded up.
     """
-    return slots if metal_available() else min(slots, -(-max(used, 1) // READ_STEP) * READ_STEP)
+    return slots if device.traits().splits_by_slots else min(slots, -(-max(used, 1) // READ_STEP) * READ_STEP)
 
 
 def attention_mask(seen: mx.array, heads: int, kv_heads: int) -> mx.array:
     """Returns the mask that `attention` takes on this device; it is made once and used by many layers. seen: bool [B,
     1, T, S].
     """
-    return seen if metal_available() else additive_mask(seen, heads, kv_heads)
+    return seen if device.traits().fused_attention else additive_mask(seen, heads, kv_heads)
 
 
 def additive_mask(seen: mx.array, heads: int, kv_heads: int) -> mx.array:
@@ -49,12 +49,12 @@ def attention_reference(queries: mx.array, keys: mx.array, values: mx.array, mas
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
-    """Returns grouped attention with scale 1, [B, heads, T, D]: on Metal by MLX's fused kernels, elsewhere by
+    """Returns grouped attention with scale 1, [B, heads, T, D]: on a GPU by MLX's fused kernels, elsewhere by
     `attention_reference`.
 
     queries: [B, heads, T, D]; keys, values: [B, kv_heads, S, D]; mask: from `attention_mask`.
     """
-    if metal_available():
+    if device.traits().fused_attention:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
     return attention_reference(queries, keys, values, mask)
 
@@ -67,12 +67,12 @@ def quantized_attention(
 
     queries: [B, heads, T, D]; keys, values: packed words, scales and biases, [B, kv_heads, S, any] each; mask: from
     `attention_mask`. group: numbers along D that share a scale. On a CPU all is float32, for MLX adds up quantised
-    products of 16 bits in 16 bits there; on Metal the softmax alone is, as in MLX's own attention.
+    products of 16 bits in 16 bits there; on a GPU the softmax alone is, as in MLX's own attention.
     """
     rows, heads, tokens, dim = queries.shape
     kv_heads, slots = keys[0].shape[1:3]
     grouped = queries.reshape(rows, kv_heads, -1, dim)  # [B, kv_heads, heads / kv_heads * T, D]
-    if not metal_available():
+    if not device.traits().float32_sums:
         grouped = grouped.astype(mx.float32)
         scores = mx.quantized_matmul(grouped, *keys, transpose=True, group_size=group, bits=bits) + mask
         weights = fused.exponentials(scores, scores.max(axis=-1, keepdims=True))

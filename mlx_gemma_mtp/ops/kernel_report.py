@@ -1,4 +1,4 @@
-"""What is known of our Metal kernels on this machine: checked once, kept, taken up at every load.
+"""What is known of our kernels on this machine: checked once, kept, taken up at every load.
 
 A kernel that failed its self-check stays off on this machine until the chip, macOS, MLX or this package changes. Rules
 for the routed experts that `python -m mlx_gemma_mtp.doctor` measured come before the built-in ones.
@@ -26,7 +26,7 @@ FORMAT = 1
 def machine() -> dict[str, Any]:
     """Returns what decides whether a kernel works: chip, system, MLX's version and ours."""
     return {
-        "chip": device.name() if kernels.metal_available() else "no Metal device",
+        "chip": device.name() if kernels.available() else kernels.NO_GPU,
         "macos": platform.mac_ver()[0] or platform.platform(),
         "mlx": mx.__version__,
         "mlx_gemma_mtp": __version__,
@@ -77,7 +77,7 @@ def check() -> dict[str, str | None]:
 
 def ensure(notice: Callable[[str], None], report: Report | None = None) -> None:
     """Takes up what is known of this machine's kernels, or checks them, which takes a second, once. Call it before a
-    model runs on Metal. notice: told of every kernel that is off.
+    model runs on a GPU. notice: told of every kernel that is off.
     """
     if all(kernels.why_off(name) for name in kernels.KERNELS):
         return
@@ -96,7 +96,7 @@ def ensure(notice: Callable[[str], None], report: Report | None = None) -> None:
     for name, finding in checked.items():
         if finding is not None:
             kernels.switch_off(name, finding)
-            notice(f"the Metal kernel {name} is off, plain MLX runs instead: {finding}")
+            notice(f"the kernel {name} is off, plain MLX runs instead: {finding}")
     expert_paths.adopt(rules)
 
 

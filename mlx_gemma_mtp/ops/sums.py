@@ -13,7 +13,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from ..machine.device import metal_available
+from ..machine import device
 from .fused import compiled
 from .topk import total
 
@@ -73,7 +73,7 @@ def capped(logits: mx.array, cap: float | None, holes: bool) -> mx.array:
     """
     if cap is None:
         return logits
-    if metal_available():
+    if device.traits().cheap_exponentials:
         score = mx.tanh(logits * (1 / cap)) * cap
     else:
         end = END * cap

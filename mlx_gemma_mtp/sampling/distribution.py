@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..machine.device import Kind, kind
+from ..machine import device
 from ..ops.bits import expand
 from ..ops.fused import number
 from ..ops.sums import sum_of_exponentials
@@ -152,7 +152,7 @@ def logprobs(logits: mx.array, tokens: mx.array, cap: float | None, top: int) ->
     logits: float32 [B, T, V], not capped; tokens: [B, T]; cap: the soft-cap, None for none.
     """
     parts = []
-    at_once = logits.shape[0] if kind() is not Kind.CPU else max(PART // (logits.shape[1] * logits.shape[2]), 1)
+    at_once = logits.shape[0] if device.traits().wide else max(PART // (logits.shape[1] * logits.shape[2]), 1)
     for start in range(0, logits.shape[0], at_once):
         rows = slice(start, start + at_once)
         parts.append(_logprobs(logits[rows], tokens[rows], cap, top))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..machine.device import Kind, kind
+from ..machine import device
 from ..ops.bits import expand
 from ..ops.fused import compiled
 from ..ops.sums import sum_of_exponentials, with_noise
@@ -62,7 +62,7 @@ def draw(
         return Drawn(tokens, tokens, p.peak, True)
     rows, length, vocab = logits.shape
     at_once = rows, length
-    if kind() is Kind.CPU and (mask is not None or _looks_at_all(rules) or rules.reordered is not None):
+    if not device.traits().wide and (mask is not None or _looks_at_all(rules) or rules.reordered is not None):
         at_once = max(PART // (length * vocab), 1), max(PART // vocab, 1)
     lines = []
     for row in range(0, rows, at_once[0]):

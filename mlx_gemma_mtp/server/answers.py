@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import UnionType
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
@@ -164,6 +165,24 @@ class Models(BaseModel):
     data: list[Model]
 
 
+class ListedModel(BaseModel):
+    """A model as Anthropic writes it."""
+
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+
+
+class ModelPage(BaseModel):
+    """A page of models as Anthropic lists them."""
+
+    data: list[ListedModel]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
 class TextBlock(BaseModel):
     type: Literal["text"]
     text: str
@@ -222,7 +241,9 @@ class Ready(BaseModel):
     ready: bool
 
 
-def told(answer: type[BaseModel], failure: type[BaseModel] = Failure, events: bool = False) -> dict[int | str, Any]:
+def told(
+    answer: type[BaseModel] | UnionType, failure: type[BaseModel] = Failure, events: bool = False
+) -> dict[int | str, Any]:
     """Returns what a route answers, as FastAPI writes it into its document. events: whether it can stream."""
     good: dict[str, Any] = {"model": answer, "description": "The answer"}
     if events:

@@ -149,15 +149,9 @@ def metrics_routes(metrics: Metrics) -> APIRouter:
     """Returns the route that tells the figures."""
     router = APIRouter()
 
-<<<<<<< HEAD
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def figures() -> Response:
-        """Tells the server's figures to Prometheus."""
-=======
-    @router.get("/metrics")
     def figures() -> Response:
         """Tells the server's figures to Prometheus. In a thread of its own, since it looks at the disk."""
->>>>>>> wire
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ..errors import shown
+from .answers import ListedModel, Model, ModelPage, Models, told
 from .errors import Refusal, speaks_anthropic
 from .service import Served
 
@@ -20,14 +21,14 @@ def model_routes(served: Served) -> APIRouter:
     """Returns the routes that tell of the model."""
     router = APIRouter()
 
-    @router.get("/models")
+    @router.get("/models", responses=told(Models | ModelPage))
     async def models(request: Request) -> Response:
         """Lists the model and its other names."""
         if speaks_anthropic(request.url.path, request.headers):
             return JSONResponse(_page([_anthropic(each) for each in served.models()], request.query_params))
         return JSONResponse({"object": "list", "data": served.models()})
 
-    @router.get("/models/{name:path}")
+    @router.get("/models/{name:path}", responses=told(Model | ListedModel))
     async def model(name: str, request: Request) -> Response:
         """Tells of the model under one of its names."""
         found = served.model(name)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from ..engine.request import Chunk, Result
 from ..engine.streams import encoders
 from ..errors import UserError
-from .answers import ChatAnswer, Model, Models, TextAnswer, told
+from .answers import ChatAnswer, TextAnswer, told
 from .ask import Ask, of_chat, of_completion, salted
 from .chat import ChatStream, chat_object
 from .completions import CompletionStream, completion_object
@@ -110,17 +110,4 @@ def openai_routes(served: Served) -> APIRouter:
             return await streamed(run, CompletionStream(run, model, wants_usage(body)))
         return await answered(request, run, lambda results: completion_object(run, model, results))
 
-<<<<<<< HEAD
-    @router.get("/models", responses=told(Models))
-    async def models() -> Response:
-        """Lists the model and its other names."""
-        return JSONResponse({"object": "list", "data": served.models()})
-
-    @router.get("/models/{name:path}", responses=told(Model))
-    async def model(name: str) -> Response:
-        """Tells of the model under one of its names."""
-        return JSONResponse(served.model(name))
-
-=======
->>>>>>> wire
     return router

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..cache.cache import Cache
-from ..machine.device import metal_available
+from ..machine import device
 from ..models.gemma4 import Gemma4
 from ..ops.topk import total
 from ..sampling import rejection
@@ -137,7 +137,7 @@ class Verify:
     def dispatch(self) -> None:
         """Lets the forward run. Its writes are in place, since the last handles of the old buffers go."""
         self._before.clear()
-        if not metal_available():  # layer by layer: MLX walks a whole graph before its first operation begins
+        if device.traits().walks_first:  # layer by layer: MLX walks a whole graph before its first operation begins
             for buffers in self._cache.buffers:
                 mx.async_eval(*buffers)
         mx.async_eval(self.hidden)

@@ -10,6 +10,7 @@ import pytest
 from mlx_gemma_mtp import verify
 from mlx_gemma_mtp.checks import invariance
 from mlx_gemma_mtp.checks.equality import permutation_test
+from mlx_gemma_mtp.machine import device
 from mlx_gemma_mtp.sampling.distribution import accept
 from mlx_gemma_mtp.speculative import rounds
 
@@ -42,6 +43,16 @@ def test_few_bits_of_kv_are_equal(capsys, prompt_file, flags):
     code, out, _ = run(capsys, *QUICK, "--prompt-file", prompt_file, "--samples", "0", *flags)
     assert code == 0 and "greedy, 2 rows, 3 drafts: 2 of 2 texts equal" in out, out
     assert f"K/V of {'all' if len(flags) > 2 else 'full'} layers in {flags[1]} bits" in out
+
+
+@pytest.mark.parametrize("products", ["float32", "TF32"])
+def test_products_in_tf32_are_told(capsys, prompt_file, monkeypatch, products):
+    monkeypatch.setattr(device, "float32_products", lambda: products)
+    quick = ["--max-tokens", "2", "--rows", "1", "--num-draft-tokens", "1", "--samples", "0", "--temps", "0"]
+    out = "".join(run(capsys, *quick, "--prompt-file", prompt_file)[1:])
+    assert ("products of float32 are computed in TF32; MLX_ENABLE_TF32=0" in out) == (products == "TF32")
+    found = json.loads(run(capsys, *quick, "--prompt-file", prompt_file, "--json")[1])
+    assert found["float32_products"] == products
 
 
 def test_a_broken_rule_is_found(capsys, prompt_file, monkeypatch):

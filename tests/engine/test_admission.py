@@ -9,6 +9,7 @@ import tiny
 from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.engine.admission import Memory, memory_of
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.machine.device import TABLE, Kind
 from mlx_gemma_mtp.speculative import prefill
 
 GB = 10**9
@@ -63,7 +64,7 @@ def test_what_does_not_fit_alone_is_refused_with_the_numbers():
 def test_bytes_are_those_of_caches(kind, tokens):
     """A prompt while it is prefilled, saved, and in a row of the batch."""
     model = tiny.target(kind)
-    sizes = {"chunk": 64, "block": 8, "item_size": 4, "lookback": 1, "metal": False}
+    sizes = {"chunk": 64, "block": 8, "item_size": 4, "lookback": 1, "traits": TABLE[Kind.CPU]}
     memory = memory_of(model.config, model.config.kv, 0, 0, **sizes)
     (staged,), _ = prefill.prefill(model, [[2 + i % 90 for i in range(tokens)]], 64, 1)
     saved, batch = staged.save(0), Cache(model.config.kv, 8, mx.float32, 1)

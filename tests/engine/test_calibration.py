@@ -200,7 +200,7 @@ def test_a_table_is_of_the_kernels_that_run(engine, monkeypatch):
     try:
         kernels.switch_off("grouping", "a finding")
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "metal_available", lambda: True)
+            patch.setattr(kernels, "available", lambda: True)
             keys.append(key())
             patch.setenv(kernels.SWITCH, "0")
             keys.append(key())

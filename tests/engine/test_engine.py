@@ -17,6 +17,7 @@ from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine import runner
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.engine.intake import Options
+from mlx_gemma_mtp.machine import device
 from mlx_gemma_mtp.speculative.drafting import Drafting
 
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -97,16 +98,17 @@ def test_either_draft_position_gives_the_same_text(engine, position):
         assert [r.tokens for r in own.generate(PROMPTS[:3], GREEDY)] == [r.tokens for r in plain]
 
 
-def test_metal_gives_buffers_back(engine, monkeypatch):
+def test_a_gpu_gives_buffers_back(engine, monkeypatch):
     """Each CLEAR_EVERY rounds; never on a CPU, where there is nothing to give back."""
     cleared, rounds, usual = [], [], runner.Runner.round
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
     monkeypatch.setattr(runner.Runner, "round", lambda self, deliver: rounds.append(1) or usual(self, deliver))
     monkeypatch.setattr(runner, "CLEAR_EVERY", 10)
     engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0)
-    assert mx.metal.is_available() or not cleared
+    assert device.traits().gives_back or not cleared
     cleared.clear(), rounds.clear()
-    monkeypatch.setattr(runner, "metal_available", lambda: True)
+    traits = replace(device.traits(), gives_back=True)
+    monkeypatch.setattr(device, "traits", lambda: traits)
     monkeypatch.setattr(engine._worker._runner, "_rounds", count(1))
     engine.generate(PROMPTS[0], GREEDY, num_draft_tokens=0)
     assert len(cleared) == len(rounds) // 10 >= 3

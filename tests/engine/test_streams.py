@@ -14,7 +14,7 @@ from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine.calibration import Costs
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.engine.intake import Intake, Options
-from mlx_gemma_mtp.machine import memory
+from mlx_gemma_mtp.machine import device, memory
 from mlx_gemma_mtp.speculative.costs import UNKNOWN
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
@@ -202,7 +202,7 @@ def test_a_forked_child_is_told_in_a_line(engine):
 def test_weights_stay_wired_until_the_last_stream_ends(monkeypatch):
     """A begins, B begins, A ends: B's weights are still wired; after B the limit is what it was."""
     limits = [7]
-    monkeypatch.setattr(memory, "metal_available", lambda: True)
+    monkeypatch.setattr(device, "traits", lambda: device.TABLE[device.Kind.METAL])
     monkeypatch.setattr(memory, "total_bytes", lambda: 100)
     monkeypatch.setattr(memory.mx, "set_wired_limit", lambda n: limits.append(n) or limits[-2])
     a, b = memory.wired_limit(), memory.wired_limit()

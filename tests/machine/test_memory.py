@@ -3,7 +3,8 @@
 import pytest
 
 from mlx_gemma_mtp.errors import UserError
-from mlx_gemma_mtp.machine import memory
+from mlx_gemma_mtp.machine import device, memory
+from mlx_gemma_mtp.machine.device import TABLE, Kind
 
 
 def test_what_does_not_fit_is_named_with_both_numbers(monkeypatch):
@@ -15,10 +16,13 @@ def test_what_does_not_fit_is_named_with_both_numbers(monkeypatch):
         memory.check(9 * 10**9, "the model", "take a smaller one")
 
 
-def test_a_mac_has_its_recommended_working_set(monkeypatch):
-    monkeypatch.setattr(memory, "metal_available", lambda: True)
+def test_a_gpu_has_its_own_memory(monkeypatch):
+    monkeypatch.setattr(device, "traits", lambda: TABLE[Kind.METAL])
     monkeypatch.setattr(memory.device, "info", lambda: {"max_recommended_working_set_size": 22 * 10**9})
     assert memory.total_bytes() == 22 * 10**9
+    monkeypatch.setattr(device, "traits", lambda: TABLE[Kind.CUDA])
+    monkeypatch.setattr(device, "info", lambda: {"total_memory": 80 * 10**9})
+    assert memory.total_bytes() == 72 * 10**9
 
 
 @pytest.fixture
@@ -58,12 +62,12 @@ def test_weights_are_wired_where_it_is_asked_for_alone(monkeypatch):
     given = []
     monkeypatch.setattr(memory.mx, "set_wired_limit", lambda limit: given.append(limit) or 7)
     monkeypatch.setattr(memory, "total_bytes", lambda: 99)
-    for on, metal in ((False, True), (True, False)):
-        monkeypatch.setattr(memory, "metal_available", lambda metal=metal: metal)
+    for on, kind in ((False, Kind.METAL), (True, Kind.CUDA), (True, Kind.CPU)):
+        monkeypatch.setattr(device, "traits", lambda kind=kind: TABLE[kind])
         with memory.wired_limit(on):
             pass
     assert given == []
-    monkeypatch.setattr(memory, "metal_available", lambda: True)
+    monkeypatch.setattr(device, "traits", lambda: TABLE[Kind.METAL])
     with memory.wired_limit(True), memory.wired_limit(True):
         assert given == [99]
     assert given == [99, 7]

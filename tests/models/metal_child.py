@@ -25,9 +25,9 @@ if SIMULATED:
     real = mx.metal.is_available, mx.default_device
     mx.metal.is_available, mx.default_device = lambda: True, lambda: mx.gpu
 
-from mlx_gemma_mtp.machine.device import metal_available
+from mlx_gemma_mtp.machine import device
 
-assert metal_available(), "no Metal here, and none simulated"  # asked once: the answer is kept
+assert device.kind() is not device.Kind.CPU, "no GPU here, and none simulated"  # asked once: the answer is kept
 if SIMULATED:
     mx.metal.is_available, mx.default_device = real  # of MLX's other users, mlx-lm would ask for a GPU's stream
     mx.device_info = lambda: {"device_name": "Apple M4 Max", "max_recommended_working_set_size": 1 << 40}

@@ -20,7 +20,7 @@ from checkpoints import FORMATS, pair
 
 from convert.cli import main as convert_main
 from mlx_gemma_mtp import SamplingParams, load
-from mlx_gemma_mtp.machine.device import metal_available
+from mlx_gemma_mtp.machine import device
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(tempfile.gettempdir()) / f"metal_child_{os.getuid()}"
@@ -40,8 +40,8 @@ def run(request):
     """(target, drafter) folders, a type behind a colon and bits of K/V behind another -> what models/metal_child.py
     found, a dict for each pair.
     """
-    if (request.param == "real") != metal_available():
-        pytest.skip("no Metal here" if request.param == "real" else "Metal is here, nothing to simulate")
+    if (request.param == "real") != (device.kind() is not device.Kind.CPU):
+        pytest.skip("no GPU here" if request.param == "real" else "a GPU is here, nothing to simulate")
 
     def child(*pairs: tuple[Path | str, Path | str]) -> list[dict]:
         command = [sys.executable, str(ROOT / "tests/models/metal_child.py"), request.param, *map(str, sum(pairs, ()))]
@@ -147,7 +147,7 @@ def test_float32_has_the_tokens_of_the_cpu(run, tmp_path):
     pairs = [DEMO, E2B, converted(tmp_path, "26B-A4B", "4 bit", "--dtype", "float32")]
     for found, (target, drafter) in zip(run(*((f"{t}:float32", d) for t, d in pairs)), pairs, strict=True):
         of_one_type(found, "float32")
-        if metal_available():
+        if device.kind() is not device.Kind.CPU:
             continue  # a GPU may round passes of different widths differently; `verify` looks into that
         greedy, drafted, sampled, sampled_drafted = found["tokens"]
         assert greedy == drafted and sampled == sampled_drafted
@@ -170,7 +170,7 @@ def test_kv_in_few_bits(run, tmp_path, bits):
         of_one_type(each, dtype)
         assert f"K/V of {'all' if 'rings' in bits else 'full'} layers in {bits[0]} bits" in each["says"]
         assert each["met"]["quantised"] == [dtype]
-    if metal_available():
+    if device.kind() is not device.Kind.CPU:
         return
     greedy, drafted, sampled, sampled_drafted = found[-1]["tokens"]
     assert greedy == drafted and sampled == sampled_drafted

@@ -16,6 +16,7 @@ from mlx_gemma_mtp.cache.kv import layout
 from mlx_gemma_mtp.cache.saved import Saved
 from mlx_gemma_mtp.cache.spec import KVSpec, with_bits
 from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.machine.device import TABLE, Kind
 from mlx_gemma_mtp.models import gemma4, loading
 from mlx_gemma_mtp.models.config import TargetConfig
 from mlx_gemma_mtp.models.gemma4 import Gemma4
@@ -131,7 +132,7 @@ def test_a_chunk_holds_no_more_than_was_said(model, count, context):
 
 def check_chunk(model: Gemma4, specs: Specs, count: int, context: int) -> None:
     held = peak(forward, model, specs, 1, count, context)
-    said = Transients(model.config, specs, 4, count, False).chunk(count, context)
+    said = Transients(model.config, specs, 4, count, TABLE[Kind.CPU]).chunk(count, context)
     assert held <= said <= 3 * held
 
 
@@ -142,7 +143,7 @@ def test_a_verify_holds_no_more_than_was_said(model, rows, width, context):
 
 def check_verify(model: Gemma4, specs: Specs, rows: int, width: int, context: int) -> None:
     held = peak(verify, model, specs, rows, width, context)
-    said = Transients(model.config, specs, 4, width, False).verify(rows, width, context)
+    said = Transients(model.config, specs, 4, width, TABLE[Kind.CPU]).verify(rows, width, context)
     assert held <= said <= 3 * held
 
 
@@ -161,13 +162,13 @@ def published(size: str) -> TargetConfig:
     return TargetConfig.from_dict(json.loads((CONFIGS / f"gemma-4-{size}-it.json").read_text()))
 
 
-def transients(config: TargetConfig, *sizes: int) -> Transients:
-    return Transients(config, config.kv, *sizes)
+def transients(config: TargetConfig, item_size: int, block: int, kind: Kind) -> Transients:
+    return Transients(config, config.kv, item_size, block, TABLE[kind])
 
 
 def test_scores_of_wide_heads_are_most_of_a_long_chunk():
     """26B on a Mac: 16 heads, 256 tokens and 32,768 slots in 16 bits, once as scores and once as their softmax."""
-    said = transients(published("26B-A4B"), 2, 256, True)
+    said = transients(published("26B-A4B"), 2, 256, Kind.METAL)
     scores = 2 * 16 * 256 * 32768 * 2
     assert scores < said.chunk(256, 32768) < 2 * scores
     assert said.chunk(256, 65536) - said.chunk(256, 32768) == pytest.approx(1.5 * scores, rel=0.05)
@@ -177,13 +178,13 @@ def test_fused_attention_has_no_scores():
     """With heads of 128 everywhere the context adds the mask alone: of the chunk, and of the token that goes on."""
     config = published("26B-A4B")
     narrow = tuple(replace(layer, kv=replace(layer.kv, head_dim=128)) for layer in config.layers)
-    said = transients(replace(config, layers=narrow), 2, 256, True)
+    said = transients(replace(config, layers=narrow), 2, 256, Kind.METAL)
     assert said.chunk(256, 65536) - said.chunk(256, 32768) == 1.5 * 257 * 32768
 
 
 def test_logits_of_a_verify_are_counted():
     """262,144 scores a token: in 16 bits, and three times in 32."""
-    said = transients(published("31B"), 2, 256, True)
+    said = transients(published("31B"), 2, 256, Kind.METAL)
     assert said.logits(8 * 5) == 40 * 262144 * 14
     assert said.verify(8, 5, 4096) > 1.5 * said.logits(40)
 
@@ -192,5 +193,5 @@ def test_layers_that_share_kv_see_one_token_of_a_chunk():
     """In the small E2B the only full layer that owns K/V is the last one that does: no scores of a whole chunk."""
     config = TargetConfig.from_dict(tiny.target_dict("e2b"))
     whole = replace(config, kv=tuple(layer.kv for layer in config.layers))
-    few, all_layers = (transients(each, 4, 256, False).chunk(256, 4096) for each in (config, whole))
+    few, all_layers = (transients(each, 4, 256, Kind.CPU).chunk(256, 4096) for each in (config, whole))
     assert 5 * few < all_layers

@@ -1,4 +1,4 @@
-"""One body for each kernel test, two backends: emulated, and real Metal under `-m metal`."""
+"""One body for each kernel test, two backends: emulated, and the GPU under `-m metal`, be it Metal or CUDA."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def kernel_backend(request) -> str:
     """Where the kernels of a test run. Results must agree within rounding on both, so bodies ask nothing more."""
     if request.param == "emulated":
         request.getfixturevalue("emulator")
-    elif not kernels.metal_available():
-        pytest.skip("no Metal here")
+    elif not kernels.available():
+        pytest.skip("no GPU here")
     return request.param

@@ -23,7 +23,7 @@ def small(monkeypatch):
 @pytest.fixture
 def metal(monkeypatch, emulator, tmp_path):
     """A machine whose Metal is the emulator; nothing of it is left behind."""
-    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(kernels, "_failed", {})
     monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
     yield tmp_path
@@ -156,13 +156,13 @@ def test_a_kernel_that_was_mended_counts_as_such_in_the_same_run(metal, monkeypa
     assert json.loads((metal / "r.json").read_text())["kernels"]["down"] == "on"
 
 
-def test_the_command_without_metal(capsys, tmp_path, monkeypatch):
+def test_the_command_without_a_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
-    if kernels.metal_available():
-        pytest.skip("there is Metal here")
+    if kernels.available():
+        pytest.skip("there is a GPU here")
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
-    assert "kernel down: no Metal device" in out and "no way through experts is timed" in out
+    assert "kernel down: no GPU" in out and "no way through experts is timed" in out
     assert [path.name for path in tmp_path.iterdir()] == ["bandwidth.json"] and bandwidth.known(tmp_path) > 0
     assert f"memory: {bandwidth.known(tmp_path) / 1e9:.1f} GB/s" in out
 

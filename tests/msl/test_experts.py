@@ -149,7 +149,7 @@ def test_the_signature_is_the_one_that_mlx_writes(monkeypatch, tmp_path, capfd, 
 @pytest.fixture
 def grouped(monkeypatch, emulator) -> Emulator:
     """Experts choose as on a Mac whose kernels run."""
-    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(device, "name", lambda: "Apple M4")
     return emulator
 
@@ -190,8 +190,8 @@ def test_every_kernel_says_whether_it_runs(monkeypatch, grouped):
     assert kernels.status()["down"] == "on"
     monkeypatch.setenv(kernels.SWITCH, "0")
     assert set(kernels.status().values()) == {"switched off by MLX_GEMMA_MTP_METAL=0"}
-    monkeypatch.setattr(kernels, "metal_available", lambda: False)
-    assert set(kernels.status().values()) == {"no Metal device"}
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert set(kernels.status().values()) == {"no GPU"}
 
 
 def test_a_self_check_reports_what_the_compiler_says(monkeypatch, grouped):

@@ -101,7 +101,7 @@ def test_a_greedy_drafter_asks_the_kernel_and_drafts_the_same(monkeypatch, emula
     y, positions = mx.random.normal((3, drafter.config.hidden_size)), mx.zeros((3, 1), mx.int32)
     rules = Rules.of([tiny.GREEDY] * 3, drafter.config.vocab_size, suppress=[5, 9])
     by_head, *_ = pick(drafter, y, rules, positions, None, False)
-    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    monkeypatch.setattr(kernels, "available", lambda: True)
     emulator.counting = True
     by_kernel, *_ = pick(drafter, y, rules, positions, None, True)
     assert by_kernel.dtype == by_head.dtype == mx.int32 and by_kernel.tolist() == by_head.tolist()

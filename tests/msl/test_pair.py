@@ -9,11 +9,11 @@ from mlx_gemma_mtp.ops import kernels
 PROMPT = "def fibonacci(n):"
 
 
-@pytest.mark.skipif(kernels.metal_available(), reason="begins as a CPU")
+@pytest.mark.skipif(kernels.available(), reason="begins as a CPU")
 def test_the_log_says_which_way_the_experts_go(monkeypatch):
     engine = load(draft_model="none")
     assert "experts pairs then sorted" in engine.description
-    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(device, "name", lambda: "Apple M4")
     assert "experts grouped" in engine.description
     monkeypatch.setattr(kernels, "_failed", {"down": "off by 2"})
@@ -28,7 +28,7 @@ def test_the_log_says_which_way_the_experts_go(monkeypatch):
 def test_mtp_through_the_kernels_is_plain_decoding(monkeypatch, emulator, temperature):
     params = SamplingParams(temperature=temperature, max_tokens=14, seed=3)
     by_references = load().generate(PROMPT, params).text
-    monkeypatch.setattr(kernels, "metal_available", lambda: True)
+    monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(device, "name", lambda: "Apple M4")
     emulator.counting = True
     texts = {drafts: load(num_draft_tokens=drafts).generate(PROMPT, params).text for drafts in (0, 3)}

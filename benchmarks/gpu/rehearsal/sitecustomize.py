@@ -1,4 +1,4 @@
-"""In the place of ../site/sitecustomize.py on a machine without a GPU: a fake below MLX, and NVRTC for real.
+"""Python runs this file at its start where its folder is in PYTHONPATH: a fake GPU below MLX, and NVRTC for real.
 
 FAKE_GPU: the folder for fake_gpu.load, and behind a colon the library that has symbols. Every kernel of ours that is
 launched is compiled into MLX_PTX_CACHE_DIR, and what ptxas said of it is appended to `ptxas.txt` there.
@@ -43,9 +43,7 @@ if fake := os.environ.get("FAKE_GPU"):
         return launch
 
     mx.fast.cuda_kernel = compiled
-    import cuda_as_metal
     import tame
 
     sys.meta_path.insert(0, tame.Hook())
-    cuda_as_metal.install()
     sys.path = [path for path in sys.path if path not in folders]

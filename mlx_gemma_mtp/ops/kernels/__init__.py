@@ -1,6 +1,7 @@
-"""Metal kernels, one file an operation: the reference, the source, and the function that chooses.
+"""Kernels in Metal's language, one file an operation: the reference, the source, and the function that chooses.
 
-`why_off` says which of our own kernels run. MLX's kernels (mx.fast) are not ours and run wherever Metal does. To add
+The text is one: Metal gets it as it is, CUDA behind metal_on_cuda.h, which says in CUDA what the text says in Metal.
+`why_off` says which of our own kernels run. MLX's kernels (mx.fast) are not ours and run wherever a GPU does. To add
 one: a module here with its reference, its source and `self_check`, and its name in KERNELS.
 """
 
@@ -10,19 +11,22 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
+from pathlib import Path
 
 import mlx.core as mx
 
-from ...machine.device import metal_available
+from ...machine import device
 
 KERNELS = ("grouping", "gate_up", "down", "head_argmax")  # modules of this package; each has self_check()
 SWITCH = "MLX_GEMMA_MTP_METAL"  # 0: the references run instead
+NO_GPU = "no GPU"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """The text of a Metal kernel; called with the arguments of mx.fast.metal_kernel's objects, it launches."""
+    """The text of a kernel; called with the arguments of mx.fast.metal_kernel's objects, it launches."""
 
     name: str
     inputs: tuple[str, ...]
@@ -37,13 +41,27 @@ class Kernel:
 @cache
 def build(kernel: Kernel) -> Callable[..., list[mx.array]]:
     """Returns MLX's object for a kernel. It is compiled at the first launch with a template."""
-    return mx.fast.metal_kernel(
-        name=kernel.name,
-        input_names=list(kernel.inputs),
-        output_names=list(kernel.outputs),
-        source=kernel.source,
-        header=kernel.header,
-    )
+    made = {"input_names": list(kernel.inputs), "output_names": list(kernel.outputs), "source": kernel.source}
+    if device.kind() is not device.Kind.CUDA:
+        return mx.fast.metal_kernel(name=kernel.name, header=kernel.header, **made)
+    return mx.fast.cuda_kernel(name=cuda_name(kernel), header=cuda_header() + kernel.header, **made)
+
+
+@cache
+def cuda_header() -> str:
+    """Returns what stands before a kernel's text on CUDA."""
+    return Path(__file__).with_name("metal_on_cuda.h").read_text(encoding="utf-8")
+
+
+def cuda_name(kernel: Kernel) -> str:
+    """Returns a kernel's name on CUDA: with a hash of all text, since MLX finds what it compiled by the name."""
+    text = "\0".join((cuda_header(), kernel.header, kernel.source))
+    return f"{kernel.name}_{sha256(text.encode()).hexdigest()[:12]}"
+
+
+def available() -> bool:
+    """Returns whether the device that computes runs kernels of ours."""
+    return device.traits().custom_kernels
 
 
 _failed: dict[str, str] = {}  # kernel -> what its self-check found in this process
@@ -51,8 +69,8 @@ _failed: dict[str, str] = {}  # kernel -> what its self-check found in this proc
 
 def why_off(kernel: str) -> str | None:
     """Returns None where a kernel runs, otherwise why its reference runs instead."""
-    if not metal_available():
-        return "no Metal device"
+    if not available():
+        return NO_GPU
     if os.environ.get(SWITCH) == "0":
         return f"switched off by {SWITCH}=0"
     finding = _failed.get(kernel)

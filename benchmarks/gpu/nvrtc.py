@@ -1,19 +1,21 @@
-"""Compiles what mx.fast.cuda_kernel would hand to NVRTC, without a GPU, for sm_90a.
+"""Compiles what mx.fast.cuda_kernel would hand to NVRTC, without a GPU.
 
 MLX looks for a compiled kernel in MLX_PTX_CACHE_DIR before it compiles one; of custom kernels it never puts one there
-itself. `Compiler.store` does, so that a GPU's minutes go to running.
+itself. `Compiler.store` does, so that a GPU's minutes go to running. Needs the wheels that `INSTALL` names in a folder.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-ARCHITECTURE = "sm_90a"
+ARCHITECTURE = "sm_90a"  # H100, H200
+INSTALL = "pip install --target FOLDER --no-deps mlx==0.32.4 mlx-cuda-13==0.32.4 nvidia-cuda-nvrtc nvidia-cuda-runtime"
 TYPES = {
     mx.bool_: "bool", mx.int8: "int8_t", mx.int16: "int16_t", mx.int32: "int32_t", mx.int64: "int64_t",
     mx.uint8: "uint8_t", mx.uint16: "uint16_t", mx.uint32: "uint32_t", mx.uint64: "uint64_t",
@@ -25,20 +27,23 @@ CARRIED = {  # header that MLX hands over from memory -> a line by which it is k
     "mlx/backend/cuda/device/complex.cuh": b"#define LIBCUDACXX_ENABLE_SIMPLIFIED_COMPLEX_OPERATIONS",
     "mlx/backend/cuda/device/config.h": b"#define MAX_NDIM",
 }
+INCLUDES = '\n#include "mlx/backend/cuda/device/utils.cuh"\n\n#include <cooperative_groups.h>\n\n'
 HASH_SEED = 0xC70F6907  # of libstdc++'s std::hash
 
 
 class Compiler:
-    """NVRTC of the folder that fake_gpu.py loads."""
+    """NVRTC of the folder that fake_gpu.py loads; of MLX it needs the headers and the library's file."""
 
-    def __init__(self, site: Path):
-        self.library = ctypes.CDLL(str(next((site / "nvidia/cu13/lib").glob("libnvrtc.so.*"))))
+    def __init__(self, site: Path, architecture: str = ARCHITECTURE):
+        folder = site / "nvidia/cu13/lib"
+        found = [*folder.glob("libnvrtc-builtins.so.*"), *folder.glob("libnvrtc.so.*")]  # it asks for the first by name
+        *_, self.library = (ctypes.CDLL(str(each), ctypes.RTLD_GLOBAL) for each in found)
         self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
         texts = re.findall(rb"// Copyright[^\0]+", (site / "mlx/lib/libmlx.so").read_bytes())
         self.headers = {name: next(text for text in texts if mark in text) for name, mark in CARRIED.items()}
         folders = (site / "mlx/include", site / "mlx/include/cccl", site / "nvidia/cu13/include")
         self.options = [
-            f"--gpu-architecture={ARCHITECTURE}", "--ptxas-options=-v", "--device-as-default-execution-space",
+            f"--gpu-architecture={architecture}", "--ptxas-options=-v", "--device-as-default-execution-space",
             *(f"--include-path={folder}" for folder in folders),
         ]  # fmt: skip
 
@@ -56,7 +61,7 @@ class Compiler:
         return figures(log)
 
     def compile(self, function: str, text: str) -> tuple[bytes, str, str]:
-        """Returns machine code, the symbol of the function in it, and the log."""
+        """Returns machine code, the symbol of the function in it, and the log. Raises RuntimeError with the log."""
         program, count = ctypes.c_void_p(), len(self.headers)
         headers = (ctypes.c_char_p * count)(*self.headers.values())
         names = (ctypes.c_char_p * count)(*(name.encode() for name in self.headers))
@@ -86,6 +91,11 @@ class Compiler:
             raise RuntimeError(f"nvrtc{name}: {self.library.nvrtcGetErrorString(code).decode()}")
 
 
+def usable(site: Path) -> bool:
+    """Returns whether a folder holds the wheels."""
+    return (site / "mlx/lib/libmlx.so").is_file() and any((site / "nvidia/cu13/lib").glob("libnvrtc.so.*"))
+
+
 def unit(made: dict[str, Any], launch: dict[str, Any]) -> tuple[str, str]:
     """Returns the function's name and the text that MLX 0.32.4 builds for a launch.
 
@@ -104,10 +114,26 @@ def unit(made: dict[str, Any], launch: dict[str, Any]) -> tuple[str, str]:
     constants = "".join(f"  {_constant(name, value)};\n" for name, value in template) + ("\n" if template else "")
     head = f"__global__ void {function}(\n    " + ",\n    ".join(parameters) + ") {\n"
     return function, (
-        '\n#include "mlx/backend/cuda/device/utils.cuh"\n\n#include <cooperative_groups.h>\n\n'
-        f"{made['header']}namespace mlx::core::cu {{\n\nnamespace cg = cooperative_groups;\n\n"
+        f"{INCLUDES}{made['header']}namespace mlx::core::cu {{\n\nnamespace cg = cooperative_groups;\n\n"
         f"{head}{constants}{made['source']}\n}}\n\n}} // namespace mlx::core::cu\n"
     )
+
+
+def together(units: Sequence[tuple[str, str]], header: str) -> str:
+    """Returns one text of many (function, text) of `unit`, each in a namespace of its own: what all begin with, the
+    includes and `header`, is most of a compilation, and is read once.
+    """
+    first, parts = INCLUDES + header, []
+    for number, (_, text) in enumerate(units):
+        if not text.startswith(first):
+            raise ValueError(f"unit {number} does not begin with the header")
+        parts.append(f"namespace unit_{number} {{\nusing namespace mlx::core::cu;\n{text[len(first) :]}}}\n")
+    return first + "".join(parts)
+
+
+def entries(log: str) -> list[str]:
+    """Returns the functions that ptxas compiled."""
+    return re.findall(r"Compiling entry function '(\w+)'", log)
 
 
 def figures(log: str) -> str:
