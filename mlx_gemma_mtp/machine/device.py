@@ -35,7 +35,6 @@ class Traits:
     float32_sums: bool  # 16-bit products add up in float32, quantised and gathered ones, too
     cheap_exponentials: bool  # e^x and tanh cost what other arithmetic does; else they are calls of the C library
     input_major: bool  # products are faster where the outer axis of a weight is the input's
-    host_blas: bool  # a BLAS of the host multiplies float32: see blas.py
     walks_first: bool  # MLX walks a whole graph before its first operation begins, so layers are dispatched one by one
     reads_packed: bool  # products read packed K/V where they lie; else they take contiguous copies
     wide: bool  # a pass over all rows of a vocabulary is faster than over a few that stay in a processor's cache
@@ -54,7 +53,6 @@ _GPU = {
     "float32_sums": True,
     "cheap_exponentials": True,
     "input_major": False,
-    "host_blas": False,
     "walks_first": False,
     "reads_packed": True,
     "wide": True,
@@ -73,7 +71,6 @@ TABLE = {
         float32_sums=False,
         cheap_exponentials=False,
         input_major=True,
-        host_blas=True,
         walks_first=True,
         reads_packed=False,
         wide=False,
@@ -116,6 +113,14 @@ def name() -> str:
     if kind() is not Kind.CPU:
         return info()["device_name"]
     return "cpu" if blas.is_reference() else "cpu, fast BLAS"
+
+
+@cache
+def small_product() -> int:
+    """Returns how many multiply-adds a product may have before the CPU's BLAS packs its matrices (see blas.py); 0 where
+    it always does, and where a GPU multiplies.
+    """
+    return blas.small_product() if kind() is Kind.CPU else 0
 
 
 def float32_products() -> str:

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..machine import blas, device
+from ..machine import device
 
 FEW = 64  # rows, up to which it pays to multiply a few at a time
 FEWEST = 4  # rows at a time, from which it pays
@@ -53,7 +52,7 @@ class Embedding(nn.Embedding, DerivedWeights):
 
     def derive(self) -> None:
         count, size = self.weight.shape
-        if small_product() and self.weight.nbytes <= SMALL and count % BLOCK == 0:
+        if device.small_product() and self.weight.nbytes <= SMALL and count % BLOCK == 0:
             self.weight = mx.contiguous(self.weight)
             self._transposed = self.weight.T
             blocks = self.weight.reshape(-1, BLOCK, size).swapaxes(1, 2)  # [V / BLOCK, size, BLOCK]
@@ -66,23 +65,17 @@ class Embedding(nn.Embedding, DerivedWeights):
         """Returns the scores of all rows of the table, [..., V]. x: [..., size]."""
         *axes, size = x.shape
         rows = x.size // size
-        if self._blocks is None or rows > BLOCK_ROWS or rows * size * BLOCK > small_product():
+        if self._blocks is None or rows > BLOCK_ROWS or rows * size * BLOCK > device.small_product():
             return x @ self._transposed
         y = mx.broadcast_to(x.reshape(rows, size), (self._blocks.shape[0], rows, size)) @ self._blocks
         return y.swapaxes(0, 1).reshape(*axes, -1)
 
 
-@cache
-def small_product() -> int:
-    """Returns how many multiply-adds a product may have that the CPU's BLAS does not pack; 0 where a GPU multiplies."""
-    return blas.small_product() if device.traits().host_blas else 0
-
-
 def few_rows(size: int) -> int:
-    """Returns how many rows a product with a weight of so many numbers may have before the BLAS packs it; a number that
+    """Returns how many rows a product with a weight of so many numbers may have before the CPU packs it; a number that
     none has where it pays to pack anyway, and on a GPU.
     """
-    few = small_product() // size
+    few = device.small_product() // size
     return few if few >= FEWEST else sys.maxsize
 
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp.machine import blas
+from mlx_gemma_mtp.machine import blas, device
 from mlx_gemma_mtp.models import linear
 from mlx_gemma_mtp.models.linear import BLOCK, BLOCK_ROWS, FEW, Embedding, Linear
 
@@ -13,7 +13,7 @@ INPUTS, OUTPUTS = 16, 24
 @pytest.fixture
 def limit(monkeypatch):
     """Sets how many multiply-adds the BLAS takes as they lie."""
-    return lambda count: monkeypatch.setattr(linear, "small_product", lambda: count)
+    return lambda count: monkeypatch.setattr(device, "small_product", lambda: count)
 
 
 @pytest.fixture
