@@ -107,6 +107,7 @@ class Server(uvicorn.Server):
                 if each.cycle is not None:
                     each.shutdown()  # after its answer
             await asyncio.sleep(LOOK)
+        _leave_after(FREEING)
         self.unloaded = self.should_exit = True
 
     async def watch(self) -> None:
@@ -129,15 +130,19 @@ class Server(uvicorn.Server):
             return
         self.served.draining = self.should_exit = True
         log.info("stopping: what runs has %.0f s to end; a second signal ends it now", self.drain)
-        last = threading.Timer(self.drain + AFTERWARDS + FREEING, _leave)
-        last.daemon = True  # it keeps no process that ends by itself
-        last.start()
+        _leave_after(self.drain + AFTERWARDS + FREEING)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.call_later, self.drain, self._end)
 
     def _end(self) -> None:
         """Ends what still runs: each stream then tells its client why."""
         self._loop.run_in_executor(None, self.served.engine.close)
+
+
+def _leave_after(seconds: float) -> None:
+    last = threading.Timer(seconds, _leave)
+    last.daemon = True  # it keeps no process that ends by itself
+    last.start()
 
 
 def _leave() -> None:
