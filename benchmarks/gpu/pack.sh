@@ -1,7 +1,7 @@
 #!/bin/sh
 # Packs what an NVIDIA machine without a network needs beside Python 3.12, PyTorch with CUDA 13's wheels, transformers
 # and pytest:
-#   sh benchmarks/gpu/pack.sh OUT site         MLX's CUDA build with machine code for sm_90a alone, and mlx-lm
+#   sh benchmarks/gpu/pack.sh OUT site         MLX's CUDA build with machine code for sm_90a alone, mlx-lm, mlx-vlm
 #   sh benchmarks/gpu/pack.sh OUT tree         this checkout without the bundled weights, which unpack.sh links
 #   sh benchmarks/gpu/pack.sh OUT ptx FOLDER   kernels that a rehearsal compiled (README.md)
 # SITE: a folder that holds the unpacked wheels already, instead of the registry.
@@ -15,9 +15,9 @@ case $2 in
 site)
     mkdir "$work/site"
     if [ -n "${SITE:-}" ]; then
-        cp -r "$SITE"/mlx "$SITE"/mlx_cuda_13.libs "$SITE"/mlx_lm "$SITE"/mlx-*.dist-info "$SITE"/mlx_*.dist-info "$work/site"
+        cp -r "$SITE"/mlx "$SITE"/mlx_* "$SITE"/mlx-*.dist-info "$work/site"
     else
-        for wheel in mlx==0.32.4 mlx-cuda-13==0.32.4 mlx-lm==0.32.2; do
+        for wheel in mlx==0.32.4 mlx-cuda-13==0.32.4 mlx-lm==0.32.2 mlx-vlm==0.7.10; do
             python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
                 --platform manylinux_2_35_x86_64 -d "$work/wheels" "$wheel"
         done

@@ -1,4 +1,5 @@
-"""What a round of the bundled pair launches: `python -m benchmarks.gpu.rounds OUT SECONDS`, by PyTorch's profiler.
+"""What a round launches, and where its time goes: `python -m benchmarks.gpu.rounds [FOLDER] OUT SECONDS`, by PyTorch's
+profiler. Of the bundled pair, or of the pair in a folder.
 
 Decodes the same text without drafts and with 1, 3 and 7, once as it is, for the time, and once in the profiler, for the
 kernels: counts and microseconds by name, a round.
@@ -14,31 +15,35 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import size
 from benchmarks.gpu.pairs import loaded
 
 TOKENS = 64
 CASES = ((1, 0), (1, 3), (8, 0), (8, 3), (1, 1), (8, 1), (1, 7), (8, 7))  # rows, drafts
 FORMATS = ("bfloat16", "4bit")
+CONTEXT = 256  # of a folder's random prompts
+DRAFT_BITS = 4
 MOST = 25  # names of kernels a case
 REPEATS = 3
 
 
-def main(out: Path, seconds: float) -> None:
+def main(folder: str | None, out: Path, seconds: float) -> None:
     """Appends a line of JSON to `out` for each case, until the seconds are over."""
     end = time.monotonic() + seconds
     ready()
-    from mlx_gemma_mtp import SamplingParams
+    from mlx_gemma_mtp import SamplingParams, load
     from mlx_gemma_mtp.cli.prompts import PROMPTS
 
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     with out.open("a", encoding="utf-8") as file:
-        for form in FORMATS:
-            engine = loaded("bundled", form)
+        for form in (folder,) if folder else FORMATS:
+            engine = load(folder, draft_bits=DRAFT_BITS, num_draft_tokens=0) if folder else loaded("bundled", form)
+            vocabulary = engine.target.config.vocab_size
             for rows, drafts in CASES:
                 if time.monotonic() > end:
                     print(json.dumps({"what": "skipped", "format": form, "rows": rows, "drafts": drafts}), file=file)
                     return
-                prompts = list(PROMPTS[:rows])
+                prompts = size.prompts(rows, CONTEXT, vocabulary) if folder else list(PROMPTS[:rows])
 
                 def decode(prompts: list[str] = prompts, drafts: int = drafts, engine: Any = engine) -> list[Any]:
                     return engine.generate(prompts, params, num_draft_tokens=drafts)
@@ -102,4 +107,4 @@ def profiled(decode: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(sys.argv[-3] if len(sys.argv) == 4 else None, Path(sys.argv[-2]), float(sys.argv[-1]))

@@ -2,8 +2,11 @@
 
 First whether results are right, several processes beside each other; then the times, each alone. A step is a process
 with a limit, so that what crashes or hangs ends itself alone; what the time no longer holds is skipped, and the summary
-says so. OUT gets `gpu_results.jsonl` (every finding, as it comes), `gpu_log.txt` and `gpu_summary.json`. `--dry` prints
-when each step would begin if every one took its limit, and runs nothing.
+says so. OUT gets `gpu_results.jsonl` (every finding, as it comes), `gpu_log.txt`, `gpu_summary.json` and the page
+`gpu_page.md`. `--dry` prints when each step would begin if every one took its limit, and runs nothing.
+
+--plan: `all` (the default) has the checks that matter most and the 26B in its real size; `checks` has every check, and
+none of that; `size` the 26B and products alone.
 """
 
 from __future__ import annotations
@@ -21,15 +24,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import made, page
 from benchmarks.gpu.pairs import MADE, ROOT
 
 PYTHON = sys.executable
 BESIDE = 8  # processes beside each other
 LEAST = 15  # seconds without which a step is not begun
 GRACE = 5  # seconds after its limit in which a step may end by itself
-KEPT = 0.45  # of all seconds, at most, for the steps that run alone
+KEPT = {"all": 0.68, "checks": 0.45, "size": 1.0}  # of all seconds, at most, for the steps that run alone, by plan
 TAIL = 30_000  # bytes of a step's output that are kept
 OFF = {"MLX_GEMMA_MTP_METAL": "0"}
+SHORT = 50  # seconds of a check, at most, where the 26B is to have its time
+MATTER = (
+    "compile bundled", "quantise", "kernel checks", "kernels bfloat16", "texts bundled bfloat16", "texts e2b bfloat16",
+    "texts bundled 4bit", "texts bundled 8bit", "texts bundled 4bit, without our kernels", "texts e2b 4bit", "memcheck",
+)  # fmt: skip
+LAYERS = ("--layers", os.environ["GPU_LAYERS"]) if "GPU_LAYERS" in os.environ else ()  # of the 26B, in a rehearsal
 SANITIZER = (
     "s=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer | head -1); "
     "$s --tool {tool} --kernel-name kernel_substring=custom_kernel --print-limit 20 --error-exitcode 9 "
@@ -83,8 +93,40 @@ def texts(pair: str, form: str, limit: float, ours: bool = True) -> Step:
     return Step(name, module("texts", "compare", pair, form), limit, {} if ours else OFF, after)
 
 
-def steps(made: Path) -> tuple[list[Step], list[Step]]:
-    """Returns the steps that run beside each other, by value, and those that run alone."""
+def steps(work: Path, plan: str = "all") -> tuple[list[Step], list[Step]]:
+    """Returns a plan's steps that run beside each other, by value, and those that run alone."""
+    if plan == "checks":
+        return checks(work / "pairs")
+    if plan == "size":
+        return [], real_size(work, (55, 140, 45, 30, 30, 20))
+    beside, _ = checks(work / "pairs")
+    first = [replace(step, limit=min(step.limit, SHORT)) for step in beside if step.name in MATTER]
+    return first, real_size(work, (35, 80, 25, 22, 22, 20))
+
+
+def real_size(work: Path, limits: Sequence[float]) -> list[Step]:
+    """Returns the steps on the 26B in its real size, and on products. limits: seconds of each."""
+    folder = work / "size" / f"{made.TARGET}-4bit"
+
+    def making(out: Path, seconds: float) -> list[str]:
+        return [PYTHON, "-m", "benchmarks.gpu.made", str(folder.parent), "--out", str(out), *LAYERS]
+
+    commands = {
+        "make 26B": making,
+        "size ours": module("size", "ours", str(folder)),
+        "products": module("products"),
+        "size mlx-lm": module("size", "mlx-lm", str(folder)),
+        "size mlx-vlm": module("size", "mlx-vlm", str(folder)),
+        "rounds 26B": module("rounds", str(folder)),
+    }
+    return [
+        Step(name, command, limit, after=() if name in ("make 26B", "products") else ("make 26B",))
+        for (name, command), limit in zip(commands.items(), limits, strict=True)
+    ]
+
+
+def checks(made: Path) -> tuple[list[Step], list[Step]]:
+    """Returns all checks, and the times of the small pairs and of single kernels. made: where the pairs go."""
     compiled = ("quantise", "compile bundled")
     beside = [
         Step("compile bundled", module("compiled", "bundled"), 100),
@@ -132,9 +174,9 @@ def chosen(every: Sequence[Step], only: str) -> list[Step]:
     return [step for step in every if step.name in names]
 
 
-def kept(alone: Sequence[Step], seconds: float) -> float:
+def kept(alone: Sequence[Step], seconds: float, plan: str = "checks") -> float:
     """Returns the seconds that the steps which run alone need, of all `seconds`."""
-    return min(KEPT * seconds, sum(step.limit + GRACE for step in alone))
+    return min(KEPT[plan] * seconds, sum(step.limit + GRACE for step in alone))
 
 
 def following(waiting: Sequence[Step], running: Sequence[Step], ended: set[str], left: float) -> Step | None:
@@ -175,6 +217,7 @@ class Run:
         self.began, self.states, self.found = time.monotonic(), {}, defaultdict(list)
         for folder in (out, work):
             folder.mkdir(parents=True, exist_ok=True)
+        self.facts: dict[str, str] = {}
         self.results = (out / "gpu_results.jsonl").open("a", encoding="utf-8")
         self.log = (out / "gpu_log.txt").open("a", encoding="utf-8")
 
@@ -255,6 +298,7 @@ class Run:
         """Writes the summary anew."""
         data = {"seconds": round(time.monotonic() - self.began, 1), "steps": self.states, "short": short(self.found)}
         (self.out / "gpu_summary.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (self.out / "gpu_page.md").write_text(page.page(self.states, self.found, self.facts), encoding="utf-8")
 
 
 def short(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -332,6 +376,7 @@ def facts(run: Run) -> None:
         except (OSError, subprocess.TimeoutExpired) as error:
             said = str(error)
         run.say(f"{name}: {said[-1500:]}")
+        run.facts[name] = said[-1500:]
         print(json.dumps({"step": "facts", name: said[-1500:]}), file=run.results, flush=True)
 
 
@@ -342,6 +387,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--work", type=Path, default=Path("/tmp/gpu-run"))
     p.add_argument("--alone", type=float, help="seconds kept for the steps that run alone (default: what they need)")
     p.add_argument("--beside", type=int, default=BESIDE)
+    p.add_argument("--plan", choices=("all", "checks", "size"), default="all")
     p.add_argument("--only", default="", help="steps whose name contains this, and what they come after")
     p.add_argument("--dry", action="store_true", help="print the timetable and run nothing")
     return p
@@ -349,11 +395,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    made = args.work / "pairs"
-    beside, alone = steps(made)
+    beside, alone = steps(args.work, args.plan)
     some = chosen([*beside, *alone], args.only)
     beside, alone = ([step for step in each if step in some] for each in (beside, alone))
-    reserve = kept(alone, args.seconds) if args.alone is None else args.alone
+    reserve = kept(alone, args.seconds, args.plan) if args.alone is None else args.alone
     if args.dry:
         first = args.seconds - reserve
         both = timetable(beside, args.beside, first), timetable(alone, 1, reserve)
@@ -362,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{step.name:45}" + ("{:6.0f} to {:.0f} s".format(*times) if times else "  no time"))
         return 0
     run = Run(args.out, args.work, args.seconds)
-    os.environ.setdefault(MADE, str(made))
+    os.environ.setdefault(MADE, str(args.work / "pairs"))
     os.environ.setdefault("MLX_GEMMA_MTP_CACHE", str(args.work / "cache"))
     facts(run)
     run.take(beside, args.beside, reserve)

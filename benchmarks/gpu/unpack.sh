@@ -1,6 +1,7 @@
 # On the NVIDIA machine, from a checkout's root: . PACKED/unpack.sh PACKED WORK        (bash)
 # Sets up WORK/site (MLX), WORK/tree (the packed checkout; its weights are this one's) and WORK/ptx, and the environment
-# in which Python takes Metal paths on CUDA. A second call finds what the first unpacked.
+# in which the package runs on CUDA. A second call finds what the first unpacked. GPU_SITE: a folder that Python looks
+# into first, for a rehearsal.
 packed=$(cd "$1" && pwd) || return
 work=$(mkdir -p "$2" && cd "$2" && pwd) || return
 if [ ! -e "$work/ready" ]; then
@@ -16,7 +17,7 @@ if [ ! -e "$work/ready" ]; then
         ln -sfn "$nvidia" "$work/site/nvidia" || return
     touch "$work/ready"
 fi
-export PYTHONPATH="${GPU_SITE:-$work/tree/benchmarks/gpu/site}:$work/site:$work/tree" CUDA_AS_METAL=1
+export PYTHONPATH="${GPU_SITE:+$GPU_SITE:}$work/site:$work/tree"
 export LD_LIBRARY_PATH="$work/site/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" # NVRTC asks for its builtins
 export MLX_PTX_CACHE_DIR="$work/ptx"
 export MLX_ENABLE_TF32=0          # float32 products in float32

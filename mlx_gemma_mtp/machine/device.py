@@ -36,7 +36,8 @@ class Traits:
     cheap_exponentials: bool  # e^x and tanh cost what other arithmetic does; else they are calls of the C library
     input_major: bool  # products are faster where the outer axis of a weight is the input's
     walks_first: bool  # MLX walks a whole graph before its first operation begins, so layers are dispatched one by one
-    reads_packed: bool  # products read packed K/V where they lie; else they take contiguous copies
+    packed_batches: bool  # quantised products take a batch of matrices, as packed K/V are; else these are dequantised
+    reads_packed: bool  # such products read them where they lie; else they take contiguous copies
     wide: bool  # a pass over all rows of a vocabulary is faster than over a few that stay in a processor's cache
     compiles_on_host: bool  # mx.compile needs g++, half a second a kernel
     gives_back: bool  # buffers that are not used again are given back now and then: ever new sizes pile up
@@ -60,8 +61,8 @@ _GPU = {
     "gives_back": True,
 }
 TABLE = {
-    Kind.METAL: Traits(**_GPU, wires=True, memory=("max_recommended_working_set_size", 1.0)),
-    Kind.CUDA: Traits(**_GPU, wires=False, memory=("total_memory", 0.9)),
+    Kind.METAL: Traits(**_GPU, packed_batches=True, wires=True, memory=("max_recommended_working_set_size", 1.0)),
+    Kind.CUDA: Traits(**_GPU, packed_batches=False, wires=False, memory=("total_memory", 0.9)),
     Kind.CPU: Traits(
         custom_kernels=False,
         fused_norms=False,
@@ -72,6 +73,7 @@ TABLE = {
         cheap_exponentials=False,
         input_major=True,
         walks_first=True,
+        packed_batches=True,
         reads_packed=False,
         wide=False,
         compiles_on_host=True,

@@ -7,7 +7,7 @@ and slots stand in memory, which for a long text is more than all else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..cache.spec import KVSpec, capacity, ring_slots
 from ..machine.device import Traits
@@ -101,8 +101,10 @@ class Transients:
         return 2 * layer.heads * tokens * self._slots(layer, context) * size
 
     def _copied(self, layer: LayerSpec, context: int) -> int:
-        """Returns what a row's packed K/V take once more: a CPU's products with them take contiguous ones."""
+        """Returns what a row's packed K/V take once more: dequantised, or contiguous for a CPU's products with them."""
         spec = self.specs[layer.kv_layer]
+        if spec.bits is not None and not self.traits.packed_batches:
+            return self._slots(layer, context) * replace(spec, bits=None).slot_bytes(self.item_size)
         if self.traits.reads_packed or spec.bits is None:
             return 0
         return self._slots(layer, context) * spec.slot_bytes(self.item_size)

@@ -63,16 +63,20 @@ def quantized_attention(
     queries: mx.array, keys: Quantized, values: Quantized, mask: mx.array, group: int, bits: int
 ) -> mx.array:
     """Returns grouped attention with scale 1, [B, heads, T, D], over keys and values that stay packed: what is read of
-    them is their words.
+    them is their words. Where no product takes batches of such (CUDA), they are dequantised first.
 
     queries: [B, heads, T, D]; keys, values: packed words, scales and biases, [B, kv_heads, S, any] each; mask: from
     `attention_mask`. group: numbers along D that share a scale. On a CPU all is float32, for MLX adds up quantised
     products of 16 bits in 16 bits there; on a GPU the softmax alone is, as in MLX's own attention.
     """
+    traits = device.traits()
+    if not traits.packed_batches:
+        floats = (mx.dequantize(*packed, group_size=group, bits=bits) for packed in (keys, values))
+        return attention(queries, *(each.astype(queries.dtype) for each in floats), mask)
     rows, heads, tokens, dim = queries.shape
     kv_heads, slots = keys[0].shape[1:3]
     grouped = queries.reshape(rows, kv_heads, -1, dim)  # [B, kv_heads, heads / kv_heads * T, D]
-    if not device.traits().float32_sums:
+    if not traits.float32_sums:
         grouped = grouped.astype(mx.float32)
         scores = mx.quantized_matmul(grouped, *keys, transpose=True, group_size=group, bits=bits) + mask
         weights = fused.exponentials(scores, scores.max(axis=-1, keepdims=True))

@@ -24,9 +24,10 @@ def step(name: str, limit: float = 30.0, after: tuple[str, ...] = (), code: str 
 # ---------------------------------------------------------------------------------------------- plan and budget
 
 
-def test_every_step_gets_its_limit_even_if_all_take_it(tmp_path):
-    beside, alone = steps(tmp_path)
-    reserve = kept(alone, SECONDS)
+@pytest.mark.parametrize("plan", run.KEPT)
+def test_every_step_gets_its_limit_even_if_all_take_it(tmp_path, plan):
+    beside, alone = steps(tmp_path, plan)
+    reserve = kept(alone, SECONDS, plan)
     for some, at_once, seconds in ((beside, run.BESIDE, SECONDS - reserve), (alone, 1, reserve)):
         table = timetable(some, at_once, seconds)
         for each in some:
@@ -37,8 +38,15 @@ def test_every_step_gets_its_limit_even_if_all_take_it(tmp_path):
             assert sum(first <= begin < last for first, last in table.values()) <= at_once
 
 
-def test_names_are_unique_and_what_comes_before_exists(tmp_path):
+def test_what_matters_is_there(tmp_path):
     beside, alone = steps(tmp_path)
+    assert {each.name for each in beside} == set(run.MATTER)
+    assert [each.name for each in alone] == [each.name for each in steps(tmp_path, "size")[1]]
+
+
+@pytest.mark.parametrize("plan", run.KEPT)
+def test_names_are_unique_and_what_comes_before_exists(tmp_path, plan):
+    beside, alone = steps(tmp_path, plan)
     names = [each.name for each in (*beside, *alone)]
     assert len(set(names)) == len(names)
     assert {name for each in (*beside, *alone) for name in each.after} <= set(names)
@@ -47,7 +55,7 @@ def test_names_are_unique_and_what_comes_before_exists(tmp_path):
 
 
 def test_a_choice_of_steps_brings_what_they_come_after(tmp_path):
-    beside, alone = steps(tmp_path)
+    beside, alone = steps(tmp_path, "checks")
     names = [each.name for each in chosen([*beside, *alone], "4bit")]
     assert names[:2] == ["compile bundled", "quantise"] and "texts e2b 4bit" in names
     assert "doctor" not in names and "memcheck" not in names
@@ -55,10 +63,10 @@ def test_a_choice_of_steps_brings_what_they_come_after(tmp_path):
 
 
 def test_no_seconds_are_kept_for_steps_that_nobody_asked_for(tmp_path):
-    _, alone = steps(tmp_path)
+    _, alone = steps(tmp_path, "checks")
     assert kept([], 200.0) == 0
     assert kept(alone, 1000.0) == sum(each.limit + run.GRACE for each in alone)
-    assert kept(alone, 100.0) == run.KEPT * 100, "a short run asks first whether results are right"
+    assert kept(alone, 100.0) == run.KEPT["checks"] * 100, "a short run asks first whether results are right"
 
 
 def test_what_never_runs_holds_nothing_up():

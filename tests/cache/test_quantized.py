@@ -1,5 +1,7 @@
 """K/V in 8 and 4 bits: the same cache by the same rules, and bits of attention that no width changes."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from mlx_gemma_mtp.cache.packed import LastTokens, PackedSpan
 from mlx_gemma_mtp.cache.saved import Saved
 from mlx_gemma_mtp.cache.spec import KVSpec, row_bytes, saved_bytes, staged_bytes, with_bits
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.machine import device
+from mlx_gemma_mtp.ops import attention
 
 FLOAT = (KVSpec(2, 32, 40), KVSpec(1, 64, None), KVSpec(2, 32, 40), KVSpec(2, 128, None))
 CHOICES = [(8, False), (4, False), (8, True), (4, True)]
@@ -211,3 +215,19 @@ def test_a_layer_has_two_arrays_and_a_write_two_scatters():
     ]
     assert unpacked(layer.spec, layer.arrays).shape == (2, 2, 256, 128)
     assert Span(cache, 0).attend(3, mx.zeros((1, 2, 1, 128))).shape == (1, 2, 1, 128)
+
+
+def test_where_no_product_takes_batches_of_packed_matrices_they_are_dequantised(monkeypatch):
+    rng, group, bits = np.random.default_rng(4), 32, 8
+    sizes = (3, 4, 2, 32), (3, 2, 48, 32), (3, 2, 48, 32)
+    queries, keys, values = (mx.array(rng.normal(size=size).astype(np.float32)) for size in sizes)
+    packed = [mx.quantize(each, group, bits) for each in (keys, values)]
+    newest = mx.array([10, 46, 20])[:, None, None, None] + mx.arange(2)[:, None]
+    seen = mx.arange(48) <= newest
+    mask = attention.additive_mask(seen, 4, 2)
+    products = attention.quantized_attention(queries, *packed, mask, group, bits)
+    traits = replace(device.traits(), packed_batches=False)
+    monkeypatch.setattr(device, "traits", lambda: traits)
+    monkeypatch.setattr(mx, "quantized_matmul", None)
+    floats = attention.quantized_attention(queries, *packed, mask, group, bits)
+    np.testing.assert_allclose(np.array(floats), np.array(products), atol=1e-5)

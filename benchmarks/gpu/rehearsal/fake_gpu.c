@@ -52,6 +52,7 @@ status cublasLtMatmulAlgoGetHeuristic(object lt, object desc, object a, object b
 
 // ------------------------------------------------- the runtime: what fake_gpu.py names; every other function is nothing
 NOTHING(nothing)
+status entry_point(const char* name, object* out) { *out = (object)nothing; return 0; }
 OBJECT(object_out)
 // Pages that nobody touches cost nothing, since the system hands out zeros: sizes may be nonsense, as results are.
 status allocate(object* out, size_t bytes) {
@@ -95,3 +96,22 @@ status updated(object made, object graph, int* result) { *result = 0; return 0; 
 status function_facts(size_t* out) { memset(out, 0, 64); ((int*)out)[6] = 1024; return 0; }
 status properties(char* out) { memset(out, 0, 512); strcpy(out, "NVIDIA fake"); return 0; }
 const char* text() { return "said by the fake GPU"; }
+
+// --------------------------------------------------------------------------- NVRTC, where nothing is to be compiled
+#ifdef WITHOUT_NVRTC
+OBJECT(nvrtcCreateProgram)
+NOTHING(nvrtcDestroyProgram)
+NOTHING(nvrtcAddNameExpression)
+NOTHING(nvrtcCompileProgram)
+status nvrtcGetLoweredName(object program, const char* name, const char** lowered) { *lowered = name; return 0; }
+static status one_byte(size_t* size) { *size = 1; return 0; }
+static status no_text(char* text) { *text = 0; return 0; }
+status nvrtcGetPTXSize(object program, size_t* size) { return one_byte(size); }
+status nvrtcGetCUBINSize(object program, size_t* size) { return one_byte(size); }
+status nvrtcGetProgramLogSize(object program, size_t* size) { return one_byte(size); }
+status nvrtcGetPTX(object program, char* code) { return no_text(code); }
+status nvrtcGetCUBIN(object program, char* code) { return no_text(code); }
+status nvrtcGetProgramLog(object program, char* log) { return no_text(log); }
+status nvrtcVersion(int* major, int* minor) { *major = 13; *minor = 0; return 0; }
+const char* nvrtcGetErrorString(status code) { return "said by the fake NVRTC"; }
+#endif

@@ -36,20 +36,22 @@ STAND_INS = {  # function of fake_gpu.c -> of the runtime, without "cuda"
     "function_facts": "FuncGetAttributes",
     "properties": "GetDeviceProperties",
     "text": "GetErrorString GetErrorName",
+    "entry_point": "GetDriverEntryPoint GetDriverEntryPointByVersion",
     "object_out": "StreamCreateWithFlags EventCreateWithFlags DeviceGetDefaultMemPool GraphCreate GraphInstantiate"
     " GraphAddKernelNode GraphAddEmptyNode GraphAddChildGraphNode",
 }
 
 
-def load(site: Path, symbols: Path | None = None) -> None:
+def load(site: Path, symbols: Path | None = None, compiles: bool = True) -> None:
     """Makes `import mlx.core` find the CUDA build in `site`, with a fake below it.
 
-    symbols: the wheel's own libmlx.so, where the one in `site` is stripped. Raises LookupError where that has none.
+    compiles: whether NVRTC takes the texts; without it seconds tell which operations there are. symbols: the wheel's
+    own libmlx.so, where the one in `site` is stripped. Raises LookupError where that has none.
     """
     library = site / "mlx/lib/libmlx.so"
     for builtins in (site / "nvidia/cu13/lib").glob("libnvrtc-builtins.so.*"):
         ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
-    fake = ctypes.CDLL(str(_compiled()), ctypes.RTLD_GLOBAL)  # first, so that libmlx.so finds cuBLASLt's names in it
+    fake = ctypes.CDLL(str(_compiled(compiles)), ctypes.RTLD_GLOBAL)  # first: libmlx.so finds cuBLASLt's names in it
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     base = _base(library)
     chosen = {f"cuda{name}": stand_in for stand_in, names in STAND_INS.items() for name in names.split()}
@@ -59,10 +61,12 @@ def load(site: Path, symbols: Path | None = None) -> None:
     sys.path.insert(0, str(site))
 
 
-def _compiled() -> Path:
+def _compiled(compiles: bool) -> Path:
     folder = Path(tempfile.mkdtemp())
     library = folder / "libcuda.so.1"
-    subprocess.run(["gcc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, SOURCE], check=True)
+    without = [] if compiles else ["-DWITHOUT_NVRTC"]
+    flags = ["-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *without]
+    subprocess.run(["gcc", *flags, "-o", library, SOURCE], check=True)
     return library
 
 

@@ -1,7 +1,8 @@
 """Python runs this file at its start where its folder is in PYTHONPATH: a fake GPU below MLX, and NVRTC for real.
 
 FAKE_GPU: the folder for fake_gpu.load, and behind a colon the library that has symbols. Every kernel of ours that is
-launched is compiled into MLX_PTX_CACHE_DIR, and what ptxas said of it is appended to `ptxas.txt` there.
+launched is compiled into MLX_PTX_CACHE_DIR, and what ptxas said of it is appended to `ptxas.txt` there. FAKE_NVRTC=1:
+nothing is compiled, so that a run takes seconds and tells which operations there are; then name another cache folder.
 """
 
 import os
@@ -17,7 +18,8 @@ if fake := os.environ.get("FAKE_GPU"):
     import fake_gpu
 
     site, _, symbols = fake.partition(":")
-    fake_gpu.load(Path(site), Path(symbols) if symbols else None)
+    compiles = os.environ.get("FAKE_NVRTC") != "1"
+    fake_gpu.load(Path(site), Path(symbols) if symbols else None, compiles)
     import mlx.core as mx
     import nvrtc
 
@@ -32,7 +34,7 @@ if fake := os.environ.get("FAKE_GPU"):
 
         def launch(**arguments):
             function, text = nvrtc.unit(made, arguments)
-            if text not in seen:
+            if compiles and text not in seen:
                 seen.add(text)
                 compilers[:] = compilers or [nvrtc.Compiler(Path(site))]
                 if said := compilers[0].store(function, text, folder):

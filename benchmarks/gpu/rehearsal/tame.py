@@ -18,8 +18,13 @@ def tame(values: list[list]) -> list[list]:
         [[10 + abs(token) % 1000 for token in row] for row in tokens],
         [min(width, row) for row in range(len(kept))],
         [[10 + abs(token) % 1000 for token in row] for row in drafts],
-        *([[min(1.0, max(0.0, value)) for value in row] for row in each] for each in rest),
+        *(_between(each) for each in rest),
     ]
+
+
+def _between(values: Any) -> Any:
+    """Returns numbers, in whatever lists, between 0 and 1."""
+    return [_between(each) for each in values] if isinstance(values, list) else min(1.0, max(0.0, values))
 
 
 class Hook(importlib.abc.MetaPathFinder):
