@@ -16,8 +16,8 @@ ASK = b"GET /ready HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 @pytest.fixture
 def client(engine, monkeypatch):
-    monkeypatch.setattr(connection, "HEAD_IN", 0.5)
-    monkeypatch.setattr(connection, "BODY_IN", 0.5)
+    monkeypatch.setattr(connection, "HEAD_IN", 1.5)
+    monkeypatch.setattr(connection, "BODY_IN", 1.5)
     with (
         serving(Scripted(engine, lambda number: [[6]])) as url,
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as client,
@@ -58,7 +58,7 @@ def test_a_second_request_has_its_own_time(client):
     """And one that has come whole has no limit: a connection is kept for further ones."""
     client.sendall(ASK)
     assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
-    time.sleep(1.0)  # longer than a head may take, shorter than a connection is kept
+    time.sleep(2.0)  # longer than a head may take, shorter than a connection is kept
     client.sendall(ASK[:20])
     client.sendall(ASK[20:])
     assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
