@@ -159,15 +159,25 @@ def peer(system: str, folder: str, end: float) -> Iterator[dict[str, Any]]:
             if time.monotonic() > end:
                 yield {"what": "skipped", "rows": rows, "context": context}
                 return
-            request = Request(prompts(rows, context, vocabulary), 0, TOKENS)
-            if context == CONTEXTS[0]:
-                made.call(Request(request.prompts, 0, 4))  # compiles
-            timing = made.call(request)
-            tokens = sum(map(len, timing.tokens)) - rows
-            seconds = max(timing.seconds - timing.prefill_seconds, 1e-9)
-            figures = {"tps": round(tokens / seconds, 1), "round_ms": round(1e3 * seconds / max(1, timing.passes), 3)}
-            about = vars(Cell(rows, context, 0.0)) | {"prefill_seconds": round(timing.prefill_seconds, 2)}
-            yield {"what": "cell"} | about | figures | {"short": sum(len(each) != TOKENS for each in timing.tokens)}
+            request, about = Request(prompts(rows, context, vocabulary), 0, TOKENS), vars(Cell(rows, context, 0.0))
+            try:
+                if context == CONTEXTS[0]:
+                    made.call(Request(request.prompts, 0, 4))  # compiles
+                yield {"what": "cell"} | about | _figures(made.call(request))
+            except Exception as raised:  # the next cell may do
+                yield {"what": "raised", "error": f"{rows} rows, context {context}: {raised}"[:400]}
+
+
+def _figures(timing: Any) -> dict[str, Any]:
+    """Returns tokens a second and milliseconds of a pass behind the prefill."""
+    tokens = sum(map(len, timing.tokens)) - len(timing.tokens)
+    seconds = max(timing.seconds - timing.prefill_seconds, 1e-9)
+    return {
+        "prefill_seconds": round(timing.prefill_seconds, 2),
+        "tps": round(tokens / seconds, 1),
+        "round_ms": round(1e3 * seconds / max(1, timing.passes), 3),
+        "short": sum(len(each) != TOKENS for each in timing.tokens),
+    }
 
 
 def main(system: str, folder: str, out: Path, seconds: float) -> int:

@@ -17,12 +17,14 @@ from benchmarks.gpu.pairs import ROOT
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.machine import device
 from mlx_gemma_mtp.models import loading
+from mlx_gemma_mtp.models.gemma4 import Gemma4
 from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.ops import kernel_report
 
 PAIRS = {"bundled": ROOT / "mlx_gemma_mtp/demo", "e2b": ROOT / "tests/data/e2b"}
 PROMPTS = ["def add(a, b):", "What is a list?", "def"]
 TOKENS = 6
+GROUP = 32
 SENSELESS = "not finite"  # as what a fake computes may be
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -43,14 +45,19 @@ LOADS: dict[str, dict[str, Any]] = {
 }
 
 
+def fits(path: str, module: nn.Module) -> bool:
+    """Returns whether a module's inputs are whole groups."""
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % GROUP == 0
+
+
 def quantised(bits: int) -> Any:
     """Returns what opens a target and quantises it, in the place of loading.prepare."""
     usual = loading.prepare
 
     def prepare(model: nn.Module, *told: Any) -> None:
         usual(model, *told)
-        if type(model).__name__ == "Gemma4":
-            nn.quantize(model, 32, bits)
+        if isinstance(model, Gemma4):
+            nn.quantize(model, GROUP, bits, class_predicate=fits)
             finish_loading(model)
 
     return prepare

@@ -52,7 +52,15 @@ status cublasLtMatmulAlgoGetHeuristic(object lt, object desc, object a, object b
 
 // ------------------------------------------------- the runtime: what fake_gpu.py names; every other function is nothing
 NOTHING(nothing)
-status entry_point(const char* name, object* out) { *out = (object)nothing; return 0; }
+// cutlass asks for cuTensorMapEncodeTiled in this way.
+status entry_point(const char* name, object* out, unsigned long long flags, int* found) {
+  *out = (object)nothing;
+  if (found) *found = 0;
+  return 0;
+}
+status entry_point_of(const char* name, object* out, unsigned version, unsigned long long flags, int* found) {
+  return entry_point(name, out, flags, found);
+}
 OBJECT(object_out)
 // Pages that nobody touches cost nothing, since the system hands out zeros: sizes may be nonsense, as results are.
 status allocate(object* out, size_t bytes) {

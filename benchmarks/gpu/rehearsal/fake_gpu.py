@@ -36,7 +36,8 @@ STAND_INS = {  # function of fake_gpu.c -> of the runtime, without "cuda"
     "function_facts": "FuncGetAttributes",
     "properties": "GetDeviceProperties",
     "text": "GetErrorString GetErrorName",
-    "entry_point": "GetDriverEntryPoint GetDriverEntryPointByVersion",
+    "entry_point": "GetDriverEntryPoint",
+    "entry_point_of": "GetDriverEntryPointByVersion",
     "object_out": "StreamCreateWithFlags EventCreateWithFlags DeviceGetDefaultMemPool GraphCreate GraphInstantiate"
     " GraphAddKernelNode GraphAddEmptyNode GraphAddChildGraphNode",
 }
