@@ -381,7 +381,7 @@ def test_each_part_of_the_recipe_takes_what_the_one_before_left(tmp_path, monkey
     figures = json.loads(told)
     assert capsys.readouterr().out.endswith(told)
     assert figures["transformers_greedy"]["same_as_greedy"] == 2
-    assert all(figures[name]["tokens"] == 16 for name in ("greedy", "temperature_1"))
+    assert all(0 < figures[name]["tokens"] <= 16 for name in ("greedy", "temperature_1"))
 
 
 @pytest.mark.slow
