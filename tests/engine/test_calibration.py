@@ -122,7 +122,8 @@ def test_a_number_pins_it(engine):
     assert {length: set(why) for length, why in result.stats.depths.items() if length == 2} == {2: {"fixed"}}
 
 
-def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine):
+def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(calibration, "SLOW", 1e9)  # on a busy machine a notice would come
     notices = []
     costs = Costs("greedy", CostFile({"a": 1}, tmp_path), notices.append, seconds=1e9)
     prompt = engine.text.encode("def f(x):\n    return x\n")

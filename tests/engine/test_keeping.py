@@ -81,8 +81,13 @@ def grid(tokens: int) -> int:
     return tokens // GRID * GRID
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("settings", ["greedy", "sampled", "penalised"])
+SAMPLE = [("bundled", "greedy"), ("bundled", "penalised"), ("e2b", "sampled")]  # the others are slow
+OTHERS = [("bundled", "sampled"), ("e2b", "greedy"), ("e2b", "penalised")]
+
+
+@pytest.mark.parametrize(
+    ("pair", "settings"), [*SAMPLE, *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)]
+)
 def test_hits_of_every_kind(pair, settings):
     """The same prompt again, its next turns, another end: within a window, past it, and past the wrapped ring."""
     for length in (70, 129, 420):

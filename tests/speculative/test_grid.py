@@ -108,9 +108,15 @@ def test_the_grid(pair, engine, plain, params, capsys):
 
 
 @pytest.mark.parametrize(
-    "params, rows, drafts, some",
-    [(GREEDY, 1, 3, [60]), (SAMPLED, 2, 7, [3, 61]), (GREEDY, 4, 2, [60, 4, 99]), (SAMPLED, 8, 4, [4, 60, 3, 61])],
-    ids=["greedy, alone", "sampled, 2 rows", "greedy, 4 rows", "sampled, 8 rows"],
+    "pair, params, rows, drafts, some",
+    [
+        ("bundled", GREEDY, 1, 3, [60]),
+        ("bundled", SAMPLED, 8, 4, [4, 60, 3, 61]),
+        ("e2b", SAMPLED, 2, 7, [3, 61]),
+        ("e2b", GREEDY, 4, 2, [60, 4, 99]),
+    ],
+    ids=["bundled, greedy, alone", "bundled, sampled, 8 rows", "e2b, sampled, 2 rows", "e2b, greedy, 4 rows"],
+    indirect=["pair"],
 )
 def test_some_cells(engine, plain, params, rows, drafts, some):
     """What always runs of it, without any forgiveness."""

