@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..errors import shown
 from .command import note
 from .terminal import dimmed, printable
 
@@ -46,6 +47,8 @@ class Printer:
             self._called = True
             for what in (*call.repaired, *call.faults):
                 note(f"the call of {call.name}: {what}")
+        if (cut := piece.cut_call) is not None:
+            note(f"the call of {cut.name} is cut off, its arguments so far: {shown(cut.json)}")
 
     def end(self) -> None:
         """Ends the last line. A reply that says nothing is an empty one."""

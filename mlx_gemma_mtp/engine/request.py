@@ -72,6 +72,11 @@ class Chunk:
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def cut_call(self) -> CallDelta | None:
+        """The call that the answer ended in the middle of, in the last chunk alone."""
+        return None if self.result is None else self.result.cut_call
+
 
 @dataclass(frozen=True)
 class Delivery:

@@ -13,10 +13,11 @@ from ..engine.request import Chunk, Result
 from ..engine.streams import encoders
 from ..errors import UserError
 from .answers import ChatAnswer, TextAnswer, told
-from .ask import Ask, of_chat, of_completion, salted
+from .ask import Ask, salted
 from .chat import ChatStream, chat_object
 from .completions import CompletionStream, completion_object
 from .errors import GONE, Refusal, of_user_error
+from .fields import of_chat, of_completion
 from .run import PARAMS, ClientGone, Run, unless_gone
 from .schema import Body, ChatRequest, CompletionRequest, Sampling
 from .service import Served

@@ -55,7 +55,7 @@ class PartialCall:
             self._grow(body.fresh[self.at - body.size + len(body.fresh) :])
             self.at = body.size
         self.begun = self.begun or self._length >= LONG
-        return self._tell("".join(self._sure)) if self.begun else ""
+        return self._tell() if self.begun and self._sure else ""
 
     def rest(self, call: ToolCall) -> str | None:
         """Returns what is still to be told of the call that this one has become; None where that is another one."""
@@ -69,9 +69,10 @@ class PartialCall:
         arguments = json.loads("".join(self._told) + end)
         return ToolCall(self.name, arguments, faults=(fault,), id=self.id), end
 
-    def _tell(self, text: str) -> str:
+    def _tell(self) -> str:
+        self._told += self._sure
+        text = "".join(self._sure)
         self._sure.clear()
-        self._told.append(text)
         return text
 
     def _begin(self, text: str) -> None:

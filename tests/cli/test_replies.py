@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from mlx_gemma_mtp.cli.replies import Printer
-from mlx_gemma_mtp.engine.request import Chunk
-from mlx_gemma_mtp.text.tools import ToolCall
+from mlx_gemma_mtp.engine.request import Chunk, Result
+from mlx_gemma_mtp.engine.stats import Stats
+from mlx_gemma_mtp.text.tools import CallDelta, ToolCall
 
 CALL = ToolCall("get_weather", {"city": "Köln", "days": 2})
 PIECES = [
@@ -69,6 +70,12 @@ def test_every_reply_ends_its_line(monkeypatch, pieces, expected):
 def test_a_thought_alone_ends_its_line(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert printed(monkeypatch, Terminal(), PIECES[:2]) == "Let me see.\n\n\n"
+
+
+def test_a_call_that_is_cut_off_is_a_note(monkeypatch, capsys):
+    result = Result("", [1], "length", Stats(1), cut_call=CallDelta("1", "f", '{"a": "x'))
+    assert printed(monkeypatch, io.StringIO(), [Chunk(0, "Well.", [1], result)]) == "Well.\n"
+    assert capsys.readouterr().err == 'note: the call of f is cut off, its arguments so far: \'{"a": "x\'\n'
 
 
 def test_what_was_mended_or_does_not_fit_is_a_note(monkeypatch, capsys):

@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from serving import ASKED, NAME, Scripted, ids_of, post, serving
+from serving import ASKED, NAME, Scripted, events, ids_of, post, serving
 
 from mlx_gemma_mtp import SamplingParams
 
@@ -213,6 +213,18 @@ def test_the_order_of_events(script, engine, reply, expected, size):
             assert each["index"] == open_block
             open_block = None
     assert blocks in (expected, expected - 1) and open_block is None  # text joins a call's end in a large round
+
+
+def test_what_was_mended_is_told(script, engine):
+    """In the header of an answer in one piece, and in the last but one event of a stream."""
+    play(script, engine, "<|tool_call>call:get_weather{city:'Paris',}<tool_call|>" + END)
+    body = GIVEN | {"tools": [TOOL], "max_tokens": 100}
+    whole = post(script.url, PATH, body)
+    assert "other quotes" in whole.headers["x-tool-calls-repaired"]
+    last = [event for event in events(script.url, PATH, body) if event["type"] == "message_delta"]
+    assert whole.json()["repaired"] == last[0]["repaired"] and "other quotes" in last[0]["repaired"][0]
+    play(script, engine, CALL + END)
+    assert "repaired" not in post(script.url, PATH, body).json()
 
 
 def test_turns_as_claude_code_sends_them(script, engine):
