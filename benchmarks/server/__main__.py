@@ -88,6 +88,7 @@ def soak_part(args: argparse.Namespace, note: Callable[[str], None]) -> Found:
             Shown(f"{key}: bytes a second, after the first third", str(slope), "no slope", slope.low > soak.GROWTH)
         )
         shown.append(Shown(f"{key}: MB, after the first third and at the end", found[key]))
+    shown.append(Shown("buffers that MLX keeps: MB, after the first third and at the end", found["cached"]))
     return found, shown
 
 

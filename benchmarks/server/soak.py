@@ -2,7 +2,7 @@
 requests at all. Every good text is compared with its lone one.
 
 The server is a process of its own, in float32 with MLX's own BLAS, where a text does not depend on its company. Its
-memory is that of the process, and of MLX's arrays as /metrics tells it.
+memory is that of the process without the buffers that MLX keeps unused, and that of MLX's arrays, as /metrics tells it.
 """
 
 from __future__ import annotations
@@ -172,8 +172,11 @@ async def watch(server: Serving, seen: Seen, end: float) -> None:
         await asyncio.sleep(EVERY)
         pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
         figures = await asyncio.to_thread(rude.send, ("127.0.0.1", server.port), METRICS)
-        (line,) = (line for line in figures[1].split(b"\n") if line.startswith(b"mlx_gemma_mtp:memory_active_bytes "))
-        seen.sizes.append({"resident": 4096.0 * pages, "arrays": float(line.split()[1])})
+        told = dict(
+            line.rsplit(b" ", 1) for line in figures[1].split(b"\n") if line.startswith(b"mlx_gemma_mtp:memory")
+        )
+        arrays, cached = (float(told[b"mlx_gemma_mtp:memory_%s_bytes" % name]) for name in (b"active", b"cache"))
+        seen.sizes.append({"resident": 4096.0 * pages - cached, "arrays": arrays, "cached": cached})
 
 
 METRICS = rude.Rude("metrics", b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
@@ -223,7 +226,7 @@ def _record(seen: Seen, log: Sequence[str]) -> dict[str, Any]:
         "errors_in_the_log": len(log),
         "sizes": seen.sizes,
     }
-    for key in ("resident", "arrays"):
+    for key in ("resident", "arrays", "cached"):
         values = [each[key] for each in settled]
         found[f"{key}_slope"] = of_slope([value / EVERY for value in values]).as_list()
         found[key] = f"{values[0] / 1e6:.1f}, {values[-1] / 1e6:.1f}"

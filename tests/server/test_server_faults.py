@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import test_clients
 from serving import ASKED, NAME, events, post, serving
 from test_clients import ask, figure, until
 
@@ -98,15 +99,14 @@ def test_clocks_of_the_wall_decide_nothing(engine, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_client_that_never_reads_delays_nobody(engine):
+def test_a_client_that_never_reads_delays_nobody(engine, monkeypatch):
     """The real engine: its request ends, the others' texts are theirs, and its place is given back."""
-    text = own(engine)
+    monkeypatch.setattr(test_clients, "PATIENCE", PATIENCE)  # a socket takes megabytes that nobody reads
+    text, more = own(engine), {"max_tokens": 4000, "ignore_eos": True, "logprobs": True, "top_logprobs": 20, "n": 4}
     with serving(engine, limits=Limits(reading=1.0)) as url:
-        mute = ask(
-            url, BODY | {"max_tokens": 4000, "ignore_eos": True, "logprobs": True, "top_logprobs": 20, "stream": True}
-        )
+        mute = ask(url, BODY | more | {"stream": True})
         mute.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        until(lambda: figure(url, "num_requests_running") == 1)
+        until(lambda: figure(url, "num_requests_running") == 4)
         for _ in range(3):
             assert text_of(events(url, CHAT, BODY)) == text
         until(lambda: figure(url, "num_requests_running") == 0)

@@ -1,0 +1,65 @@
+"""The OpenAPI document: every answer and every error is as it says; and nothing is compiled after a server listens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import ASKED, Scripted, post, serving
+
+from mlx_gemma_mtp.server import answers
+
+CHAT = "/v1/chat/completions"
+BODY = {"messages": ASKED, "max_tokens": 6, "temperature": 0}
+
+
+def test_answers_are_as_described(url):
+    """Strictly: no field is left out, and none has another type."""
+    asked = [
+        (answers.ChatAnswer, CHAT, BODY | {"logprobs": True, "n": 2}),
+        (answers.TextAnswer, "/v1/completions", {"prompt": "def", "max_tokens": 4, "logprobs": 2}),
+        (answers.MessageAnswer, "/v1/messages", BODY),
+        (answers.Counted, "/v1/messages/count_tokens", {"messages": ASKED}),
+        (answers.Failure, CHAT, {"messages": []}),
+        (answers.MessageFailure, "/v1/messages", {"messages": [], "max_tokens": 3}),
+    ]
+    for kind, path, body in asked:
+        kind.model_validate_json(post(url, path, body).content, strict=True)
+    for kind, path in ((answers.Models, "/v1/models"), (answers.Health, "/health"), (answers.Ready, "/ready")):
+        kind.model_validate_json(httpx.get(url + path).content, strict=True)
+
+
+def test_the_document_names_every_answer(engine):
+    with serving(Scripted(engine, lambda number: []), keys=("k",)) as url:
+        assert httpx.get(f"{url}/openapi.json").status_code == 401
+        found = httpx.get(f"{url}/openapi.json", headers={"x-api-key": "k"}).json()
+    for path, methods in found["paths"].items():
+        for method in methods.values():
+            assert "422" not in method["responses"], path
+            assert "schema" in method["responses"]["200"]["content"].get("application/json", {"schema": 0}), path
+            if path != "/metrics":
+                assert {"200", "4XX", "5XX"} <= method["responses"].keys(), path
+    assert "text/event-stream" in found["paths"][CHAT]["post"]["responses"]["200"]["content"]
+    assert set(found["components"]["securitySchemes"]) == {"bearer", "x-api-key"} and found["security"]
+    assert found["paths"]["/health"]["get"]["security"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="MLX compiles for Linux CPUs alone")
+def test_requests_compile_nothing(tmp_path):
+    """On a machine that has no kernels yet: who asks first does not wait for g++, nor does anybody beside."""
+    from test_serve import process
+
+    settings = (
+        {},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"logprobs": True},
+        {"presence_penalty": 0.5, "temperature": 1.0},
+    )
+    with process("--no-parent", TMPDIR=str(tmp_path)) as (_, url):
+        before = {path.name for path in tmp_path.rglob("*.so")}
+        for more in settings:
+            assert post(url, CHAT, BODY | more | {"n": 3}).status_code == 200
+        after = {path.name for path in tmp_path.rglob("*.so")}
+    assert before and after == before
