@@ -26,6 +26,7 @@ EXPERTS = {  # experts, experts a token, inputs, size of an expert
     "odd": (19, 8, 320, 21),
 }
 HEADS = {"26B-A4B, 31B": (262144, 1024), "12B": (262144, 512), "odd": (203, 320)}  # tokens, inputs
+PRODUCTS = ((2816, 8192), (4096, 2816), (2112, 2816), (2816, 128), (128, 64), (320, 203))  # inputs, outputs
 TOKENS = (1, 32, 128)  # one for each capacity of the down kernel, with 8 experts a token
 
 
@@ -81,6 +82,8 @@ def of_models() -> list[Launch]:
                     head = weights(dtype, bits, group, vocabulary, inputs)
                     for bias in (None, mx.zeros((vocabulary,))):
                         head_argmax.best_token_metal(mx.zeros((8, inputs), dtype), head, bias)
+            with noted(f"products, {about}", seen):
+                _products(dtype, bits, group)
     return seen
 
 
@@ -101,6 +104,17 @@ def _layer(dtype: mx.Dtype, bits: int, group: int, tokens: int, count: int, top_
     if chosen.size <= down.CAPACITIES[-1]:
         inner = mx.zeros((chosen.size, size), dtype)
         down.down_metal(inner, back, chosen, mx.zeros((tokens, top_k)), groups)
+
+
+def _products(dtype: mx.Dtype, bits: int, group: int) -> None:
+    """Launches products of few rows, where this version has a kernel for them."""
+    if "few_rows" not in kernels.KERNELS:
+        return
+    few_rows = import_module(f"{kernels.__name__}.few_rows")
+    for inputs, outputs in PRODUCTS:
+        for rows in few_rows.ROWS if not bits or inputs % group == 0 else ():
+            x = mx.zeros((rows, inputs), dtype)
+            few_rows.few_rows_metal(x, weights(dtype, bits, group, outputs, inputs))
 
 
 def weights(dtype: mx.Dtype, bits: int, group: int, *shape: int) -> Weights:

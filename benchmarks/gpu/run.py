@@ -98,10 +98,10 @@ def steps(work: Path, plan: str = "all") -> tuple[list[Step], list[Step]]:
     if plan == "checks":
         return checks(work / "pairs")
     if plan == "size":
-        return [], real_size(work, (55, 140, 45, 30, 30, 20))
+        return [], real_size(work, (50, 120, 35, 40, 25, 25, 20))
     beside, _ = checks(work / "pairs")
     first = [replace(step, limit=min(step.limit, SHORT)) for step in beside if step.name in MATTER]
-    return first, real_size(work, (35, 80, 25, 22, 22, 20))
+    return first, real_size(work, (35, 70, 20, 20, 18, 18, 18))
 
 
 def real_size(work: Path, limits: Sequence[float]) -> list[Step]:
@@ -114,13 +114,14 @@ def real_size(work: Path, limits: Sequence[float]) -> list[Step]:
     commands = {
         "make 26B": making,
         "size ours": module("size", "ours", str(folder)),
+        "times": module("times"),
         "products": module("products"),
         "size mlx-lm": module("size", "mlx-lm", str(folder)),
         "size mlx-vlm": module("size", "mlx-vlm", str(folder)),
         "rounds 26B": module("rounds", str(folder)),
     }
     return [
-        Step(name, command, limit, after=() if name in ("make 26B", "products") else ("make 26B",))
+        Step(name, command, limit, after=() if name in ("make 26B", "times", "products") else ("make 26B",))
         for (name, command), limit in zip(commands.items(), limits, strict=True)
     ]
 

@@ -32,7 +32,7 @@ def faults(text: str) -> list[str]:
     declarations of arrays alone, not in a pointer's or a parameter's type.
     """
     text = code(text)
-    declared = re.findall(r"\bthreadgroup\b(?!_)[^;{)]*[;{)]", text)
+    declared = re.findall(r"\bthreadgroup\b(?!_)(?:\[[^\]]*\]|[^;{)\[])*[;{)]", text)
     found = [each for each in declared if not re.fullmatch(r"threadgroup \w+ \w+(\[[^\]]+\])+;", each)]
     return found + re.findall(r"#include.*|\batomic\w*", text)
 
@@ -112,7 +112,7 @@ def test_a_text_means_the_same_in_both_languages(name):
 )
 def test_what_would_mean_something_else_is_found(text):
     assert faults(text) != []
-    assert faults("threadgroup float sums[4][N * 2]; // threadgroup float* p;\nthreadgroup_barrier(x);") == []
+    assert faults("threadgroup float sums[4][(N > 1 ? N : 1)]; // threadgroup T* p;\nthreadgroup_barrier(x);") == []
 
 
 def test_launches_are_whole_blocks_of_whole_warps():
