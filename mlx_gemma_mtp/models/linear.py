@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..machine import device
 from ..machine.device import metal_available
+from ..ops.expert_paths import ROWS, ProductPath, choose_product
+from ..ops.kernels import few_rows
+from ..ops.kernels.products import Weights
 
 
 class DerivedWeights(nn.Module):
@@ -19,7 +25,47 @@ class DerivedWeights(nn.Module):
         raise NotImplementedError
 
 
-class Linear(nn.Linear, DerivedWeights):
+class Product(nn.Module):
+    """A module that multiplies with its weights by the path that the table in ops/expert_paths.py chooses.
+
+    row_invariant: whether a row's bits must not depend on how many there are; see `keep_rows`.
+    """
+
+    row_invariant = False
+
+    @property
+    def weights(self) -> Weights:
+        """The weights [out, in] as kernels take them."""
+        if "scales" not in self:
+            return Weights(self.weight)
+        return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
+
+    @property
+    def form(self) -> str:
+        """The format of weights, as in expert_paths.RULES."""
+        return f"{self.mode}{self.bits}" if "scales" in self else "float"
+
+    def path(self, dtype: mx.Dtype, rows: int) -> ProductPath:
+        """Returns the path of a product with so many rows of dtype."""
+        usable = few_rows.usable(self.weights, dtype)
+        return choose_product(device.name(), dtype, self.form, rows, usable, self.row_invariant)
+
+    def paths(self, dtype: mx.Dtype) -> list[str]:
+        """Returns the paths of products of one row up to more than a verify has, those of few rows first."""
+        return [str(path) for path, _ in groupby(self.path(dtype, rows) for rows in range(1, ROWS + 2))]
+
+    def product(self, x: mx.array) -> mx.array:
+        """Returns x weight^T: [..., in] -> [..., out]."""
+        if self.path(x.dtype, x.size // x.shape[-1]) == ProductPath.FEW_ROWS:
+            return few_rows.few_rows(x, self.weights)
+        return self.stock(x)
+
+    def stock(self, x: mx.array) -> mx.array:
+        """Returns x weight^T by MLX's own product."""
+        raise NotImplementedError
+
+
+class Linear(Product, nn.Linear, DerivedWeights):
     """x @ weight.T for x [N, in], without a transposition at every call."""
 
     def __init__(self, inputs: int, outputs: int):
@@ -30,10 +76,26 @@ class Linear(nn.Linear, DerivedWeights):
         self.weight, self._transposed = input_major(self.weight)
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.product(x)
+
+    def stock(self, x: mx.array) -> mx.array:
         return x @ self._transposed
 
+    def to_quantized(self, group_size: int | None, bits: int | None, mode: str = "affine") -> QuantizedLinear:
+        return QuantizedLinear.from_linear(self, group_size, bits, mode)
 
-class Embedding(nn.Embedding, DerivedWeights):
+
+class QuantizedLinear(Product, nn.QuantizedLinear):
+    """A linear with MLX-quantised weights."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.product(x)
+
+    def stock(self, x: mx.array) -> mx.array:
+        return nn.QuantizedLinear.__call__(self, x)
+
+
+class Embedding(Product, nn.Embedding, DerivedWeights):
     """Rows of a table; `as_linear` multiplies with the table, as the tied head does."""
 
     def __init__(self, count: int, size: int):
@@ -44,7 +106,23 @@ class Embedding(nn.Embedding, DerivedWeights):
         self.weight, self._transposed = input_major(self.weight)
 
     def as_linear(self, x: mx.array) -> mx.array:
+        return self.product(x)
+
+    def stock(self, x: mx.array) -> mx.array:
         return x @ self._transposed
+
+    def to_quantized(self, group_size: int | None, bits: int | None, mode: str = "affine") -> QuantizedEmbedding:
+        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)
+
+
+class QuantizedEmbedding(Product, nn.QuantizedEmbedding):
+    """Rows of an MLX-quantised table; `as_linear` multiplies with the table."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.product(x)
+
+    def stock(self, x: mx.array) -> mx.array:
+        return nn.QuantizedEmbedding.as_linear(self, x)
 
 
 def input_major(weight: mx.array) -> tuple[mx.array, mx.array]:
@@ -109,3 +187,14 @@ def finish_loading(part: nn.Module) -> None:
         if isinstance(module, DerivedWeights):
             module.derive()
     mx.eval([[value for value in module.values() if isinstance(value, mx.array)] for module in part.modules()])
+
+
+def keep_rows(model: nn.Module, dtype: mx.Dtype) -> list[str]:
+    """Has a model's products give a row the same bits whatever rows stand beside it, up to expert_paths.ROWS of them.
+
+    Returns the formats of weights for which no kernel does so here. Call it before the first pass. dtype: of inputs.
+    """
+    products = [module for module in model.modules() if isinstance(module, Product)]
+    for module in products:
+        module.row_invariant = True
+    return sorted({module.form for module in products if module.path(dtype, 1) != ProductPath.FEW_ROWS})

@@ -9,9 +9,9 @@ import pytest
 from benchmarks.gpu import cuda_as_metal
 from benchmarks.gpu.cuda_as_metal import HEADER, metal_kernel
 from mlx_gemma_mtp.ops import kernels
-from mlx_gemma_mtp.ops.kernels import down, gate_up, grouping, head_argmax
+from mlx_gemma_mtp.ops.kernels import down, few_rows, gate_up, grouping, head_argmax
 
-KERNELS = [grouping.KERNEL, *(each.kernel(q) for each in (gate_up, down, head_argmax) for q in (False, True))]
+KERNELS = [grouping.KERNEL, *(each.kernel(q) for each in (gate_up, down, head_argmax, few_rows) for q in (False, True))]
 TEXTS = {f"{each.name} {i}": each.header + each.source for i, each in enumerate(KERNELS)}
 ATTRIBUTES = r"\b(?:thread|threads|threadgroups?|simdgroups?)_\w+\b"
 
@@ -22,7 +22,7 @@ def code(text: str) -> str:
 
 def test_every_kernel_is_looked_at():
     modules = {f"{kernels.__name__}.{name}" for name in kernels.KERNELS}
-    assert modules == {each.__name__ for each in (grouping, gate_up, down, head_argmax)}
+    assert modules == {each.__name__ for each in (grouping, gate_up, down, head_argmax, few_rows)}
     assert all(import_module(name) for name in modules)
 
 
