@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ import mlx.nn as nn
 from ..machine import device
 from ..machine.device import metal_available
 from ..ops.expert_paths import ROWS, ProductPath, choose_product
-from ..ops.kernels import few_rows
+from ..ops.kernels import few_rows, why_off
 from ..ops.kernels.products import Weights
 
 
@@ -47,7 +48,7 @@ class Product(nn.Module):
 
     def path(self, dtype: mx.Dtype, rows: int) -> ProductPath:
         """Returns the path of a product with so many rows of dtype."""
-        usable = few_rows.usable(self.weights, dtype)
+        usable = why_off("few_rows") is None and few_rows.usable(self.weights, dtype)
         return choose_product(device.name(), dtype, self.form, rows, usable, self.row_invariant)
 
     def paths(self, dtype: mx.Dtype) -> list[str]:
@@ -56,9 +57,11 @@ class Product(nn.Module):
 
     def product(self, x: mx.array) -> mx.array:
         """Returns x weight^T: [..., in] -> [..., out]."""
-        if self.path(x.dtype, x.size // x.shape[-1]) == ProductPath.FEW_ROWS:
-            return few_rows.few_rows(x, self.weights)
-        return self.stock(x)
+        return self.run(self.path(x.dtype, x.size // x.shape[-1]), x)
+
+    def run(self, path: ProductPath, x: mx.array) -> mx.array:
+        """Returns x weight^T by the given path: [..., in] -> [..., out]."""
+        return few_rows.few_rows(x, self.weights) if path == ProductPath.FEW_ROWS else self.stock(x)
 
     def stock(self, x: mx.array) -> mx.array:
         """Returns x weight^T by MLX's own product."""
@@ -189,12 +192,31 @@ def finish_loading(part: nn.Module) -> None:
     mx.eval([[value for value in module.values() if isinstance(value, mx.array)] for module in part.modules()])
 
 
+def products_of(model: nn.Module) -> list[Product]:
+    """Returns what a model multiplies with: all but the table of per-layer inputs, which is only looked up."""
+    return [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, Product) and path != "embed_tokens_per_layer"
+    ]
+
+
 def keep_rows(model: nn.Module, dtype: mx.Dtype) -> list[str]:
     """Has a model's products give a row the same bits whatever rows stand beside it, up to expert_paths.ROWS of them.
 
     Returns the formats of weights for which no kernel does so here. Call it before the first pass. dtype: of inputs.
     """
-    products = [module for module in model.modules() if isinstance(module, Product)]
+    products = products_of(model)
     for module in products:
         module.row_invariant = True
     return sorted({module.form for module in products if module.path(dtype, 1) != ProductPath.FEW_ROWS})
+
+
+def first_products(model: nn.Module, dtype: mx.Dtype) -> Iterator[list[mx.array]]:
+    """Yields products of each kind of matrix with every number of rows that has a kernel of ours, to be evaluated: that
+    compiles the kernels. dtype: of inputs.
+    """
+    kinds = {(module.form, *module.weight.shape): module for module in products_of(model)}
+    for module in kinds.values():
+        rows = [rows for rows in few_rows.ROWS if module.path(dtype, rows) == ProductPath.FEW_ROWS]
+        yield [few_rows.few_rows(mx.zeros((count, module.weights.inputs), dtype), module.weights) for count in rows]

@@ -16,11 +16,11 @@ Its floats are COLUMNS x VALUES weights, COLUMNS x ROWS sums and VALUES inputs:
     4 bit, other K; 8 bit, K of 256   44   48   56   72   56
     8 bit, other K; floats            24   28   36   52   84
 
-BUDGET is 96: an Apple GPU gives a thread 128 registers of 32 bits, and with that many it keeps about 384 threads a core
-instead of 1024. A threadgroup has 2 SIMD-groups, as MLX's qmv: 64 threads, no barrier, no threadgroup memory; N = 2816
-outputs are 352 to 704 of them. Floats with K >= 16 N (a router) are split over 8 SIMD-groups, as in MLX, with a barrier
-and at most 2 KB. x is read anew for every COLUMNS outputs, from a cache: at 16 rows and 4 bit that is 64 bytes of x in
-bfloat16 for each byte of weights, so that there loads and products, not memory, are expected to set the pace.
+BUDGET is 96: an Apple GPU gives a thread 128 registers of 32 bits, and keeps fewer threads the more each takes. A
+threadgroup has 2 SIMD-groups, as MLX's qmv: 64 threads, no barrier, no threadgroup memory; N = 2816 outputs are 352 to
+704 of them. Floats with K >= 16 N (a router) are split over 8 SIMD-groups, as in MLX, with a barrier and at most 2 KB.
+x is read anew for every COLUMNS outputs, from a cache: at 16 rows and 4 bit that is 16 to 32 bytes of x in bfloat16 for
+each byte of weights, so that there loads and products, not memory, are expected to set the pace.
 """
 
 from __future__ import annotations
