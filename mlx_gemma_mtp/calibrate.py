@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli.command import Bar, Parser, check_plot, command, loaded, written
-from .cli.flags import add_kv_bits
+from .cli.flags import add_kv_bits, add_row_invariant
 from .cli.plots import dress, heading, panels
 from .errors import UserError
 from .speculative.choice import break_even
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading")
     p.add_argument("--dtype", help="float32, bfloat16 or float16 for what is not quantised")
     add_kv_bits(p)
+    add_row_invariant(p)
     p.add_argument("--repeats", type=int, default=5, help="of every cell of the table (default: 5)")
     p.add_argument("--show", action="store_true", help="show what was measured before; measure nothing")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table (extra `bench`)")
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         check_plot(args.plot)
     bits = {"draft_bits": args.draft_bits, "kv_bits": args.kv_bits, "kv_bits_rings": args.kv_bits_rings}
-    engine = loaded(args.model, args.draft_model, dtype=args.dtype, **bits)
+    engine = loaded(args.model, args.draft_model, dtype=args.dtype, row_invariant=args.row_invariant, **bits)
     if engine.drafter is None:
         raise UserError("there is no drafter, so nothing to choose; name one with --draft-model")
     if args.show:

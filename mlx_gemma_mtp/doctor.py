@@ -1,8 +1,9 @@
 """`python -m mlx_gemma_mtp.doctor`: does this machine run our kernels right, and which way is fastest here?
 
-Compiles and checks every kernel against its reference, times the ways through a layer of routed experts and a draft
-step, and keeps what it found: later loads on this machine switch failing kernels off and take the fastest way. Written
-without a Mac: on a CPU the kernels run in the tests' emulator alone.
+Compiles and checks every kernel against its reference, races the ways through a layer of routed experts and through
+products of few rows, for seconds each, times a draft step, and keeps what it found: later loads on this machine switch
+failing kernels off and take the fastest way. Written without a Mac: on a CPU the kernels run in the tests' emulator
+alone.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import argparse
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from .checks.race import race
 from .cli.command import Bar, Parser, Stage, check_file, command, note, written
 from .errors import UserError
 from .files.files import CACHE
@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from .engine.engine import Engine
+    from .models.linear import Product
     from .models.moe import Experts
-    from .ops.expert_paths import ExpertPath, Rule
+    from .ops.expert_paths import ExpertPath, ProductPath, Rule
 
 LAYER = (2816, 704, 128, 8)  # of the 26B-A4B: hidden size, expert size, experts, experts a token
 ROWS = (1, 2, 4, 8, 16, 32)
-WARM = 2  # calls before those that count
+PRODUCTS = ((2816, 8192), (4096, 2816), (2816, 4224), (2112, 2816))  # of its dense parts: inputs and outputs
+HEAD = (2816, 262144)
+LAYERS = 4  # of PRODUCTS, so that weights come from memory, as in a model, and not from a cache
+PRODUCT_ROWS = (1, 2, 4, 8, 16)
 FORMATS = {"4-bit": 4, "8-bit": 8, "bf16": 0}
 Times = Mapping["ExpertPath", Mapping[int, float]]  # path -> tokens -> seconds
 
@@ -45,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
         help="the layer that is timed (default: the 26B-A4B's, 2816 704 128 8)",
     )  # fmt: skip
     p.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="tokens of a pass (default: 1 .. 32)")
-    p.add_argument("--repeats", type=int, default=20, help="of every time (default: 20)")
+    p.add_argument("--repeats", type=int, default=20, help="layers that are computed in a row (default: 20)")
+    p.add_argument("--seconds", type=float, default=1.0, help="that each way runs at each width (default: 1)")
     p.add_argument("--no-times", action="store_true", help="check the kernels, time nothing")
     p.add_argument("--json", type=Path, metavar="FILE", help="write a report there that can be shared")
     return p
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         stage("checking the kernels")
         checked = check()
     print("\n".join(f"kernel {name}: {state}" for name, state in kernels.status().items()))
-    report, times, drafts = Report(), {}, {}
+    report, times, products, drafts = Report(), {}, {}, {}
     known = report.read()
     rules = known[1] if known else ()
     bandwidth = None if args.no_times else _bandwidth()
@@ -79,14 +84,17 @@ def run(args: argparse.Namespace) -> int:
     if timed:
         expert_paths.adopt(())
         rules, times = time_experts(args, about["chip"])
+        more, products = time_products(args, about["chip"])
+        rules += more
     elif not kernels.available():
-        print(f"{kernels.NO_GPU}: plain MLX runs, and no way through experts is timed")
+        print(f"{kernels.NO_GPU}: plain MLX runs, and nothing is timed but the memory")
     if any(kernels.why_off(name) is None or checked[name] for name in kernels.KERNELS):
         _keep(report, checked, rules)
     if timed:
         drafts = time_drafts(args.model)  # a load, which takes up what is kept
     if args.json:
-        record = {"machine": about, "kernels": kernels.status(), "experts": times, "draft_step": drafts}
+        record = {"machine": about, "kernels": kernels.status(), "experts": times, "products": products}
+        record["draft_step"] = drafts
         record["memory_bytes_per_s"] = bandwidth
         with written(args.json) as part:
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -99,6 +107,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--layer is {hidden} {size} {experts} {top_k}, expected sizes in 64s and TOP_K of EXPERTS")
     if min(args.rows) < 1 or args.repeats < 1:
         raise UserError(f"--rows {args.rows}, --repeats {args.repeats}: expected 1 or more")
+    if not 0 <= args.seconds <= 3600:
+        raise UserError(f"--seconds is {args.seconds:g}, expected 0 to 3600, such as 1")
     if args.json:
         check_file("--json", args.json)
 
@@ -142,7 +152,7 @@ def time_experts(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...],
     for name, bits in FORMATS.items():
         experts = layer(args.layer, bits)
         form = experts.switch_glu.down_proj.form
-        times, steady, equal = measure(experts, args.layer, args.rows, args.repeats)
+        times, steady, equal = measure(experts, args.layer, args.rows, args.repeats, args.seconds)
         able = {path: each for path, each in times.items() if path in steady}
         rules.append(rule(chip, "bfloat16", form, able, equal, args.layer[3]))
         shown[name] = {str(path): {str(m): round(1e6 * s, 1) for m, s in each.items()} for path, each in times.items()}
@@ -177,7 +187,7 @@ def layer(shape: Sequence[int], bits: int) -> Experts:
 
 
 def measure(
-    experts: Experts, shape: Sequence[int], rows: Sequence[int], repeats: int
+    experts: Experts, shape: Sequence[int], rows: Sequence[int], repeats: int, seconds: float = 0.0
 ) -> tuple[dict[ExpertPath, dict[int, float]], frozenset[ExpertPath], frozenset[ExpertPath]]:
     """Returns (seconds by path and tokens, the steady paths, those of them that are bit-equal to plain pairs).
 
@@ -191,8 +201,8 @@ def measure(
     times: dict[ExpertPath, dict[int, float]] = {}
     steady, equal = set(ON_METAL), set(ON_METAL)
     for m in (*rows, max(1, VERIFY // top_k)):
-        # every call has routes of its own, so that weights come from memory, as in a model, and not from a cache
-        inputs = [_inputs(m, shape, seed) for seed in range(repeats + WARM)]
+        # every layer has routes of its own, so that weights come from memory, as in a model, and not from a cache
+        inputs, ways = [_inputs(m, shape, seed) for seed in range(repeats)], {}
         first, alone = inputs[0], [part[:1] for part in inputs[0]]
         plain = experts.run(ExpertPath.PAIRS, *first)
         for path in ON_METAL:
@@ -202,8 +212,9 @@ def measure(
                 found = experts.run(path, *first)
                 steady -= set() if mx.array_equal(found[:1], experts.run(path, *alone)) else {path}
                 equal -= set() if mx.array_equal(found, plain) else {path}
-            if m in rows:
-                times.setdefault(path, {})[m] = _seconds(lambda each: experts.run(path, *each), inputs)  # noqa: B023
+            ways[path] = partial(_layers, experts, path, inputs)
+        for path, found in race(ways, seconds).items() if m in rows else ():
+            times.setdefault(path, {})[m] = found / repeats
     times = {path: each for path, each in times.items() if len(each) == len(rows)}
     steady = (steady | {ExpertPath.PAIRS}) & times.keys()  # of what there is, pairs depend least on company
     return times, frozenset(steady), frozenset(equal & steady)
@@ -222,16 +233,89 @@ def _inputs(tokens: int, shape: Sequence[int], seed: int) -> tuple[mx.array, mx.
     return inputs
 
 
-def _seconds(compute: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
-    """The median over inputs; the first ones warm up."""
+def _layers(experts: Experts, path: ExpertPath, inputs: Sequence[tuple[mx.array, mx.array, mx.array]]) -> None:
+    """Computes one layer after the other, each of which waits for the one before, as in a model."""
     import mlx.core as mx
 
-    found = []
-    for each in inputs:
-        began = time.perf_counter()
-        mx.eval(compute(each))
-        found.append(time.perf_counter() - began)
-    return median(found[WARM:])
+    y = mx.zeros_like(inputs[0][0])
+    for x, chosen, weights in inputs:
+        y = experts.run(path, x + 0 * y, chosen, weights)
+    mx.eval(y)
+
+
+def time_products(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...], dict[str, Any]]:
+    """Races MLX's products against ours of few rows, over LAYERS of PRODUCTS and a head.
+
+    Returns (the rules that follow, milliseconds by format, path and rows).
+    """
+    import mlx.core as mx
+
+    from .checks.invariance import agreeing_widths
+    from .ops.expert_paths import ProductPath
+    from .ops.kernels import few_rows
+
+    rules, shown = [], {}
+    for name, bits in FORMATS.items():
+        linears = stack(bits)
+        first = linears[0]
+        if not few_rows.usable(first.weights, mx.bfloat16):
+            continue
+        times: dict[ProductPath, dict[int, float]] = {path: {} for path in ProductPath}
+        for rows in PRODUCT_ROWS:
+            ways = {path: partial(_pass, linears, path, rows) for path in times}
+            for path, seconds in race(ways, args.seconds).items():
+                times[path][rows] = seconds
+        rules.append(product_rule(chip, "bfloat16", first.form, times))
+        shown[name] = {str(path): {str(m): round(1e3 * s, 3) for m, s in each.items()} for path, each in times.items()}
+        print(f"\n{name}, milliseconds of {LAYERS} layers' products and a head, by rows")
+        print(f"{'':10}" + "".join(f"{m:>9}" for m in PRODUCT_ROWS))
+        for path, each in times.items():
+            agree = agreeing_widths(partial(first.run, path), first.weights.inputs, mx.bfloat16)
+            print(f"{path:10}" + "".join(f"{1e3 * each[m]:9.2f}" for m in PRODUCT_ROWS), end="")
+            print(f"   a row has its own bits at {' '.join(map(str, agree))} rows")
+        print("from so many rows on: " + ", ".join(f"{start} {path}" for start, path in rules[-1].steps))
+        del linears, first
+        mx.clear_cache()
+    return tuple(rules), shown
+
+
+def stack(bits: int) -> list[Product]:
+    """Returns LAYERS of random PRODUCTS and a HEAD in bfloat16, quantised to `bits` in groups of 64; 0 leaves them."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from .models.linear import Linear, finish_loading
+
+    holder = nn.Module()
+    holder.linears = [Linear(*sizes) for sizes in (*PRODUCTS * LAYERS, HEAD)]
+    holder.set_dtype(mx.bfloat16)
+    if bits:
+        nn.quantize(holder, group_size=64, bits=bits)
+    for linear in holder.linears:
+        finish_loading(linear)
+    return holder.linears
+
+
+def _pass(linears: Sequence[Product], path: ProductPath, rows: int) -> None:
+    """Computes one product after the other, each of which waits for the one before, as in a model."""
+    import mlx.core as mx
+
+    y = mx.zeros((rows, 1), mx.bfloat16)
+    for linear in linears:
+        y = linear.run(path, mx.ones((rows, linear.weights.inputs), mx.bfloat16) + 0 * y[:, :1])
+    mx.eval(y)
+
+
+def product_rule(chip: str, dtype: str, weights: str, times: Mapping[ProductPath, Mapping[int, float]]) -> Rule:
+    """Returns the rule that takes, at each number of rows, the faster path, and MLX's own beyond what was raced."""
+    from .ops.expert_paths import ANY_PRODUCT, ProductPath, Rule
+
+    picks = {rows: min(times, key=lambda path: times[path][rows]) for rows in PRODUCT_ROWS}
+    steps = [(1, picks[PRODUCT_ROWS[0]])]
+    for rows, path in (*picks.items(), (PRODUCT_ROWS[-1] + 1, ProductPath.STOCK)):
+        if path != steps[-1][1]:
+            steps.append((rows, path))
+    return Rule(chip, dtype, weights, tuple(steps), ANY_PRODUCT)
 
 
 def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[ExpertPath], top_k: int) -> Rule:

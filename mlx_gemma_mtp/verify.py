@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from .cli.command import Parser, command, loaded
-from .cli.flags import add_kv_bits
+from .cli.flags import add_kv_bits, add_row_invariant
 from .cli.prompts import PROMPTS, read_lines
 from .errors import UserError
 from .sampling.params import SamplingParams
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading")
     p.add_argument("--dtype", help="float32, bfloat16 or float16 for what is not quantised")
     add_kv_bits(p)
+    add_row_invariant(p)
     p.add_argument("--prompt-file", metavar="FILE", help="a prompt a line (default: eight short ones)")
     p.add_argument("--max-tokens", type=int, default=64, help="tokens of each text (default: 64)")
     p.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="batch sizes (default: 1 4 8)")
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         draft_bits=args.draft_bits,
         kv_bits=args.kv_bits,
         kv_bits_rings=args.kv_bits_rings,
+        row_invariant=args.row_invariant,
         max_rows=max(args.rows),
         max_waiting=max(len(prompts), args.samples),
     )

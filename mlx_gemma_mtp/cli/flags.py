@@ -34,6 +34,7 @@ def add_models(p: argparse.ArgumentParser) -> None:
         "--draft-bits", type=int, metavar="N", help="quantise a bf16 drafter to N bits while loading: 2, 3, 4, 5, 6, 8"
     )
     add_kv_bits(group)
+    add_row_invariant(group)
 
 
 def add_kv_bits(parser: argparse._ActionsContainer) -> None:
@@ -45,6 +46,15 @@ def add_kv_bits(parser: argparse._ActionsContainer) -> None:
         help="keep keys and values of full layers in 8 or 4 bits, for long contexts (default: the model's type)",
     )
     parser.add_argument("--kv-bits-rings", action="store_true", help="those of sliding layers, too")
+
+
+def add_row_invariant(parser: argparse._ActionsContainer) -> None:
+    """Adds what has products keep a row's bits, to a parser or a group of one."""
+    parser.add_argument(
+        "--row-invariant",
+        action="store_true",
+        help="on a GPU: products give a row the same bits whatever rows stand beside it, drafts or company",
+    )
 
 
 def add_thoughts(group: argparse._ArgumentGroup) -> None:
@@ -240,6 +250,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "draft_bits": args.draft_bits,
         "kv_bits": args.kv_bits,
         "kv_bits_rings": args.kv_bits_rings,
+        "row_invariant": args.row_invariant,
         "memory_limit": read_gigabytes("--memory-limit", args.memory_limit),
         "prefix_memory": read_prefix_memory(args.prefix_memory),
         "prefix_cache": args.prefix_cache,

@@ -302,16 +302,22 @@ def _bits(specs: Sequence[KVSpec]) -> dict[str, Any]:
 
 
 def _kernels(target: Gemma4) -> dict[str, Any]:
-    """Which kernels run: ours or their references, and which way the experts of a pass go, by its tokens.
+    """Which kernels run: ours or their references, and which way products and experts of a pass go, by its tokens.
 
     Both change by a switch, a failed check or the doctor's rules, on the same machine with the same versions.
     """
-    found: dict[str, Any] = {"ours": kernels.status()}
+    widths = range(1, ROWS[-1] * (MAX_DRAFTS + 1) + 1)
+    products = [str(target.embed_tokens.path(target.dtype, tokens)) for tokens in widths]
+    found: dict[str, Any] = {"ours": kernels.status(), "products": _runs(products)}
     if moe := target.config.moe:
-        experts, most = target.layers[0].experts, ROWS[-1] * (MAX_DRAFTS + 1)
-        ways = [str(experts.path(target.dtype, moe.top_k * tokens)) for tokens in range(1, most + 1)]
-        found["experts"] = [[path, len(list(run))] for path, run in groupby(ways)]
+        experts = target.layers[0].experts
+        found["experts"] = _runs([str(experts.path(target.dtype, moe.top_k * tokens)) for tokens in widths])
     return found
+
+
+def _runs(ways: Sequence[str]) -> list[list[str | int]]:
+    """Each path with how many widths take it, one after the other."""
+    return [[path, len(list(run))] for path, run in groupby(ways)]
 
 
 def _threads() -> str:

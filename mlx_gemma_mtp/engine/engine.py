@@ -21,6 +21,7 @@ from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.loading import step_bytes
 from ..ops import kernels
+from ..ops.expert_paths import ProductPath
 from ..sampling.params import SamplingParams, count
 from ..speculative.costs import CostTable
 from ..speculative.depth import Depth
@@ -326,6 +327,8 @@ class Engine:
         if moe := self.target.config.moe:
             ways = self.target.layers[0].experts.paths(self.target.dtype, moe.top_k)
             where += f", experts {' then '.join(ways)}"
+        if (ways := self.target.embed_tokens.paths(self.target.dtype)) != [ProductPath.STOCK]:
+            where += f", products {' then '.join(ways)}"
         if bits := self.settings.kv_bits:
             where += f", K/V of {'all' if self.settings.kv_bits_rings else 'full'} layers in {bits} bits"
         return f"{', '.join(formats)}, computed in {dtype} on {where}, MLX {mx.__version__}"

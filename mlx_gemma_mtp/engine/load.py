@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +25,9 @@ from ..models import loading
 from ..models.config import GenerationDefaults, TargetConfig
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
+from ..models.linear import keep_rows
 from ..models.quantization import MODES
-from ..ops import kernel_report
+from ..ops import kernel_report, kernels
 from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
 from ..speculative.drafting import MTP, Drafting
@@ -53,6 +54,7 @@ def load(
     draft_bits: int | None = None,
     kv_bits: int | None = None,
     kv_bits_rings: bool = False,
+    row_invariant: bool = False,
     max_rows: int = MAX_ROWS,
     prefill_chunk: int = PREFILL_CHUNK,
     draft_position: int = 0,
@@ -80,6 +82,8 @@ def load(
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
     vocabulary head to at most 4, a centroid head not at all. kv_bits: 8 or 4 bits a number of the K/V of full layers,
     which is what a long context takes; None keeps the model's type. kv_bits_rings: those of sliding layers, too.
+    row_invariant: has products of up to 128 rows give a row the bits that it has alone, so that drafts and company
+    change fewer of a GPU's roundings, at the price of speed where MLX's own products are faster.
     max_rows: requests that are decoded at once; others wait,
     and each takes the memory of its K/V. max_waiting: requests that may wait; one more raises UserError. memory_limit:
     bytes that weights, K/V and what a pass computes may take together; None is what the machine has. prefix_memory:
@@ -113,6 +117,7 @@ def load(
         "wired_limit": flag("wired_limit", wired_limit),
         "kv_bits": check_kv_bits(kv_bits, kv_bits_rings),
         "kv_bits_rings": kv_bits_rings,
+        "row_invariant": flag("row_invariant", row_invariant),
     }
     pair, defaults = _find(wanted, listeners)
     worker = Worker()
@@ -242,10 +247,23 @@ def _open(pair: hub.Pair, wanted: _Wanted, settings: Mapping[str, Any], *told: A
     listeners.stage("")
     for model in (target, drafter) if drafter else (target,):
         loading.prepare(model, listeners.progress)
+    if settings["row_invariant"]:
+        _keep_rows([target, drafter] if drafter else [target], listeners.notice)
     listeners.stage(making_ready(target))
     warm_up(target, drafter, settings["max_rows"], pause, specs)
     listeners.stage("")
     return target, drafter
+
+
+def _keep_rows(models: Sequence[Gemma4 | Drafter], notice: Callable[[str], None]) -> None:
+    """Tells of weights whose products cannot keep a row's bits on this machine."""
+    dtype = models[0].dtype
+    if forms := sorted({form for model in models for form in keep_rows(model, dtype)}):
+        why = kernels.why_off("few_rows") or "the kernel does not read them"
+        notice(
+            f"row_invariant holds for no products with {', '.join(forms)} weights here ({why}): they are MLX's own, "
+            "whose bits may depend on the number of rows"
+        )
 
 
 def _open_models(pair: hub.Pair, cast: mx.Dtype | None, draft_bits: int | None) -> tuple[Gemma4, Drafter | None]:

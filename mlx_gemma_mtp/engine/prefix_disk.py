@@ -163,6 +163,7 @@ def _key(model: Path, target: Gemma4, settings: Settings) -> str:
         "grid": [settings.prefill_chunk, settings.drafting.lookback],
         "device": [device.kind(), device.name(), blas.name()],
         "kernels": kernels.status(),
+        "row_invariant": settings.row_invariant,
     }
     return json.dumps(computed, sort_keys=True, default=str)
 

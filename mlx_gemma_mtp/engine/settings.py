@@ -21,6 +21,7 @@ class Settings:
     """The settings of an engine, checked, as `load` describes them.
 
     kv_bits: of full layers' K/V, None for the model's type. kv_bits_rings: whether sliding layers' have them, too.
+    row_invariant: whether products give a row the same bits in any company (models/linear.py).
     prefix_memory: bytes for prefixes; 0 keeps none, None is a share of the limit (keeping.py). prefix_cache: a folder
     for prefixes on disk; None keeps none there. suppress: token ids that the folder forbids.
     """
@@ -38,6 +39,7 @@ class Settings:
     frozen_costs: bool = False
     kv_bits: int | None = None
     kv_bits_rings: bool = False
+    row_invariant: bool = False
     suppress: tuple[int, ...] = ()
 
     def specs(self, config: TargetConfig) -> tuple[KVSpec, ...]:

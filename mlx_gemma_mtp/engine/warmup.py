@@ -1,8 +1,9 @@
-"""The first run of everything on a CPU, while something else is waited for.
+"""The first run of everything, while something else is waited for.
 
-A fused kernel costs MLX's CPU backend half a second of g++ the first time on a machine; afterwards it lies below the
-folder for temporary files. Which kernels there are follows from the kinds of layers and the layout of arrays, not from
-their sizes.
+On a GPU our kernels are compiled at their first launch in a process, one for each format and number of rows: each would
+stall a reply. On a CPU a fused kernel costs MLX half a second of g++ the first time on a machine; afterwards it lies
+below the folder for temporary files. Which of these there are follows from the kinds of layers and the layout of
+arrays, not from their sizes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from ..files.files import cache_folder, whole
 from ..machine import device
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
+from ..models.linear import first_products
 from ..models.loading import step_bytes
 from .calibration import KINDS, Bench
 
 MOST_BYTES = 1e9  # a step of a larger model takes so long that its kernels may be made as they come
 PROMPT = [2, 3, 4, 5]
+GPU_ROUNDS = ((1, (1, 3, 7)), (2, (7,)))  # rows, and their drafts: passes of 1, 2, 4, 8 and 16 tokens
 SAFE = re.compile(r"[\w./+ -]+", re.ASCII)  # MLX puts the folder's name into a shell command
 PREAMBLE = "mlx/backend/cpu/compiled_preamble.h"  # in MLX's include folder
 FLAGS = ("-std=c++17", "-O3", "-Wall", "-fPIC")  # MLX's: a compiled header serves no others
@@ -100,6 +103,8 @@ def wanted(target: Gemma4) -> bool:
 
 def making_ready(target: Gemma4) -> str:
     """Returns what `load` does last, for whoever waits."""
+    if device.kind() is not device.Kind.CPU:
+        return "running everything once, which compiles kernels, and importing the tokenizer"
     if wanted(target) and shutil.which("g++") and not any(kernel_folder().glob("*.so")):
         return "compiling kernels for this CPU (once on this machine) and importing the tokenizer"
     return "importing the tokenizer"
@@ -114,9 +119,12 @@ def warm_up(
 ) -> None:
     """Runs a short prompt, and rounds with drafts and without, in one row and, where max_rows allows, in two.
 
-    Does so once a process for each kind of pair, and on a CPU alone. pause: called in between. specs: of the caches, as
-    Bench takes them. Raises UserError where MLX cannot keep its kernels.
+    On a CPU it does so once a process for each kind of pair; on a GPU at every load, with more numbers of drafts, and
+    runs all products of few rows. pause: called in between. specs: of the caches, as Bench takes them. Raises UserError
+    where MLX cannot keep its kernels.
     """
+    if device.kind() is not device.Kind.CPU:
+        return _warm_gpu(target, drafter, max_rows, pause, specs)
     check_kernel_folder()
     if not wanted(target):
         return
@@ -128,6 +136,26 @@ def warm_up(
             _done.add(kind)
             with _one_at_a_time(), preamble_compiled():
                 Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0, specs=specs).rounds(2)
+
+
+def _warm_gpu(
+    target: Gemma4,
+    drafter: Drafter | None,
+    max_rows: int,
+    pause: Callable[[], None],
+    specs: Sequence[KVSpec] | None,
+) -> None:
+    for model in (target, drafter) if drafter else (target,):
+        for products in first_products(model, target.dtype):
+            pause()
+            mx.eval(products)
+    for rows, drafts in GPU_ROUNDS:
+        if rows <= max_rows:
+            pause()
+            bench = Bench(target, drafter, PROMPT, KINDS["greedy"], rows, 0, specs=specs)
+            for count in drafts:
+                bench.rounds(count)
+    mx.clear_cache()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..ops.kernels.products import Weights
 from .config import DrafterConfig
 from .gemma4 import Block, Ropes
 from .layers import RMSNorm
-from .linear import Embedding, Linear
+from .linear import Embedding, Linear, QuantizedEmbedding
 
 
 class CentroidHead(nn.Module):
@@ -47,12 +47,9 @@ class DenseHead(nn.Module):
         """Returns the logits of all tokens, float32 [B, V], and None for their ids. y: [B, hidden]."""
         return embedding.as_linear(y).astype(mx.float32), None
 
-    def table(self, embedding: nn.Module) -> Weights:
+    def table(self, embedding: Embedding | QuantizedEmbedding) -> Weights:
         """Returns the vocabulary's weights as kernels take them."""
-        if "scales" not in embedding:
-            return Weights(embedding.weight)
-        form = (embedding.group_size, embedding.bits, embedding.mode)
-        return Weights(embedding.weight, embedding.scales, embedding.get("biases"), *form)
+        return embedding.weights
 
 
 class Drafter(nn.Module):

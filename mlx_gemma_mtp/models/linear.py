@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from itertools import groupby
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..machine import device
-
-FEW = 64  # rows, up to which it pays to multiply a few at a time
-FEWEST = 4  # rows at a time, from which it pays
-BLOCK, BLOCK_ROWS = 64, 24  # outputs of a table that are multiplied at a time, and rows, up to which it pays
-SMALL = 1 << 24  # bytes, up to which a table is kept in both layouts
+from ..ops import pieces
+from ..ops.expert_paths import ROWS, ProductPath, choose_product
+from ..ops.kernels import few_rows, why_off
+from ..ops.kernels.products import Weights
 
 
 class DerivedWeights(nn.Module):
@@ -26,7 +26,51 @@ class DerivedWeights(nn.Module):
         raise NotImplementedError
 
 
-class Linear(nn.Linear, DerivedWeights):
+class Product(nn.Module):
+    """A module that multiplies with its weights by the path that the table in ops/expert_paths.py chooses.
+
+    row_invariant: whether a row's bits must not depend on how many there are; see `keep_rows`.
+    """
+
+    row_invariant = False
+
+    @property
+    def weights(self) -> Weights:
+        """The weights [out, in] as kernels take them."""
+        if "scales" not in self:
+            return Weights(self.weight)
+        return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
+
+    @property
+    def form(self) -> str:
+        """The format of weights, as in expert_paths.RULES."""
+        return f"{self.mode}{self.bits}" if "scales" in self else "float"
+
+    def path(self, dtype: mx.Dtype, rows: int) -> ProductPath:
+        """Returns the path of a product with so many rows of dtype."""
+        usable = why_off("few_rows") is None and few_rows.usable(self.weights, dtype)
+        return choose_product(device.name(), dtype, self.form, rows, usable, self.row_invariant)
+
+    def paths(self, dtype: mx.Dtype) -> list[str]:
+        """Returns the paths of products of one row up to more than a verify has, those of few rows first."""
+        return [str(path) for path, _ in groupby(self.path(dtype, rows) for rows in range(1, ROWS + 2))]
+
+    def product(self, x: mx.array) -> mx.array:
+        """Returns x weight^T: [..., in] -> [..., out]."""
+        if why_off("few_rows") is not None:
+            return self.stock(x)
+        return self.run(self.path(x.dtype, x.size // x.shape[-1]), x)
+
+    def run(self, path: ProductPath, x: mx.array) -> mx.array:
+        """Returns x weight^T by the given path: [..., in] -> [..., out]."""
+        return few_rows.few_rows(x, self.weights) if path == ProductPath.FEW_ROWS else self.stock(x)
+
+    def stock(self, x: mx.array) -> mx.array:
+        """Returns x weight^T by MLX's own product."""
+        raise NotImplementedError
+
+
+class Linear(Product, nn.Linear, DerivedWeights):
     """x @ weight.T for x [N, in], without a transposition at every call."""
 
     def __init__(self, inputs: int, outputs: int):
@@ -35,15 +79,31 @@ class Linear(nn.Linear, DerivedWeights):
 
     def derive(self) -> None:
         self.weight, self._transposed = input_major(self.weight)
-        self._few = few_rows(self.weight.size)
+        self._few = pieces.few_rows(self.weight)
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.product(x)
+
+    def stock(self, x: mx.array) -> mx.array:
         if x.shape[0] <= self._few:
             return x @ self._transposed
-        return product(x, self._transposed, self._few)
+        return pieces.product(x, self._transposed, self._few)
+
+    def to_quantized(self, group_size: int | None, bits: int | None, mode: str = "affine") -> QuantizedLinear:
+        return QuantizedLinear.from_linear(self, group_size, bits, mode)
 
 
-class Embedding(nn.Embedding, DerivedWeights):
+class QuantizedLinear(Product, nn.QuantizedLinear):
+    """A linear with MLX-quantised weights."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.product(x)
+
+    def stock(self, x: mx.array) -> mx.array:
+        return nn.QuantizedLinear.__call__(self, x)
+
+
+class Embedding(Product, nn.Embedding, DerivedWeights):
     """Rows of a table; `as_linear` multiplies with the table, as the tied head does."""
 
     def __init__(self, count: int, size: int):
@@ -51,45 +111,32 @@ class Embedding(nn.Embedding, DerivedWeights):
         self.derive()
 
     def derive(self) -> None:
-        count, size = self.weight.shape
-        if device.small_product() and self.weight.nbytes <= SMALL and count % BLOCK == 0:
+        self._blocks = pieces.blocks_of(self.weight)
+        if self._blocks is None:
+            self.weight, self._transposed = input_major(self.weight)
+        else:
             self.weight = mx.contiguous(self.weight)
             self._transposed = self.weight.T
-            blocks = self.weight.reshape(-1, BLOCK, size).swapaxes(1, 2)  # [V / BLOCK, size, BLOCK]
-            self._blocks = mx.contiguous(blocks)
-        else:
-            self.weight, self._transposed = input_major(self.weight)
-            self._blocks = None
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Returns the scores of all rows of the table, [..., V]. x: [..., size]."""
-        *axes, size = x.shape
-        rows = x.size // size
-        if self._blocks is None or rows > BLOCK_ROWS or rows * size * BLOCK > device.small_product():
-            return x @ self._transposed
-        y = mx.broadcast_to(x.reshape(rows, size), (self._blocks.shape[0], rows, size)) @ self._blocks
-        return y.swapaxes(0, 1).reshape(*axes, -1)
+        return self.product(x)
+
+    def stock(self, x: mx.array) -> mx.array:
+        y = None if self._blocks is None else pieces.in_blocks(x, self._blocks)
+        return x @ self._transposed if y is None else y
+
+    def to_quantized(self, group_size: int | None, bits: int | None, mode: str = "affine") -> QuantizedEmbedding:
+        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)
 
 
-def few_rows(size: int) -> int:
-    """Returns how many rows a product with a weight of so many numbers may have before the CPU packs it; a number that
-    none has where it pays to pack anyway, and on a GPU.
-    """
-    few = device.small_product() // size
-    return few if few >= FEWEST else sys.maxsize
+class QuantizedEmbedding(Product, nn.QuantizedEmbedding):
+    """Rows of an MLX-quantised table; `as_linear` multiplies with the table."""
 
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.product(x)
 
-def product(x: mx.array, weight: mx.array, few: int) -> mx.array:
-    """Returns x @ weight, a few rows at a time if that divides them, and if they are no more than FEW.
-
-    x: [N, in]; weight: [in, out]; few: rows, up to which the product is not packed (see few_rows).
-    """
-    rows, (inputs, outputs) = x.shape[0], weight.shape
-    each = next((count for count in range(few, FEWEST - 1, -1) if rows % count == 0), 0)
-    if rows > FEW or not each:
-        return x @ weight
-    y = x.reshape(-1, each, inputs) @ mx.broadcast_to(weight, (rows // each, inputs, outputs))
-    return y.reshape(rows, outputs)
+    def stock(self, x: mx.array) -> mx.array:
+        return nn.QuantizedEmbedding.as_linear(self, x)
 
 
 def input_major(weight: mx.array) -> tuple[mx.array, mx.array]:
@@ -154,3 +201,33 @@ def finish_loading(part: nn.Module) -> None:
         if isinstance(module, DerivedWeights):
             module.derive()
     mx.eval([[value for value in module.values() if isinstance(value, mx.array)] for module in part.modules()])
+
+
+def products_of(model: nn.Module) -> list[Product]:
+    """Returns what a model multiplies with: all but the table of per-layer inputs, which is only looked up."""
+    return [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, Product) and path != "embed_tokens_per_layer"
+    ]
+
+
+def keep_rows(model: nn.Module, dtype: mx.Dtype) -> list[str]:
+    """Has a model's products give a row the same bits whatever rows stand beside it, up to expert_paths.ROWS of them.
+
+    Returns the formats of weights for which no kernel does so here. Call it before the first pass. dtype: of inputs.
+    """
+    products = products_of(model)
+    for module in products:
+        module.row_invariant = True
+    return sorted({module.form for module in products if module.path(dtype, 1) != ProductPath.FEW_ROWS})
+
+
+def first_products(model: nn.Module, dtype: mx.Dtype) -> Iterator[list[mx.array]]:
+    """Yields products of each kind of matrix with every number of rows that has a kernel of ours, to be evaluated: that
+    compiles the kernels. dtype: of inputs.
+    """
+    kinds = {(module.form, *module.weight.shape): module for module in products_of(model)}
+    for module in kinds.values():
+        rows = [rows for rows in few_rows.ROWS if module.path(dtype, rows) == ProductPath.FEW_ROWS]
+        yield [few_rows.few_rows(mx.zeros((count, module.weights.inputs), dtype), module.weights) for count in rows]

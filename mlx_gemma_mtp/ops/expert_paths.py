@@ -1,4 +1,5 @@
-"""Which path computes the routed experts: one table, by chip, dtype, quantisation and number of pairs.
+"""Which path computes the routed experts, and which every other product with weights: one table, by chip, dtype,
+quantisation and number of pairs or of rows.
 
 PAIRS reads an expert's weights once for each (token, expert) pair. SORTED orders the pairs by expert first: MLX then
 reads each expert of floats once a tile of rows; of quantised weights it leaves repeats to the cache, and reads tiles in
@@ -8,6 +9,10 @@ pairs of an expert fill matrices of 8 rows, so that a BLAS packs the expert once
 A verify must give a row the bits that a pass of one token gives it. So up to VERIFY pairs a rule may change path with
 the number of pairs only among paths found bit-equal on its chip. More pairs come in prefill chunks alone, which do not
 depend on drafts.
+
+Products: STOCK is MLX's own, which on a GPU takes another kernel, with other bits, at another number of rows. FEW_ROWS
+is our kernel: a row has the same bits in any company, those of MLX's product of it alone, and weights are read once for
+16 rows. It is taken where it was measured to be faster, and, up to ROWS rows, by a model that is to be `row_invariant`.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-VERIFY = 1024  # pairs: 128 tokens of 8 experts
+ROWS = 128  # tokens of the widest verify: 8 requests of 16
+VERIFY = 8 * ROWS  # pairs, of 8 experts
 
 
 class ExpertPath(StrEnum):
@@ -28,22 +34,30 @@ class ExpertPath(StrEnum):
     TILED = "tiled"
 
 
+class ProductPath(StrEnum):
+    STOCK = "stock"
+    FEW_ROWS = "few rows"
+
+
+Path = ExpertPath | ProductPath
+
+
 @dataclass(frozen=True)
 class Rule:
-    """Which path computes how many pairs, for some chips, dtypes and formats of weights; "" stands for every one.
+    """Which path computes how many pairs, or a product of how many rows, for some chips, dtypes and formats of weights;
+    "" stands for every one.
 
-    chip: what the device's name begins with (see device.name). weights: the `form` of the experts' linears, such as
-    float or affine4. steps: (number of pairs from which on, path), ascending from 1. equal: the paths among which a
-    verify may change with its number of pairs. They must give a row the same bits; only where no product of the device
-    does so at two widths, the dense ones included, may others be named. Raises ValueError where steps change among
-    other paths.
+    chip: what the device's name begins with (see device.name). weights: the `form` of the linears, such as float or
+    affine4. steps: (number of pairs or rows from which on, path), ascending from 1. equal: the paths among which a
+    verify may change with that number. They must give a row the same bits; only where no product of the device does so
+    at two widths, the dense ones included, may others be named. Raises ValueError where steps change among other paths.
     """
 
     chip: str
     dtype: str
     weights: str
-    steps: tuple[tuple[int, ExpertPath], ...]
-    equal: frozenset[ExpertPath] = frozenset()
+    steps: tuple[tuple[int, Path], ...]
+    equal: frozenset[Path] = frozenset()
 
     def __post_init__(self):
         starts = [start for start, _ in self.steps]
@@ -58,10 +72,15 @@ class Rule:
 
     @property
     def needs_kernels(self) -> bool:
-        return any(path == ExpertPath.GROUPED for _, path in self.steps)
+        return any(path in (ExpertPath.GROUPED, ProductPath.FEW_ROWS) for _, path in self.steps)
 
-    def path(self, pairs: int) -> ExpertPath:
-        return next(path for start, path in reversed(self.steps) if start <= pairs)
+    @property
+    def kind(self) -> type[Path]:
+        """Whose paths these are."""
+        return type(self.steps[0][1])
+
+    def path(self, number: int) -> Path:
+        return next(path for start, path in reversed(self.steps) if start <= number)
 
 
 ON_METAL = (ExpertPath.PAIRS, ExpertPath.SORTED, ExpertPath.GROUPED)  # among which the doctor chooses
@@ -77,7 +96,11 @@ RULES = (
     Rule("", "", "", ((1, ExpertPath.GROUPED), (VERIFY + 1, ExpertPath.SORTED))),
     Rule("", "", "float", ((1, ExpertPath.SORTED),)),
     Rule("", "", "", STOCK, EQUAL),
+    Rule("", "", "", ((1, ProductPath.STOCK),)),  # nothing faster was measured
 )
+# MLX's product has no bits of its own to keep, so that a measured rule may change to it, and to FEW_ROWS, anywhere.
+ANY_PRODUCT = frozenset(ProductPath)
+INVARIANT = Rule("", "", "", ((1, ProductPath.FEW_ROWS), (ROWS + 1, ProductPath.STOCK)), ANY_PRODUCT)
 
 
 _measured: tuple[Rule, ...] = ()
@@ -88,11 +111,27 @@ def adopt(rules: tuple[Rule, ...]) -> None:
     global _measured
     _measured = rules
     choose.cache_clear()
+    choose_product.cache_clear()
 
 
 @lru_cache(maxsize=4096)
 def choose(chip: str, dtype: mx.Dtype, weights: str, pairs: int, grouped: bool) -> ExpertPath:
     """Returns the path of `pairs` pairs. grouped: whether our kernels run for this format of weights."""
+    return _rule(ExpertPath, chip, dtype, weights, grouped).path(pairs)
+
+
+@lru_cache(maxsize=4096)
+def choose_product(chip: str, dtype: mx.Dtype, weights: str, rows: int, few_rows: bool, invariant: bool) -> ProductPath:
+    """Returns the path of a product of `rows` rows. few_rows: whether our kernel runs for this format of weights.
+    invariant: whether a row's bits must not depend on how many there are.
+    """
+    if invariant and few_rows:
+        return INVARIANT.path(rows)
+    return _rule(ProductPath, chip, dtype, weights, few_rows).path(rows)
+
+
+def _rule(kind: type[Path], chip: str, dtype: mx.Dtype, weights: str, kernels: bool) -> Rule:
+    """The first that covers the case and that can be followed with our kernels, or without."""
     name = str(dtype).removeprefix("mlx.core.")
-    fit = (rule for rule in (*_measured, *RULES) if rule.covers(chip, name, weights))
-    return next(rule for rule in fit if grouped or not rule.needs_kernels).path(pairs)
+    fit = (rule for rule in (*_measured, *RULES) if rule.kind is kind and rule.covers(chip, name, weights))
+    return next(rule for rule in fit if kernels or not rule.needs_kernels)

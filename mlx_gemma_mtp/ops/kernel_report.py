@@ -1,7 +1,7 @@
 """What is known of our kernels on this machine: checked once, kept, taken up at every load.
 
 A kernel that failed its self-check stays off on this machine until the chip, macOS, MLX or this package changes. Rules
-for the routed experts that `python -m mlx_gemma_mtp.doctor` measured come before the built-in ones.
+for the routed experts and other products that `python -m mlx_gemma_mtp.doctor` measured come before the built-in ones.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def machine() -> dict[str, Any]:
 
 
 class Report:
-    """The file of this machine. It holds each kernel's finding, None where it passed, and the rules for experts that
-    were measured, if any.
+    """The file of this machine. It holds each kernel's finding, None where it passed, and the rules that were
+    measured, if any.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -112,6 +112,7 @@ def _plain(rule: expert_paths.Rule) -> dict[str, Any]:
 
 def _rule(data: dict[str, Any]) -> expert_paths.Rule:
     """Returns the rule that `_plain` wrote. Raises KeyError, TypeError or ValueError for what is none."""
-    steps = tuple((int(start), expert_paths.ExpertPath(path)) for start, path in data["steps"])
-    equal = frozenset(map(expert_paths.ExpertPath, data["equal"]))
+    names = {str(path): path for kind in (expert_paths.ExpertPath, expert_paths.ProductPath) for path in kind}
+    steps = tuple((int(start), names[path]) for start, path in data["steps"])
+    equal = frozenset(names[path] for path in data["equal"])
     return expert_paths.Rule(str(data["chip"]), str(data["dtype"]), str(data["weights"]), steps, equal)

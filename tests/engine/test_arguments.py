@@ -250,6 +250,7 @@ LOADS = [
     {"kv_bits": True},
     {"kv_bits": "8"},
     {"kv_bits_rings": 1},
+    {"row_invariant": 1},
     {"kv_bits_rings": True},
     {"max_waiting": 0},
     {"max_waiting": "8"},

@@ -14,7 +14,8 @@ import pytest
 from mlx_gemma_mtp.engine import warmup
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import hub
-from mlx_gemma_mtp.models import loading
+from mlx_gemma_mtp.models import linear, loading
+from mlx_gemma_mtp.ops.kernels import few_rows
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX compiles for CPUs on Linux alone")
@@ -94,6 +95,36 @@ def test_what_one_row_does_not_need_is_not_made(monkeypatch):
         made.clear()
         warmup.warm_up(target, None, most)
         assert made == expected
+
+
+@pytest.mark.parametrize("most, rounds", [(1, [(1, 1), (1, 3), (1, 7)]), (8, [(1, 1), (1, 3), (1, 7), (2, 7)])])
+def test_on_a_gpu_every_width_is_run_before_the_first_request(monkeypatch, most, rounds):
+    """And every kernel of few rows, of every kind of matrix, where products go through them."""
+    made, widths = [], []
+
+    class Bench:
+        def __init__(self, target, drafter, prompt, params, rows, context, specs):
+            self.rows = rows
+
+        def rounds(self, width):
+            made.append((self.rows, width))
+
+    def few(x, weights):
+        widths.append((x.shape[0], weights.weight.shape))
+        return mx.zeros(1)
+
+    target = loading.load_target(hub.DEMO / "target")
+    monkeypatch.setattr(warmup, "Bench", Bench)
+    monkeypatch.setattr(warmup.device, "kind", lambda: warmup.device.Kind.METAL)
+    warmup.warm_up(target, None, most)
+    assert made == rounds and not widths and "compiles kernels" in warmup.making_ready(target)
+    monkeypatch.setattr(linear, "why_off", lambda name: None)
+    monkeypatch.setattr(few_rows, "usable", lambda *_: True)
+    monkeypatch.setattr(few_rows, "few_rows", few)
+    assert linear.keep_rows(target, target.dtype) == []
+    warmup.warm_up(target, None, most)
+    kinds = {module.weight.shape for module in linear.products_of(target)}
+    assert set(widths) == {(rows, kind) for rows in few_rows.ROWS for kind in kinds} and len(kinds) > 5
 
 
 def test_what_is_being_done_is_told(cache, monkeypatch):

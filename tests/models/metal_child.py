@@ -1,6 +1,6 @@
 """Runs models through the Metal branches and prints, as JSON, which types and which paths were met.
 
-    python tests/models/metal_child.py simulated|real MODEL[:DTYPE[:BITS[,rings]]] DRAFTER ...
+    python tests/models/metal_child.py simulated|real MODEL[:DTYPE[:BITS[,rings]|rows]] DRAFTER ...
 
 "simulated" is for machines without Metal: the question about the device is answered yes before anything of the package
 but the asker is imported, MLX computes on the CPU by its own fallbacks, and a launch of one of our kernels runs its
@@ -38,10 +38,10 @@ from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.cache.kv import LayerKV, QuantizedKV
 from mlx_gemma_mtp.models.drafter import CentroidHead, DenseHead, Drafter
 from mlx_gemma_mtp.models.gemma4 import Block, Gemma4
-from mlx_gemma_mtp.models.linear import Embedding, Linear
+from mlx_gemma_mtp.models.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 from mlx_gemma_mtp.models.moe import ExpertLinear, Experts, QuantizedExpertLinear
 from mlx_gemma_mtp.ops import expert_paths
-from mlx_gemma_mtp.ops.kernels import down, gate_up, grouping, head_argmax
+from mlx_gemma_mtp.ops.kernels import down, few_rows, gate_up, grouping, head_argmax
 from mlx_gemma_mtp.speculative import drafting
 
 PROMPTS = ["def mean(values):\n    total = 0\n    for value in values:", "What is a list?"]
@@ -52,6 +52,7 @@ REFERENCES: dict[str, tuple[Any, Callable]] = {
     "gate_up_metal": (gate_up, lambda x, weights, experts, groups: gate_up.gate_up_reference(x, weights, experts)),
     "down_metal": (down, lambda x, weights, experts, scale, groups: down.down_reference(x, weights, experts, scale)),
     "best_token_metal": (head_argmax, head_argmax.best_token_reference),
+    "few_rows_metal": (few_rows, few_rows.few_rows_reference),
 }
 met: dict[str, set[str]] = defaultdict(set)  # where -> the types, paths or kernels seen there
 
@@ -97,9 +98,9 @@ def watch_all() -> None:
     watch(Drafter, "__call__", lambda pair, *_: (note("drafted", pair[0]), note("carried", pair[1])))
     watch(drafting, "pick", lambda _, drafter, y, *rest: note("drafter's head", y))
     watch(Experts, "run", lambda y, self, path, *_: (met["paths"].add(str(path)), note("mixtures", y)))
-    for linear in (Linear, ExpertLinear, QuantizedExpertLinear, nn.QuantizedLinear):
+    for linear in (Linear, ExpertLinear, QuantizedExpertLinear, QuantizedLinear):
         watch(linear, "__call__", product)
-    for table in (Embedding, nn.QuantizedEmbedding):
+    for table in (Embedding, QuantizedEmbedding):
         watch(table, "as_linear", product)
     for name, (module, reference) in REFERENCES.items():
         if SIMULATED:
@@ -135,7 +136,8 @@ def main(pairs: list[tuple[str, str]]) -> None:
     results = []
     for target, drafter in pairs:
         folder, dtype, bits = (*target.split(":"), "", "")[:3]
-        options = {"kv_bits": int(bits[0]), "kv_bits_rings": bits.endswith("rings")} if bits else {}
+        options = {"kv_bits": int(bits[0]), "kv_bits_rings": bits.endswith("rings")} if bits[:1].isdigit() else {}
+        options["row_invariant"] = bits == "rows"
         engine = load(folder, drafter, dtype=dtype or None, **options)
         met.clear()  # the kernels' self-checks are not the model
         tokens = [

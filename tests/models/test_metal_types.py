@@ -158,6 +158,23 @@ def test_float32_has_the_tokens_of_the_cpu(run, tmp_path):
         assert len({token for row in greedy for token in row}) > 6, "a text that repeats itself proves little"
 
 
+@pytest.mark.slow
+def test_products_that_keep_a_rows_bits(run, tmp_path):
+    """All of them go through the kernel of few rows, drafts included; float32 has the tokens of the CPU."""
+    pairs = [DEMO, converted(tmp_path, "E2B", "4 bit")]
+    exact, half = run(*((f"{t}:{dtype}:rows", d) for (t, d), dtype in zip(pairs, ("float32", ""), strict=True)))
+    for found in (exact, half):
+        assert "few_rows_metal" in found["met"]["launched"] and "products few rows then stock" in found["says"]
+    if device.kind() is not device.Kind.CPU:
+        return
+    greedy, drafted, sampled, sampled_drafted = exact["tokens"]
+    assert greedy == drafted and sampled == sampled_drafted
+    engine = load(*map(str, DEMO), dtype="float32", num_draft_tokens=0)
+    for tokens, settings in ((greedy, exact["greedy"]), (sampled, exact["sampled"])):
+        results = engine.generate(exact["prompts"], SamplingParams(**settings))
+        assert tokens == [result.tokens for result in results]
+
+
 @pytest.mark.parametrize("bits", ["8", "4", "4,rings"])
 def test_kv_in_few_bits(run, tmp_path, bits):
     """What is quantised, scaled, attended and drafted has the model's type, of 16 bits or 32; with float32 the texts of

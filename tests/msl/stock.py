@@ -1,7 +1,8 @@
-"""What stock MLX runs for one row a pair: the Metal text of its own kernels, taken from the installed wheel.
+"""What stock MLX runs for one row, or one row a pair: its own kernels' Metal text, taken from the installed wheel.
 
-gather_qmm dispatches quantised weights to affine_gather_qmv or its fast form, gather_mm floats to gemv_gather; which,
-and with how many threads, is MLX's host code, not in the wheel: the rules here are those of MLX 0.32.
+gather_qmm dispatches quantised weights to affine_gather_qmv or its fast form, gather_mm floats to gemv_gather. Of one
+row quantized_matmul goes to affine_qmv, its fast form or affine_qmv_quad, matmul to gemv. Which, and with how many
+threads, is MLX's host code, not in the wheel: the rules here are those of MLX 0.32.4.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ OFFSETS = {"utils.h": ("elem_to_loc",), "steel/utils.h": ("elem_to_loc_broadcast
 QMV = OFFSETS | {
     "quantized.h": (
         "get_pack_factor", "get_bytes_per_pack", "load_vector", "load_vector_safe", "qdot", "qdot_safe",
-        "qmv_fast_impl", "qmv_impl", "adjust_matrix_offsets", "affine_gather_qmv_fast", "affine_gather_qmv",
+        "qmv_quad_impl", "qmv_fast_impl", "qmv_impl", "adjust_matrix_offsets", "affine_gather_qmv_fast",
+        "affine_gather_qmv", "affine_qmv_quad", "affine_qmv_fast", "affine_qmv",
     )
 }  # fmt: skip
-GEMV = OFFSETS | {"gemv.h": ("DefaultAccT", "GEMVKernel", "gemv_gather")}
+GEMV = OFFSETS | {"gemv.h": ("DefaultAccT", "GEMVKernel", "gemv", "gemv_gather")}
 # What the definitions need of the headers above them, as the emulator has it.
 PRELUDE = """
 #define METAL_FUNC inline
 #define MLX_MTL_CONST static constexpr
 #define MLX_MTL_PRAGMA_UNROLL
 constexpr int SIMD_SIZE = 32;
+constexpr int QUAD_SIZE = 4;
 struct complex64_t;
 template <typename T> using uniform = T;
 template <typename T> constexpr T make_uniform(T x) { return x; }
@@ -49,6 +52,28 @@ GEMV_SOURCE = """
         threadgroup_position_in_grid, thread_position_in_threadgroup,
         simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
+QMV_ONE_SOURCE = """
+    FUNCTION(
+        weight, scales, biases, x, y, x_shape[1], weight_shape[0], 0, x_shape, x_strides,
+        0, weight_shape, weight_strides, scales_strides, biases_strides, threadgroup_position_in_grid, INDICES);
+"""
+FUNCTIONS = {  # of one row: the call, and the indices in a threadgroup that it takes
+    "quad": ("affine_qmv_quad<T, GS, BITS, QUAD, false>", "LANE / 4, LANE % 4"),
+    "fast": ("affine_qmv_fast<T, GS, BITS, false, PARTIAL>", "simdgroup_index_in_threadgroup, LANE"),
+    "any": ("affine_qmv<T, GS, BITS, false>", "simdgroup_index_in_threadgroup, LANE"),
+}
+GEMV_ONE_SOURCE = """
+    int64_t strides[1] = {0};
+    int batch[1] = {1};
+    gemv<T, BM, BN, SM, 32 / SM, TM, 4, false, false>(
+        weight, x, x, y, x_shape[1], weight_shape[0], x_shape[1], 1.0f, 0.0f, 1, batch, strides, strides, strides, 1,
+        threadgroup_position_in_grid, thread_position_in_threadgroup,
+        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+# Where MLX splits a row over SIMD-groups, only their first lanes go to the barrier. A GPU's compiler lets a SIMD-group
+# pass; the emulator demands all lanes of it, so that the others are let go there, too.
+ALONE = "threadgroup_barrier(mem_flags::mem_none);"
+ALL_LANES = f"}} {ALONE} if (thrN == 0) {{"
 
 
 def missing() -> str | None:
@@ -94,6 +119,62 @@ def gather(x: mx.array, weights: Weights, rows: mx.array, experts: mx.array) -> 
         output_dtypes=[x.dtype],
     )
     return y
+
+
+@cache
+def one_row_kernel(form: str) -> Kernel:
+    """form: of FUNCTIONS, or "gemv". x: [1, K]; weight: [N, ..]; y: [1, N]. Raises LookupError."""
+    if form == "gemv":
+        text = definitions(GEMV).replace(ALONE, ALL_LANES)
+        text = text.replace("typename gemv_kernel::acc_type tgp_memory", "float tgp_memory")  # as the emulator knows it
+        return Kernel("gemv", ("x", "weight"), ("y",), GEMV_ONE_SOURCE, PRELUDE + text)
+    function, indices = FUNCTIONS[form]
+    source = QMV_ONE_SOURCE.replace("FUNCTION", function).replace("INDICES", indices)
+    inputs = ("x", "weight", "scales", "biases")
+    source = source.replace("LANE", "thread_index_in_simdgroup")
+    text = definitions(QMV).replace("    constant int&", "    const constant int&")  # Metal's `constant` is const
+    return Kernel(f"qmv_{form}", inputs, ("y",), source, PRELUDE + text)
+
+
+def one_row(x: mx.array, weights: Weights) -> mx.array:
+    """Returns what MLX's product of the one row x [1, K] is on Metal: [1, N].
+
+    For rows of few inputs MLX's text reads beyond the weights, or lets lanes go before others shuffle: there the
+    weights are filled up to whole SIMD-groups.
+    """
+    K, outputs, bits = weights.inputs, weights.outputs, weights.bits
+    if K <= 64 or (bits and K == 128):
+        pads = [(0, -outputs % 64), (0, 0)]
+        weights = Weights(*(part if part is None else mx.pad(part, pads) for part in weights[:3]), *weights[3:])
+    N = weights.outputs
+    if weights.scales is None:
+        bm, bn, sm = (8 if N >= 4096 else 4), 1, 1
+        if K <= 64:
+            bm, sm = 1, 8
+        elif K >= 16 * N:
+            bm, bn = 1, 8
+        tm = 4 if N >= 4 else 1
+        form, template = "gemv", [("BM", bm), ("BN", bn), ("SM", sm), ("TM", tm)]
+        groups, threadgroup = (-(-N // (bm * sm * tm)), 1), (SIMD, bn, bm)
+    else:
+        form = "quad" if K in (64, 128) else "fast" if K % (2048 // bits) == 0 else "any"
+        template = [("GS", weights.group_size), ("BITS", bits)]
+        template += {"quad": [("QUAD", K)], "fast": [("PARTIAL", N % 8 != 0)], "any": []}[form]
+        groups, threadgroup = (1, -(-N // (64 if form == "quad" else 8))), (SIMD, 1 if form == "quad" else 2, 1)
+    (y,) = one_row_kernel(form)(
+        inputs=[x, *(part for part in weights[:3] if part is not None)],
+        template=[("T", x.dtype), *template],
+        grid=(threadgroup[0] * groups[0], threadgroup[1] * groups[1], threadgroup[2]),
+        threadgroup=threadgroup,
+        output_shapes=[(1, N)],
+        output_dtypes=[x.dtype],
+    )
+    return y[:, :outputs]
+
+
+def one_by_one(x: mx.array, weights: Weights) -> mx.array:
+    """Returns MLX's product of every row alone, [M, N]."""
+    return mx.concatenate([one_row(row, weights) for row in mx.split(x, x.shape[0])])
 
 
 def _long(indices: mx.array) -> mx.array:

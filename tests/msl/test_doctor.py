@@ -3,14 +3,18 @@
 import json
 import math
 
+import mlx.core as mx
 import pytest
 
 from mlx_gemma_mtp import doctor
+from mlx_gemma_mtp.checks import invariance
+from mlx_gemma_mtp.checks.race import race
 from mlx_gemma_mtp.models import moe
 from mlx_gemma_mtp.ops import bandwidth, expert_paths, kernel_report, kernels
-from mlx_gemma_mtp.ops.expert_paths import VERIFY, ExpertPath
+from mlx_gemma_mtp.ops.expert_paths import VERIFY, ExpertPath, ProductPath
 from mlx_gemma_mtp.ops.kernels import gate_up
 
+M, F = ProductPath.STOCK, ProductPath.FEW_ROWS
 P, S, G = ExpertPath.PAIRS, ExpertPath.SORTED, ExpertPath.GROUPED
 EQUAL = frozenset((P, S))
 
@@ -80,10 +84,52 @@ def test_which_paths_a_rule_may_take(monkeypatch, rows, off, steady, equal):
     assert found == [steady, equal]
 
 
+@pytest.mark.parametrize(
+    ("stock", "ours", "steps"),
+    [
+        ([1, 2, 3, 4, 5], [2, 1, 2, 3, 6], ((1, M), (2, F), (16, M))),
+        ([2, 2, 2, 2, 2], [1, 1, 1, 1, 1], ((1, F), (17, M))),
+        ([1, 1, 1, 1, 1], [2, 2, 2, 2, 2], ((1, M),)),
+    ],
+)
+def test_the_rule_of_products_that_follows(stock, ours, steps):
+    """The faster path at every number of rows that was raced, and MLX's own beyond."""
+    times = {path: dict(zip(doctor.PRODUCT_ROWS, each, strict=True)) for path, each in ((M, stock), (F, ours))}
+    rule = doctor.product_rule("M9", "bfloat16", "affine4", times)
+    assert rule.steps == steps and rule.kind is ProductPath
+    expert_paths.adopt((rule,))
+    try:
+        asked = [expert_paths.choose_product("M9 Max", mx.bfloat16, "affine4", n, True, False) for n in (1, 3, 17)]
+    finally:
+        expert_paths.adopt(())
+    assert asked == [rule.path(n) for n in (1, 3, 17)]
+
+
+def test_ways_take_turns_for_seconds():
+    """The first turns, in which kernels are compiled, do not count; of the others the median does."""
+    now, called = [0.0], []
+
+    def way(name, *seconds):
+        costs = iter(seconds)
+
+        def call():
+            now[0] += next(costs)
+            called.append(name)
+
+        return call
+
+    ways = {"a": way("a", 5.0, 0.25, 0.5, 0.25), "b": way("b", 1.0, *[0.0625] * 6)}
+    assert race(ways, 0.3, lambda: now[0]) == pytest.approx({"a": 0.25, "b": 0.0625})
+    assert called == ["a", "b", "a", "b", "b", "a", "b", "b", "a", "b", "b"]
+
+
 def test_a_rule_outlives_its_file(tmp_path):
     report = kernel_report.Report(tmp_path)
     checked = dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}
-    rules = (doctor.rule("M9", "bfloat16", "float", times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, 8),)
+    rules = (
+        doctor.rule("M9", "bfloat16", "float", times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, 8),
+        expert_paths.Rule("M9", "bfloat16", "affine4", ((1, M), (2, F)), expert_paths.ANY_PRODUCT),
+    )
     assert report.read() is None
     report.write(checked, rules)
     assert report.read() == (checked, rules) and len(list(tmp_path.iterdir())) == 1
@@ -126,8 +172,13 @@ def test_an_unwritable_folder_is_a_notice(metal, monkeypatch):
 def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "FORMATS", {"4-bit": 4})
     monkeypatch.setattr(doctor, "time_drafts", lambda model: {})
+    monkeypatch.setattr(doctor, "PRODUCTS", ((64, 32),))
+    monkeypatch.setattr(doctor, "HEAD", (64, 40))
+    monkeypatch.setattr(doctor, "PRODUCT_ROWS", (1, 2))
+    monkeypatch.setattr(invariance, "WIDTHS", (1, 2))
+    monkeypatch.setattr(invariance, "INPUTS", 1)
     argv = ["--layer", "64", "64", "4", "2", "--rows", "1", "2", "--repeats", "1", "--json", str(metal / "r.json")]
-    assert doctor.main(argv) == 0
+    assert doctor.main([*argv, "--seconds", "0"]) == 0
     out = capsys.readouterr().out
     assert all(f"kernel {name}: on" in out for name in kernels.KERNELS) and "4-bit, microseconds" in out
     record = json.loads((metal / "r.json").read_text())
@@ -135,7 +186,12 @@ def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     assert set(record["experts"]["4-bit"]) == set(map(str, expert_paths.ON_METAL)) and record["kernels"]["down"] == "on"
     assert all(t > 0 and math.isfinite(t) for each in record["experts"]["4-bit"].values() for t in each.values())
     checked, rules = kernel_report.Report().read()
-    assert set(checked.values()) == {None} and [rule.weights for rule in rules] == ["affine4"]
+    assert set(checked.values()) == {None} and [rule.weights for rule in rules] == ["affine4", "affine4"]
+    assert [rule.kind for rule in rules] == [ExpertPath, ProductPath]
+    assert out.count("a row has its own bits at 1 2 rows") == 2
+    assert {path: set(each) for path, each in record["products"]["4-bit"].items()} == {
+        "stock": {"1", "2"}, "few rows": {"1", "2"},
+    }  # fmt: skip
 
 
 def test_checks_alone_keep_the_rules_that_were_measured(metal, monkeypatch, capsys):
@@ -151,6 +207,7 @@ def test_a_kernel_that_was_mended_counts_as_such_in_the_same_run(metal, monkeypa
     """The load that times drafts must not take up what an earlier run kept."""
     kernel_report.Report().write(dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}, ())
     monkeypatch.setattr(doctor, "time_experts", lambda args, chip: ((), {}))
+    monkeypatch.setattr(doctor, "time_products", lambda args, chip: ((), {}))
     monkeypatch.setattr(doctor, "time_drafts", lambda model: kernel_report.ensure(pytest.fail) or {})
     assert doctor.main(["--json", str(metal / "r.json")]) == 0
     assert json.loads((metal / "r.json").read_text())["kernels"]["down"] == "on"
@@ -192,6 +249,7 @@ def test_a_bandwidth_that_cannot_be_kept_is_a_note(metal, monkeypatch, capsys):
         (["--layer", "60", "64", "4", "2"], "--layer is 60 64 4 2"),
         (["--layer", "64", "64", "4", "5"], "--layer is 64 64 4 5"),
         (["--rows", "0"], "--rows"),
+        (["--seconds", "-1"], "--seconds is -1"),
         (["--json", "nowhere/x.json"], "--json nowhere/x.json"),
     ],
 )

@@ -7,12 +7,12 @@ import pytest
 
 from mlx_gemma_mtp.machine import blas
 from mlx_gemma_mtp.machine.device import Kind, kind
-from mlx_gemma_mtp.models import moe
+from mlx_gemma_mtp.models import linear, moe
 from mlx_gemma_mtp.models.config import MoESpec
 from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.ops import expert_paths
-from mlx_gemma_mtp.ops.expert_paths import EQUAL, ExpertPath, Rule, choose
-from mlx_gemma_mtp.ops.kernels import SWITCH
+from mlx_gemma_mtp.ops.expert_paths import EQUAL, ExpertPath, ProductPath, Rule, choose, choose_product
+from mlx_gemma_mtp.ops.kernels import SWITCH, few_rows
 from mlx_gemma_mtp.ops.kernels.down import combine
 from mlx_gemma_mtp.ops.kernels.grouping import tiles
 
@@ -157,6 +157,53 @@ def test_a_rule_that_could_change_bits_within_a_verify_is_refused(steps, complai
     Rule(
         "", "", "", ((1, ExpertPath.GROUPED), (1025, ExpertPath.SORTED))
     )  # prefill chunks are the same whatever is drafted
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_products_go_where_the_table_says(invariant):
+    """MLX's own, unless few rows were measured to be faster or must keep their bits; wide passes are MLX's."""
+    for kernel, rows, path in (
+        (True, 1, ProductPath.FEW_ROWS if invariant else ProductPath.STOCK),
+        (True, expert_paths.ROWS, ProductPath.FEW_ROWS if invariant else ProductPath.STOCK),
+        (True, expert_paths.ROWS + 1, ProductPath.STOCK),
+        (False, 1, ProductPath.STOCK),
+    ):
+        assert choose_product("Apple M4", mx.bfloat16, "affine4", rows, kernel, invariant) == path
+    faster = Rule("", "", "", ((1, ProductPath.STOCK), (2, ProductPath.FEW_ROWS)), expert_paths.ANY_PRODUCT)
+    expert_paths.adopt((faster,))
+    try:
+        assert choose_product("Apple M4", mx.bfloat16, "affine4", 2, True, False) == ProductPath.FEW_ROWS
+        assert choose_product("Apple M4", mx.bfloat16, "affine4", 2, False, False) == ProductPath.STOCK
+        assert choose("Apple M4", mx.bfloat16, "affine4", 8, True) == ExpertPath.GROUPED
+    finally:
+        expert_paths.adopt(())
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_linears_and_tables_ask_the_table(monkeypatch, bits):
+    """Of any leading axes, once they are to keep rows; in the place of the kernel its reference."""
+    model = nn.Module()
+    model.linear, model.table = linear.Linear(64, 40), linear.Embedding(48, 64)
+    nn.quantize(model, 32, bits) if bits else None
+    finish_loading(model)
+    x, seen = mx.random.normal((2, 3, 64), key=mx.random.key(0)), []
+    products = {"linear": (model.linear, model.linear), "table": (model.table, model.table.as_linear)}
+    own = {name: call(x) for name, (_, call) in products.items()}
+    assert linear.keep_rows(model, mx.float32) == [model.linear.form]  # no GPU: nothing keeps them
+
+    def few(x, weights):
+        seen.append(weights.weight.shape)
+        return few_rows.few_rows_reference(x, weights)
+
+    monkeypatch.setattr(linear, "why_off", lambda name: None)
+    monkeypatch.setattr(few_rows, "usable", lambda *_: True)
+    monkeypatch.setattr(few_rows, "few_rows_metal", few)
+    assert linear.keep_rows(model, mx.float32) == []
+    for name, (module, call) in products.items():
+        y = call(x)
+        assert y.shape == own[name].shape and seen.pop() == module.weights.weight.shape
+        np.testing.assert_allclose(np.array(y), np.array(own[name]), atol=1e-4)
+        assert module.paths(mx.float32) == ["few rows", "stock"]
 
 
 def test_without_metal_or_with_the_switch_the_stock_paths_run(monkeypatch):

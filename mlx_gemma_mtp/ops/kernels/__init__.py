@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from ...machine import device
 
-KERNELS = ("grouping", "gate_up", "down", "head_argmax")  # modules of this package; each has self_check()
+KERNELS = ("grouping", "gate_up", "down", "head_argmax", "few_rows")  # modules of this package; each has self_check()
 SWITCH = "MLX_GEMMA_MTP_METAL"  # 0: the references run instead
 NO_GPU = "no GPU"
 

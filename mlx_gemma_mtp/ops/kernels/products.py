@@ -49,7 +49,7 @@ def supported(weights: Weights, dtype: mx.Dtype) -> bool:
     """Returns whether the kernels read this format for inputs of dtype; all others go through the references."""
     if weights.scales is None:
         return weights.weight.dtype == dtype in FLOATS
-    affine = weights.mode == "affine" and weights.bits in (4, 8) and weights.group_size in (32, 64)
+    affine = weights.mode == "affine" and weights.bits in (4, 8) and weights.group_size in (32, 64, 128)
     return affine and weights.scales.dtype == dtype in FLOATS
 
 

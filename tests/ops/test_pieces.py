@@ -4,8 +4,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_gemma_mtp.machine import blas, device
-from mlx_gemma_mtp.models import linear
-from mlx_gemma_mtp.models.linear import BLOCK, BLOCK_ROWS, FEW, Embedding, Linear
+from mlx_gemma_mtp.models.linear import Embedding, Linear
+from mlx_gemma_mtp.ops import pieces
+from mlx_gemma_mtp.ops.pieces import BLOCK, BLOCK_ROWS, MANY
 
 INPUTS, OUTPUTS = 16, 24
 
@@ -38,8 +39,8 @@ def same(a, b):
         (16, 9, (2, 8, INPUTS)),
         (23, 8, (23, INPUTS)),  # a prime number of rows
         (24, 3, (24, INPUTS)),  # too few at a time
-        (FEW, 8, (FEW // 8, 8, INPUTS)),
-        (FEW + 8, 8, (FEW + 8, INPUTS)),  # packing pays
+        (MANY, 8, (MANY // 8, 8, INPUTS)),
+        (MANY + 8, 8, (MANY + 8, INPUTS)),  # packing pays
         (24, 0, (24, INPUTS)),  # a BLAS that always packs, or a GPU
     ],
 )
@@ -74,7 +75,7 @@ def test_a_small_table_is_multiplied_in_blocks(limit, multiplied, axes, rows):
 def test_any_other_table_is_multiplied_as_a_whole(limit, multiplied, monkeypatch, why):
     limit({"the BLAS packs": 0, "many more rows": 10**9}.get(why, 8 * INPUTS * BLOCK))
     if why == "it is large":
-        monkeypatch.setattr(linear, "SMALL", 3 * BLOCK * INPUTS * 4 - 1)
+        monkeypatch.setattr(pieces, "SMALL", 3 * BLOCK * INPUTS * 4 - 1)
     whole = table(3 * BLOCK + (why == "no whole blocks"))
     x = mx.random.normal(({"many rows": 9, "many more rows": BLOCK_ROWS + 1}.get(why, 8), INPUTS))
     y = whole.as_linear(x)
