@@ -56,7 +56,7 @@ def llmprobe(args: argparse.Namespace, folder: Path) -> bool:
     subprocess.run(["npm", "install", "--no-save", "--no-audit", "--no-fund", LLMPROBE], cwd=folder, check=True)
     script, found = folder / "node_modules/llmprobe/bin/dist/llmprobe.mjs", folder / "found.json"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LLMPROBE_")}
-    with served(args.url, "--max-output-tokens", "128") as url:
+    with served(args.url, "--max-output-tokens", "300") as url:
         subprocess.run(
             ["node", script, url, "--no-save", "--no-bench", "--no-color", "--reasoning", "default", "--timeout", "300",
              "--json", "--save", found, *(["--full"] if args.full else [])],
