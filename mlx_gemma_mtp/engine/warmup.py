@@ -103,7 +103,7 @@ def wanted(target: Gemma4) -> bool:
 
 def making_ready(target: Gemma4) -> str:
     """Returns what `load` does last, for whoever waits."""
-    if device.kind() is not device.Kind.CPU:
+    if not device.traits().compiles_on_host:
         return "running everything once, which compiles kernels, and importing the tokenizer"
     if wanted(target) and shutil.which("g++") and not any(kernel_folder().glob("*.so")):
         return "compiling kernels for this CPU (once on this machine) and importing the tokenizer"
@@ -123,7 +123,7 @@ def warm_up(
     runs all products of few rows. pause: called in between. specs: of the caches, as Bench takes them. Raises UserError
     where MLX cannot keep its kernels.
     """
-    if device.kind() is not device.Kind.CPU:
+    if not device.traits().compiles_on_host:
         return _warm_gpu(target, drafter, max_rows, pause, specs)
     check_kernel_folder()
     if not wanted(target):

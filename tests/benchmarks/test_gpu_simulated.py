@@ -56,7 +56,7 @@ def test_rows_that_nobody_told_of_have_the_drafters_drafts(scripted):
     plain, told = [], []
     script.tell([], [], 0.0)
     for drafts, results in ((0, plain), (2, told)):
-        results += engine.generate(prompt, params, num_draft_tokens=drafts)
+        results.append(engine.generate(prompt, params, num_draft_tokens=drafts))
     assert told[0].tokens == plain[0].tokens and told[0].stats.accepted > 0
 
 
