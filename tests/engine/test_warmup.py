@@ -14,6 +14,7 @@ import pytest
 from mlx_gemma_mtp.engine import warmup
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.machine.device import TABLE, Kind
 from mlx_gemma_mtp.models import linear, loading
 from mlx_gemma_mtp.ops.kernels import few_rows
 
@@ -115,7 +116,7 @@ def test_on_a_gpu_every_width_is_run_before_the_first_request(monkeypatch, most,
 
     target = loading.load_target(hub.DEMO / "target")
     monkeypatch.setattr(warmup, "Bench", Bench)
-    monkeypatch.setattr(warmup.device, "kind", lambda: warmup.device.Kind.METAL)
+    monkeypatch.setattr(warmup.device, "traits", lambda: TABLE[Kind.METAL])
     warmup.warm_up(target, None, most)
     assert made == rounds and not widths and "compiles kernels" in warmup.making_ready(target)
     monkeypatch.setattr(linear, "why_off", lambda name: None)
