@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,8 @@ GRACE = 5  # seconds after its limit in which a step may end by itself
 KEPT = {"all": 0.68, "checks": 0.45, "size": 1.0}  # of all seconds, at most, for the steps that run alone, by plan
 TAIL = 30_000  # bytes of a step's output that are kept
 OFF = {"MLX_GEMMA_MTP_METAL": "0"}
+MEMORY = Path("/dev/shm")  # written and read faster than a disk
+ROOM = 40 << 30  # bytes
 SHORT = 50  # seconds of a check, at most, where the 26B is to have its time
 MATTER = (
     "compile bundled", "quantise", "kernel checks", "kernels bfloat16", "texts bundled bfloat16", "texts e2b bfloat16",
@@ -106,7 +109,7 @@ def steps(work: Path, plan: str = "all") -> tuple[list[Step], list[Step]]:
 
 def real_size(work: Path, limits: Sequence[float]) -> list[Step]:
     """Returns the steps on the 26B in its real size, and on products. limits: seconds of each."""
-    folder = work / "size" / f"{made.TARGET}-4bit"
+    folder = (MEMORY if roomy(MEMORY) else work) / "size" / f"{made.TARGET}-4bit"
 
     def making(out: Path, seconds: float) -> list[str]:
         return [PYTHON, "-m", "benchmarks.gpu.made", str(folder.parent), "--out", str(out), *LAYERS]
@@ -124,6 +127,11 @@ def real_size(work: Path, limits: Sequence[float]) -> list[Step]:
         Step(name, command, limit, after=() if name in ("make 26B", "times", "products") else ("make 26B",))
         for (name, command), limit in zip(commands.items(), limits, strict=True)
     ]
+
+
+def roomy(folder: Path) -> bool:
+    """Returns whether a folder has room for the 26B, and some to spare."""
+    return folder.is_dir() and shutil.disk_usage(folder).free > ROOM
 
 
 def checks(made: Path) -> tuple[list[Step], list[Step]]:
