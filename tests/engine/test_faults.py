@@ -52,6 +52,10 @@ ROUNDS = {  # what breaks a round, by name: whose method; every drive calls it E
     "drafter": (Drafter, "__call__"),
     "logits": (Gemma4, "logits"),
     "plan": (Scheduler, "plan"),
+    "planned": (
+        Scheduler,
+        "plan",
+    ),  # raises once the plan is made, which nobody gets: rows are chosen, and others let go
     "launch": (Speculation, "launch"),
     "step": (Speculation, "step"),
 }
@@ -115,15 +119,18 @@ class Unreadable:
 
 
 @contextmanager
-def breaking(owner: type, name: str, at: int) -> Iterator[None]:
-    """The method raises at its call number `at`, and at no other."""
+def breaking(owner: type, name: str, at: int, done: bool = False) -> Iterator[None]:
+    """The method raises at its call number `at`, and at no other. done: at its end."""
     usual, calls = getattr(owner, name), [0]
 
     def called(self, *args, **kwargs):
         calls[0] += 1
+        if calls[0] == at and not done:
+            raise Broke(TOLD)
+        result = usual(self, *args, **kwargs)
         if calls[0] == at:
             raise Broke(TOLD)
-        return usual(self, *args, **kwargs)
+        return result
 
     with mock.patch.object(owner, name, called):
         yield
@@ -171,7 +178,7 @@ def trial(pair: str, fault: str, most: int, seed: int, runner, clock: Clock) -> 
     victim, after = r.randrange(5), r.randrange(12)
     drive = Faulty(engine_of(pair), schedule, fault, victim, after, runner, clock)
     if fault in ROUNDS:
-        with breaking(*ROUNDS[fault], r.randint(1, most)):
+        with breaking(*ROUNDS[fault], r.randint(1, most), done=fault == "planned"):
             outcomes = drive.run()
     else:
         outcomes = drive.run()
@@ -194,8 +201,8 @@ def judge(pair: str, drive: Faulty, outcome: Outcome) -> None:
 
 
 def used(runner) -> int:
-    """The bytes of all arrays but prefixes."""
-    return mx.get_active_memory() - runner.keeping.prefixes.bytes
+    """The bytes of all arrays but prefixes and the batch's own buffers, which grow in steps up to a bound."""
+    return mx.get_active_memory() - runner.keeping.prefixes.bytes - runner._loop.cache.bytes
 
 
 def trials(pair: str, seeds: Sequence[int]) -> None:
