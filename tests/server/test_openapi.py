@@ -1,11 +1,8 @@
-"""The OpenAPI document: every answer and every error is as it says; and nothing is compiled after a server listens."""
+"""The OpenAPI document: every answer and every error is as it says."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import httpx
-import pytest
 from serving import ASKED, Scripted, post, serving
 
 from mlx_gemma_mtp.server import answers
@@ -43,23 +40,3 @@ def test_the_document_names_every_answer(engine):
     assert "text/event-stream" in found["paths"][CHAT]["post"]["responses"]["200"]["content"]
     assert set(found["components"]["securitySchemes"]) == {"bearer", "x-api-key"} and found["security"]
     assert found["paths"]["/health"]["get"]["security"] == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="MLX compiles for Linux CPUs alone")
-def test_requests_compile_nothing(tmp_path):
-    """On a machine that has no kernels yet: who asks first does not wait for g++, nor does anybody beside."""
-    from test_serve import process
-
-    settings = (
-        {},
-        {"temperature": 1.0, "top_p": 0.8},
-        {"logprobs": True},
-        {"presence_penalty": 0.5, "temperature": 1.0},
-    )
-    with process("--no-parent", TMPDIR=str(tmp_path)) as (_, url):
-        before = {path.name for path in tmp_path.rglob("*.so")}
-        for more in settings:
-            assert post(url, CHAT, BODY | more | {"n": 3}).status_code == 200
-        after = {path.name for path in tmp_path.rglob("*.so")}
-    assert before and after == before
