@@ -48,7 +48,7 @@ class Product(nn.Module):
 
     def path(self, dtype: mx.Dtype, rows: int) -> ProductPath:
         """Returns the path of a product with so many rows of dtype."""
-        usable = why_off("few_rows") is None and few_rows.usable(self.weights, dtype)
+        usable = few_rows.usable(self.weights, dtype)
         return choose_product(device.name(), dtype, self.form, rows, usable, self.row_invariant)
 
     def paths(self, dtype: mx.Dtype) -> list[str]:
