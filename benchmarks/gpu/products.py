@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from benchmarks.gpu.kernels import random_weights
 from benchmarks.gpu.times import CALLS, FORMATS, read_bytes, timed
 from mlx_gemma_mtp.models.config import TargetConfig
 from mlx_gemma_mtp.ops import kernels
+from mlx_gemma_mtp.ops.kernels import few_rows
 from mlx_gemma_mtp.ops.kernels.products import Weights
 
 CONFIGS = Path(__file__).parents[2] / "tests/data/configs"
@@ -58,10 +58,7 @@ def stock(x: mx.array, weights: Weights) -> mx.array:
 
 def contestants() -> dict[str, Product]:
     """Returns the products that are timed, by name."""
-    ours = {}
-    if "few_rows" in kernels.KERNELS:
-        ours["few rows"] = import_module(f"{kernels.__name__}.few_rows").few_rows_metal
-    return {"MLX": stock} | ours
+    return {"MLX": stock} | ({"few rows": few_rows.few_rows_metal} if kernels.available() else {})
 
 
 def measured(inputs: int, outputs: int, bits: int, rows: int) -> Iterator[dict[str, Any]]:

@@ -411,6 +411,15 @@ def test_long_arguments_are_shortened_in_messages(capsys, argv):
     assert len(err.splitlines()[-1]) < 400
 
 
+@pytest.fixture
+def listening():
+    """Whoever runs the tests in the background ignores Ctrl-C, and a child would inherit that."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.6])
 def test_ctrl_c_during_the_start_is_quiet(delay):
     """Once the model is being loaded, a library imported and the models run for the first time."""
@@ -427,6 +436,7 @@ def test_ctrl_c_during_the_start_is_quiet(delay):
     assert all(line.startswith(b"note: ") for line in err.splitlines()), err
 
 
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_while_modules_are_imported_is_quiet():
     code = (
         "import os, runpy, signal, sys, tqdm\n"
