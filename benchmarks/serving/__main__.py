@@ -259,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--least", type=int, default=20, help="tokens of a text (default: 20)")
     g.add_argument("--most", type=int, default=300, help="tokens of a text (default: 300)")
     g.add_argument("--num-draft-tokens", type=decode.draft_lengths, default=["auto"], metavar="N|auto,...",
-                   help="of ours; all but the last, `auto`, are compared with mlx-vlm alone (default: auto)")  # fmt: skip
+                   help="of ours; all but the last are compared with mlx-vlm alone (default: auto)")  # fmt: skip
     g.add_argument("--mlx-vlm-drafts", type=decode.numbers, default=[1, 2, 3], help="that are tried (default: 1,2,3)")
     g.add_argument("--without-mlx-vlm", action="store_true")
     g = p.add_argument_group("alone")
