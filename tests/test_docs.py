@@ -16,7 +16,7 @@ import checkpoints
 import pytest
 
 from convert import cli as convert_cli
-from mlx_gemma_mtp import UserError, calibrate, chat, doctor, generate, trace_routing, verify
+from mlx_gemma_mtp import SamplingParams, UserError, calibrate, chat, doctor, generate, load, trace_routing, verify
 from mlx_gemma_mtp.files import hub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +175,13 @@ def elsewhere(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def measured() -> None:
+    """Costs of the pair are measured, which `calibrate --show` shows."""
+    with load() as engine:
+        engine.generate("x", SamplingParams(max_tokens=4))
+
+
 QUICK = {  # what makes a command of the pages short enough for a test
     generate: ["--max-tokens", "8"],
     chat: ["--max-tokens", "8"],
@@ -191,9 +198,11 @@ RUN = [
 
 
 @pytest.mark.parametrize("words", RUN, ids=lambda words: " ".join(words[2:])[:80])
-def test_commands_run(words, elsewhere, monkeypatch, capsys):
+def test_commands_run(words, elsewhere, monkeypatch, capsys, request):
     """The pages' own commands, on the bundled pair, shortened."""
     module = importlib.import_module(words[2])
+    if module is calibrate:
+        request.getfixturevalue("measured")
     if "--plot" in words:
         pytest.importorskip("matplotlib")
     if "--json-schema" in words or "--tool-choice" in words:
