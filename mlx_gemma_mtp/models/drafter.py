@@ -10,11 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache.cache import Span
-from ..ops.kernels.products import Weights
 from .config import DrafterConfig
 from .gemma4 import Block, Ropes
 from .layers import RMSNorm
-from .linear import Embedding, Linear, QuantizedEmbedding
+from .linear import Embedding, Linear
 
 
 class CentroidHead(nn.Module):
@@ -46,10 +45,6 @@ class DenseHead(nn.Module):
     def __call__(self, y: mx.array, embedding: nn.Module) -> tuple[mx.array, None]:
         """Returns the logits of all tokens, float32 [B, V], and None for their ids. y: [B, hidden]."""
         return embedding.as_linear(y).astype(mx.float32), None
-
-    def table(self, embedding: Embedding | QuantizedEmbedding) -> Weights:
-        """Returns the vocabulary's weights as kernels take them."""
-        return embedding.weights
 
 
 class Drafter(nn.Module):

@@ -26,17 +26,12 @@ class DerivedWeights(nn.Module):
         raise NotImplementedError
 
 
-class Product(nn.Module):
-    """A module that multiplies with its weights by the path that the table in ops/expert_paths.py chooses.
-
-    row_invariant: whether a row's bits must not depend on how many there are; see `keep_rows`.
-    """
-
-    row_invariant = False
+class Weighted(nn.Module):
+    """A module that has weights, plain or MLX-quantised."""
 
     @property
     def weights(self) -> Weights:
-        """The weights [out, in] as kernels take them."""
+        """The weights [..., out, in] as kernels take them."""
         if "scales" not in self:
             return Weights(self.weight)
         return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
@@ -45,6 +40,15 @@ class Product(nn.Module):
     def form(self) -> str:
         """The format of weights, as in expert_paths.RULES."""
         return f"{self.mode}{self.bits}" if "scales" in self else "float"
+
+
+class Product(Weighted):
+    """A module that multiplies with its weights by the path that the table in ops/expert_paths.py chooses.
+
+    row_invariant: whether a row's bits must not depend on how many there are; see `keep_rows`.
+    """
+
+    row_invariant = False
 
     def path(self, dtype: mx.Dtype, rows: int) -> ProductPath:
         """Returns the path of a product with so many rows of dtype."""

@@ -18,9 +18,8 @@ from ..ops import expert_paths
 from ..ops.fused import geglu, numbers
 from ..ops.kernels import down, gate_up, why_off
 from ..ops.kernels.grouping import Tiles, group, tiles
-from ..ops.kernels.products import Weights
 from .config import MoESpec
-from .linear import DerivedWeights, Linear, Stack, input_major
+from .linear import DerivedWeights, Linear, Stack, Weighted, input_major
 
 
 def route(logits: mx.array, top_k: int, expert_scale: mx.array) -> tuple[mx.array, mx.array]:
@@ -55,10 +54,8 @@ class Router(nn.Module):
         return route(self.proj(normed), self.top_k, self.per_expert_scale)
 
 
-class ExpertLinear(DerivedWeights):
-    """One linear for each expert. weight: [experts, out, in]. form: its format of weights, as in expert_paths.RULES."""
-
-    form = "float"
+class ExpertLinear(Weighted, DerivedWeights):
+    """One linear for each expert. weight: [experts, out, in]."""
 
     def __init__(self, experts: int, inputs: int, outputs: int):
         super().__init__()
@@ -68,10 +65,6 @@ class ExpertLinear(DerivedWeights):
 
     def derive(self) -> None:
         self.weight, self._transposed = input_major(self.weight)
-
-    @property
-    def weights(self) -> Weights:
-        return Weights(self.weight)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """Returns x[rows[p]] times the weights of expert experts[p] for each of P pairs, [P, 1, out].
@@ -84,20 +77,15 @@ class ExpertLinear(DerivedWeights):
         return QuantizedExpertLinear(self.weight, group_size, bits, mode)
 
 
-class QuantizedExpertLinear(nn.Module):
-    """One MLX-quantised linear for each expert. form: its format of weights, as in expert_paths.RULES."""
+class QuantizedExpertLinear(Weighted):
+    """One MLX-quantised linear for each expert."""
 
     def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
-        self.form = f"{mode}{bits}"
         self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
         if biases:
             self.biases = biases[0]
-
-    @property
-    def weights(self) -> Weights:
-        return Weights(self.weight, self.scales, self.get("biases"), self.group_size, self.bits, self.mode)
 
     def __call__(self, x: mx.array, rows: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """Returns x[rows[p]] times the weights of expert experts[p] for each of P pairs, [P, 1, out].

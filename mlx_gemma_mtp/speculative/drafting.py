@@ -206,7 +206,7 @@ def pick(
     """
     head = drafter.masked_embedding
     if rules.all_greedy and rules.reordered is None and isinstance(head, DenseHead):
-        table = head.table(drafter.embed_tokens)
+        table = drafter.embed_tokens.weights
         if head_argmax.usable(table, y.dtype):
             return *head_argmax.best_token_metal(y, table, rules.suppressed), None
     logits, ids = drafter.scores(y)

@@ -116,7 +116,7 @@ def choices(engine: Any) -> dict[str, Any]:
         every = range(1, expert_paths.VERIFY + 1)
         chosen["paths"] = sorted({str(layer.experts.path(target.dtype, n)) for layer in target.layers for n in every})
     if isinstance(drafter.masked_embedding, DenseHead):
-        table = drafter.masked_embedding.table(drafter.embed_tokens)
+        table = drafter.embed_tokens.weights
         chosen["head_argmax"] = head_argmax.usable(table, target.dtype)
     else:
         assert isinstance(drafter.masked_embedding, CentroidHead)
