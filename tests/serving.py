@@ -79,9 +79,11 @@ class Scripted:
                         await pause
                     if request.finish_reason is None:
                         drafted = len(tokens) - 1 if place else None
-                        yield request.take(tokens, drafted, "fixed", [_logprob(token) for token in tokens])
+                        request.take(tokens, drafted, "fixed", [_logprob(token) for token in tokens])
+                        yield request.chunk()
                 if request.finish_reason is None:
-                    yield request.cancel("length")
+                    request.cancel("length")
+                    yield request.chunk()
         finally:
             self.open -= 1
 

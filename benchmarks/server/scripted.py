@@ -48,9 +48,10 @@ class Script:
         given: list[Item] = []
         for id, request in list(self.requests.items()):
             if reason := self.ended.pop(id, None):
-                chunk = request.cancel(reason)
+                request.cancel(reason)
             else:
-                chunk = request.take(self.tokens, len(self.tokens) - 1, "fixed")
+                request.take(self.tokens, len(self.tokens) - 1, "fixed")
+            chunk = request.chunk()
             given.append(Delivery(id, chunk))
             if chunk.result is not None:
                 del self.requests[id]
@@ -61,7 +62,10 @@ class Script:
         raise error
 
     def close(self) -> list[Item]:
-        given: list[Item] = [Delivery(id, request.cancel()) for id, request in self.requests.items()]
+        given: list[Item] = []
+        for id, request in self.requests.items():
+            request.cancel()
+            given.append(Delivery(id, request.chunk()))
         self.requests.clear()
         return given
 

@@ -104,8 +104,11 @@ class Request:
     request ends, in time.monotonic's seconds; None is never. salt: prefixes are shared with requests of the same salt
     alone. borders: where turns begin in the prompt, rising. restored: K/V of a beginning of the prompt that somebody
     has read for it; they are used where they hold more than what is in memory. tokens, pieces, logprobs: what was
-    generated so far. finish_reason: set once the request is done. repetition: watches the tokens where the request
-    asks for that.
+    generated so far. finish_reason: set once the request is done. error: why its text cannot go on; then it is to be
+    cancelled, if it is not done. repetition: watches the tokens where the request asks for that.
+
+    A round's tokens are taken in first, by `take`, and made into text afterwards, by `chunk`, so that the next round
+    need not wait for that.
     """
 
     id: int
@@ -130,6 +133,11 @@ class Request:
     error: str | None = None
     end_token: int | None = None
     repetition: Repetition | None = field(init=False, repr=False)
+    _pushed: int = field(default=0, init=False, repr=False)  # tokens that the stream has
+    _new: list[Piece] = field(default_factory=list, init=False, repr=False)  # what it released since the last chunk
+    _chunked: int = field(default=0, init=False, repr=False)  # tokens of earlier chunks
+    _drafted: int = field(default=0, init=False, repr=False)  # drafts verified and kept since the last chunk
+    _accepted: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         length = self.params.stop_repetition
@@ -147,20 +155,23 @@ class Request:
         reason: str = "",
         logprobs: Sequence[TokenLogprob] | None = None,
         error: str | None = None,
-    ) -> Chunk:
-        """Adds the tokens of a round, up to the one that ends the request, and returns them as a chunk. Drafts after
-        that token do not count as accepted.
+    ) -> None:
+        """Adds the tokens of a round, up to the one that ends the request. Drafts after that token do not count as
+        accepted. A request whose text has failed takes nothing.
 
         drafted: how many drafts the round verified; None for the token of the prefill. reason: why it verified so many.
         error: why the request cannot go on after these tokens.
         """
-        before, pieces, used = len(self.tokens), [], 0
+        if self.error is not None:
+            return
+        before, used = len(self.tokens), 0
         for used, token in enumerate(emitted, 1):  # noqa: B007
             if token in self.end_tokens:
                 self.finish_reason, self.end_token = "stop", token
             else:
                 self.tokens.append(token)
-                pieces.append(self._safely(self.stream.push, token))
+                if self.params.stop:  # any token may complete a stop string
+                    self._push()
                 self.finish_reason = self.finish_reason or self._end()
             if self.finish_reason:
                 break
@@ -169,40 +180,60 @@ class Request:
         accepted = 0 if drafted is None else max(used - 1, 0)
         if drafted is not None:
             self.stats.count_round(drafted, accepted, reason)
+            self._drafted += drafted
+            self._accepted += accepted
         if self.params.logprobs is not None:
             kept = logprobs[: len(self.tokens) - before]
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]
-        return self._chunk(pieces, before, drafted or 0, accepted)
 
     def _end(self) -> str | None:
         """The finish_reason that the newest token brings, which is no end token."""
         repeats = self.repetition is not None and self.repetition.ends(self.tokens)
+        if self.error is not None:
+            return "error"
         if self.stream.stopped:
             return "stop"
         return "repetition" if repeats else None if self.remaining else "length"
 
-    def cancel(self, reason: str = "cancelled", error: str | None = None) -> Chunk:
-        """Ends the request with what it has, and returns its last chunk.
+    def cancel(self, reason: str = "cancelled", error: str | None = None) -> None:
+        """Ends the request with what it has.
 
-        reason: its finish_reason. error: why it cannot go on, in one line, with the reason 'error'.
+        reason: its finish_reason. error: why it cannot go on, in one line, with the reason 'error'. A request whose
+        text has failed ends with that.
         """
-        self.finish_reason, self.error = reason, error
-        return self._chunk([], len(self.tokens))
+        self.error = self.error or error
+        self.finish_reason = reason if self.error is None else "error"
 
-    def _chunk(self, pieces: list[Piece], start: int, drafted: int = 0, accepted: int = 0) -> Chunk:
-        """What was added since token `start`, by a round that verified and kept so many drafts."""
-        result, logprobs = None, None if self.params.logprobs is None else self.logprobs
+    def chunk(self) -> Chunk:
+        """Returns what was taken in since the last chunk, as a chunk: the last one where the request is done. What the
+        stream raises becomes the error: the tokens after it are dropped.
+        """
+        self._push()
         if self.finish_reason:
-            pieces.append(self._safely(self.stream.finish, self.end_token is not None))
+            self._safely(self.stream.finish, self.end_token is not None)
+        pieces, start, logprobs = self._new, self._chunked, None
+        drafted, accepted = self._drafted, self._accepted
         self.pieces += pieces
-        if self.finish_reason:
-            result = self._result(logprobs)
+        self._new, self._chunked, self._drafted, self._accepted = [], len(self.tokens), 0, 0
+        if self.params.logprobs is not None:
+            logprobs = self.logprobs[start:]
+        result = self._result() if self.finish_reason else None
         text, reasoning, calls = joined(pieces)
         deltas = [delta for piece in pieces for delta in piece.call_deltas]
-        tokens, logprobs = self.tokens[start:], logprobs and logprobs[start:]
-        return Chunk(self.index, text, tokens, result, logprobs, reasoning, calls, deltas, drafted, accepted)
+        return Chunk(
+            self.index, text, self.tokens[start:], result, logprobs, reasoning, calls, deltas, drafted, accepted
+        )
 
-    def _result(self, logprobs: list[TokenLogprob] | None) -> Result:
+    def _push(self) -> None:
+        """Makes text of the tokens that the stream has not, up to one that it fails with."""
+        while self._pushed < len(self.tokens):
+            token, failed = self.tokens[self._pushed], self.error is not None
+            self._pushed += 1
+            self._safely(self.stream.push, token)
+            if self.error is not None and not failed:
+                del self.tokens[self._pushed :], self.logprobs[self._pushed :]
+
+    def _result(self) -> Result:
         text, reasoning, calls = joined(self.pieces)
         if calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
@@ -211,7 +242,7 @@ class Request:
             self.tokens,
             self.finish_reason,
             self.stats,
-            logprobs,
+            None if self.params.logprobs is None else self.logprobs,
             self.error,
             reasoning,
             calls,
@@ -219,14 +250,14 @@ class Request:
             cut_call(self.pieces, calls),
         )
 
-    def _safely(self, call: Callable[..., Piece], *args: int | bool) -> Piece:
-        """The piece that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
+    def _safely(self, call: Callable[..., Piece], *args: int | bool) -> None:
+        """Adds the piece that a call of the stream gives. What it raises, whatever it is, ends this request alone."""
         try:
-            return call(*args)
+            self._new.append(call(*args))
         except BaseException as error:  # a library's panic is no Exception
             if self.error is None:
-                self.finish_reason, self.error = "error", in_a_line(error)
-            return NOTHING
+                self.error = in_a_line(error)
+                self.finish_reason = self.finish_reason and "error"
 
 
 def joined(pieces: Sequence[Piece | Chunk]) -> tuple[str, str, list[ToolCall]]:

@@ -48,7 +48,7 @@ class Runner:
     """Rounds of all requests of an engine: the rows of the batch, and the prompts that are prefilled beside it.
 
     A call of `round` reads back what runs, hands its tokens to the requests, asks for the next plan, arranges the rows
-    by it, has what it gives delivered, and dispatches their verify.
+    by it, and dispatches their verify; while that runs, it makes text of the tokens and has it delivered.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Runner:
         self._loop = self._new_loop()
         self._plan = Plan()
         self._given: list[Item] = []  # what the round gave so far
+        self._changed: dict[int, Request] = {}  # requests whose tokens of this round are not in `_given` yet
         self._due: tuple[dict[int, int], float | None] | None = None  # of the last round, which is to be counted
         self._gone: list[int] = []  # requests that ended, which are to be forgotten once that is counted
         # When the last verify was dispatched, when `round` returned after that, and the last readback.
@@ -140,8 +141,8 @@ class Runner:
     def round(self, deliver: Callable[[list[Item]], None]) -> None:
         """Computes one round. The last Delivery of a request carries its Result.
 
-        deliver: is called with what the round gives, just before the next verify is dispatched: readers whom it wakes
-        have the interpreter then, while MLX works without it.
+        deliver: is called with what the round gives, amid the dispatch of the next verify: readers whom it wakes have
+        the interpreter then, while MLX works without it.
         """
         self._read()
         level, budget = self.pressure(), self.budget.tokens(len(self.rows)) if self.scheduler.prompts else None
@@ -183,7 +184,12 @@ class Runner:
 
     def _all_given(self) -> list[Item]:
         """Returns what there is to deliver, once. A round that raises has given what it gave before."""
+        changed, self._changed = self._changed, {}
         items, self._given = self._given, []
+        for id, request in changed.items():
+            items.append(Delivery(id, request.chunk()))
+            if request.finish_reason is None and request.error is not None:
+                self.cancel(id)  # its text failed: the next plan lets it go
         return items
 
     # A round.
@@ -311,7 +317,8 @@ class Runner:
             if not request.tokens:
                 stats.ttft_s = now - held.submitted
             reason = "" if drafted is None else self.depth.reason(id)
-            self._given.append(Delivery(id, request.take(tokens, drafted, reason, report, error)))
+            request.take(tokens, drafted, reason, report, error)
+            self._changed[id] = request
             stats.generation_tokens = len(request.tokens)
             stats.generation_tps = len(request.tokens) / max(held.as_row(self.totals).seconds, 1e-9)
             if request.finish_reason is None:
@@ -384,8 +391,8 @@ class Runner:
         return rules, counts, guide([request.constraint for request in requests], vocab)
 
     def _launch(self, deliver: Callable[[list[Item]], None]) -> None:
-        """Counts the last round, has what it gave delivered, and dispatches the next verify: where nothing is to be
-        chosen, first of all.
+        """Counts the last round, dispatches the next verify (first of all, where nothing is to be chosen), and has what
+        the round gave delivered while it runs.
         """
         if not self.rows:
             deliver(self._all_given())
@@ -393,14 +400,12 @@ class Runner:
         self._launched = self.clock()
         plain = not any(self._loop.waiting)
         if plain:
-            deliver(self._all_given())
-            self._loop.launch()
+            self._loop.launch(meanwhile=lambda: deliver(self._all_given()))
         self._count()
         if not self._plan.begins:  # the first tokens have no verify
             width = self.depth.verify(self._draft_rows(1), self._context(), self._loop.confidences, self._loop.waiting)
             if not plain:
-                deliver(self._all_given())
-                self._loop.launch(width)
+                self._loop.launch(width, lambda: deliver(self._all_given()))
 
     def _count(self) -> None:
         """Tells the draft length what came of the last round."""
@@ -437,7 +442,8 @@ class Runner:
         if done:
             self.scheduler.finished(id)
         held = self.held[id]
-        self._given.append(Delivery(id, held.request.cancel(reason, error)))
+        held.request.cancel(reason, error)
+        self._changed[id] = held.request
         self._let_go(id)
         if not done:
             self._keep_reply(held)

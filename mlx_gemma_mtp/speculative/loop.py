@@ -8,7 +8,7 @@ a verify writes it, and the write is in place. Rows leave and join between the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -155,18 +155,19 @@ class Speculation:
             self._go_on_with(self.inputs)
         return self.cache.save(row, slack, tokens)
 
-    def launch(self, width: int | None = None) -> None:
+    def launch(self, width: int | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Dispatches the next verify, so that it runs while the caller uses the last round. `step` does it if nobody
         did.
 
-        width: how many of a row's drafts to verify at most, the first ones; None for all.
+        width: how many of a row's drafts to verify at most, the first ones; None for all. meanwhile: is called once,
+        when the device has something to do.
         """
         if self._verify is not None and self._verify.dispatched:
-            return
+            return meanwhile()
         if width is not None and width < self.inputs.width:
             self._go_on_with(self.inputs.cut([min(each, width) for each in self.waiting]))
         self._verify = self._verify or Verify(self.target, self.cache, self.inputs)
-        self._verify.dispatch()
+        self._verify.dispatch(meanwhile)
 
     def step(self, num_draft: Sequence[int], firsts: Firsts | None = None, extra: Sequence[mx.array] = ()) -> Round:
         """Runs one round: it verifies the drafts that wait, and makes others for the next round.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -134,13 +134,23 @@ class Verify:
         self.hidden = target(tokens, span)
         self.dispatched = False
 
-    def dispatch(self) -> None:
-        """Lets the forward run. Its writes are in place, since the last handles of the old buffers go."""
+    def dispatch(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Lets the forward run. Its writes are in place, since the last handles of the old buffers go.
+
+        meanwhile: is called once, when the device has something to do.
+        """
         self._before.clear()
         if device.traits().walks_first:  # layer by layer: MLX walks a whole graph before its first operation begins
-            for buffers in self._cache.buffers:
+            layers = self._cache.buffers
+            for buffers in layers[: len(layers) // 2]:
                 mx.async_eval(*buffers)
-        mx.async_eval(self.hidden)
+            meanwhile()  # MLX lets so much work wait that half of it covers this, and the other half what comes next
+            for buffers in layers[len(layers) // 2 :]:
+                mx.async_eval(*buffers)
+            mx.async_eval(self.hidden)
+        else:
+            mx.async_eval(self.hidden)
+            meanwhile()
         self.dispatched = True
 
     def drop(self) -> None:

@@ -125,7 +125,8 @@ def test_what_comes_after_the_end_in_a_round_does_not_count(engine):
     for params, taken, reason in ((SamplingParams(max_tokens=9), [40, 41], "stop"), (GREEDY, [40, 41, 1], "length")):
         (request,) = engine._intake.requests([[2, 5]], params, Options())
         request.limit = 3 if reason == "length" else 9
-        chunk = request.take([40, 41, 1, 42, 43], 4)
+        request.take([40, 41, 1, 42, 43], 4)
+        chunk = request.chunk()
         assert (chunk.tokens, chunk.result.finish_reason, request.stats.accepted) == (taken, reason, 2)
 
 

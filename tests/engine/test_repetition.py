@@ -114,7 +114,8 @@ def test_thoughts_and_calls_are_watched_too(text, size):
     tokens, asked, chunks = BYTES.encode(text), request(stop_repetition=8), []
     for at in range(0, len(tokens), size):
         if asked.finish_reason is None:
-            chunks.append(asked.take(tokens[at : at + size], size - 1))
+            asked.take(tokens[at : at + size], size - 1)
+            chunks.append(asked.chunk())
     result, end = chunks[-1].result, defined_end(tokens, 8)
     assert end is not None and (result.finish_reason, result.tokens) == ("repetition", tokens[:end])
     assert "".join(chunk.text for chunk in chunks) == result.text
@@ -133,12 +134,14 @@ def test_thoughts_and_calls_are_watched_too(text, size):
 )
 def test_the_end_that_comes_first_is_told(options, tokens, reason):
     asked = request(stop_repetition=4, **options)
-    result = asked.take(BYTES.encode(tokens), 4).result
+    asked.take(BYTES.encode(tokens), 4)
+    result = asked.chunk().result
     assert result.finish_reason == reason
     assert result.text == ("x" if reason == "stop" else tokens[: options.get("limit")])
 
 
 def test_an_end_token_is_no_part_of_what_repeats():
     asked = request(stop_repetition=4)
-    result = asked.take([*BYTES.encode("aaa"), 300], 3).result
+    asked.take([*BYTES.encode("aaa"), 300], 3)
+    result = asked.chunk().result
     assert (result.finish_reason, result.end_token) == ("stop", 300)

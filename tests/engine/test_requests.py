@@ -31,11 +31,15 @@ def rounds(asked: Request, tokens: list[int], places: list[int]) -> list:
     chunks, before = [], 0
     for end in ends:
         logprobs = [TokenLogprob(token, -1.0, [(token, -1.0)]) for token in tokens[before:end]]
-        chunks.append(asked.take(tokens[before:end], None, logprobs=logprobs))
+        asked.take(tokens[before:end], None, logprobs=logprobs)
+        chunks.append(asked.chunk())
         before = end
         if asked.finish_reason:
             break
-    return chunks if asked.finish_reason else [*chunks, asked.cancel()]
+    if asked.finish_reason:
+        return chunks
+    asked.cancel()
+    return [*chunks, asked.chunk()]
 
 
 def whole(reply: str, end: int | None = END, **options) -> Result:

@@ -6,6 +6,7 @@ Driven round by round, so that hypothesis can make a failing schedule smaller. A
 
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,10 +222,10 @@ def test_a_rows_slots_follow_from_its_length(monkeypatch):
     """
     found, dispatch = defaultdict(set), Verify.dispatch
 
-    def probe(self: Verify) -> None:
+    def probe(self: Verify, *meanwhile: Callable[[], None]) -> None:
         for length, slots in zip(self._cache.lengths.tolist(), self._cache.classes, strict=True):
             found[length].add(slots)
-        dispatch(self)
+        dispatch(self, *meanwhile)
 
     monkeypatch.setattr(Verify, "dispatch", probe)
     free = [Asked(prompt=(0, 210 + 9 * i), drafts=drafts) for i, drafts in enumerate((4, 0, "auto", 4))]
