@@ -114,13 +114,15 @@ def throughput_part(job: Job) -> Found:
 
 
 def alone_part(job: Job) -> Found:
-    args = job.args
-    crew = {alone.NOW: job.start(), alone.BEFORE: job.start(root=args.before.resolve())}
-    found = alone.measure(crew, job.prompts[:8], args.alone_drafts, args.max_tokens, args.repeats, job.note)
-    shown = []
+    args, runs = job.args, []
+    for _ in range(args.processes):
+        crew = {alone.NOW: job.start(), alone.BEFORE: job.start(root=args.before.resolve())}
+        runs.append(alone.measure(crew, job.prompts[:8], args.alone_drafts, args.max_tokens, args.repeats, job.note))
+        job.stack.close()
+    found, shown = alone.together(runs), []
     for drafts, each in found.items():
         for name in ("whole_calls", "decoding"):
-            what = f"{drafts} drafts, {name.replace('_', ' ')}: speed over before ({each['calls']} pairs)"
+            what = f"{drafts} drafts, {name.replace('_', ' ')}: speed over before ({each['calls']} pairs of calls)"
             shown.append(Shown.at_least(what, Interval(*each[name]), OVER_BEFORE))
         if each["differing_texts"]:
             shown.append(Shown(f"{drafts} drafts: texts that differ", str(each["differing_texts"]), "none"))
@@ -266,6 +268,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of this repository")
     g.add_argument("--alone-drafts", type=decode.draft_lengths, default=[0, 2, "auto"], help="(default: 0,2,auto)")
     g.add_argument("--max-tokens", type=int, default=96, help="of each text (default: 96)")
+    g.add_argument("--processes", type=int, default=6, help="of each checkout, one after the other (default: 6)")
     g = p.add_argument_group("arrival and slope")
     g.add_argument("--arrival-drafts", type=decode.draft_lengths, default=[0, "auto"], help="(default: 0,auto)")
     g.add_argument("--apart", type=int, default=20, help="rounds between the arrivals (default: 20)")
@@ -277,7 +280,8 @@ def check(args: argparse.Namespace) -> None:
     """UserError for what cannot be measured."""
     least = {"--repeats": (args.repeats, 1), "--requests": (args.requests, 1), "--rows": (args.rows, 1),
              "--least": (args.least, 1), "--most": (args.most, args.least), "--max-tokens": (args.max_tokens, 2),
-             "--apart": (args.apart, 1), "--slope-requests": (args.slope_requests, SETTLED + 100)}  # fmt: skip
+             "--apart": (args.apart, 1), "--processes": (args.processes, 1),
+             "--slope-requests": (args.slope_requests, SETTLED + 100)}  # fmt: skip
     for name, (value, smallest) in least.items():
         if value < smallest:
             raise UserError(f"{name} is {value}, expected at least {smallest}")

@@ -11,7 +11,7 @@ from ..sampling.params import SamplingParams
 from ..speculative.depth import AUTO
 from ..speculative.guide import Constraint
 from ..speculative.readback import TokenLogprob
-from ..text.reply import NOTHING, Piece, Reply
+from ..text.reply import Piece, Reply
 from ..text.tools import CallDelta, ToolCall
 from .prefix_disk import Restored
 from .repetition import Repetition
