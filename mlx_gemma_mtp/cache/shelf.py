@@ -13,13 +13,14 @@ from .spec import KVSpec
 class Shelf:
     """The K/V of some rows of a batch, one LayerKV for each of some layers, all with the same number of places.
 
-    bytes: of all layers. rows: which row of the batch lies in each place, from the first place on. empty: how many
-    places are behind them: what is written there nobody sees. gather: int32 [len(rows)], `rows` as an array; None where
-    these are all rows of the batch in their order.
+    bytes: of all layers. alike: for each layer the first one of its spec. rows: which row of the batch lies in each
+    place, from the first place on. empty: how many places are behind them: what is written there nobody sees. gather:
+    int32 [len(rows)], `rows` as an array; None where these are all rows of the batch in their order.
     """
 
     def __init__(self, specs: Sequence[KVSpec], slots: Sequence[int], dtype: mx.Dtype):
         self.layers = [layer_kv(spec, n, dtype) for spec, n in zip(specs, slots, strict=True)]
+        self.alike = [list(specs).index(spec) for spec in specs]
         self.places = self.bytes = 0
         self.rows: list[int] = []
         self.gather: mx.array | None = None

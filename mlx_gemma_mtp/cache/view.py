@@ -11,7 +11,6 @@ from ..ops.attention import attention_mask, slots_read
 from ..ops.fused import number, numbers
 from .kv import LayerKV
 from .shelf import Shelf
-from .spec import KVSpec
 
 
 def visible(
@@ -46,8 +45,8 @@ class View:
         if shelf.gather is not None:
             lengths, positions = mx.take(lengths, shelf.gather), mx.take(positions, shelf.gather, axis=0)
         self.lengths, self.positions = lengths, positions
-        self._slots: dict[KVSpec, tuple[mx.array, ...]] = {}
-        self._masks: dict[tuple[KVSpec, int], mx.array] = {}
+        self._slots: dict[int, tuple[mx.array, ...]] = {}  # by the first layer of a spec
+        self._masks: dict[tuple[int, int], mx.array] = {}
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Writes the K/V of the shelf's rows, of keys and values of all rows. Zeros go into empty places."""
@@ -57,7 +56,7 @@ class View:
         if shelf.empty:
             zeros = _zeros((shelf.empty, *keys.shape[1:]), keys.dtype)
             keys, values = mx.concatenate([keys, zeros], axis=0), mx.concatenate([values, zeros], axis=0)
-        kv.write(self._slot(kv), keys, values)
+        kv.write(self._slot(shelf.alike[layer], kv), keys, values)
 
     def attend(self, layer: int, queries: mx.array) -> mx.array:
         """Returns the attention of the shelf's rows, in their order; queries: of all rows."""
@@ -65,18 +64,19 @@ class View:
         if gather is not None:
             queries = mx.take(queries, gather, axis=0)
         read = slots_read(kv.slots, self.used)
-        return kv.attend(len(self.shelf.rows), read, queries, self._mask(kv, read, queries.shape[1]))
+        mask = self._mask(self.shelf.alike[layer], kv, read, queries.shape[1])
+        return kv.attend(len(self.shelf.rows), read, queries, mask)
 
-    def _slot(self, kv: LayerKV) -> tuple[mx.array, ...]:
-        if kv.spec not in self._slots:
+    def _slot(self, first: int, kv: LayerKV) -> tuple[mx.array, ...]:
+        if first not in self._slots:
             slot, empty = (self.positions % number(kv.slots))[:, None, :, None], self.shelf.empty
             if empty:
                 slot = mx.concatenate([slot, _zeros((empty, *slot.shape[1:]), mx.int32)], axis=0)
-            self._slots[kv.spec] = kv.indices(slot)
-        return self._slots[kv.spec]
+            self._slots[first] = kv.indices(slot)
+        return self._slots[first]
 
-    def _mask(self, kv: LayerKV, read: int, heads: int) -> mx.array:
-        key = (kv.spec, heads)
+    def _mask(self, first: int, kv: LayerKV, read: int, heads: int) -> mx.array:
+        key = (first, heads)
         if key not in self._masks:
             seen = visible(self.lengths, self.tokens, self.positions, kv.slots, kv.spec.window, read)
             self._masks[key] = attention_mask(seen, heads, kv.spec.kv_heads)

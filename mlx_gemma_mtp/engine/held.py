@@ -61,6 +61,10 @@ class Held:
         self.shared, self.since = self.as_row(totals), None
         self.request.stats.share(self.shared)
 
+    def seconds(self, totals: Totals) -> float:
+        """Returns the seconds of `as_row`, which are asked for in every round."""
+        return self.shared.seconds + (0.0 if self.since is None else totals.seconds - self.since.seconds)
+
     def as_row(self, totals: Totals) -> Totals:
         """Returns what all rows did while it was one. totals: what they did in all."""
         return self.shared if self.since is None else self.shared + (totals - self.since)

@@ -320,7 +320,7 @@ class Runner:
             request.take(tokens, drafted, reason, report, error)
             self._changed[id] = request
             stats.generation_tokens = len(request.tokens)
-            stats.generation_tps = len(request.tokens) / max(held.as_row(self.totals).seconds, 1e-9)
+            stats.generation_tps = len(request.tokens) / max(held.seconds(self.totals), 1e-9)
             if request.finish_reason is None:
                 told(id, len(tokens))
             else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -213,6 +214,12 @@ def _order(allowed: mx.array, scores: mx.array, rules: Rules) -> mx.array:
     return mx.take_along_axis(order, mx.argsort(-mx.take_along_axis(scores, order, axis=-1), axis=-1), axis=-1)
 
 
+@lru_cache(maxsize=64)
+def _none_kept(rows: int) -> mx.array:
+    """Returns zeros, int32 [rows], that are made once and kept, so that they are no part of any graph."""
+    return mx.array([0] * rows, mx.int32)
+
+
 def accept(drafts: mx.array, targets: mx.array, real: mx.array | None = None) -> tuple[mx.array, mx.array]:
     """Returns n [B], how many drafts are kept, and the token after them, [B].
 
@@ -220,6 +227,9 @@ def accept(drafts: mx.array, targets: mx.array, real: mx.array | None = None) ->
     without a look at the drafts, which is why the text does not depend on them. real: int32 [B], how many of a row's
     drafts count, the others are pads; None for all.
     """
+    rows, width = drafts.shape
+    if not width:
+        return _none_kept(rows), targets[:, 0]
     same = (drafts == targets[:, :-1]).astype(mx.int32)
     n = mx.cumprod(same, axis=1).sum(axis=1).astype(mx.int32)
     if real is not None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from ..cache.cache import Cache, Span
 from ..errors import UserError
@@ -98,7 +100,7 @@ class Drafts(NamedTuple):
     @classmethod
     def none(cls, rows: int) -> Drafts:
         """Returns no drafts, K = 0, of so many rows."""
-        return cls(mx.zeros((rows, 0), mx.int32), mx.zeros((rows, 0)))
+        return cls(*_nothing(rows))
 
     def counted(self, counts: Sequence[int]) -> Drafts:
         """Returns the drafts with so many real ones in each row. A place where no row has one is left out."""
@@ -123,6 +125,12 @@ class Drafts(NamedTuple):
         tokens = mx.concatenate([self.tokens, mx.repeat(pads[:, None], width, axis=1)], axis=0)[index]
         drafts = Drafts(tokens, self.confidence[old], self.q and self.q.of_rows(old))
         return drafts.counted([counts[place] for place in places])
+
+
+@lru_cache(maxsize=64)
+def _nothing(rows: int) -> tuple[mx.array, mx.array]:
+    """Returns the tokens and the confidences of no drafts. They are made once: no part of any graph."""
+    return mx.array(np.zeros((rows, 0), np.int32)), mx.array(np.zeros((rows, 0), np.float32))
 
 
 class DraftState(NamedTuple):

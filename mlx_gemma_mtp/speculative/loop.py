@@ -181,13 +181,13 @@ class Speculation:
         now = verify.inputs
         # ACCEPT
         out = accepted(self.target, verify)
-        counted = out.kept + 1
+        emitted = counted = out.kept + 1
         if out.undecided is not None:  # a guess is not counted: it may be another token
-            counted -= out.undecided.last
+            counted = emitted - out.undecided.last
         token_counts = now.token_counts and now.token_counts.first(self._listed).after(out.tokens, counted)
         # COMMIT: each row's tokens that stay
         if now.newest is not None:
-            self.cache.commit(out.kept + 1, [count + 1 for count in now.drafts.of_each])
+            self.cache.commit(emitted, [count + 1 for count in now.drafts.of_each])
         # DRAFT
         drafts = Drafts.none(now.rows)
         if self.proposer is not None and max(num_draft) > 0:

@@ -127,7 +127,9 @@ class Verify:
     """
 
     def __init__(self, target: Gemma4, cache: Cache, inputs: Inputs):
-        tokens = mx.concatenate([inputs.newest[:, None], inputs.drafts.tokens], axis=1)
+        tokens = inputs.newest[:, None]
+        if inputs.width:
+            tokens = mx.concatenate([tokens, inputs.drafts.tokens], axis=1)
         span = cache.span(tokens.shape[1])
         self._cache, self._before = cache, cache.buffers  # while these handles are kept, a write is a copy
         self.inputs, self.positions = inputs, span.positions + 1
