@@ -10,6 +10,7 @@ from mlx_gemma_mtp.engine.stats import Stats
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.speculative.readback import TokenLogprob
 from mlx_gemma_mtp.text.messages import normalised
+from mlx_gemma_mtp.text.reply import Piece
 from mlx_gemma_mtp.text.tools import ToolCall, Tools
 
 BYTES = Bytes()
@@ -106,3 +107,49 @@ def test_a_result_is_a_message_of_the_next_turn():
     assert found[0]["content"] == "Now." and found[0]["reasoning"] == "Hm." and found[2]["name"] == "g"
     assert found[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": [1, "ä"]}}
     assert Result("Yes.", [], "stop", Stats(1)).message() == {"role": "assistant", "content": "Yes."}
+
+
+class Failing:
+    """A stream that fails with a token."""
+
+    stopped = False
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def push(self, token: int) -> Piece:
+        if token == self.token:
+            raise ValueError(f"no text for {token}")
+        return Piece(f"{token} ")
+
+    def finish(self, ended: bool = False) -> Piece:
+        return Piece("end")
+
+
+@pytest.mark.parametrize("limit, told", [(9, "cancelled"), (9, "timeout"), (4, None)])
+def test_a_text_that_fails_ends_with_the_token_that_it_failed_with(limit, told):
+    """Rounds that were begun before the text was made add nothing; whoever ends the request, the text is why."""
+    asked = request(limit, logprobs=0)
+    asked.stream = Failing(7)
+    taken = [[3, 5], [6, 7, 8]][: limit // 2]
+    for tokens in taken:
+        asked.take(tokens, 1, logprobs=[TokenLogprob(token, -1.0, []) for token in tokens])
+    if told is not None:
+        chunk = asked.chunk()
+        assert (chunk.text, chunk.tokens, chunk.result) == ("3 5 6 ", [3, 5, 6, 7], None) and asked.error
+        asked.take([9, 9], 1, logprobs=[TokenLogprob(9, -1.0, [])] * 2)  # of the round that ran meanwhile
+        asked.cancel(told)
+    result = asked.chunk().result
+    assert (result.finish_reason, result.error, result.tokens) == ("error", "ValueError: no text for 7", [3, 5, 6, 7])
+    assert [each.token for each in result.logprobs] == result.tokens and result.text == "3 5 6 end"
+    assert asked.stats.drafted == len(taken)
+
+
+def test_chunks_hold_what_came_since_the_last_one():
+    asked = request()
+    asked.take(BYTES.encode("ab"), None)
+    asked.take(BYTES.encode("cd"), 3)
+    asked.take(BYTES.encode("e"), 2)
+    chunk = asked.chunk()
+    assert (chunk.tokens, chunk.drafted, chunk.accepted) == (BYTES.encode("abcde"), 5, 1)
+    assert asked.chunk().tokens == []

@@ -84,3 +84,18 @@ def test_a_free_row_outlives_a_constrained_one_in_the_engine(drafts, monkeypatch
     for count in range(8, 41, 2):
         results = engine.generate(prompts, [replace(free, max_tokens=count), bound])
         assert results[0].tokens == whole[:count] and len(results[1].text) == 5, count
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_what_is_done_meanwhile_is_done_once_and_beside_the_verify(pair, drafts):
+    """Also where the verify runs already, and where there is none: the first tokens follow the prefill."""
+    model, drafter = pair
+    cache, hidden = batch(model, tiny.prompts(2), 16, 6)
+    loop, done = Speculation(model, drafter, cache), []
+    loop.begin(hidden, *settings(model, [Row.of("free", i, prompt, 9) for i, prompt in enumerate(tiny.prompts(2))]))
+    for width in (None, None, 1 if drafts else None):
+        loop.launch(width, lambda: done.append(loop._verify.dispatched))
+        loop.launch(meanwhile=lambda: done.append("again"))
+        loop.step([drafts, drafts])
+    assert [each for each in done if each == "again"] == ["again"] * 3 and done[1::2] == ["again"] * 3
+    assert done[0] is True and done[2] is done[4] is False  # of a prefill; amid a dispatch
