@@ -30,14 +30,13 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import Kernel, checked, difference, why_off
+from . import CONSTANT, Kernel, checked, difference, why_off
 from .products import AFFINE_PARTS, BF16_CLOSE, DENSE_PARTS, SIMD, Weights, arrays, example, flat, supported
 
 ROWS = (1, 2, 4, 8, 16)  # of x that a launch holds: a kernel is compiled for each, and takes fewer, too
 MOST = ROWS[-1]
 SIMDGROUPS = 2
 BUDGET = 96  # floats that a thread may hold
-FEWEST = 8  # numbers of an input, below which MLX hands it over as `constant`
 
 
 class Order(NamedTuple):
@@ -289,7 +288,7 @@ def few_rows(x: mx.array, weights: Weights) -> mx.array:
 
 def usable(weights: Weights, dtype: mx.Dtype) -> bool:
     """Returns whether the kernel runs for this format. Otherwise MLX's own product does."""
-    return why_off("few_rows") is None and supported(weights, dtype) and min(map(_size, arrays(weights))) >= FEWEST
+    return why_off("few_rows") is None and supported(weights, dtype) and min(map(_size, arrays(weights))) >= CONSTANT
 
 
 def _size(array: mx.array) -> int:
