@@ -221,7 +221,8 @@ def measure(
         for path, found in race(ways, seconds).items() if m in rows else ():
             times.setdefault(path, {})[m] = found / repeats
     times = {path: each for path, each in times.items() if len(each) == len(rows)}
-    steady = (steady | {ExpertPath.PAIRS}) & times.keys()  # of what there is, pairs depend least on company
+    # Of what there is, pairs depend least on company; and they are themselves, whatever their bits.
+    steady, equal = ((paths | {ExpertPath.PAIRS}) & times.keys() for paths in (steady, equal))
     return times, frozenset(steady), frozenset(equal & steady)
 
 

@@ -84,6 +84,21 @@ def test_which_paths_a_rule_may_take(monkeypatch, rows, off, steady, equal):
     assert found == [steady, equal]
 
 
+def test_where_no_bits_are_steady_plain_pairs_stay(monkeypatch):
+    """A device whose sums come in another order each time, or that gives what is no number, still gets a rule."""
+    along, calls = moe.Experts.run, []
+
+    def changed(self, path, x, experts, weights):
+        calls.append(path)
+        return along(self, path, x, experts, weights) + len(calls)
+
+    monkeypatch.setattr(moe.Experts, "run", changed)
+    times, *found = doctor.measure(doctor.layer((64, 64, 4, 2), 4), (64, 64, 4, 2), [1, 2], 1)
+    assert found == [{P}, {P}] and set(times) == {P, S}
+    able = {path: each for path, each in times.items() if path in found[0]}
+    assert doctor.rule("M9", "bfloat16", "affine4", able, found[1], 2).path(1) == P
+
+
 @pytest.mark.parametrize(
     ("stock", "ours", "steps"),
     [
