@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,13 @@ if TYPE_CHECKING:
 
 LAYER = (2816, 704, 128, 8)  # of the 26B-A4B: hidden size, expert size, experts, experts a token
 ROWS = (1, 2, 4, 8, 16, 32)
-PRODUCTS = ((2816, 8192), (4096, 2816), (2816, 4224), (2112, 2816))  # of its dense parts: inputs and outputs
-HEAD = (2816, 262144)
-LAYERS = 4  # of PRODUCTS, so that weights come from memory, as in a model, and not from a cache
+PRODUCTS = (  # inputs and outputs of products that are raced together, for each of expert_paths.SIDES
+    ((1536, 2048), (2048, 1536), (1536, 256), (1024, 1024)),  # of the E2B, and of a drafter
+    ((4096, 2816), (2112, 2816), (1536, 4096)),  # of the 26B-A4B, and of the E2B
+    ((2816, 8192), (2816, 4224), (8192, 2816)),  # of the 26B-A4B
+    ((2816, 262144),),  # its head
+)
+PASS = 128 << 20  # weights of a race's matrices, at least, so that they come from memory, as in a model
 PRODUCT_ROWS = (1, 2, 4, 8, 16)
 FORMATS = {"4-bit": 4, "8-bit": 8, "bf16": 0}
 Times = Mapping["ExpertPath", Mapping[int, float]]  # path -> tokens -> seconds
@@ -216,7 +221,8 @@ def measure(
         for path, found in race(ways, seconds).items() if m in rows else ():
             times.setdefault(path, {})[m] = found / repeats
     times = {path: each for path, each in times.items() if len(each) == len(rows)}
-    steady = (steady | {ExpertPath.PAIRS}) & times.keys()  # of what there is, pairs depend least on company
+    # Of what there is, pairs depend least on company; and they are themselves, whatever their bits.
+    steady, equal = ((paths | {ExpertPath.PAIRS}) & times.keys() for paths in (steady, equal))
     return times, frozenset(steady), frozenset(equal & steady)
 
 
@@ -244,20 +250,20 @@ def _layers(experts: Experts, path: ExpertPath, inputs: Sequence[tuple[mx.array,
 
 
 def time_products(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...], dict[str, Any]]:
-    """Races MLX's products against ours of few rows, over LAYERS of PRODUCTS and a head.
+    """Races MLX's products against ours of few rows, over PRODUCTS of each size.
 
-    Returns (the rules that follow, milliseconds by format, path and rows).
+    Returns (the rules that follow, milliseconds by format and size, path and rows).
     """
     import mlx.core as mx
 
     from .checks.invariance import agreeing_widths
-    from .ops.expert_paths import ProductPath
+    from .ops.expert_paths import SIDES, ProductPath
     from .ops.kernels import few_rows
 
     rules, shown = [], {}
-    for name, bits in FORMATS.items():
-        linears = stack(bits)
-        first = linears[0]
+    for (name, bits), (side, shapes) in product(FORMATS.items(), zip(SIDES, PRODUCTS, strict=True)):
+        linears = stack(bits, shapes)
+        first, size = linears[0], f"products to {side}" if side else "the head"
         if not few_rows.usable(first.weights, mx.bfloat16):
             continue
         times: dict[ProductPath, dict[int, float]] = {path: {} for path in ProductPath}
@@ -265,29 +271,34 @@ def time_products(args: argparse.Namespace, chip: str) -> tuple[tuple[Rule, ...]
             ways = {path: partial(_pass, linears, path, rows) for path in times}
             for path, seconds in race(ways, args.seconds).items():
                 times[path][rows] = seconds
-        rules.append(product_rule(chip, "bfloat16", first.form, times))
-        shown[name] = {str(path): {str(m): round(1e3 * s, 3) for m, s in each.items()} for path, each in times.items()}
-        print(f"\n{name}, milliseconds of {LAYERS} layers' products and a head, by rows")
+        rules.append(product_rule(chip, "bfloat16", first.form, times, side))
+        shown[f"{name}, {size}"] = {
+            str(path): {str(m): round(1e3 * s, 3) for m, s in each.items()} for path, each in times.items()
+        }
+        print(f"\n{name}, milliseconds of {len(linears)} products by rows: {size}")
         print(f"{'':10}" + "".join(f"{m:>9}" for m in PRODUCT_ROWS))
         for path, each in times.items():
             agree = agreeing_widths(partial(first.run, path), first.weights.inputs, mx.bfloat16)
             print(f"{path:10}" + "".join(f"{1e3 * each[m]:9.2f}" for m in PRODUCT_ROWS), end="")
             print(f"   a row has its own bits at {' '.join(map(str, agree))} rows")
         print("from so many rows on: " + ", ".join(f"{start} {path}" for start, path in rules[-1].steps))
-        del linears, first
+        del linears, first, ways
         mx.clear_cache()
     return tuple(rules), shown
 
 
-def stack(bits: int) -> list[Product]:
-    """Returns LAYERS of random PRODUCTS and a HEAD in bfloat16, quantised to `bits` in groups of 64; 0 leaves them."""
+def stack(bits: int, shapes: Sequence[tuple[int, int]]) -> list[Product]:
+    """Returns random products of these shapes in bfloat16, one after the other until they hold PASS weights, quantised
+    to `bits` in groups of 64; 0 leaves them.
+    """
     import mlx.core as mx
     import mlx.nn as nn
 
     from .models.linear import Linear, finish_loading
 
     holder = nn.Module()
-    holder.linears = [Linear(*sizes) for sizes in (*PRODUCTS * LAYERS, HEAD)]
+    layers = math.ceil(PASS / sum(map(math.prod, shapes)))
+    holder.linears = [Linear(*sizes) for sizes in (*shapes,) * layers]
     holder.set_dtype(mx.bfloat16)
     if bits:
         nn.quantize(holder, group_size=64, bits=bits)
@@ -306,8 +317,12 @@ def _pass(linears: Sequence[Product], path: ProductPath, rows: int) -> None:
     mx.eval(y)
 
 
-def product_rule(chip: str, dtype: str, weights: str, times: Mapping[ProductPath, Mapping[int, float]]) -> Rule:
-    """Returns the rule that takes, at each number of rows, the faster path, and MLX's own beyond what was raced."""
+def product_rule(
+    chip: str, dtype: str, weights: str, times: Mapping[ProductPath, Mapping[int, float]], side: int
+) -> Rule:
+    """Returns the rule that takes, at each number of rows, the faster path, and MLX's own beyond what was raced. side:
+    of the matrices, as in Rule.
+    """
     from .ops.expert_paths import ANY_PRODUCT, ProductPath, Rule
 
     picks = {rows: min(times, key=lambda path: times[path][rows]) for rows in PRODUCT_ROWS}
@@ -315,7 +330,7 @@ def product_rule(chip: str, dtype: str, weights: str, times: Mapping[ProductPath
     for rows, path in (*picks.items(), (PRODUCT_ROWS[-1] + 1, ProductPath.STOCK)):
         if path != steps[-1][1]:
             steps.append((rows, path))
-    return Rule(chip, dtype, weights, tuple(steps), ANY_PRODUCT)
+    return Rule(chip, dtype, weights, tuple(steps), ANY_PRODUCT, side)
 
 
 def rule(chip: str, dtype: str, weights: str, times: Times, equal: frozenset[ExpertPath], top_k: int) -> Rule:

@@ -19,7 +19,15 @@ from mlx_gemma_mtp.ops.kernels import Kernel, down, gate_up, grouping, head_argm
 from mlx_gemma_mtp.ops.kernels.products import Weights
 
 DTYPES = (mx.bfloat16, mx.float16, mx.float32)
-FORMATS = ((0, 0), (4, 32), (4, 64), (8, 32), (8, 64))  # bits, 0 for floats, and the size of a group
+FORMATS = (
+    (0, 0),
+    (4, 32),
+    (4, 64),
+    (4, 128),
+    (8, 32),
+    (8, 64),
+    (8, 128),
+)  # bits, 0 for floats, and the size of a group
 EXPERTS = {  # experts, experts a token, inputs, size of an expert
     "26B-A4B": (128, 8, 2816, 704),
     "bundled": (24, 4, 192, 96),

@@ -22,6 +22,7 @@ from benchmarks import random_checkpoints as planned
 from benchmarks.random_checkpoints import Drawn
 from convert.quantize import Format, Recipe
 from mlx_gemma_mtp.files.folder import INDEX, SINGLE
+from mlx_gemma_mtp.files.safetensors import ITEM_BYTES, header_bytes
 
 TARGET = "gemma-4-26B-A4B-it"
 GROUP, BITS = 64, 4
@@ -38,19 +39,25 @@ def raws(layers: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     return target, drafter
 
 
-def make(folder: Path, target: dict[str, Any], drafter: dict[str, Any]) -> int:
-    """Writes FOLDER-4bit and FOLDER-assistant, where `load` finds both. Returns the bytes of the tensors."""
+def make(folder: Path, target: dict[str, Any], drafter: dict[str, Any], hollow: bool = False) -> int:
+    """Writes FOLDER-4bit and FOLDER-assistant, where `load` finds both. Returns the bytes of the tensors.
+
+    hollow: all values are zeros, which take neither time nor room on the disk; a rehearsal computes zeros anyhow.
+    """
     files, config = planned.converted(target, Recipe(Format(BITS, GROUP)))
     both = folder.with_name(f"{folder.name}-4bit"), folder.with_name(f"{folder.name}-assistant")
     planned_files = (files, config), (planned.published(drafter), drafter)
-    size = sum(_write(path, *each) for path, each in zip(both, planned_files, strict=True))
+    size = sum(_write(path, *each, hollow) for path, each in zip(both, planned_files, strict=True))
     planned.write_tokenizer(both[0], target["text_config"]["vocab_size"])
     return size
 
 
-def _write(folder: Path, files: dict[str, list[Drawn]], config: dict[str, Any]) -> int:
+def _write(folder: Path, files: dict[str, list[Drawn]], config: dict[str, Any], hollow: bool) -> int:
     folder.mkdir(parents=True)
     for file, tensors in files.items():
+        if hollow:
+            _write_hollow(folder / file, tensors)
+            continue
         mx.save_safetensors(str(folder / file), arrays(tensors), {"format": "mlx"})
         mx.clear_cache()
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
@@ -60,6 +67,15 @@ def _write(folder: Path, files: dict[str, list[Drawn]], config: dict[str, Any]) 
     planned.put(folder / "config.json", config)
     planned.put(folder / "generation_config.json", planned.GENERATION)
     return total
+
+
+def _write_hollow(path: Path, tensors: Sequence[Drawn]) -> None:
+    """Writes a file's header, and a hole for its values."""
+    tensors = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
+    header, _ = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(tensor.nbytes for tensor in tensors))
 
 
 def arrays(tensors: Sequence[Drawn]) -> dict[str, mx.array]:
@@ -109,10 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.made", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="of the target, for a rehearsal")
+    parser.add_argument("--hollow", action="store_true", help="write zeros that take no room, for a rehearsal")
     parser.add_argument("--out", type=Path, help="append a line of JSON there")
     args = parser.parse_args(argv)
     began = time.monotonic()
-    size = make(args.folder / TARGET, *raws(args.layers))
+    size = make(args.folder / TARGET, *raws(args.layers), args.hollow)
     line = json.dumps({"what": "made", "bytes": size, "seconds": round(time.monotonic() - began, 1)})
     print(line)
     if args.out:

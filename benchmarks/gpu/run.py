@@ -43,6 +43,7 @@ MATTER = (
     "texts bundled 4bit", "texts bundled 8bit", "texts bundled 4bit, without our kernels", "texts e2b 4bit", "memcheck",
 )  # fmt: skip
 LAYERS = ("--layers", os.environ["GPU_LAYERS"]) if "GPU_LAYERS" in os.environ else ()  # of the 26B, in a rehearsal
+HOLLOW = ("--hollow",) if os.environ.get("FAKE_GPU") else ()  # results are zeros there
 SANITIZER = (
     "s=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer | head -1); "
     "$s --tool {tool} --kernel-name kernel_substring=custom_kernel --print-limit 20 --error-exitcode 9 "
@@ -112,7 +113,7 @@ def real_size(work: Path, limits: Sequence[float]) -> list[Step]:
     folder = (MEMORY if roomy(MEMORY) else work) / "size" / f"{made.TARGET}-4bit"
 
     def making(out: Path, seconds: float) -> list[str]:
-        return [PYTHON, "-m", "benchmarks.gpu.made", str(folder.parent), "--out", str(out), *LAYERS]
+        return [PYTHON, "-m", "benchmarks.gpu.made", str(folder.parent), "--out", str(out), *LAYERS, *HOLLOW]
 
     commands = {
         "make 26B": making,
@@ -164,7 +165,7 @@ def checks(made: Path) -> tuple[list[Step], list[Step]]:
         texts("bundled", "bfloat16", 30, False),
         texts("bundled", "float32", 25, False),
     ]
-    doctor = [PYTHON, "-m", "mlx_gemma_mtp.doctor", "--repeats", "5"]
+    doctor = [PYTHON, "-m", "mlx_gemma_mtp.doctor", "--repeats", "5", "--seconds", "0.1"]
     alone = [
         Step("doctor", lambda out, seconds: doctor, 45, after=("compile 26B",)),
         Step("times", module("times"), 40, after=("compile 26B",)),

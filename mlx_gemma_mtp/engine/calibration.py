@@ -25,6 +25,7 @@ from ..files.hub import Pair
 from ..machine import blas, device
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
+from ..models.linear import measured_rules
 from ..models.loading import format_of
 from ..ops import kernels
 from ..sampling.distribution import Rules
@@ -309,6 +310,8 @@ def _kernels(target: Gemma4) -> dict[str, Any]:
     widths = range(1, ROWS[-1] * (MAX_DRAFTS + 1) + 1)
     products = [str(target.embed_tokens.path(target.dtype, tokens)) for tokens in widths]
     found: dict[str, Any] = {"ours": kernels.status(), "products": _runs(products)}
+    if rules := measured_rules(target):
+        found["measured"] = rules
     if moe := target.config.moe:
         experts = target.layers[0].experts
         found["experts"] = _runs([str(experts.path(target.dtype, moe.top_k * tokens)) for tokens in widths])

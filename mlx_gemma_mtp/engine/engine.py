@@ -19,9 +19,10 @@ from ..models import loading
 from ..models.config import GenerationDefaults
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
+from ..models.linear import products_of
 from ..models.loading import step_bytes
 from ..ops import kernels
-from ..ops.expert_paths import ProductPath
+from ..ops.expert_paths import ROWS, ProductPath
 from ..sampling.params import SamplingParams, count
 from ..speculative.costs import CostTable
 from ..speculative.depth import Depth
@@ -327,8 +328,9 @@ class Engine:
         if moe := self.target.config.moe:
             ways = self.target.layers[0].experts.paths(self.target.dtype, moe.top_k)
             where += f", experts {' then '.join(ways)}"
-        if (ways := self.target.embed_tokens.paths(self.target.dtype)) != [ProductPath.STOCK]:
-            where += f", products {' then '.join(ways)}"
+        rules = [module.rule(self.target.dtype) for module in products_of(self.target)]
+        if (ways := {" then ".join(rule.paths(ROWS + 1)) for rule in rules}) != {ProductPath.STOCK}:
+            where += f", products {' or '.join(sorted(ways))}"
         if bits := self.settings.kv_bits:
             where += f", K/V of {'all' if self.settings.kv_bits_rings else 'full'} layers in {bits} bits"
         return f"{', '.join(formats)}, computed in {dtype} on {where}, MLX {mx.__version__}"

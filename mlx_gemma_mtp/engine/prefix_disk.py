@@ -24,6 +24,7 @@ from ..files.prefix_file import packed
 from ..files.prefix_store import HostArray, Layers, PrefixStore
 from ..machine import blas, device
 from ..models.gemma4 import Gemma4
+from ..models.linear import measured_rules
 from ..models.loading import format_of
 from ..ops import kernels
 from .prefix import Prefixes
@@ -162,7 +163,7 @@ def _key(model: Path, target: Gemma4, settings: Settings) -> str:
         "kv": [str(spec) for spec in settings.specs(target.config)],
         "grid": [settings.prefill_chunk, settings.drafting.lookback],
         "device": [device.kind(), device.name(), blas.name()],
-        "kernels": kernels.status(),
+        "kernels": [kernels.status(), measured_rules(target)],
         "row_invariant": settings.row_invariant,
     }
     return json.dumps(computed, sort_keys=True, default=str)

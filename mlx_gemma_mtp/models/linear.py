@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..machine import device
-from ..ops import pieces
-from ..ops.expert_paths import ROWS, ProductPath, choose_product
+from ..ops import expert_paths, pieces
+from ..ops.expert_paths import ProductPath, Rule
 from ..ops.kernels import few_rows, why_off
 from ..ops.kernels.products import Weights
 
@@ -42,6 +43,23 @@ class Weighted(nn.Module):
         return f"{self.mode}{self.bits}" if "scales" in self else "float"
 
 
+class Asked(NamedTuple):
+    """All that a product's rule depends on, but for the weights, which stay."""
+
+    dtype: mx.Dtype
+    row_invariant: bool
+    runs: bool
+    measured: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The rule that the table gave, and for what."""
+
+    asked: Asked
+    rule: Rule
+
+
 class Product(Weighted):
     """A module that multiplies with its weights by the path that the table in ops/expert_paths.py chooses.
 
@@ -49,15 +67,22 @@ class Product(Weighted):
     """
 
     row_invariant = False
+    _decision: Decision | None = None
+
+    def rule(self, dtype: mx.Dtype) -> Rule:
+        """Returns the rule of products with inputs of dtype. The table is asked once, and again when something changed
+        on which its answer depends: the measured rules, a kernel that is switched off, `row_invariant`.
+        """
+        asked = Asked(dtype, self.row_invariant, why_off("few_rows") is None, expert_paths.measured())
+        if self._decision is None or self._decision.asked != asked:
+            weights, usable = self.weights, few_rows.usable(self.weights, dtype)
+            case = device.name(), dtype, self.form, max(weights.inputs, weights.outputs), usable, self.row_invariant
+            self._decision = Decision(asked, expert_paths.product_rule(*case))
+        return self._decision.rule
 
     def path(self, dtype: mx.Dtype, rows: int) -> ProductPath:
         """Returns the path of a product with so many rows of dtype."""
-        usable = few_rows.usable(self.weights, dtype)
-        return choose_product(device.name(), dtype, self.form, rows, usable, self.row_invariant)
-
-    def paths(self, dtype: mx.Dtype) -> list[str]:
-        """Returns the paths of products of one row up to more than a verify has, those of few rows first."""
-        return [str(path) for path, _ in groupby(self.path(dtype, rows) for rows in range(1, ROWS + 2))]
+        return self.rule(dtype).path(rows)
 
     def product(self, x: mx.array) -> mx.array:
         """Returns x weight^T: [..., in] -> [..., out]."""
@@ -214,6 +239,14 @@ def products_of(model: nn.Module) -> list[Product]:
         for path, module in model.named_modules()
         if isinstance(module, Product) and path != "embed_tokens_per_layer"
     ]
+
+
+def measured_rules(model: nn.Module) -> list[str]:
+    """Returns the measured rules that may decide how this model's products and experts are computed here. They change
+    its bits, beside versions and kernels.
+    """
+    forms = {module.form for module in model.modules() if isinstance(module, Weighted)}
+    return [str(rule) for rule in expert_paths.measured() if rule.weights in ("", *forms)]
 
 
 def keep_rows(model: nn.Module, dtype: mx.Dtype) -> list[str]:

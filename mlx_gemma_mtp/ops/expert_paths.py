@@ -13,6 +13,7 @@ depend on drafts.
 Products: STOCK is MLX's own, which on a GPU takes another kernel, with other bits, at another number of rows. FEW_ROWS
 is our kernel: a row has the same bits in any company, those of MLX's product of it alone, and weights are read once for
 16 rows. It is taken where it was measured to be faster, and, up to ROWS rows, by a model that is to be `row_invariant`.
+Which is faster hangs on the matrix's size, for MLX changes kernels by it; see SIDES.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ class ExpertPath(StrEnum):
     TILED = "tiled"
 
 
+# The larger of a product's inputs and outputs, up to which one measured rule holds; 0: any. On Metal MLX 0.32.4 reads a
+# quantised matrix once a row up to 14 or 18 rows where both are at most 2048, up to 10 or 12 where they are at most
+# 4096, and up to 6 or 10 beyond (32, 18 and 12 on a Max or Ultra); from there on it computes tiles of 32 rows. So what
+# few rows cost changes there. A head, beyond every layer's matrix, is most of a small model's bytes.
+SIDES = (2048, 4096, 65536, 0)
+
+
 class ProductPath(StrEnum):
     STOCK = "stock"
     FEW_ROWS = "few rows"
@@ -48,9 +56,10 @@ class Rule:
     "" stands for every one.
 
     chip: what the device's name begins with (see device.name). weights: the `form` of the linears, such as float or
-    affine4. steps: (number of pairs or rows from which on, path), ascending from 1. equal: the paths among which a
-    verify may change with that number. They must give a row the same bits; only where no product of the device does so
-    at two widths, the dense ones included, may others be named. Raises ValueError where steps change among other paths.
+    affine4. side: the larger of a product's inputs and outputs is at most that, 0 for any. steps: (number of pairs or
+    rows from which on, path), ascending from 1. equal: the paths among which a verify may change with that number. They
+    must give a row the same bits; only where no product of the device does so at two widths, the dense ones included,
+    may others be named. Raises ValueError where steps change among other paths.
     """
 
     chip: str
@@ -58,6 +67,7 @@ class Rule:
     weights: str
     steps: tuple[tuple[int, Path], ...]
     equal: frozenset[Path] = frozenset()
+    side: int = 0
 
     def __post_init__(self):
         starts = [start for start, _ in self.steps]
@@ -67,8 +77,15 @@ class Rule:
         if len(used) > 1 and not used <= self.equal:
             raise ValueError(f"{self.chip or 'any chip'}: {sorted(used)} alternate but are not known to be bit-equal")
 
-    def covers(self, chip: str, dtype: str, weights: str) -> bool:
-        return chip.startswith(self.chip) and self.dtype in ("", dtype) and self.weights in ("", weights)
+    def __str__(self) -> str:
+        """The rule as a line, in which all that decides is told."""
+        steps = ", ".join(f"{start} {path}" for start, path in self.steps)
+        side = f" to {self.side}" if self.side else ""
+        return f"{self.chip or 'any chip'}, {self.dtype or 'any dtype'}, {self.weights or 'any weights'}{side}: {steps}"
+
+    def covers(self, chip: str, dtype: str, weights: str, side: int = 0) -> bool:
+        fits = self.side == 0 or 0 < side <= self.side
+        return chip.startswith(self.chip) and self.dtype in ("", dtype) and self.weights in ("", weights) and fits
 
     @property
     def needs_kernels(self) -> bool:
@@ -81,6 +98,10 @@ class Rule:
 
     def path(self, number: int) -> Path:
         return next(path for start, path in reversed(self.steps) if start <= number)
+
+    def paths(self, most: int) -> list[str]:
+        """Returns the paths up to `most` pairs or rows, those of few first."""
+        return [str(path) for start, path in self.steps if start <= most]
 
 
 ON_METAL = (ExpertPath.PAIRS, ExpertPath.SORTED, ExpertPath.GROUPED)  # among which the doctor chooses
@@ -107,11 +128,17 @@ _measured: tuple[Rule, ...] = ()
 
 
 def adopt(rules: tuple[Rule, ...]) -> None:
-    """Puts these rules, which were measured on this machine, before RULES from now on; () forgets them."""
+    """Puts these rules, which were measured on this machine, before RULES from now on; () forgets them. Compiled graphs
+    keep the paths that they were traced with, so a load adopts before its model runs.
+    """
     global _measured
     _measured = rules
     choose.cache_clear()
-    choose_product.cache_clear()
+
+
+def measured() -> tuple[Rule, ...]:
+    """Returns the rules that were adopted last."""
+    return _measured
 
 
 @lru_cache(maxsize=4096)
@@ -120,18 +147,15 @@ def choose(chip: str, dtype: mx.Dtype, weights: str, pairs: int, grouped: bool) 
     return _rule(ExpertPath, chip, dtype, weights, grouped).path(pairs)
 
 
-@lru_cache(maxsize=4096)
-def choose_product(chip: str, dtype: mx.Dtype, weights: str, rows: int, few_rows: bool, invariant: bool) -> ProductPath:
-    """Returns the path of a product of `rows` rows. few_rows: whether our kernel runs for this format of weights.
-    invariant: whether a row's bits must not depend on how many there are.
+def product_rule(chip: str, dtype: mx.Dtype, weights: str, side: int, few_rows: bool, invariant: bool) -> Rule:
+    """Returns the rule of a matrix's products. side: the larger of its inputs and outputs. few_rows: whether our kernel
+    runs for this format of weights. invariant: whether a row's bits must not depend on how many there are.
     """
-    if invariant and few_rows:
-        return INVARIANT.path(rows)
-    return _rule(ProductPath, chip, dtype, weights, few_rows).path(rows)
+    return INVARIANT if invariant and few_rows else _rule(ProductPath, chip, dtype, weights, few_rows, side)
 
 
-def _rule(kind: type[Path], chip: str, dtype: mx.Dtype, weights: str, kernels: bool) -> Rule:
+def _rule(kind: type[Path], chip: str, dtype: mx.Dtype, weights: str, kernels: bool, side: int = 0) -> Rule:
     """The first that covers the case and that can be followed with our kernels, or without."""
     name = str(dtype).removeprefix("mlx.core.")
-    fit = (rule for rule in (*_measured, *RULES) if rule.kind is kind and rule.covers(chip, name, weights))
+    fit = (rule for rule in (*_measured, *RULES) if rule.kind is kind and rule.covers(chip, name, weights, side))
     return next(rule for rule in fit if kernels or not rule.needs_kernels)

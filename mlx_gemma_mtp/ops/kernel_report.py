@@ -20,7 +20,7 @@ from ..files.files import CACHE, cache_folder, whole
 from ..machine import device
 from . import expert_paths, kernels
 
-FORMAT = 1
+FORMAT = 2
 
 
 def machine() -> dict[str, Any]:
@@ -105,6 +105,7 @@ def _plain(rule: expert_paths.Rule) -> dict[str, Any]:
         "chip": rule.chip,
         "dtype": rule.dtype,
         "weights": rule.weights,
+        "side": rule.side,
         "steps": [[start, str(path)] for start, path in rule.steps],
         "equal": sorted(map(str, rule.equal)),
     }
@@ -115,4 +116,5 @@ def _rule(data: dict[str, Any]) -> expert_paths.Rule:
     names = {str(path): path for kind in (expert_paths.ExpertPath, expert_paths.ProductPath) for path in kind}
     steps = tuple((int(start), names[path]) for start, path in data["steps"])
     equal = frozenset(names[path] for path in data["equal"])
-    return expert_paths.Rule(str(data["chip"]), str(data["dtype"]), str(data["weights"]), steps, equal)
+    case = str(data["chip"]), str(data["dtype"]), str(data["weights"])
+    return expert_paths.Rule(*case, steps, equal, int(data["side"]))

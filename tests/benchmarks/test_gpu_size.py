@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -94,6 +95,22 @@ def test_values_have_the_planned_distributions():
                 ours = np.array(ours.astype(mx.float32)).ravel()
                 assert abs(ours.mean() - theirs.mean()) < 0.1 * theirs.std() + 0.02 * abs(theirs.mean()), tensor.name
                 assert 0.85 < ours.std() / theirs.std() < 1.15, tensor.name
+
+
+def test_a_hollow_folder_is_the_same_but_for_its_values(folder, tmp_path):
+    """And takes next to no room; of the real size it would be 15 GB."""
+    bytes_said = made.make(tmp_path / made.TARGET, *small(), hollow=True)
+    for ours, theirs in (
+        (tmp_path / f"{made.TARGET}{end}", Path(f"{folder[:-5]}{end}")) for end in ("-4bit", "-assistant")
+    ):
+        assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
+        for file in ours.glob("*.safetensors"):
+            hollow, drawn = mx.load(str(file)), mx.load(str(theirs / file.name))
+            kinds = [{name: (array.shape, array.dtype) for name, array in each.items()} for each in (hollow, drawn)]
+            assert kinds[0] == kinds[1] and not any(array.any().item() for array in hollow.values())
+            bytes_said -= sum(array.nbytes for array in hollow.values())
+            assert file.stat().st_blocks * 512 < file.stat().st_size / 4
+    assert bytes_said == 0
 
 
 def test_fewer_layers_end_with_a_full_one():

@@ -11,7 +11,11 @@ from mlx_gemma_mtp.cache.saved import Saved
 from mlx_gemma_mtp.engine import prefix_disk
 from mlx_gemma_mtp.engine.prefix import Prefixes
 from mlx_gemma_mtp.engine.prefix_disk import PrefixDisk, Shapes
+from mlx_gemma_mtp.engine.settings import Settings
+from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.files.prefix_store import PrefixStore
+from mlx_gemma_mtp.ops import expert_paths
+from mlx_gemma_mtp.ops.expert_paths import ExpertPath, ProductPath, Rule
 from mlx_gemma_mtp.speculative.prefill import prefill
 from tests import tiny
 
@@ -126,3 +130,28 @@ def test_kv_without_a_whole_window_do_not_fit():
 
     assert shapes.fit(40, layers(least)) and not shapes.fit(40, layers(least - 1))
     assert not shapes.fit(41, layers(least)) and not shapes.fit(39, layers(least)) and not shapes.fit(40, [])
+
+
+def test_kv_computed_by_other_rules_are_others(tmp_path):
+    """What the doctor measured decides which kernels compute, and with them bits; but rules for weights that the model
+    has not do not.
+    """
+    model, settings = tiny.target("moe"), Settings(prefix_cache=tmp_path)
+    key = lambda: prefix_disk._key(hub.DEMO / "target", model, settings)  # noqa: E731
+    products, experts = ((1, ProductPath.FEW_ROWS),), ((1, ExpertPath.SORTED),)
+    rules = [
+        (),
+        (Rule("", "", "float", products),),
+        (Rule("", "", "float", products, side=2048),),
+        (Rule("", "", "float", products), Rule("", "", "float", experts)),
+    ]
+    try:
+        before, keys = key(), set()
+        for each in rules:
+            expert_paths.adopt(each)
+            keys.add(key())
+        assert before in keys and len(keys) == len(rules)
+        expert_paths.adopt((Rule("", "", "affine4", products),))
+        assert key() == before
+    finally:
+        expert_paths.adopt(())

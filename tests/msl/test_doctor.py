@@ -84,6 +84,21 @@ def test_which_paths_a_rule_may_take(monkeypatch, rows, off, steady, equal):
     assert found == [steady, equal]
 
 
+def test_where_no_bits_are_steady_plain_pairs_stay(monkeypatch):
+    """A device whose sums come in another order each time, or that gives what is no number, still gets a rule."""
+    along, calls = moe.Experts.run, []
+
+    def changed(self, path, x, experts, weights):
+        calls.append(path)
+        return along(self, path, x, experts, weights) + len(calls)
+
+    monkeypatch.setattr(moe.Experts, "run", changed)
+    times, *found = doctor.measure(doctor.layer((64, 64, 4, 2), 4), (64, 64, 4, 2), [1, 2], 1)
+    assert found == [{P}, {P}] and set(times) == {P, S}
+    able = {path: each for path, each in times.items() if path in found[0]}
+    assert doctor.rule("M9", "bfloat16", "affine4", able, found[1], 2).path(1) == P
+
+
 @pytest.mark.parametrize(
     ("stock", "ours", "steps"),
     [
@@ -95,14 +110,14 @@ def test_which_paths_a_rule_may_take(monkeypatch, rows, off, steady, equal):
 def test_the_rule_of_products_that_follows(stock, ours, steps):
     """The faster path at every number of rows that was raced, and MLX's own beyond."""
     times = {path: dict(zip(doctor.PRODUCT_ROWS, each, strict=True)) for path, each in ((M, stock), (F, ours))}
-    rule = doctor.product_rule("M9", "bfloat16", "affine4", times)
-    assert rule.steps == steps and rule.kind is ProductPath
+    rule = doctor.product_rule("M9", "bfloat16", "affine4", times, 2048)
+    assert rule.steps == steps and rule.kind is ProductPath and rule.side == 2048
     expert_paths.adopt((rule,))
     try:
-        asked = [expert_paths.choose_product("M9 Max", mx.bfloat16, "affine4", n, True, False) for n in (1, 3, 17)]
+        found = expert_paths.product_rule("M9 Max", mx.bfloat16, "affine4", 64, True, False)
     finally:
         expert_paths.adopt(())
-    assert asked == [rule.path(n) for n in (1, 3, 17)]
+    assert found == rule
 
 
 def test_ways_take_turns_for_seconds():
@@ -128,7 +143,7 @@ def test_a_rule_outlives_its_file(tmp_path):
     checked = dict.fromkeys(kernels.KERNELS) | {"down": "off by 2"}
     rules = (
         doctor.rule("M9", "bfloat16", "float", times([1, 4, 9], [2, 3, 5], [3, 6, 9]), EQUAL, 8),
-        expert_paths.Rule("M9", "bfloat16", "affine4", ((1, M), (2, F)), expert_paths.ANY_PRODUCT),
+        expert_paths.Rule("M9", "bfloat16", "affine4", ((1, M), (2, F)), expert_paths.ANY_PRODUCT, 4096),
     )
     assert report.read() is None
     report.write(checked, rules)
@@ -172,8 +187,8 @@ def test_an_unwritable_folder_is_a_notice(metal, monkeypatch):
 def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "FORMATS", {"4-bit": 4})
     monkeypatch.setattr(doctor, "time_drafts", lambda model: {})
-    monkeypatch.setattr(doctor, "PRODUCTS", ((64, 32),))
-    monkeypatch.setattr(doctor, "HEAD", (64, 40))
+    monkeypatch.setattr(doctor, "PRODUCTS", (((64, 32), (64, 24)), ((64, 32),), ((64, 32),), ((64, 40),)))
+    monkeypatch.setattr(doctor, "PASS", 1)
     monkeypatch.setattr(doctor, "PRODUCT_ROWS", (1, 2))
     monkeypatch.setattr(invariance, "WIDTHS", (1, 2))
     monkeypatch.setattr(invariance, "INPUTS", 1)
@@ -186,12 +201,28 @@ def test_the_command_times_keeps_and_reports(metal, monkeypatch, capsys):
     assert set(record["experts"]["4-bit"]) == set(map(str, expert_paths.ON_METAL)) and record["kernels"]["down"] == "on"
     assert all(t > 0 and math.isfinite(t) for each in record["experts"]["4-bit"].values() for t in each.values())
     checked, rules = kernel_report.Report().read()
-    assert set(checked.values()) == {None} and [rule.weights for rule in rules] == ["affine4", "affine4"]
-    assert [rule.kind for rule in rules] == [ExpertPath, ProductPath]
-    assert out.count("a row has its own bits at 1 2 rows") == 2
-    assert {path: set(each) for path, each in record["products"]["4-bit"].items()} == {
-        "stock": {"1", "2"}, "few rows": {"1", "2"},
-    }  # fmt: skip
+    assert set(checked.values()) == {None} and {rule.weights for rule in rules} == {"affine4"}
+    assert [rule.kind for rule in rules] == [ExpertPath, *[ProductPath] * len(expert_paths.SIDES)]
+    assert [rule.side for rule in rules] == [0, *expert_paths.SIDES]
+    assert out.count("a row has its own bits at 1 2 rows") == 2 * len(expert_paths.SIDES)
+    sizes = [f"4-bit, {size}" for size in ("products to 2048", "products to 4096", "products to 65536", "the head")]
+    assert {form: {path: set(each) for path, each in found.items()} for form, found in record["products"].items()} == {
+        size: {"stock": {"1", "2"}, "few rows": {"1", "2"}} for size in sizes
+    }
+
+
+def test_what_is_raced_together_is_of_its_size():
+    for least, side, shapes in zip((0, *expert_paths.SIDES), expert_paths.SIDES, doctor.PRODUCTS, strict=False):
+        assert all(least < max(shape) <= (side or math.inf) for shape in shapes)
+    assert len(doctor.PRODUCTS) == len(expert_paths.SIDES)
+
+
+def test_a_stack_holds_what_no_cache_does(monkeypatch):
+    monkeypatch.setattr(doctor, "PASS", 64 * 100)
+    linears = doctor.stack(4, ((64, 32), (128, 16)))
+    assert [(each.weights.inputs, each.weights.outputs, each.form) for each in linears] == [
+        (64, 32, "affine4"), (128, 16, "affine4"),
+    ] * 2  # fmt: skip
 
 
 def test_checks_alone_keep_the_rules_that_were_measured(metal, monkeypatch, capsys):

@@ -205,9 +205,9 @@ BREAKS = [
 ]
 SLOW = [
     (SPLIT, "int g = 1; g < SPLIT", "int g = 1; g < SPLIT - 1"),
-    (AFFINE, "dot += value[i] * digit[i] + value", "dot = dot + value[i] * digit[i] + value"),
+    (AFFINE, "dot += value[i] * own[i] + value", "dot = dot + value[i] * own[i] + value"),
     (AFFINE, "(1u << BITS) - 1u", "(1u << BITS) - 2u"),
-    (AFFINE, "size_t(r) * inputs + first + i", "first + i"),
+    (AFFINE, "size_t(r) * inputs + first", "size_t(first)"),
     (AFFINE, "first < inputs; first += BLOCK", "first < inputs - BLOCK; first += BLOCK"),
     (AFFINE, "first_row >= outputs", "first_row > outputs"),
     (AFFINE, "return simd_sum(part);", "return part;"),

@@ -4,6 +4,7 @@ the same in all of them.
 
 import re
 from math import prod
+from pathlib import Path
 
 import launches
 import mlx.core as mx
@@ -13,12 +14,13 @@ from signature import emulated, signature
 from mlx_gemma_mtp.machine import device
 from mlx_gemma_mtp.machine.device import Kind
 from mlx_gemma_mtp.ops import kernels
-from mlx_gemma_mtp.ops.kernels import Kernel
+from mlx_gemma_mtp.ops.kernels import Kernel, grouping
 
 CHECKS = launches.of_checks()
 KERNELS = launches.texts(CHECKS)
 HEADER = kernels.cuda_header()
 ATTRIBUTES = r"\b(?:thread|threads|threadgroups?|simdgroups?)_\w+\b"
+DECLARED = r"\b(?:struct|class|enum) (\w+)|\btypedef [\w ]+ (\w+);|#define (\w+)|\b(\w+)\s*\([^()]*\)\s*\{"
 SIMD = 32
 LARGEST = 1024  # threads of a threadgroup
 
@@ -94,6 +96,22 @@ def test_the_header_says_all_that_a_text_asks_for(name):
     assert all(f"using metal::{word};" in header for word in bare)
 
 
+def test_no_name_of_ours_is_one_that_mlx_declares():
+    """MLX puts these headers before a text, in the same namespace: a name that both have would be ambiguous, or MLX's
+    would be called.
+    """
+    folder, found, waiting = Path(mx.__file__).parent / "include", set(), ["mlx/backend/metal/kernels/utils.h"]
+    if not (folder / waiting[0]).is_file():
+        pytest.skip("MLX is installed without its Metal headers")
+    while waiting:
+        text = code((folder / waiting.pop()).read_text(encoding="utf-8"))
+        waiting += re.findall(r'#include "(mlx/[^"]+)"', text)
+        found |= {name for names in re.findall(DECLARED, text) for name in names if name}
+    assert {"ceildiv", "elem_to_loc", "simd_shuffle_down", "complex_t", "bfloat16_t", "Limits"} <= found
+    for name, kernel in KERNELS.items():
+        assert found.isdisjoint(re.findall(r"inline \w+ (\w+)\(", code(kernel.header))), name
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_text_means_the_same_in_both_languages(name):
     assert faults(KERNELS[name].header + KERNELS[name].source) == []
@@ -130,6 +148,28 @@ def test_a_name_is_that_of_its_text(monkeypatch):
     assert len(set(names)) == len(texts) and all(name.startswith("k_") for name in names)
     monkeypatch.setattr(kernels, "cuda_header", lambda: HEADER + " ")
     assert kernels.cuda_name(Kernel("k", (), (), *texts[0])) not in names
+
+
+def test_on_metal_a_name_and_a_template_stand_for_one_text():
+    """MLX compiles anew when the text under them changes; by the number of an input's elements it writes another."""
+    texts, names = {}, set()
+    for launch in launches.of_models():
+        of = launch.arguments
+        kernel = launch.kernel.on_metal(of["inputs"])
+        sign = signature(kernel, of["inputs"], of["output_dtypes"], of["template"])
+        text = (kernel.header, kernel.source, sign.parameters)
+        assert texts.setdefault((kernel.name, sign.template, sign.arguments), text) == text, launch.what
+        names.add(kernel.name)
+    assert {"expert_groups", "expert_groups_few_experts", "expert_down_few_order_scale"} <= names
+
+
+def test_a_launch_on_metal_goes_by_that_name(made, monkeypatch):
+    monkeypatch.setattr(device, "kind", lambda: Kind.METAL)
+    for pairs in (4, 8):
+        with pytest.raises(TypeError):  # what is made here launches nothing
+            grouping.group_metal(mx.zeros((pairs,), mx.uint32), 24)
+    assert list(made) == ["expert_groups_few_experts", "expert_groups"]
+    assert made["expert_groups_few_experts"] == made["expert_groups"]
 
 
 def test_address_spaces_become_words_that_cuda_knows():

@@ -1,17 +1,19 @@
 """Which path the experts take, how ties are routed, and that paths which may alternate agree bit for bit."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.machine import blas
+from mlx_gemma_mtp.machine import blas, device
 from mlx_gemma_mtp.machine.device import Kind, kind
 from mlx_gemma_mtp.models import linear, moe
 from mlx_gemma_mtp.models.config import MoESpec
 from mlx_gemma_mtp.models.linear import finish_loading
 from mlx_gemma_mtp.ops import expert_paths
-from mlx_gemma_mtp.ops.expert_paths import EQUAL, ExpertPath, ProductPath, Rule, choose, choose_product
+from mlx_gemma_mtp.ops.expert_paths import EQUAL, ExpertPath, ProductPath, Rule, choose, product_rule
 from mlx_gemma_mtp.ops.kernels import SWITCH, few_rows
 from mlx_gemma_mtp.ops.kernels.down import combine
 from mlx_gemma_mtp.ops.kernels.grouping import tiles
@@ -159,6 +161,10 @@ def test_a_rule_that_could_change_bits_within_a_verify_is_refused(steps, complai
     )  # prefill chunks are the same whatever is drafted
 
 
+def product_path(rows: int, kernel: bool = True, invariant: bool = False, side: int = 2048) -> ProductPath:
+    return product_rule("Apple M4", mx.bfloat16, "affine4", side, kernel, invariant).path(rows)
+
+
 @pytest.mark.parametrize("invariant", [False, True])
 def test_products_go_where_the_table_says(invariant):
     """MLX's own, unless few rows were measured to be faster or must keep their bits; wide passes are MLX's."""
@@ -168,15 +174,49 @@ def test_products_go_where_the_table_says(invariant):
         (True, expert_paths.ROWS + 1, ProductPath.STOCK),
         (False, 1, ProductPath.STOCK),
     ):
-        assert choose_product("Apple M4", mx.bfloat16, "affine4", rows, kernel, invariant) == path
+        assert product_path(rows, kernel, invariant) == path
     faster = Rule("", "", "", ((1, ProductPath.STOCK), (2, ProductPath.FEW_ROWS)), expert_paths.ANY_PRODUCT)
     expert_paths.adopt((faster,))
     try:
-        assert choose_product("Apple M4", mx.bfloat16, "affine4", 2, True, False) == ProductPath.FEW_ROWS
-        assert choose_product("Apple M4", mx.bfloat16, "affine4", 2, False, False) == ProductPath.STOCK
+        assert product_path(2) == ProductPath.FEW_ROWS
+        assert product_path(2, kernel=False) == ProductPath.STOCK
         assert choose("Apple M4", mx.bfloat16, "affine4", 8, True) == ExpertPath.GROUPED
     finally:
         expert_paths.adopt(())
+
+
+def test_a_measured_rule_holds_for_matrices_of_its_size():
+    """The first whose side a matrix does not pass; of none, the built-in one. Experts have no part in it."""
+    few = ((1, ProductPath.FEW_ROWS),)
+    expert_paths.adopt((Rule("", "", "affine4", few, side=2048), Rule("", "", "affine4", few, side=65536)))
+    try:
+        assert product_path(4, side=2048) == ProductPath.FEW_ROWS
+        expert_paths.adopt(expert_paths.measured()[:1])
+        assert product_path(4, side=2048) == ProductPath.FEW_ROWS and product_path(4, side=2049) == ProductPath.STOCK
+        expert_paths.adopt((Rule("", "", "affine4", few, side=0),))
+        assert product_path(4, side=262144) == ProductPath.FEW_ROWS
+        expert_paths.adopt((Rule("", "", "", ((1, ExpertPath.SORTED),), side=2048),))
+        assert choose("Apple M4", mx.bfloat16, "affine4", 8, True) == ExpertPath.GROUPED
+    finally:
+        expert_paths.adopt(())
+
+
+def test_a_rule_as_a_line_tells_all_that_decides():
+    rules = [
+        Rule(
+            "Apple M4",
+            "bfloat16",
+            "affine4",
+            ((1, ProductPath.STOCK), (2, ProductPath.FEW_ROWS)),
+            expert_paths.ANY_PRODUCT,
+            2048,
+        ),
+        Rule("", "", "", ((1, ExpertPath.SORTED),)),
+    ]
+    assert list(map(str, rules)) == [
+        "Apple M4, bfloat16, affine4 to 2048: 1 stock, 2 few rows",
+        "any chip, any dtype, any weights: 1 sorted",
+    ]
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -203,7 +243,51 @@ def test_linears_and_tables_ask_the_table(monkeypatch, bits):
         y = call(x)
         assert y.shape == own[name].shape and seen.pop() == module.weights.weight.shape
         np.testing.assert_allclose(np.array(y), np.array(own[name]), atol=1e-4)
-        assert module.paths(mx.float32) == ["few rows", "stock"]
+        assert module.rule(mx.float32).paths(expert_paths.ROWS) == ["few rows"]
+        assert module.rule(mx.float32).paths(expert_paths.ROWS + 1) == ["few rows", "stock"]
+
+
+def test_a_product_asks_the_table_once_and_again_when_something_changed(monkeypatch):
+    """Not at each call, and never with what held before: rules, the switch of a kernel, row_invariant, the type."""
+    product, asked = linear.Linear(64, 40), []
+    table = lambda *case: asked.append(case) or product_rule(*case)  # noqa: E731
+    monkeypatch.setattr(expert_paths, "product_rule", table)
+    monkeypatch.setattr(few_rows, "usable", lambda *_: True)
+    off = {}
+    monkeypatch.setattr(linear, "why_off", off.get)
+    for rows in (1, 1, 2, 3, 1):
+        product(mx.zeros((rows, 64)))
+    assert asked == [(device.name(), mx.float32, "float", 64, True, False)]
+    path = lambda: product.path(mx.float32, 4)  # noqa: E731
+    rule = Rule("", "", "float", ((1, ProductPath.FEW_ROWS),), side=64)
+    try:
+        expert_paths.adopt((rule,))
+        assert path() == ProductPath.FEW_ROWS and path() == ProductPath.FEW_ROWS and len(asked) == 2
+        expert_paths.adopt((replace(rule, side=63),))
+        assert path() == ProductPath.STOCK and len(asked) == 3
+        product.row_invariant = True
+        assert path() == ProductPath.FEW_ROWS and len(asked) == 4
+        off["few_rows"] = "off by 2"
+        monkeypatch.setattr(few_rows, "usable", lambda *_: False)
+        assert path() == ProductPath.STOCK and len(asked) == 5
+        assert product.path(mx.bfloat16, 4) == ProductPath.STOCK and asked[-1][1] == mx.bfloat16
+    finally:
+        expert_paths.adopt(())
+
+
+def test_measured_rules_of_a_model_are_those_of_its_formats():
+    model = nn.Module()
+    model.experts, model.linear = moe.Experts(64, MoESpec(8, 3, 32)), linear.Linear(64, 40)
+    model.linear = model.linear.to_quantized(32, 4)
+    steps = ((1, ProductPath.FEW_ROWS),)
+    rules = tuple(Rule("", "", weights, steps) for weights in ("", "affine4", "affine8", "float"))
+    try:
+        expert_paths.adopt(rules)
+        assert linear.measured_rules(model) == [str(rule) for rule in rules if rule.weights != "affine8"]
+        expert_paths.adopt(())
+        assert linear.measured_rules(model) == []
+    finally:
+        expert_paths.adopt(())
 
 
 def test_without_metal_or_with_the_switch_the_stock_paths_run(monkeypatch):

@@ -8,8 +8,8 @@ one: a module here with its reference, its source and `self_check`, and its name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
@@ -22,6 +22,7 @@ from ...machine import device
 KERNELS = ("grouping", "gate_up", "down", "head_argmax", "few_rows")  # modules of this package; each has self_check()
 SWITCH = "MLX_GEMMA_MTP_METAL"  # 0: the references run instead
 NO_GPU = "no GPU"
+CONSTANT = 8  # numbers of an input, below which MLX on Metal hands it over in the address space `constant`
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,16 @@ class Kernel:
     header: str = ""
 
     def __call__(self, **launch) -> list[mx.array]:
-        return build(self)(**launch)
+        kernel = self.on_metal(launch["inputs"]) if device.kind() is device.Kind.METAL else self
+        return build(kernel)(**launch)
+
+    def on_metal(self, inputs: Sequence[mx.array]) -> Kernel:
+        """Returns the kernel under a name that tells which inputs MLX declares as `constant`. It knows a compiled text
+        by name and template, and compiles anew whenever the text under them has changed: with pairs of one token, then
+        of two, in turns.
+        """
+        few = [name for name, array in zip(self.inputs, inputs, strict=True) if array.size < CONSTANT]
+        return replace(self, name="_".join((self.name, "few", *few))) if few else self
 
 
 @cache

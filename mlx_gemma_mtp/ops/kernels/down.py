@@ -65,7 +65,7 @@ SOURCE = """
         for (int r = 0; r < ROWS; r++) {
             if (r < count) {
                 for (int c = 0; c < COLUMNS; c++) {
-                    float product = total(sums[c * ROWS + r]);
+                    float product = total<32>(sums[c * ROWS + r]);
                     if (lane == 0) {
                         products_of[pairs[r] * COLUMNS + c] = static_cast<T>(product);
                     }

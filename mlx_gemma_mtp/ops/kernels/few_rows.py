@@ -30,14 +30,13 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import Kernel, checked, difference, why_off
-from .products import BF16_CLOSE, SIMD, Weights, arrays, example, flat, supported
+from . import CONSTANT, Kernel, checked, difference, why_off
+from .products import AFFINE_PARTS, BF16_CLOSE, DENSE_PARTS, SIMD, Weights, arrays, example, flat, supported
 
 ROWS = (1, 2, 4, 8, 16)  # of x that a launch holds: a kernel is compiled for each, and takes fewer, too
 MOST = ROWS[-1]
 SIMDGROUPS = 2
 BUDGET = 96  # floats that a thread may hold
-FEWEST = 8  # numbers of an input, below which MLX hands it over as `constant`
 
 
 class Order(NamedTuple):
@@ -86,9 +85,11 @@ def few_rows_reference(x: mx.array, weights: Weights) -> mx.array:
 
 
 # block adds to sums[c * R + r] this lane's part of one block: of weight row first_row + c times row r of x, for c <
-# columns and r < count. total is the sum over the lanes, valid in lane 0. What is written in one expression is so in
-# MLX's kernels, too: there a compiler may fuse a product and a sum, which rounds once.
-AFFINE = """
+# columns and r < count. What is written in one expression is so in MLX's kernels, too: there a compiler may fuse a
+# product and a sum, which rounds once.
+AFFINE = (
+    AFFINE_PARTS
+    + """
 template <typename T, int VALUES, int BITS, int GS, int C, int R>
 inline void block(
         const device uint32_t* weight, const device T* scales, const device T* biases, const device T* x,
@@ -107,8 +108,7 @@ inline void block(
                 uint32_t word = weight[row * (inputs / PER_WORD) + first / PER_WORD + i];
                 #pragma unroll
                 for (int j = 0; j < PER_WORD; j++) {
-                    uint32_t bits = (word >> (BITS * j)) & ((1u << BITS) - 1u);
-                    digits[c * VALUES + i * PER_WORD + j] = static_cast<float>(bits);
+                    digits[c * VALUES + i * PER_WORD + j] = digit<BITS>(word, j);
                 }
             }
             scale[c] = static_cast<float>(scales[row * (inputs / GS) + first / GS]);
@@ -119,32 +119,19 @@ inline void block(
     for (int r = 0; r < R; r++) {
         if (r < count) {
             float value[VALUES];
-            float total = 0.0f;
-            #pragma unroll
-            for (int i = 0; i < VALUES; i++) {
-                value[i] = static_cast<float>(x[size_t(r) * inputs + first + i]);
-            }
-            #pragma unroll
-            for (int i = 0; i < VALUES; i += RUN) {
-                float run = value[i];
-                #pragma unroll
-                for (int j = 1; j < RUN; j++) {
-                    run += value[i + j];
-                }
-                total += run;
-            }
+            float total = values_of<T, VALUES, BITS>(x, size_t(r) * inputs + first, value);
             #pragma unroll
             for (int c = 0; c < C; c++) {
                 if (c < columns) {
-                    const thread float* digit = digits + c * VALUES;
+                    const thread float* own = digits + c * VALUES;
                     float dot = 0.0f;
                     #pragma unroll
                     for (int i = 0; i < VALUES; i += RUN) {
                         if (RUN == 4) {
-                            dot += value[i] * digit[i] + value[i + 1] * digit[i + 1] +
-                                value[i + 2] * digit[i + 2] + value[i + 3] * digit[i + 3];
+                            dot += value[i] * own[i] + value[i + 1] * own[i + 1] +
+                                value[i + 2] * own[i + 2] + value[i + 3] * own[i + 3];
                         } else {
-                            dot += value[i] * digit[i];
+                            dot += value[i] * own[i];
                         }
                     }
                     sums[c * R + r] += scale[c] * dot + total * bias[c];
@@ -153,18 +140,11 @@ inline void block(
         }
     }
 }
-
-template <int LANES>
-inline float total(float part) {
-    if (LANES == 32) {
-        return simd_sum(part);
-    }
-    part += simd_shuffle_xor(part, 1);
-    part += simd_shuffle_xor(part, 2);
-    return part;
-}
 """
-DENSE = """
+)
+DENSE = (
+    DENSE_PARTS
+    + """
 template <typename T, int VALUES, bool ALIGNED, int C, int R>
 inline void block(
         const device T* weight, const device T* x,
@@ -174,21 +154,15 @@ inline void block(
     #pragma unroll
     for (int c = 0; c < C; c++) {
         if (c < columns) {
-            #pragma unroll
-            for (int i = 0; i < VALUES; i++) {
-                size_t row = first_row + c;
-                words[c * VALUES + i] = i < held ? static_cast<float>(weight[row * inputs + first + i]) : 0.0f;
-            }
+            size_t row = first_row + c;
+            held_of<T, VALUES>(weight, row * inputs + first, held, words + c * VALUES);
         }
     }
     #pragma unroll
     for (int r = 0; r < R; r++) {
         if (r < count) {
             float value[VALUES];
-            #pragma unroll
-            for (int i = 0; i < VALUES; i++) {
-                value[i] = i < held ? static_cast<float>(x[size_t(r) * inputs + first + i]) : 0.0f;
-            }
+            held_of<T, VALUES>(x, size_t(r) * inputs + first, held, value);
             #pragma unroll
             for (int c = 0; c < C; c++) {
                 if (c < columns) {
@@ -201,15 +175,8 @@ inline void block(
         }
     }
 }
-
-template <int LANES>
-inline float total(float part) {
-    for (ushort step = LANES / 2; step > 0; step /= 2) {
-        part += simd_shuffle_down(part, step);
-    }
-    return part;
-}
 """
+)
 # A SIMD-group has 32 / LANES parts of lanes, each with COLUMNS weight rows of its own.
 SOURCE = """
     threadgroup float sums_of[(SPLIT > 1 ? SPLIT * COLUMNS * ROWS : 1)];
@@ -321,7 +288,7 @@ def few_rows(x: mx.array, weights: Weights) -> mx.array:
 
 def usable(weights: Weights, dtype: mx.Dtype) -> bool:
     """Returns whether the kernel runs for this format. Otherwise MLX's own product does."""
-    return why_off("few_rows") is None and supported(weights, dtype) and min(map(_size, arrays(weights))) >= FEWEST
+    return why_off("few_rows") is None and supported(weights, dtype) and min(map(_size, arrays(weights))) >= CONSTANT
 
 
 def _size(array: mx.array) -> int:

@@ -57,8 +57,8 @@ SOURCE = """
     for (int r = 0; r < ROWS; r++) {
         if (r < count) {
             for (int c = 0; c < COLUMNS; c++) {
-                float gate = static_cast<float>(static_cast<T>(total(sums[2 * c * ROWS + r])));
-                float up = static_cast<float>(static_cast<T>(total(sums[(2 * c + 1) * ROWS + r])));
+                float gate = static_cast<float>(static_cast<T>(total<32>(sums[2 * c * ROWS + r])));
+                float up = static_cast<float>(static_cast<T>(total<32>(sums[(2 * c + 1) * ROWS + r])));
                 float slope = 1.5957691216057308f;
                 float turn = (gate * gate * (0.044715f * slope) + slope) * gate;
                 if (lane == 0 && c < columns) {

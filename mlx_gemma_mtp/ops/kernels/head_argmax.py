@@ -79,7 +79,7 @@ SOURCE = """
         for (int c = 0; c < COLUMNS; c++) {
             for (int r = 0; r < ROWS; r++) {
                 if (r < count && c < columns) {
-                    float logit = static_cast<float>(static_cast<T>(total(sums[c * ROWS + r])));
+                    float logit = static_cast<float>(static_cast<T>(total<32>(sums[c * ROWS + r])));
                     logit += BIASED ? bias[first + c] : 0.0f;
                     if (logit > best[r]) {
                         mass[r] = mass[r] * metal::precise::exp(best[r] - logit) + 1.0f;

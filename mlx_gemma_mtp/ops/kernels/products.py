@@ -83,25 +83,77 @@ def gather_reference(x: mx.array, weights: Weights, rows: mx.array, experts: mx.
     return mx.gather_qmm(x, weights.weight, scales, biases, rows, experts, transpose=True, **form)[:, 0]
 
 
-# products adds to sums[c][r] this lane's part of weight row rows[c] times row inputs[r] of x, for c < columns and
-# r < count; total is the sum over the lanes, valid in lane 0.
-# The four products of a run of 4 bits are added up in one expression, as in MLX's gather_qmv. A compiler may fuse a
-# product and a sum into one operation, which rounds once. Within one expression it fuses the same products in both
-# kernels, so that both round alike. Across statements it need not: gcc's -ffp-contract=fast decides by the target's
-# instructions.
-AFFINE = """
+# What a block is made of, in these kernels and in few_rows.py; the order in which they add up is said here once.
+# values_of reads VALUES inputs and returns their sum: by fours at 4 bits, one by one at 8. held_of reads floats, of
+# which `held` are there. total is the sum over LANES lanes, valid in the first of them.
+AFFINE_PARTS = """
 template <int BITS>
 inline float digit(uint32_t word, int i) {
     return static_cast<float>((word >> (BITS * i)) & ((1u << BITS) - 1u));
 }
 
+template <typename T, int VALUES, int BITS>
+inline float values_of(const device T* x, size_t first, thread float* value) {
+    constexpr int RUN = BITS == 4 ? 4 : 1;
+    float total = 0.0f;
+    #pragma unroll
+    for (int i = 0; i < VALUES; i++) {
+        value[i] = static_cast<float>(x[first + i]);
+    }
+    #pragma unroll
+    for (int i = 0; i < VALUES; i += RUN) {
+        float run = value[i];
+        #pragma unroll
+        for (int j = 1; j < RUN; j++) {
+            run += value[i + j];
+        }
+        total += run;
+    }
+    return total;
+}
+
+template <int LANES>
+inline float total(float part) {
+    if (LANES == 32) {
+        return simd_sum(part);
+    }
+    part += simd_shuffle_xor(part, 1);
+    part += simd_shuffle_xor(part, 2);
+    return part;
+}
+"""
+DENSE_PARTS = """
+template <typename T, int VALUES>
+inline void held_of(const device T* x, size_t first, int held, thread float* value) {
+    #pragma unroll
+    for (int i = 0; i < VALUES; i++) {
+        value[i] = i < held ? static_cast<float>(x[first + i]) : 0.0f;
+    }
+}
+
+template <int LANES>
+inline float total(float part) {
+    for (ushort step = LANES / 2; step > 0; step /= 2) {
+        part += simd_shuffle_down(part, step);
+    }
+    return part;
+}
+"""
+# products adds to sums[c][r] this lane's part of weight row rows[c] times row inputs[r] of x, for c < columns and
+# r < count.
+# The four products of a run of 4 bits are added up in one expression, as in MLX's gather_qmv. A compiler may fuse a
+# product and a sum into one operation, which rounds once. Within one expression it fuses the same products in both
+# kernels, so that both round alike. Across statements it need not: gcc's -ffp-contract=fast decides by the target's
+# instructions.
+AFFINE = (
+    AFFINE_PARTS
+    + """
 template <typename T, int K, int VALUES, int BITS, int GS, int C, int R>
 inline void block(
         const device uint32_t* weight, const device T* scales, const device T* biases, const device T* x,
         const thread uint* rows, int columns, const thread uint* inputs, int count, int first, thread float* sums) {
     constexpr int PER_WORD = 32 / BITS;
     constexpr int WORDS = VALUES / PER_WORD;
-    constexpr int RUN = BITS == 4 ? 4 : 1;
     uint32_t words[C][WORDS];
     float scale[C];
     float bias[C];
@@ -118,17 +170,7 @@ inline void block(
     for (int r = 0; r < R; r++) {
         if (r < count) {
             float value[VALUES];
-            float total = 0.0f;
-            for (int i = 0; i < VALUES; i++) {
-                value[i] = static_cast<float>(x[size_t(inputs[r]) * K + first + i]);
-            }
-            for (int i = 0; i < VALUES; i += RUN) {
-                float run = value[i];
-                for (int j = 1; j < RUN; j++) {
-                    run += value[i + j];
-                }
-                total += run;
-            }
+            float total = values_of<T, VALUES, BITS>(x, size_t(inputs[r]) * K + first, value);
             for (int c = 0; c < C; c++) {
                 if (c < columns) {
                     float dot = 0.0f;
@@ -164,12 +206,11 @@ inline void products(
             weight, scales, biases, x, rows, columns, inputs, count, K - K % BLOCK + lane * VALUES, sums);
     }
 }
-
-inline float total(float part) {
-    return simd_sum(part);
-}
 """
-DENSE = """
+)
+DENSE = (
+    DENSE_PARTS
+    + """
 template <typename T, int K, int VALUES, int C, int R>
 inline void block(
         const device T* weight, const device T* x,
@@ -178,17 +219,13 @@ inline void block(
     float words[C][VALUES];
     for (int c = 0; c < C; c++) {
         if (c < columns) {
-            for (int i = 0; i < VALUES; i++) {
-                words[c][i] = i < held ? static_cast<float>(weight[size_t(rows[c]) * K + first + i]) : 0.0f;
-            }
+            held_of<T, VALUES>(weight, size_t(rows[c]) * K + first, held, words[c]);
         }
     }
     for (int r = 0; r < R; r++) {
         if (r < count) {
             float value[VALUES];
-            for (int i = 0; i < VALUES; i++) {
-                value[i] = i < held ? static_cast<float>(x[size_t(inputs[r]) * K + first + i]) : 0.0f;
-            }
+            held_of<T, VALUES>(x, size_t(inputs[r]) * K + first, held, value);
             for (int c = 0; c < C; c++) {
                 if (c < columns) {
                     for (int i = 0; i < VALUES; i++) {
@@ -215,14 +252,8 @@ inline void products(
             weight, x, rows, columns, inputs, count, first, metal::min(VALUES, K - first), sums);
     }
 }
-
-inline float total(float part) {
-    for (ushort step = 16; step > 0; step /= 2) {
-        part += simd_shuffle_down(part, step);
-    }
-    return part;
-}
 """
+)
 
 
 def specialised(source: str, quantised: bool) -> tuple[str, tuple[str, ...], str]:
