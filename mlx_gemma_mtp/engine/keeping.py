@@ -75,7 +75,7 @@ class Keeping:
         held.found = found
         held.kept = found.tokens if found else 0
         if not request.tokens:
-            request.stats.cached_tokens = held.kept
+            request.stats.cached_tokens, request.stats.kept_tokens = held.kept, 0
         return Known(held.kept, self._borders(held))
 
     def _borders(self, held: Held) -> tuple[int, ...]:
