@@ -82,13 +82,13 @@ def soak_part(args: argparse.Namespace, note: Callable[[str], None]) -> Found:
         Shown.at_most("texts that are not their lone ones", found["wrong"], 0),
         Shown.at_most("answers with a fault of the server", found["faults"], 0),
     ]
-    for key in ("resident", "arrays"):
-        slope = Interval(*found[f"{key}_slope"])
-        shown.append(
-            Shown(f"{key}: bytes a second, after the first third", str(slope), "no slope", slope.low > soak.GROWTH)
-        )
-        shown.append(Shown(f"{key}: MB, after the first third and at the end", found[key]))
-    shown.append(Shown("buffers that MLX keeps: MB, after the first third and at the end", found["cached"]))
+    for key, what in soak.FIGURES.items():
+        if key in soak.STEADY:
+            slope = Interval(*found[f"{key}_slope"])
+            rises = slope.low > soak.GROWTH
+            shown.append(Shown(f"{what}: bytes a second, after the first third", str(slope), "no slope", rises))
+        shown.append(Shown(f"{what}: MB, after the first third and at the end", found[key]))
+    shown.append(Shown("resident: MB, once the allocator has given back what it can", found["trimmed"]))
     return found, shown
 
 

@@ -1,7 +1,8 @@
 """Clients that ask at once: this package's server against those of mlx-vlm and mlx-lm, on the same files.
 
 All servers run at the same time, and calls go round all of them. A call is one stream of each client; its tokens are
-what the texts encode to, so that nobody's own count decides.
+what the texts encode to, so that nobody's own count decides. Nobody thinks: mlx-lm's server lets a model think unless
+it is told otherwise, which is another prompt and another text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mlx_gemma_mtp.files.hub import Pair
 
 CHAT = "/v1/chat/completions"
 AUTO = "auto"
+UNTHINKING = '{"enable_thinking": false}'
 
 
 @dataclass
@@ -57,6 +59,8 @@ def ways(pair: Pair, drafts: Sequence[int], clients: int) -> list[Way]:
         str(clients),
         "--no-parent",
     ]
+    lm = ["mlx_lm", "server", "--model", target, "--chat-template-args", UNTHINKING]
+    lm += ["--decode-concurrency", str(clients), "--prompt-concurrency", str(clients)]
     vlm = ["mlx_vlm.server", "--model", target, "--host", "127.0.0.1"]
     with_drafts = [
         Way(f"mlx-vlm, {count} drafts",
@@ -65,8 +69,7 @@ def ways(pair: Pair, drafts: Sequence[int], clients: int) -> list[Way]:
     ]  # fmt: skip
     return [
         Way(f"{OURS}, drafts {AUTO}", [*ours, "--num-draft-tokens", AUTO], ""),
-        Way("mlx-lm", ["mlx_lm", "server", "--model", target, "--decode-concurrency", str(clients),
-                       "--prompt-concurrency", str(clients)], "default_model"),
+        Way("mlx-lm", lm, "default_model"),
         Way("mlx-vlm", vlm, target),
         *with_drafts,
     ]  # fmt: skip

@@ -1,8 +1,9 @@
 """Many clients for minutes: good requests of every kind, and among them those that leave, do not end, or are no
 requests at all. Every good text is compared with its lone one.
 
-The server is a process of its own, in float32 with MLX's own BLAS, where a text does not depend on its company. Its
-memory is that of the process without the buffers that MLX keeps unused, and that of MLX's arrays, as /metrics tells it.
+The server is a process of its own, in float32 with MLX's own BLAS, where a text does not depend on its company. Of its
+memory two figures must not rise: that of MLX's arrays, as /metrics tells it, and what is held, which is the process
+without the buffers that MLX keeps unused and without what the allocator keeps of what was freed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.prompts import MARKED
-from benchmarks.server import rude
+from benchmarks.server import allocator, rude
 from benchmarks.server.processes import Serving
 from benchmarks.serving.intervals import of_slope
 from benchmarks.workers import Failed
@@ -28,6 +30,9 @@ GROWTH = 20_000.0  # bytes a second that may be noise
 EVERY = 2.0  # seconds between two looks at the memory
 PATIENCE = 300.0  # seconds in which an answer must have come
 KINDS = 40  # different good requests
+STEADY = ("held", "arrays")  # figures of memory that must not rise
+FIGURES = {"held": "held", "arrays": "MLX's arrays", "cached": "buffers that MLX keeps",
+           "kept": "kept by the allocator", "resident": "resident"}  # fmt: skip
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0},
     {"temperature": 1.0, "seed": 7},
@@ -53,7 +58,9 @@ class Good:
 
 @dataclass
 class Seen:
-    """What came of a soak. others: requests that were no good ones, by kind and status."""
+    """What came of a soak. others: requests that were no good ones, by kind and status. trimmed: bytes resident once
+    the allocator has given back what it could.
+    """
 
     good: int = 0
     failed: list[str] = field(default_factory=list)
@@ -61,6 +68,7 @@ class Seen:
     faults: list[str] = field(default_factory=list)
     others: Counter = field(default_factory=Counter)
     sizes: list[dict[str, float]] = field(default_factory=list)
+    trimmed: int = 0
 
 
 def goods(count: int) -> list[Good]:
@@ -166,17 +174,21 @@ async def _rudely(port: int, one: rude.Rude, seen: Seen) -> None:
         seen.faults.append(f"{one.kind}: {one.content[:300]!r}: {answer[:300]!r}")
 
 
-async def watch(server: Serving, seen: Seen, end: float) -> None:
-    """Looks at the server's memory until the time is over."""
+async def watch(server: Serving, socket: str, seen: Seen, end: float) -> None:
+    """Looks at the server's memory until the time is over. socket: where its allocator answers."""
     while time.monotonic() < end:
         await asyncio.sleep(EVERY)
-        pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+        told = await asyncio.to_thread(allocator.ask, socket, "look")
         figures = await asyncio.to_thread(rude.send, ("127.0.0.1", server.port), METRICS)
-        told = dict(
-            line.rsplit(b" ", 1) for line in figures[1].split(b"\n") if line.startswith(b"mlx_gemma_mtp:memory")
-        )
-        arrays, cached = (float(told[b"mlx_gemma_mtp:memory_%s_bytes" % name]) for name in (b"active", b"cache"))
-        seen.sizes.append({"resident": 4096.0 * pages - cached, "arrays": arrays, "cached": cached})
+        seen.sizes.append(sizes_of(told, figures[1]))
+    seen.trimmed = (await asyncio.to_thread(allocator.ask, socket, "trim"))["resident"]
+
+
+def sizes_of(told: dict[str, int], figures: bytes) -> dict[str, float]:
+    """What a server has of memory, in bytes. told: by its allocator. figures: of /metrics."""
+    named = dict(line.rsplit(b" ", 1) for line in figures.split(b"\n") if line.startswith(b"mlx_gemma_mtp:memory"))
+    arrays, cached = (float(named[b"mlx_gemma_mtp:memory_%s_bytes" % name]) for name in (b"active", b"cache"))
+    return told | {"arrays": arrays, "cached": cached, "held": told["resident"] - told["kept"] - cached}
 
 
 METRICS = rude.Rude("metrics", b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
@@ -185,26 +197,28 @@ METRICS = rude.Rude("metrics", b"GET /metrics HTTP/1.1\r\nhost: localhost\r\ncon
 def measure(clients: int, seconds: float, note: Callable[[str], None]) -> dict[str, Any]:
     """The record of a soak. Raises Failed where the server cannot be started."""
     flags = ["--no-parent", "--num-draft-tokens", "3", "--max-output-tokens", "400", "--max-waiting", "1000"]
-    server = Serving(["mlx_gemma_mtp.serve", *flags])
-    try:
-        some = goods(KINDS)
-        for i, good in enumerate(some):
-            good.text = asyncio.run(ask(server.port, good))
-            note(f"alone: {i + 1} of {len(some)}")
-        seen = asyncio.run(_soaked(server, some, clients, seconds, note))
-        if server.process.poll() is not None:
-            raise Failed(f"the server ended: {server.said()[-500:]}")
-        log = [line for line in server.said().splitlines() if " ERROR " in line or "Traceback" in line]
-    finally:
-        server.close()
-    return _record(seen, log)
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        socket = str(Path(folder) / "allocator")
+        server = Serving(["benchmarks.server.allocator", socket, *flags])
+        try:
+            some = goods(KINDS)
+            for i, good in enumerate(some):
+                good.text = asyncio.run(ask(server.port, good))
+                note(f"alone: {i + 1} of {len(some)}")
+            seen = asyncio.run(_soaked(server, socket, some, clients, seconds, note))
+            if server.process.poll() is not None:
+                raise Failed(f"the server ended: {server.said()[-500:]}")
+            log = [line for line in server.said().splitlines() if " ERROR " in line or "Traceback" in line]
+        finally:
+            server.close()
+    return record(seen, log)
 
 
 async def _soaked(
-    server: Serving, some: Sequence[Good], clients: int, seconds: float, note: Callable[[str], None]
+    server: Serving, socket: str, some: Sequence[Good], clients: int, seconds: float, note: Callable[[str], None]
 ) -> Seen:
     seen, end = Seen(), time.monotonic() + seconds
-    looking = asyncio.create_task(watch(server, seen, end))
+    looking = asyncio.create_task(watch(server, socket, seen, end))
     asking = [asyncio.create_task(client(server.port, some, seen, end, seed)) for seed in range(clients)]
     while time.monotonic() < end:
         await asyncio.sleep(min(10.0, max(end - time.monotonic(), 0.01)))
@@ -214,7 +228,8 @@ async def _soaked(
     return seen
 
 
-def _record(seen: Seen, log: Sequence[str]) -> dict[str, Any]:
+def record(seen: Seen, log: Sequence[str]) -> dict[str, Any]:
+    """What a soak has found: counts, and of each figure of memory its slope, in bytes a second."""
     settled = seen.sizes[len(seen.sizes) // 3 :]
     found: dict[str, Any] = {
         "good": seen.good,
@@ -225,8 +240,9 @@ def _record(seen: Seen, log: Sequence[str]) -> dict[str, Any]:
         "examples": [*seen.failed[:3], *seen.wrong[:3], *seen.faults[:3], *log[:3]],
         "errors_in_the_log": len(log),
         "sizes": seen.sizes,
+        "trimmed": f"{seen.trimmed / 1e6:.1f}",
     }
-    for key in ("resident", "arrays", "cached"):
+    for key in FIGURES:
         values = [each[key] for each in settled]
         found[f"{key}_slope"] = of_slope([value / EVERY for value in values]).as_list()
         found[key] = f"{values[0] / 1e6:.1f}, {values[-1] / 1e6:.1f}"

@@ -75,7 +75,7 @@ class Keeping:
         held.found = found
         held.kept = found.tokens if found else 0
         if not request.tokens:
-            request.stats.cached_tokens = held.kept
+            request.stats.cached_tokens, request.stats.kept_tokens = held.kept, 0
         return Known(held.kept, self._borders(held))
 
     def _borders(self, held: Held) -> tuple[int, ...]:
@@ -106,6 +106,7 @@ class Keeping:
         if self.prefixes.makes_room(tokens, salt, self.memory.saved(last, last - first), kind):
             self.prefixes.keep(tokens, held.staged.save(0, last - first, last), salt, kind)
             held.kept = last
+            held.request.stats.kept_tokens = last - held.request.stats.cached_tokens
 
     def reply(self, held: Held, loop: Speculation, row: int) -> None:
         """Keeps a reply that ended with its prompt: between a round and the next launch. What a verify accepted after

@@ -33,10 +33,11 @@ class Totals(NamedTuple):
 class Stats:
     """Figures of one request. Times are in seconds, rates in tokens a second over the request's own time as a row.
 
-    cached_tokens: tokens of the prompt that were not computed, since their K/V were kept. prompt_tps: of those that
-    were. rounds: verify passes; the first token comes from the prefill. drafted, accepted: draft tokens that were
-    verified, and that were kept. acceptance_by_position[i]: the share of the rounds with at least i + 1 drafts that
-    kept at least i + 1. offered[i], kept[i]: rounds that verified at least i + 1 drafts, and that kept at least i + 1.
+    cached_tokens: tokens of the prompt that were not computed, since their K/V were kept. kept_tokens: those whose K/V
+    were kept anew, for prompts to come. prompt_tps: of those that were computed. rounds: verify passes; the first token
+    comes from the prefill. drafted, accepted: draft tokens that were verified, and that were kept.
+    acceptance_by_position[i]: the share of the rounds with at least i + 1 drafts that kept at least i + 1. offered[i],
+    kept[i]: rounds that verified at least i + 1 drafts, and that kept at least i + 1.
     depths[K]: rounds that verified K drafts, counted by the reason (choice.REASONS). batch_generation_tps: tokens of
     all rows while this request was decoded, over that time. rows: how many shared a round with it, itself included, in
     the mean. host_syncs: readbacks while it was a row. preemptions: how often it left its row, to go on later, because
@@ -46,6 +47,7 @@ class Stats:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    kept_tokens: int = 0
     prompt_tps: float = 0.0
     generation_tokens: int = 0
     generation_tps: float = 0.0

@@ -117,7 +117,8 @@ def about(param: str) -> Iterator[None]:
 def of_user_error(error: UserError, names: Sequence[str] = ()) -> Refusal:
     """Returns the refusal that says what a UserError says. names: of fields; the one that it begins with is wrong."""
     message = str(error)
-    first = message.split(" ", 1)[0]
+    first = message.removeprefix("the ").split(" ", 1)[0]
+    first = {"json_schema": "response_format"}.get(first, first)
     return Refusal(400, message, param=first if first in names else None)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import shown
+from ..sampling.params import MAX_LOGPROBS
 from .ask import (
     EFFORTS,
     Ask,
@@ -39,6 +40,9 @@ def of_chat(served: Served, body: ChatRequest) -> Ask:
     settings = _settings(served, body, body.max_completion_tokens)
     if body.top_logprobs is not None and not body.logprobs:
         message = f"top_logprobs is {body.top_logprobs} without logprobs, expected logprobs: true with it"
+        raise Refusal(400, message, param="top_logprobs")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
+        message = f"top_logprobs is {body.top_logprobs}, expected 0 to {MAX_LOGPROBS}"
         raise Refusal(400, message, param="top_logprobs")
     if body.draft_positions and not body.stream:
         raise Refusal(400, "draft_positions is given without stream, expected stream: true", param="draft_positions")

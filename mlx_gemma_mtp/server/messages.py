@@ -9,7 +9,7 @@ from pydantic_core import from_json
 from .calls import parted
 from .errors import Refusal
 from .stream import event
-from .usage import cached_tokens, repairs_of, timings_of
+from .usage import cached_tokens, kept_tokens, repairs_of, timings_of
 
 if TYPE_CHECKING:
     from ..engine.request import Chunk, Result
@@ -57,12 +57,13 @@ def _ending(run: Run, result: Result) -> dict[str, Any]:
 
 
 def _usage(run: Run, results: list[Result]) -> dict[str, int]:
-    cached = cached_tokens(run.ask, results)
+    """input_tokens: of the prompt, without those that were read from the prefixes or written there."""
+    cached, kept = cached_tokens(run.ask, results), kept_tokens(run.ask, results)
     return {
-        "input_tokens": run.ask.prompt_tokens - cached,
+        "input_tokens": run.ask.prompt_tokens - cached - kept,
         "output_tokens": sum(len(result.tokens) for result in results),
         "cache_read_input_tokens": cached,
-        "cache_creation_input_tokens": 0,
+        "cache_creation_input_tokens": kept,
     }
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-PARAMS = (*SAME, "max_tokens", "stop", "tools", "tool_choice", "num_draft_tokens", "timeout", "priority")
+PARAMS = (
+    *(*SAME, "max_tokens", "stop", "logit_bias", "response_format", "tools", "tool_choice"),
+    *("num_draft_tokens", "timeout", "priority"),
+)
 FOR_CLIENTS = (NOT_FINITE, NOTHING_ALLOWED)  # reasons of a failure that say nothing of the machine
 
 

@@ -141,7 +141,9 @@ class Gate:
         if response is not None:
             await response(scope, receive, answer)
         else:
-            await self.app(scope, _Limited(receive, self.rules.body), answer)
+            # HEAD is GET without a body, which uvicorn leaves out: clients see by it whether a server is there.
+            seen = scope | {"method": "GET"} if scope["method"] == "HEAD" else scope
+            await self.app(seen, _Limited(receive, self.rules.body), answer)
 
     def _check(self, scope: Scope, headers: Headers, answer: _Answer) -> Response | None:
         """Returns the answer to a request that the app need not see. Raises Refusal."""

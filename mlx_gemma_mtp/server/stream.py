@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .run import until_gone
 
 log = logging.getLogger(__name__)
+BREATH = (
+    4  # events that are sent without a look at the connection; asyncio warns of the fifth write to one that is lost
+)
 TICK = 0.5  # seconds between two looks at the clock
 HEADERS = {"content-type": "text/event-stream", "cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
 COMMENT, DONE = b": keepalive\n\n", b"data: [DONE]\n\n"
@@ -22,8 +25,8 @@ COMMENT, DONE = b": keepalive\n\n", b"data: [DONE]\n\n"
 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
     """Returns an event. It never has an id: a comment after one breaks openai-python."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return (f"data: {text}\n\n" if name is None else f"event: {name}\ndata: {text}\n\n").encode()
+    begin = b"" if name is None else b"event: %b\n" % name.encode()
+    return b"%bdata: %b\n\n" % (begin, to_json(data))  # in an eighth of the time that json takes
 
 
 class EventStream(Response):
@@ -37,6 +40,7 @@ class EventStream(Response):
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._events, self._close, self._reading, self._beat_after = events, close, reading, beat
+        self._sent = 0
         self._sending, self._since = False, time.monotonic()  # whether a send waits for the client; since when
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,6 +71,9 @@ class EventStream(Response):
         self._sending, self._since = True, time.monotonic()
         await send(message)
         self._sending, self._since = False, time.monotonic()
+        self._sent += 1
+        if not self._sent % BREATH:
+            await asyncio.sleep(0)  # else the loop could not tell that the client has gone, where much is to be sent
 
     async def _beat(self, send: Send) -> None:
         """Sends comments while nothing else comes. Returns where the client does not read, comments included."""

@@ -40,6 +40,11 @@ def cached_tokens(ask: Ask, results: Sequence[Result]) -> int:
     return sum(result.stats.cached_tokens for result in results[:: ask.n])
 
 
+def kept_tokens(ask: Ask, results: Sequence[Result]) -> int:
+    """Returns how many tokens of the prompts were kept for prompts to come, and were not before."""
+    return sum(result.stats.kept_tokens for result in results[:: ask.n])
+
+
 def timings_of(result: Result) -> dict[str, Any]:
     """Returns figures of one choice under llama.cpp's names, and what drafts did."""
     stats = result.stats

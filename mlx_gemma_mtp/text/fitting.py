@@ -141,12 +141,7 @@ class Fitting:
         return found
 
     def _array(self, value: list[Any], schema: Schema, where: str) -> list[Any]:
-        items, first = schema.get("items", {}), schema.get("prefixItems", [])
-        if isinstance(items, list):  # as older schemas write the first ones
-            items, first = {}, items
-        schemas = [*first[: len(value)], *[items] * (len(value) - len(first))]
-        pairs = zip(value, schemas, strict=True)
-        return [self.fit(each, part, f"{where}[{place}]") for place, (each, part) in enumerate(pairs)]
+        return [self.fit(each, item(schema, place), f"{where}[{place}]") for place, each in enumerate(value)]
 
     def _check(self, value: Any, kinds: set[str], schema: Schema, where: str) -> None:
         if kinds and not fits(value, kinds):
@@ -166,6 +161,19 @@ class Fitting:
 def member(schema: Schema, name: str) -> Any:
     """Returns the schema of an object's member."""
     return schema.get("properties", {}).get(name, schema.get("additionalProperties") or {})
+
+
+def item(schema: Schema, place: int) -> Any:
+    """Returns the schema of an array's element."""
+    items, first = schema.get("items", {}), schema.get("prefixItems", ())
+    if isinstance(items, list):  # as older schemas write the first ones
+        items, first = {}, items
+    return first[place] if place < len(first) else items
+
+
+def keeps_brackets(schema: Any) -> bool:
+    """Returns whether the elements of an object or an array are fitted one by one, whatever the others are."""
+    return not isinstance(schema, dict) or not schema.keys() & {"allOf", "anyOf", "oneOf"}
 
 
 def keeps_text(schema: Any) -> bool:

@@ -19,6 +19,7 @@ CALL_OPEN, CALL_CLOSE, QUOTE, BARE = "<|tool_call>", "<tool_call|>", '<|"|>', "c
 # Half a character each, which no tokens spell: a quote that is a token, and a quote's text amid a string.
 MARK, SPELLED = "\udc00", "\udc01"
 DEEPEST = 64  # of objects and arrays in each other
+UNCLOSED = "closing brackets were missing"
 
 _MARKS = re.compile(rf'<\|"\|>|[{MARK}{{}}\[\]]')
 _BLANKS = re.compile(r"\s*")
@@ -45,26 +46,26 @@ class Body:
 
     bare: whether it came without its tokens, so that its braces end it. in_string: whether a string is open. later: the
     tokens from the first control token within a string on; first: the characters before it. edges: begin and end of
-    each mark around strings that are arguments themselves, no parts of arguments. size: of the characters that were
-    looked at, all but what may begin a quote; fresh: the newest of them.
+    each mark around strings, and in how many brackets it stands; a mark that opens one and a mark that closes it take
+    turns. size: of the characters that were looked at, all but what may begin a quote; fresh: the newest of them.
     """
 
     def __init__(self, bare: bool):
         self.bare, self.in_string = bare, False
         self.later: list[int] = []
         self.first = self.fresh = ""
-        self.edges: list[tuple[int, int]] = []
+        self.edges: list[tuple[int, int, int]] = []
         self.size = 0
         self._parts: list[str] = []
         self._marked = False  # whether quotes are tokens, so that their text is text
         self._tail = ""  # not looked at yet: it may begin a quote
         self._depth = self._level = 0  # of braces, and of all brackets
-        self._own = False  # whether the newest string is an argument
 
     @property
     def text(self) -> str:
         """All characters."""
-        return "".join(self._parts)
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
 
     def push(self, text: str) -> list[int]:
         """Takes in characters, and returns the places where the braces close."""
@@ -98,10 +99,7 @@ class Body:
     def _turn(self, mark: re.Match[str]) -> None:
         """A string begins or ends."""
         self.in_string = not self.in_string
-        if self.in_string:
-            self._own = self._level == 1
-        if self._own:
-            self.edges.append((self.size + mark.start(), self.size + mark.end()))
+        self.edges.append((self.size + mark.start(), self.size + mark.end(), self._level))
 
 
 def read(text: str, tools: Tools, closed: bool) -> list[ToolCall] | None:
@@ -286,7 +284,7 @@ class Reader:
     def _left(self, closer: str) -> bool:
         """Whether the bracket closes here."""
         if self.at == len(self.text) and self.closed:
-            self._note("closing brackets were missing")
+            self._note(UNCLOSED)
         elif not self.text.startswith(closer, self.at):
             return False
         else:

@@ -70,11 +70,16 @@ class Driven:
             self.computed[each.request.id] = fed
             stats = each.result.stats
             assert fed + stats.cached_tokens >= stats.prompt_tokens  # more where memory was short
+            assert 0 <= stats.kept_tokens <= grid(stats.prompt_tokens - 1) - grid(stats.cached_tokens)
         return outcomes
 
 
 def cached(outcomes: list[Outcome]) -> list[int]:
     return [each.result.stats.cached_tokens for each in outcomes]
+
+
+def kept(outcomes: list[Outcome]) -> list[int]:
+    return [each.result.stats.kept_tokens for each in outcomes]
 
 
 def grid(tokens: int) -> int:
@@ -93,8 +98,9 @@ def test_hits_of_every_kind(pair, settings):
     for length in (70, 129, 420):
         driven, asked = Driven(pair), Asked(prompt=(0, length), settings=settings, drafts=4)
         ids = ids_of(engine_of(pair), asked)
-        assert cached(driven.run(asked)) == [0]
-        assert cached(driven.run(asked)) == [grid(length - 1)]  # the end of the prompt
+        first, again = driven.run(asked), driven.run(asked)
+        assert cached(first) == [0] and cached(again) == [grid(length - 1)]  # the end of the prompt
+        assert kept(first) == [grid(length - 1)] and kept(again) == [0]
         (turn,) = driven.run(replace(asked, turns=1))
         assert grid(length - 1) + GRID < turn.result.stats.cached_tokens <= length + LONGEST  # and of the reply
         assert turn.result.stats.cached_tokens >= length + LONGEST - 1 or settings == "penalised"

@@ -160,6 +160,21 @@ def test_a_field_out_of_range_is_named(url, field, value):
     assert field in (error["param"] or "") or field in error["message"]
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("logit_bias", {"99999999": 1}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}),
+        ("regex", "("),
+        ("grammar", "start: missing"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_the_engine_refuses_is_named(url, field, value, stream):
+    assert refused(post(url, CHAT, {"messages": ASKED, field: value, "stream": stream}))["param"] == field
+
+
 def test_numbers_that_are_none(url):
     for text in ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000):
         refused(post(url, CHAT, f'{{"messages":[{{"role":"user","content":"x"}}],"temperature":{text}}}'.encode()))

@@ -75,6 +75,30 @@ def test_a_client_that_leaves_ends_its_request(engine, streams, reset):
         assert scripted.rounds_done < 1500 and figure(url, "num_requests_running") == 0
 
 
+def test_a_client_that_resets_amid_a_fast_stream_is_no_warning(engine, caplog):
+    """Many events are there at once, and their client is not any more: after one write that fails there is no other."""
+    left, rounds = threading.Event(), []
+
+    def wait() -> Any:
+        rounds.append(None)
+        if len(rounds) < 3:
+            return asyncio.sleep(0.1)
+        left.wait(PATIENCE)  # the loop with it, so that it learns nothing of its client
+        return None
+
+    scripted = Scripted(engine, lambda number: [ids_of(engine, "x")] * 500, wait)
+    with serving(scripted) as url:
+        connection = ask(url, BODY | {"stream": True})
+        assert connection.recv(1000)
+        until(lambda: len(rounds) == 3)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        connection.close()
+        left.set()
+        until(lambda: scripted.open == 0)
+        until(lambda: figure(url, "request_cancelled_total") == 1)
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
 def test_a_client_that_leaves_the_real_engine(url, engine):
     """The engine's own rounds end, whoever left: streamed or not, waiting, or while its prompt is prefilled."""
     before = figure(url, "request_cancelled_total")

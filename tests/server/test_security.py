@@ -54,6 +54,20 @@ def test_the_right_key(locked, headers):
     assert post(locked, "/v1/messages", BODY, **headers).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models", "/metrics", "/nothing"])
+def test_head_is_get_without_a_body(free, path):
+    with httpx.Client() as client:
+        got, head = client.get(free + path), client.head(free + path)
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        assert head.headers["content-type"] == got.headers["content-type"] and "content-length" in head.headers
+        assert client.get(f"{free}/ready").json() == {"ready": True}  # over the same connection
+
+
+def test_head_needs_the_key_where_get_does(locked):
+    assert httpx.head(f"{locked}/v1/models").status_code == 401 and httpx.head(locked).status_code == 200
+    assert httpx.head(f"{locked}{CHAT}", headers={"x-api-key": "right"}).status_code == 405
+
+
 def test_health_needs_no_key(locked):
     for path in ("/health", "/ready"):
         assert httpx.get(locked + path).status_code == 200

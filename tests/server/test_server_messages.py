@@ -64,6 +64,20 @@ def test_tokens_are_counted(claude, engine):
     assert claude.messages.count_tokens(model=NAME, messages=ASKED).input_tokens < counted.input_tokens
 
 
+def test_usage_tells_what_the_prompt_reads_from_the_prefixes_and_writes_there(claude):
+    asked = {"model": NAME, "messages": [{"role": "user", "content": "def kept(n):\n" * 90}], "max_tokens": 2}
+    first, again = (claude.messages.create(**asked).usage for _ in range(2))
+    with claude.messages.stream(**asked) as stream:
+        streamed = stream.get_final_message().usage
+    whole = claude.messages.count_tokens(model=NAME, messages=asked["messages"]).input_tokens
+    assert first.cache_creation_input_tokens > whole // 2 and first.cache_read_input_tokens == 0
+    assert again.cache_read_input_tokens == first.cache_creation_input_tokens and again.cache_creation_input_tokens == 0
+    assert streamed.cache_read_input_tokens == again.cache_read_input_tokens
+    for usage in (first, again, streamed):
+        parts = (usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens)
+        assert sum(parts) == whole
+
+
 def test_a_forced_tool_and_its_result(claude):
     pytest.importorskip("llguidance")
     choice = {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}

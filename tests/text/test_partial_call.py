@@ -67,8 +67,73 @@ def test_a_long_string_comes_as_it_is_made(tools, vocabulary):
     assert found.calls == [ToolCall("f", {"count": 3, "path": "a.py", "text": LINES})] and found.text == "Done."
 
 
+EDITS = {"type": "object", "properties": {"at": {"type": "integer"}, "new": {"type": "string"}}}
+NESTED = {"edits": {"type": "array", "items": EDITS}, "names": {"type": "array", "items": {"type": "string"}}}
+NESTED |= {"counts": {"type": "array", "items": {"type": "integer"}}, "more": {"additionalProperties": EDITS}}
+NESTED |= {"pair": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]}}
+NESTED |= {"maybe": {"anyOf": [{"type": "array", "items": {"type": "integer"}}, {"type": "null"}]}}
+DEEP = Tools.of([{"name": "f", "parameters": {"type": "object", "properties": NESTED}}])
+X, Y = "x" * 40, "y" * 40
+
+
+@pytest.mark.parametrize("vocabulary", [GOOGLE, PLAIN], ids=["token", "plain"])
+@pytest.mark.parametrize("tools", [FREE, DEEP], ids=["free", "typed"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"names": ["a", LINES]},
+        {"edits": [{"at": 5, "new": LINES}]},
+        {"edits": [{"at": 2, "new": "x"}, {"at": 3, "new": LINES}]},
+        {"more": {"k": {"at": [[], {}, ""], "new": LINES}}, "n": [None]},
+        {"edits": [], "names": ["a"], "pair": [4, LINES]},
+        {"e": {}, "edits": [], "names": [], "x": {"y": {"z": [[LINES]]}}},
+    ],
+)
+def test_a_long_string_within_another_argument_comes_as_it_is_made(arguments, tools, vocabulary):
+    found = told(f"<|tool_call>call:f{rendered(arguments)}<tool_call|>Done.", tools, vocabulary=vocabulary)
+    [pieces] = found.pieces.values()
+    assert 32 < len(pieces[0]) < 100 and len(pieces) > 40 and max(map(len, pieces[1:])) < 40
+    assert [call.arguments for call in found.calls] == [arguments] and found.text == "Done."
+
+
+def test_every_long_string_of_a_list_comes_as_it_is_made():
+    arguments = {"edits": [{"at": i + 2, "new": f"{i}{LINES}"} for i in range(4)], "names": [LINES, LINES]}
+    found = told(f"<|tool_call>call:f{rendered(arguments)}<tool_call|>", DEEP)
+    [pieces] = found.pieces.values()
+    assert len(pieces) > 6 * 40 and max(map(len, pieces[1:])) < 40 and found.calls == [ToolCall("f", arguments)]
+
+
+@pytest.mark.parametrize(
+    "written, arguments, live",
+    [
+        (f"counts:[{Q}{'1' * 40}{Q},{Q}z{Q}]", {"counts": [int("1" * 40), "z"]}, False),
+        (f"maybe:[{Q}{X}{Q},{Q}7{Q}],names:[{Q}{X}{Q}],z:{Q}{Y}{Q}", {"maybe": [X, "7"], "names": [X], "z": Y}, True),
+        (f"pair:[{Q}7{Q},{Q}7{Q},{Q}{X}{Q}]", {"pair": [7, "7", X]}, True),
+        (f"edits:[{{at:{Q}7{Q},new:{Q}{X}{Q}}},{{new:{Q}7{Q}}}]", {"edits": [{"at": 7, "new": X}, {"new": "7"}]}, True),
+    ],
+)
+def test_what_a_schema_changes_within_another_argument_waits(written, arguments, live):
+    found = told(f"<|tool_call>call:f{{{written}}}<tool_call|>", DEEP)
+    [pieces] = found.pieces.values()
+    assert [call.arguments for call in found.calls] == [arguments] and (len(pieces) > 8) == live
+    if "maybe" in arguments:
+        assert pieces[0].startswith(f'{{"maybe": ["{X}", "7"], "names": ["{X}"], "z": "y')
+
+
+@pytest.mark.parametrize(
+    "end", ["", f"{Q}", f"{Q}]", f"{Q},{{b:", f"{Q}]}},a:1,a:2}}", f"{Q}}}]}}", "]}", f"{Q}],c:(}}"]
+)
+def test_whatever_ends_a_list_what_was_given_away_stays(end):
+    found = told(f"<|tool_call>call:f{{a:{{b:[{Q}x{Q},{Q}{LINES}{end}<tool_call|>Done.")
+    [call] = found.calls
+    assert call.arguments["a"]["b"][0] == "x" and call.arguments["a"]["b"][1].startswith(LINES.rstrip())
+    assert found.text == "Done." and (call.faults or call.repaired)
+    cut = told(f"<|tool_call>call:f{{a:{{b:[{Q}x{Q},{Q}{LINES}{end}", ended=False)
+    assert cut.text == "" and "".join(cut.joined).startswith('{"a": {"b": ["x", "if x[0]')
+
+
 def test_what_is_short_comes_at_once():
-    found = told(f"<|tool_call>call:f{{a:{Q}{'x' * 31}{Q},b:[{Q}{'x' * 90}{Q}]}}<tool_call|>")
+    found = told(f"<|tool_call>call:f{{a:{Q}{'x' * 31}{Q},b:[{Q}{'x' * 31}{Q}]}}<tool_call|>")
     assert [len(each) for each in found.pieces.values()] == [1]
 
 
@@ -160,6 +225,7 @@ def test_what_a_schema_changes_comes_whole(data, vocabulary):
 
 
 PIECES = [*CONTROL, "call:f{", "a:", ",", "b:", "text:", "{", "}", "[", "]", "1", "word", " ", "\n", '"', "é😀" * 20]
+PIECES += ["a:[", "b:{", f"[{Q}{LINES}", f"{{b:{Q}{LINES}", "},{", "],", f"{Q},{Q}", f"{Q},b:{Q}"]
 PIECES += ["x" * 40, f"{Q}{LINES}{Q}", f"a:{Q}{LINES}", f"<|tool_call>call:f{{a:{Q}{LINES}{Q},"]
 
 
@@ -168,7 +234,7 @@ PIECES += ["x" * 40, f"{Q}{LINES}{Q}", f"a:{Q}{LINES}", f"<|tool_call>call:f{{a:
     parts=st.lists(st.sampled_from(PIECES), max_size=20),
     begun=st.booleans(),
     ended=st.booleans(),
-    tools=st.sampled_from([FREE, TYPED, TOOLS]),
+    tools=st.sampled_from([FREE, TYPED, TOOLS, DEEP]),
     vocabulary=st.sampled_from([GOOGLE, PLAIN]),
 )
 def test_whatever_comes_the_pieces_are_the_calls(parts, begun, ended, tools, vocabulary):
@@ -176,7 +242,22 @@ def test_whatever_comes_the_pieces_are_the_calls(parts, begun, ended, tools, voc
     found = told(f"<|tool_call>call:f{{text:{Q}" * begun + "".join(parts), tools, ended, vocabulary)
     if len(found.pieces) > len(found.calls):
         last = found.joined[-1]
-        assert any(_is_json(last + end) for end in ("}", '"}'))
+        assert _begins(last)
+
+
+def _begins(text: str) -> bool:
+    """Whether a text is the beginning of a JSON object, up to an element's end or amid a string."""
+    closers, in_string, escaped = [], False, False
+    for each in text:
+        if in_string:
+            escaped, in_string = each == "\\" and not escaped, each != '"' or escaped
+        elif each == '"':
+            in_string = True
+        elif each in "{[":
+            closers.append("}" if each == "{" else "]")
+        elif each in "}]" and (not closers or closers.pop() != each):
+            return False
+    return _is_json(text + '"' * in_string + "".join(reversed(closers)))
 
 
 def _is_json(text: str) -> Any:
@@ -184,6 +265,32 @@ def _is_json(text: str) -> Any:
         return isinstance(json.loads(text), dict)
     except ValueError:
         return False
+
+
+def valued(schema: Any) -> st.SearchStrategy[Any]:
+    """Values for a schema, and others."""
+    strings = LONG | BLANK | st.sampled_from(["1", "true", "[1,2]", "9" * 40, "", '"\\'])
+    if not isinstance(schema, dict) or "anyOf" in schema or schema.get("type") == "string":
+        return strings | VALUES
+    if schema.get("type") == "array":
+        return st.lists(valued(schema.get("items")), max_size=3) | strings
+    if "properties" in schema or "additionalProperties" in schema:
+        parts = {key: valued(part) for key, part in schema.get("properties", {}).items()}
+        others = st.dictionaries(KEYS, valued(schema.get("additionalProperties")), max_size=2)
+        return st.builds(lambda some, more: more | some, st.fixed_dictionaries({}, optional=parts), others)
+    return strings | st.integers()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arguments=valued({"properties": NESTED}),
+    tools=st.sampled_from([FREE, DEEP]),
+    vocabulary=st.sampled_from([GOOGLE, PLAIN]),
+)
+def test_what_lies_in_others_comes_whole(arguments, tools, vocabulary):
+    text = f"call:f{rendered(arguments)}"
+    expected = read(text, tools, closed=True)
+    assert told(f"<|tool_call>{text}<tool_call|>", tools, vocabulary=vocabulary).calls == expected
 
 
 @settings(max_examples=50, deadline=None)
@@ -195,7 +302,21 @@ def test_any_tokens_are_taken(tokens, places):
     told_of(GOOGLE.reply(FREE), ids + tokens)
 
 
-UNITS = ["x", " ", "}", f"{Q},a:{Q}", f"{Q},a:[{Q}", f"{Q},{Q}", f",b:{Q}x{Q}", "\\", "<|", "<|channel>"]
+UNITS = [
+    f"{Q},{Q}",
+    f"{Q}]}},{{a:[{Q}",
+    f"{Q},maybe:[{Q}{X}{Q}],b:{Q}",
+    "x",
+    " ",
+    "}",
+    f"{Q},a:{Q}",
+    f"{Q},a:[{Q}",
+    f"{Q},{Q}",
+    f",b:{Q}x{Q}",
+    "\\",
+    "<|",
+    "<|channel>",
+]
 
 
 @pytest.mark.parametrize("unit", UNITS)
