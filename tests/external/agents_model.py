@@ -93,7 +93,7 @@ def steps_of(client: str, way: str, folder: Path) -> list[str]:
 
 
 class Agent(Scripted):
-    """The engine of one run. steps: its replies, in order. way: one of WAYS. done: how many replies were begun."""
+    """The engine of one run. steps: its replies, in order. way: one of WAYS. replies: those that were begun."""
 
     def __init__(self, engine: Any, steps: Sequence[str], way: str):
         super().__init__(engine, lambda number: [])
@@ -115,6 +115,8 @@ class Agent(Scripted):
             before = 1 if self.way == "two" and results else 0  # its first reply made two
             text = self.steps[min(max(results - before, 0), len(self.steps) - 1)]
             text = self._thought(results) + text
+        if self.text.opens_thought(prompt):  # the template does, after results
+            text = "So far.\n<channel|>" + text
         self.replies.append(text)
         ids = ids_of(self, text)
         return [ids[at : at + PIECE] for at in range(0, len(ids), PIECE)]
