@@ -21,6 +21,7 @@ from .sampling.params import MAX_ROWS, number
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
+    from .server.launch import Setup
     from .server.limits import Limits
     from .server.security import Rules
     from .server.service import Served
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 KEY = "MLX_GEMMA_MTP_API_KEY"  # variable with the API key
 BUNDLED = "mlx-gemma-mtp-demo"  # name of the bundled pair
 LARGEST = 2**31 - 1
+SECRET = ("api_key", "model", "draft_model", "inherited", "launch_folder", "launched")  # not told at /health
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     _add_replies(p)
     add_drafts(p)
     _add_limits(p)
+    _add_launch(p)
     p.add_argument(
         "--metrics-prefix",
         default="mlx_gemma_mtp:",
@@ -133,14 +136,33 @@ def _add_limits(p: argparse.ArgumentParser) -> None:
     add_limits(group, timeout=600.0)
 
 
+def _add_launch(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("clients")
+    group.add_argument(
+        "--launch",
+        choices=("claude", "codex", "opencode", "aider", "continue"),
+        help="print how this client is started on this server; what it needs is written into a folder of its own",
+    )
+    group.add_argument("--launch-folder", metavar="FOLDER", help="for its files (default: in the cache folder)")
+    group.add_argument(
+        "--exec",
+        action="store_true",
+        help="run it, and end with it; what follows -- are its arguments, and the server's log is a file",
+    )
+    group.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)  # by --exec
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 after a signal, 1 where the server fails again and again, 2 for bad input."""
+    """Returns the exit code: 0 after a signal, 1 where the server fails again and again, 2 for bad input; of the client
+    with --exec.
+    """
     given = sys.argv[1:] if argv is None else argv
-    return command(partial(run, given), parser, argv)
+    at = given.index("--") if "--" in given else len(given)
+    return command(partial(run, given[:at], given[at + 1 :]), parser, given[:at])
 
 
-def run(given: list[str], args: argparse.Namespace) -> int:
-    """given: the arguments as they came, for the process that serves."""
+def run(given: list[str], rest: list[str], args: argparse.Namespace) -> int:
+    """given: the arguments as they came, for the process that serves. rest: those of the client."""
     _check_installed()
     from .server.security import Rules
     from .server.supervisor import UNLOADED, Inherited, supervise
@@ -152,15 +174,77 @@ def run(given: list[str], args: argparse.Namespace) -> int:
     args.num_draft_tokens = read_depth(args.num_draft_tokens)
     load_options(args)  # what is wrong is told here, not by one child after another
     parent = None if args.inherited is None else Inherited.of(args.inherited)
+    _check_launch(args, rest)
+    if args.exec and not args.launched:
+        return execute(given, rest, args, keys)
+    listening = listen(args) if parent is None else parent.socket()
+    if args.launch and parent is None and not args.launched:
+        print(launch(args, listening, bool(keys)), flush=True)
     if parent is None and not args.no_parent:
-        return supervise(given, listen(args))
+        return supervise(given, listening)
     if parent is not None:
         parent.follow()
-    listening = listen(args) if parent is None else parent.socket()
     rows = {"max_rows": args.max_rows, "max_waiting": max(limits.waiting + args.max_rows, 1)}
     with load_engine(args, "mlx_gemma_mtp.serve", **rows) as engine:
         unloaded = serve(make_served(args, engine, limits), rules, args, listening, parent)
     return UNLOADED if unloaded else 0
+
+
+def _check_launch(args: argparse.Namespace, rest: list[str]) -> None:
+    """Raises UserError for flags of a client without one."""
+    for name, given in (("--exec", args.exec), ("--launch-folder", args.launch_folder)):
+        if given and not args.launch:
+            raise UserError(f"{name} is given without --launch; expected the name of a client with it")
+    if rest and not args.exec:
+        raise UserError(
+            f"-- and {shown(rest[0])} are given without --exec; expected --launch CLIENT --exec before them"
+        )
+
+
+def launch(args: argparse.Namespace, listening: socket.socket, keyed: bool) -> str:
+    """Writes the files of the client that is asked for, and returns the lines that start it."""
+    from .server.launch import shown_setup
+
+    return shown_setup(_client(args, listening.getsockname()[1]), keyed)
+
+
+def execute(given: list[str], rest: list[str], args: argparse.Namespace, keys: list[str]) -> int:
+    """Runs the client that is asked for on a server of its own. Returns the client's exit code."""
+    from .server.launch import command_of, environment_of, folder_of
+    from .server.launch_run import execute
+
+    with listen(args) as free:  # which the server takes next
+        port = free.getsockname()[1]
+    setup = _client(args, port)
+    client, log = command_of(setup, rest), folder_of(args.launch, args.launch_folder).with_suffix(".log")
+    server = [sys.executable, "-m", "mlx_gemma_mtp.serve", *given, "--launched", "--port", str(port)]
+    tell(f"{setup.title} starts once the model is loaded; the server's log: {log}")
+    return execute(client, environment_of(setup, next(iter(keys), None)), server, (_local(args), port), log)
+
+
+def _client(args: argparse.Namespace, port: int) -> Setup:
+    """The client that is asked for, set up for a server on this port; its files are written."""
+    from .files import hub
+    from .files.folder import read_config
+    from .models.config import TargetConfig
+    from .server.launch import CLIENTS, Site, folder_of, written
+
+    config = TargetConfig.from_dict(read_config(hub.find_pair(args.model, "none", args.revision).target))
+    host, folder = _local(args), folder_of(args.launch, args.launch_folder)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    setup = CLIENTS[args.launch](Site(url, model_name(args), config.context, folder))
+    written(setup, folder)
+    return setup
+
+
+def _local(args: argparse.Namespace) -> str:
+    """Where a client of this machine finds the server."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(args.host, args.host)
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """Returns the model's name for clients."""
+    return args.name or (BUNDLED if args.model is None else PurePath(args.model).name or args.model)
 
 
 def listen(args: argparse.Namespace) -> socket.socket:
@@ -224,7 +308,7 @@ def make_served(args: argparse.Namespace, engine: Engine, limits: Limits) -> Ser
     from .server.service import Served
     from .server.warm import warm_up
 
-    name = args.name or (BUNDLED if args.model is None else PurePath(args.model).name or args.model)
+    name = model_name(args)
     with Stage() as stage:
         stage("generating first texts")
         first = warm_up(engine)
@@ -244,7 +328,7 @@ def make_served(args: argparse.Namespace, engine: Engine, limits: Limits) -> Ser
 
 def origins(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns every argument with where its value comes from, without keys and folders."""
-    defaults, secret = vars(parser().parse_args([])), ("api_key", "model", "draft_model", "inherited")
+    defaults, secret = vars(parser().parse_args([])), SECRET
     return {
         name: {"value": value, "origin": "default" if value == defaults[name] else "flag"}
         for name, value in vars(args).items()

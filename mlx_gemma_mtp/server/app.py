@@ -11,6 +11,8 @@ from .errors import handle_errors
 from .metrics import metrics_routes
 from .models import model_routes
 from .page import page_routes
+from .responses import responses_routes
+from .responses_kept import Kept
 from .routes import openai_routes
 from .security import OPEN, Gate, Rules
 from .service import Served
@@ -27,7 +29,8 @@ def make_app(served: Served, rules: Rules) -> FastAPI:
     app.include_router(page_routes())
     app.include_router(status_routes(served))
     app.include_router(metrics_routes(served.metrics))
-    for routes in (openai_routes(served), anthropic_routes(served), model_routes(served)):
+    responses = responses_routes(served, Kept())
+    for routes in (openai_routes(served), responses, anthropic_routes(served), model_routes(served)):
         app.include_router(routes, prefix="/v1")
         app.include_router(routes, include_in_schema=False)
     if rules.keys:

@@ -65,8 +65,8 @@ def _ids(served: Served, body: MessagesRequest | CountRequest, tooling: Tooling,
 def _turn(where: str, turn: Block) -> Iterator[dict[str, Any]]:
     """Yields a turn as chat messages: results of tools become messages of their own."""
     role, content = turn.get("role"), turn.get("content")
-    if role not in ("user", "assistant"):
-        raise _odd(f"{where}.role", role, "'user' or 'assistant'")
+    if role not in ("user", "assistant", "system"):
+        raise _odd(f"{where}.role", role, "'user', 'assistant' or 'system'")
     if isinstance(content, str):
         yield {"role": role, "content": content}
         return
@@ -74,6 +74,9 @@ def _turn(where: str, turn: Block) -> Iterator[dict[str, Any]]:
         raise _odd(f"{where}.content", content, "text or a list of blocks")
     if role == "assistant":
         yield _reply(where, content)
+        return
+    if role == "system":  # Claude Code's, amid a conversation
+        yield {"role": role, "content": [_text(f"{where}.content.{at}", block) for at, block in enumerate(content)]}
         return
     texts: list[Block] = []
     for place, block in enumerate(content):

@@ -6,6 +6,7 @@ import httpx
 from serving import ASKED, Scripted, post, serving
 
 from mlx_gemma_mtp.server import answers
+from mlx_gemma_mtp.server.responses_schema import ResponsesAnswer
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": ASKED, "max_tokens": 6, "temperature": 0}
@@ -17,6 +18,7 @@ def test_answers_are_as_described(url):
         (answers.ChatAnswer, CHAT, BODY | {"logprobs": True, "n": 2}),
         (answers.TextAnswer, "/v1/completions", {"prompt": "def", "max_tokens": 4, "logprobs": 2}),
         (answers.MessageAnswer, "/v1/messages", BODY),
+        (ResponsesAnswer, "/v1/responses", {"input": "def f(x):", "max_output_tokens": 4}),
         (answers.Counted, "/v1/messages/count_tokens", {"messages": ASKED}),
         (answers.Failure, CHAT, {"messages": []}),
         (answers.MessageFailure, "/v1/messages", {"messages": [], "max_tokens": 3}),
