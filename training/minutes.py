@@ -178,15 +178,19 @@ class Writer:
     def due(self, name: str, model: nn.Module, optimizer: MuonAdam, figure: float) -> None:
         """Save what is due, if `figure` is a number; else go back to the last state at half the rates."""
         if not math.isfinite(figure):
-            self.log(lost=name)
-            self.resume(name, model, optimizer)
-            optimizer.rate /= 2
-            optimizer.rates = [rate / 2 for rate in optimizer.rates]
+            self.go_back(name, model, optimizer)
             return
         if self.clock.spent - self.saved > SAVE:
             self.state(name, model, optimizer)
         if self.clock.spent - self.exported > EXPORT:
             self.weights(name, model)
+
+    def go_back(self, name: str, model: nn.Module, optimizer: MuonAdam) -> None:
+        """To the last state, at half the rates."""
+        self.log(lost=name)
+        self.resume(name, model, optimizer)
+        optimizer.rate /= 2
+        optimizer.rates = [rate / 2 for rate in optimizer.rates]
 
     def resume(self, name: str, model: nn.Module, optimizer: MuonAdam) -> None:
         file = self.work / f"{name}.pt"

@@ -7,10 +7,12 @@ text keeps what it knows. Afterwards the drafter goes on alone, on the replies o
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from training.dense import Drafter, Out, Target
@@ -67,7 +69,7 @@ def fit(
     from training import minutes
 
     clock, noise = writer.clock, torch.Generator().manual_seed(int(writer.clock.spent * 1000))
-    optimizers = {}
+    both, optimizers = nn.ModuleList([target, drafter]), {}
     parts = {"target": (target, minutes.TARGET_RATES, RATES[0]), "drafter": (drafter, minutes.DRAFTER_RATES, RATES[1])}
     for name, (model, rates, share) in parts.items():
         optimizers[name] = MuonAdam(model, rates[0] * share, rates[1] * share, router=1e-2 * share)
@@ -83,7 +85,7 @@ def fit(
         recent.append(figures)
 
     while clock.share(start, end) < 1.0:
-        rows = minutes.fits(rows, once, target)
+        rows = minutes.fits(rows, once, both)
         step += 1
         if step % 5 == 0 and text.device == "cuda":
             torch.cuda.synchronize()
@@ -93,8 +95,11 @@ def fit(
             recent, marked = recent[-1:], time.time()
             kept = [round(share, 4) for share in figures[1:]]
             writer.log(part="together", step=step, loss=figures[0], kept=kept, rows=rows, a_second=speed)
-            if writer.clock.spent - writer.saved > minutes.SAVE:
-                for name, (model, *_) in parts.items():
+            due = clock.spent - writer.saved > minutes.SAVE
+            for name, (model, *_) in parts.items():
+                if not math.isfinite(figures[0]):
+                    writer.go_back(f"together-{name}", model, optimizers[name])
+                elif due:
                     writer.state(f"together-{name}", model, optimizers[name])
                     writer.weights(name, model)
     for name, (model, *_) in parts.items():

@@ -199,8 +199,14 @@ def test_the_drafter_reaches_the_target_by_what_it_reads(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_whole_run_on_toys(tmp_path, monkeypatch):
-    """Shards are read, the target learns, its replies train the drafter, and both files and the log lie there."""
+@pytest.mark.parametrize("pair", [False, True], ids=["from nothing", "from a pair"])
+def test_the_whole_run_on_toys(tmp_path, monkeypatch, pair):
+    """Shards are read, the target learns, its replies train the drafter, and both files and the log lie there.
+
+    From a pair, both learn together in between; a second call finds all done.
+    """
+    monkeypatch.setattr(bundled, "fill", lambda model, folder: None)  # a pair of toy sizes: as it was initialised
+    monkeypatch.setattr(together, "RATES", (1.0, 1.0))
     monkeypatch.setattr(minutes, "NEW_TOKENS", 8)
     rng = np.random.default_rng(0)
     rows = rng.integers(20, 60, (64, 65)).astype(np.uint16)
@@ -220,8 +226,13 @@ def test_the_whole_run_on_toys(tmp_path, monkeypatch):
         "--work",
         tmp_path / "w",
     ]
+    options += ["--init", str(tmp_path)] if pair else []
     assert minutes.main([*map(str, folders), *options]) == 0
     records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < losses[0] - 1 and records[-1]["done"]
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"target.safetensors", "drafter.safetensors"}
+    assert [record["part"] for record in records if record.get("done") and "part" in record] == [
+        "together" if pair else "target",
+        "drafter",
+    ]
