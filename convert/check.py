@@ -62,7 +62,7 @@ def check(folder: Path, against: str | None = None) -> tuple[list[str], list[Dif
     findings = [*_checksums(folder, files), *_extra(model)]
     differences = []
     for entry in model.entries:
-        wrong = list(_header(model, entry))
+        wrong = list(headers(model, entry))
         findings += wrong
         if not wrong:
             found, difference = _values(model, entry, sources.get(entry.name))
@@ -109,7 +109,7 @@ def _expected(model: Checkpoint, entry: Entry) -> list[tuple[str, str, tuple[int
     return parts(entry, dtype, model.format(entry))
 
 
-def _header(model: Checkpoint, entry: Entry) -> Iterator[str]:
+def headers(model: Checkpoint, entry: Entry) -> Iterator[str]:
     """Name, dtype and shape of each part of one tensor (weight, scales, biases)."""
     for name, dtype, shape in _expected(model, entry):
         tensor = model.tensors.get(name)

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.files import foreign
 from mlx_gemma_mtp.files.safetensors import Tensor
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.models.contents import MEDIA, Contents
@@ -13,6 +14,7 @@ from mlx_gemma_mtp.models.quantization import FLOATS, plain
 from . import names, source
 from .blocks import Source
 from .config import is_drafter, model_config, refuse_quantised, text_config
+from .dequantize import Packed
 from .names import MLX_PREFIX, Entry
 from .quantize import Format
 
@@ -80,6 +82,23 @@ class Checkpoint:
         entries = [names.found(entry, self.contents) for entry in self.entries]
         refuse_quantised(self.raw, "use it as it is, or ")  # the loader takes it: contents would have been refused
         return entries
+
+    def dequantized(self) -> "Checkpoint":
+        """Returns the same model with MLX's quantised weights seen as the float32 values that they stand for.
+
+        Raises UserError where there are none.
+        """
+        if self.config.quantization is None:
+            raise UserError(f"{self.where} has no weights that MLX quantised; leave out --dequantize")
+        tensors, places = dict(self.tensors), self.contents.places
+        for path, form in self.contents.formats.items():
+            name = places[f"{path}.weight"].name
+            stored = [name, *(places[f"{path}.{part}"].name for part in ("scales", "biases")[: 1 + form.biased])]
+            tensors[name] = Packed.of([self.tensors[part] for part in stored], Format(**form.setting))
+            for part in stored[1:]:
+                tensors.pop(part, None)  # of gate and up in one, once
+        raw = {key: value for key, value in foreign.without_table(self.raw).items() if key != "quantization"}
+        return Checkpoint.read(self.where, raw, tensors, local=True)
 
     @property
     def drafter(self) -> bool:

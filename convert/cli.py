@@ -9,12 +9,17 @@ from mlx_gemma_mtp.errors import UserError
 from .blocks import DTYPES
 from .check import check_command
 from .inspect import inspect_command
+from .quality import quality_command
 from .quantize import AFFINE_BITS, GROUP_SIZES, MODES, RECIPES, Recipe, recipe
 from .run import convert
 
+MLX_PATH = "mlx_model"  # as mlx_lm.convert's
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 where `check` found something, 2 after a user error, 130 after an interruption."""
+    """Returns the exit code: 0, 1 where `check` or `quality` found something, 2 after a user error, 130 after an
+    interruption.
+    """
     return guarded(lambda: _run(texts(argv)))
 
 
@@ -26,12 +31,16 @@ def _run(argv: list[str]) -> int:
 
 def _convert(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    options = (args.dtype, args.pair, args.upload_repo, args.adapter_path)
+    options = (args.dtype, args.pair, args.upload_repo, args.adapter_path, args.quality, args.revision, args.dequantize)
     print(convert(args.hf_path, args.mlx_path, _recipe(args), *options))
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"check": check_command, "inspect": inspect_command}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "check": check_command,
+    "inspect": inspect_command,
+    "quality": quality_command,
+}
 
 
 def _recipe(args: argparse.Namespace) -> Recipe | None:
@@ -47,16 +56,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="mlx-gemma-mtp-convert",
         description="Convert a Gemma 4 target or MTP drafter from the Hugging Face layout to MLX.",
-        epilog="Also: inspect SOURCE (what a model is and needs), check OUT (is a converted folder sound).",
+        epilog="Also: inspect SOURCE (what a model is and needs), check OUT (is a converted folder sound), "
+        "quality OUT (what it lost).",
     )
     parser.add_argument("--hf-path", required=True, metavar="SOURCE", help="local folder or hub id")
-    parser.add_argument("--mlx-path", required=True, metavar="OUT", help="folder to create")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of SOURCE on the hub")
+    parser.add_argument("--mlx-path", default=MLX_PATH, metavar="OUT", help=f"folder to create (default {MLX_PATH})")
     parser.add_argument("--pair", action="store_true", help="also convert SOURCE-assistant to OUT-assistant")
     parser.add_argument(
         "--upload-repo", metavar="REPO", help="then upload to this hub repository (a drafter of --pair: REPO-assistant)"
     )
     parser.add_argument(
         "--adapter-path", metavar="FOLDER", help="fuse this LoRA adapter (mlx-lm's or PEFT's) into the weights"
+    )
+    parser.add_argument(
+        "-d", "--dequantize", action="store_true", help="read weights that MLX quantised, and write them as floats"
+    )
+    parser.add_argument(
+        "--quality", action="store_true", help="then measure what was lost, for the card too (as `quality` does)"
     )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the matrices")
     parser.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="default 4")

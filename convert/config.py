@@ -66,16 +66,18 @@ def written(config: dict, text: dict, dtype: str) -> dict:
 def written_target(config: dict, text: dict, dtype: str) -> dict:
     """Returns the config of a converted target: text only, readable by mlx-lm, mlx-vlm and this package.
 
-    `vision_config` is {} because null crashes mlx-vlm; mlx-lm needs vocab_size at the top.
+    There is no `vision_config`: by that key alone mlx-vlm's chat and mlx-model-doctor take a folder for a vision model,
+    and null crashes mlx-vlm, which takes its defaults where there is none, for MTP too. mlx-lm leaves it out as well,
+    and needs vocab_size at the top. The ids of image tokens stay: a text-only run refuses them by these.
     """
     top = dict(config) if is_wrapper(config) else {k: text[k] for k in TOP_LEVEL if k in text}
     top |= {k: text[k] for k in TOP_LEVEL if k in text and k not in top}
+    top.pop("vision_config", None)
     return top | {
         "architectures": ["Gemma4ForConditionalGeneration"],
         "model_type": "gemma4",
         "dtype": dtype,
         "text_config": text | {"dtype": dtype},
-        "vision_config": {},
         "audio_config": None,
         "vocab_size": text["vocab_size"],
         "tie_word_embeddings": True,

@@ -1,4 +1,4 @@
-"""Weights that others quantised, seen as floats: FP8 with scales, and the integers of compressed-tensors.
+"""Quantised weights, seen as floats: MLX's own, FP8 with scales, and the integers of compressed-tensors.
 
 A weight is (code - zero) * scale. Scales are shared by blocks of rows and columns: one for a tensor, a row, a group of
 a row's columns, or a block of 128 x 128. Layouts: transformers' FineGrainedFP8 (`weight_scale_inv` is multiplied by,
@@ -8,6 +8,7 @@ range; zero points packed along the rows).
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +20,7 @@ from mlx_gemma_mtp.files.foreign import Plain
 from mlx_gemma_mtp.files.safetensors import Tensor
 
 from .blocks import Computed, Source, read, stored_as
+from .quantize import Format
 
 CODES = ("F8_E4M3", "F8_E5M2", "I8")
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -27,6 +29,25 @@ BESIDE = (*SCALE_ENDS, "_zero_point")
 # What quantisers keep beside the weights: for activations and for K/V caches, which stay floats here.
 ACTIVATIONS = re.compile(r"[._](input|output|activation|[qkv]|[kv]_cache)_(scale|zero_point|global_scale)(_inv)?$")
 EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+
+
+@dataclass(frozen=True)
+class Packed(Computed):
+    """A matrix, or a stack of them, that MLX quantised. parts: its codes, its scales, and in affine mode its biases."""
+
+    parts: tuple[Tensor, ...]
+    form: Format
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor], form: Format) -> "Packed":
+        """Returns the matrix that `parts` stand for in a format."""
+        *rows, words = parts[0].shape
+        nbytes = sum(part.nbytes for part in parts)
+        return cls((*rows, words * 32 // form.bits), nbytes, str(form), tuple(parts), form)
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Returns the rows start:stop as float32."""
+        return self.form.dequantize(*(read(part, start, stop) for part in self.parts))
 
 
 @dataclass(frozen=True)

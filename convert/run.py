@@ -4,13 +4,14 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_gemma_mtp.errors import UserError, shown
 from mlx_gemma_mtp.files.files import content
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 
-from . import adapters, quantize, source, upload, writer
+from . import adapters, quality, quantize, source, upload, writer
 from . import config as configs
 from .checkpoint import Checkpoint
 from .conversion import Conversion
@@ -33,6 +34,31 @@ COPIED = (
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is converted, and how: see `convert`."""
+
+    hf_path: str
+    recipe: Recipe | None
+    dtype: str
+    adapter_path: str | None
+    revision: str | None
+    dequantize: bool
+
+    def check(self, measured: bool) -> None:
+        """Raises UserError for options that exclude each other."""
+        if self.dequantize and self.recipe:
+            raise UserError("--dequantize and -q exclude each other: quantising twice loses twice; leave out one")
+        if measured and self.adapter_path is not None:
+            raise UserError(
+                "--quality compares with the source, from which --adapter-path differs on purpose; leave out one"
+            )
+        if self.revision is not None and not source.is_hub_id(self.hf_path):
+            raise UserError(
+                f"--revision {shown(self.revision)} is of a repository on the hub, {self.hf_path} is none; leave it out"
+            )
+
+
 def convert(
     hf_path: str,
     mlx_path: str | Path,
@@ -41,6 +67,9 @@ def convert(
     pair: bool = False,
     upload_repo: str | None = None,
     adapter_path: str | None = None,
+    measured: bool = False,
+    revision: str | None = None,
+    dequantize: bool = False,
 ) -> str:
     """Converts one target or drafter, or a target and its drafter; returns a line for each folder.
 
@@ -48,7 +77,9 @@ def convert(
     (None keeps them in `dtype`); dtype: bfloat16, float16 or float32 for everything that stays float; pair:
     `hf_path`-assistant is converted to `mlx_path`-assistant too, where quantised at 8 bits with a 4-bit head;
     upload_repo: the hub repository that the result is uploaded to (the drafter's to `upload_repo`-assistant);
-    adapter_path: a LoRA adapter that is fused into `hf_path`'s weights, not into the pair's drafter. Raises
+    adapter_path: a LoRA adapter that is fused into `hf_path`'s weights, not into the pair's drafter; measured: what the
+    conversion changed is measured (quality.py), told, and written on the card; revision: of `hf_path` on the hub;
+    dequantize: MLX's quantised weights are converted, too, as the floats that they stand for. Raises
     UserError for anything wrong with the source or the destination, KeyboardInterrupt after a signal; then nothing is
     left, but for an upload that failed, which leaves the converted folders.
     """
@@ -58,27 +89,30 @@ def convert(
     out = Path(mlx_path).expanduser()
     repos = [upload_repo + end for end in ends] if upload_repo is not None else []
     upload.check(repos)
-    planned = _converted(hf_path, [out.parent / (out.name + end) for end in ends], recipe, dtype, repos, adapter_path)
-    lines = [str(conversion) for conversion in planned]
+    wanted = Wanted(hf_path, recipe, dtype, adapter_path, revision, dequantize)
+    wanted.check(measured)
+    planned, found = _converted(wanted, [out.parent / (out.name + end) for end in ends], repos, measured)
+    lines = [str(conversion) for conversion in planned] + found
     lines += upload.upload({conversion.out: repo for conversion, repo in zip(planned, repos, strict=False)})
     return "\n".join(lines)
 
 
 def _converted(
-    hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str, repos: list[str], adapter_path: str | None
-) -> list[Conversion]:
-    """The conversions, done: all folders are there, or none."""
+    wanted: Wanted, outs: list[Path], repos: list[str], measured: bool
+) -> tuple[list[Conversion], list[str]]:
+    """The conversions, done: all folders are there, or none; and what was measured, in lines."""
     destination, needed = Destination(tuple(outs)), 0
     with Interruption() as interruption:
         try:
             destination.claim()
-            planned = _planned(hf_path, outs, recipe, dtype, adapter_path)
+            planned = _planned(wanted, outs)
             needed = sum(conversion.nbytes for conversion in planned)
             destination.check_space(needed)
             for i, (conversion, folder) in enumerate(zip(planned, destination.folders, strict=True)):
                 _write(conversion, folder)
                 if repos:
-                    upload.write_card(folder, conversion, hf_path, repos, i)
+                    upload.write_card(folder, conversion, wanted.hf_path, repos, i)
+            found = _measured(planned, destination.folders) if measured else []
             interruption.hold()
             if interruption.came:  # and was lost in a callback
                 raise KeyboardInterrupt
@@ -99,14 +133,21 @@ def _converted(
             destination.discard()
     if interruption.came:
         raise KeyboardInterrupt(f"interrupted; {', '.join(map(str, outs))}: complete")
-    return planned
+    return planned, found
 
 
-def _planned(
-    hf_path: str, outs: list[Path], recipe: Recipe | None, dtype: str, adapter_path: str | None
-) -> list[Conversion]:
+def _measured(planned: list[Conversion], folders: list[Path]) -> list[str]:
+    """What the conversion of the target changed, in lines; on its card, too, if there is one."""
+    drafters = (planned[1].source, folders[1]) if len(planned) > 1 else None
+    found = quality.quality(folders[0], planned[0].source, drafters)
+    quality.write_section(folders[0] / "README.md", found)
+    return list(quality.lines(found))
+
+
+def _planned(wanted: Wanted, outs: list[Path]) -> list[Conversion]:
     """One conversion, or those of a pair that fits together."""
-    first = _plan(hf_path, outs[0], recipe, dtype, adapter_path)
+    hf_path = wanted.hf_path
+    first = _plan(wanted, outs[0])
     if len(outs) == 1:
         return [first]
     if configs.is_drafter(first.config):
@@ -114,7 +155,8 @@ def _planned(
     from mlx_gemma_mtp.files import hub  # as in source.find
 
     path = hub.assistant(hf_path)
-    second = _plan(path, outs[1], quantize.DRAFTER if recipe else None, dtype)
+    recipe = quantize.DRAFTER if wanted.recipe else None
+    second = _plan(replace(wanted, hf_path=path, recipe=recipe, adapter_path=None, revision=None), outs[1])
     if not configs.is_drafter(second.config):
         raise UserError(f"{path} is no drafter; expected the MTP drafter of {hf_path}; download it there")
     try:
@@ -124,9 +166,12 @@ def _planned(
     return [first, second]
 
 
-def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str, adapter_path: str | None = None) -> Conversion:
-    folder = source.find(hf_path)
+def _plan(wanted: Wanted, out: Path) -> Conversion:
+    recipe, dtype = wanted.recipe, wanted.dtype
+    folder = source.find(wanted.hf_path, wanted.revision)
     model = Checkpoint.open(folder)
+    if wanted.dequantize:
+        model = model.dequantized()
     entries = model.sources()
     _check_copied(folder)
     written = configs.written(model.raw, model.text, dtype)
@@ -134,7 +179,7 @@ def _plan(hf_path: str, out: Path, recipe: Recipe | None, dtype: str, adapter_pa
     if recipe:
         written["quantization"] = quantize.record(formats, recipe.default)
         written["quantization_config"] = written["quantization"]
-    deltas, fused = _fused(model, adapter_path) if adapter_path is not None else ({}, "")
+    deltas, fused = _fused(model, wanted.adapter_path) if wanted.adapter_path is not None else ({}, "")
     jobs = [writer.plan(e, model.tensors[e.source], dtype, formats.get(e.name), deltas.get(e.name)) for e in entries]
     return Conversion(folder, out, written, jobs, fused)
 

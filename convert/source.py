@@ -24,14 +24,15 @@ def is_hub_id(source: str) -> bool:
     return hub.is_hub_id(str(source)) and not Path(source).expanduser().is_dir()
 
 
-def find(source: str) -> Path:
+def find(source: str, revision: str | None = None) -> Path:
     """Returns the local folder of SOURCE: a folder as it is, an `org/name` from the hub's cache or the hub.
 
-    Raises UserError that says what is missing, and the command that downloads it.
+    revision: a branch, tag or commit there. A download that was cut off goes on where it was. Raises UserError that
+    says what is missing, and the command that downloads it.
     """
     from mlx_gemma_mtp.files import hub  # as above
 
-    return hub.find(source, converting=True)
+    return hub.find(source, revision, converting=True)
 
 
 def read(folder: Path) -> tuple[dict, dict[str, Source]]:

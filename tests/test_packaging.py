@@ -55,9 +55,14 @@ def test_the_package_imports_neither_convert_nor_torch(path):
 
 @pytest.mark.parametrize("path", sources("convert"), ids=lambda p: p.stem)
 def test_convert_needs_no_torch_and_only_the_facts_of_the_package(path):
-    """What a config means, what memory it takes, where models are, what commands share; never the running of one."""
+    """What a config means, what memory it takes, where models are, what commands share; never the running of one.
+
+    layerwise.py runs layers, one at a time: `quality` compares what two models say.
+    """
     models = ("models.config", "models.raw_config", "models.quantization", "models.contents")
     names = ("errors", *models, "cache.spec", "files", "machine", "cli", "_version")
+    running = ("models.gemma4", "models.drafter", "models.linear", "models.loading")
+    names += running if path.stem == "layerwise" else ()
     facts = {f"mlx_gemma_mtp.{name}" for name in names}
     for name in imports(path):
         assert not within(name, TORCH | {"mlx_gemma_mtp.convert"}), name
@@ -80,6 +85,7 @@ def tree() -> list[str]:
     """Files that a wheel must hold: all code, the typing marker, the bundled pair and the server's page."""
     code = [str(path.relative_to(ROOT)) for path in sources("mlx_gemma_mtp")]
     converter = [f"mlx_gemma_mtp/{path.relative_to(ROOT)}" for path in sources("convert")]
+    converter.append("mlx_gemma_mtp/convert/quality.txt")
     demo = ROOT / "mlx_gemma_mtp" / "demo"
     data = [str(path.relative_to(ROOT)) for path in demo.rglob("*") if path.is_file()]
     headers = [str(path.relative_to(ROOT)) for path in (ROOT / "mlx_gemma_mtp").rglob("*.h")]

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from training import bundled, together
 from training.cli import command, positive
-from training.dense import Drafter, KeyValue, Sizes, Target, begin_near, generate, initialise
+from training.dense import Drafter, KeyValue, Out, Sizes, Target, begin_near, generate, initialise
 from training.optimizer import MuonAdam, rate_scale
 
 TINY = Sizes(hidden=64, dense=64, experts=4, top=2, expert=32, layers=(True, False), drafter_hidden=48,
@@ -177,15 +178,19 @@ class Writer:
     def due(self, name: str, model: nn.Module, optimizer: MuonAdam, figure: float) -> None:
         """Save what is due, if `figure` is a number; else go back to the last state at half the rates."""
         if not math.isfinite(figure):
-            self.log(lost=name)
-            self.resume(name, model, optimizer)
-            optimizer.rate /= 2
-            optimizer.rates = [rate / 2 for rate in optimizer.rates]
+            self.go_back(name, model, optimizer)
             return
         if self.clock.spent - self.saved > SAVE:
             self.state(name, model, optimizer)
         if self.clock.spent - self.exported > EXPORT:
             self.weights(name, model)
+
+    def go_back(self, name: str, model: nn.Module, optimizer: MuonAdam) -> None:
+        """To the last state, at half the rates."""
+        self.log(lost=name)
+        self.resume(name, model, optimizer)
+        optimizer.rate /= 2
+        optimizer.rates = [rate / 2 for rate in optimizer.rates]
 
     def resume(self, name: str, model: nn.Module, optimizer: MuonAdam) -> None:
         file = self.work / f"{name}.pt"
@@ -320,11 +325,19 @@ def drafter_loss(
     target: Target, drafter: Drafter, tokens: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What to minimise, and the shares of kept drafts [ROUND]; see `training.drafter.Loss`. tokens [B, T + ROUND]"""
+    with torch.no_grad(), autocast(tokens.device.type):
+        out = target(tokens)
+        logits = target.logits(out.hidden)
+    return guesses(target, drafter, tokens, weights, out, logits)[:2]
+
+
+def guesses(
+    target: Target, drafter: Drafter, tokens: torch.Tensor, weights: torch.Tensor, out: Out, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`drafter_loss` of a forward of the target that was done, and the logits of the first step [B, T, V]"""
     length = tokens.shape[1] - ROUND
     with autocast(tokens.device.type):
         with torch.no_grad():
-            out = target(tokens)
-            logits = target.logits(out.hidden)
             choices = logits.argmax(-1)  # [B, T + ROUND]
             wanted = (1 - FIRST_CHOICE) * logits.softmax(-1)
             wanted.scatter_add_(-1, choices[..., None], torch.full_like(wanted[..., :1], FIRST_CHOICE))
@@ -340,35 +353,50 @@ def drafter_loss(
         weights = weights[:, 2 : 2 + length] + QUESTION  # the first step drafts token t + 1, t from 1
         total = weights.sum()
         alive = torch.ones_like(weights)
-        state, losses, shares = out.hidden[:, :length], [], []
+        state, losses, shares, first = out.hidden[:, :length], [], [], None
         for step in range(1, ROUND + 1):
             hidden, state = drafter(embedded[:, step : step + length], state, kept)
             scores = drafter.logits(hidden)
+            first = scores if first is None else first
             place = slice(step, step + length)
             entropy = F.cross_entropy(scores.flatten(0, 1), wanted[:, place].flatten(0, 1), reduction="none")
             losses.append((entropy * (weights * alive).flatten()).sum() / total)
             alive = alive * (scores.argmax(-1) == choices[:, place])
             shares.append((alive * weights).sum() / total)
-    return torch.stack(losses).sum(), torch.stack(shares).detach()
+    return torch.stack(losses).sum(), torch.stack(shares).detach(), first
+
+
+def mixed(
+    text: Text, own: tuple[torch.Tensor, torch.Tensor], rows: int, share: float, modules: float, noise: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and weights of rows of which `share` are own replies; of the others `modules` are modules."""
+    mine = max(1, round(rows * share))
+    place = torch.randint(len(own[0]), (mine,), generator=noise).to(text.device)
+    tokens, weights = own[0][place], own[1][place]
+    if rows > mine:
+        others, marks = text.batch(rows - mine, modules, noise)
+        tokens, weights = torch.cat([tokens, others]), torch.cat([weights, marks])
+    return tokens, weights
 
 
 def fit_drafter(
-    target: Target, drafter: Drafter, text: Text, own: tuple[torch.Tensor, torch.Tensor], writer: Writer, rows: int
+    target: Target,
+    drafter: Drafter,
+    text: Text,
+    own: tuple[torch.Tensor, torch.Tensor],
+    writer: Writer,
+    rows: int,
+    share: float = 1.0,
 ) -> None:
+    """Train the drafter until the run's end, with `share` of the rates of one from nothing."""
     clock, noise = writer.clock, torch.Generator().manual_seed(int(writer.clock.spent * 1000))
-    optimizer = MuonAdam(drafter, *DRAFTER_RATES)
+    optimizer = MuonAdam(drafter, *(rate * share for rate in DRAFTER_RATES))
     writer.resume("drafter", drafter, optimizer)
     start, end = writer.began("drafter"), clock.end
     step, recent, marked = 0, [], time.time()
 
     def once(rows: int) -> None:
-        mine = max(1, round(rows * OWN_REPLIES))
-        place = torch.randint(len(own[0]), (mine,), generator=noise).to(text.device)
-        tokens, weights = own[0][place], own[1][place]
-        if rows > mine:
-            others, marks = text.batch(rows - mine, 0.2, noise)
-            tokens, weights = torch.cat([tokens, others]), torch.cat([weights, marks])
-        loss, shares = drafter_loss(target, drafter, tokens, weights)
+        loss, shares = drafter_loss(target, drafter, *mixed(text, own, rows, OWN_REPLIES, 0.2, noise))
         loss.backward()
         optimizer.step(rate_scale(clock.share(start, end), 1.0))
         recent.append(shares)
@@ -398,6 +426,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the state of a killed run")
     parser.add_argument("--seconds", type=positive, required=True, help="from --begin to the last byte written")
     parser.add_argument("--begin", type=float, default=time.time(), help="when the time began (seconds since 1970)")
+    parser.add_argument(
+        "--init", type=Path, help="go on from this pair, target/ and drafter/ as training.adopt wrote them"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a toy model, to see that all parts work")
     parser.add_argument("--rows", type=positive, default=64, help="of a batch; the drafter's are half")
@@ -418,20 +449,49 @@ def main(argv: list[str] | None = None) -> None:
     initialise(drafter, 1)
     target, text = target.to(args.device), Text(args.shards, args.device, args.length + 1)
     text.wait(clock)
-    if (args.work / "target.done").exists():
-        target.load_state_dict(torch.load(args.work / "target.pt", map_location="cpu", weights_only=True)["model"])
-    else:
+    (go_on if args.init else from_nothing)(target, drafter, text, writer, args)
+    writer.log(done=True)
+
+
+def from_nothing(target: Target, drafter: Drafter, text: Text, writer: Writer, args: argparse.Namespace) -> None:
+    """The target, its replies, the drafter."""
+    if not ready(target, "target", args.work):
         fit_target(target, text, writer, args.rows, args.seconds * TARGET_END)
     target.requires_grad_(False)
-    if clock.over:
+    if writer.clock.over:
         return
     writer.log(part="held out", **held_out(target, args.shards / "held.npz", args.device, args.tokenizer))
     text.look()
     own = own_replies(target, text, writer, args.seconds * REPLIES_END, args.replies)
     begin_near(drafter, target)
-    drafter = drafter.to(args.device)
-    fit_drafter(target, drafter, text, own, writer, max(1, args.rows // 2))
-    writer.log(done=True)
+    fit_drafter(target, drafter.to(args.device), text, own, writer, max(1, args.rows // 2))
+
+
+def go_on(target: Target, drafter: Drafter, text: Text, writer: Writer, args: argparse.Namespace) -> None:
+    """From a pair: replies, both together, replies anew, the drafter alone."""
+    for name, model in (("target", target), ("drafter", drafter)):
+        bundled.fill(model, args.init / name)
+    drafter, rows = drafter.to(args.device), max(1, args.rows // 2)
+    if ready(target, "together", args.work):
+        ready(drafter, "together", args.work, "drafter")
+    else:
+        own = own_replies(target, text, writer, args.seconds * together.REPLIES_END, args.replies)
+        together.fit(target, drafter, text, own, writer, rows, args.seconds * together.END)
+    target.requires_grad_(False)
+    if writer.clock.over:
+        return
+    writer.log(part="held out", **held_out(target, args.shards / "held.npz", args.device, args.tokenizer))
+    text.look()
+    own = own_replies(target, text, writer, args.seconds * REPLIES_END, args.replies)
+    fit_drafter(target, drafter, text, own, writer, rows, together.RATES[1])
+
+
+def ready(model: nn.Module, part: str, work: Path, name: str = "target") -> bool:
+    """Whether a killed run had finished a part; then the model gets its weights."""
+    if not (work / f"{part}.done").exists():
+        return False
+    model.load_state_dict(torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["model"])
+    return True
 
 
 if __name__ == "__main__":

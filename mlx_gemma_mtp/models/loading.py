@@ -160,8 +160,8 @@ def _lazy_tensors(folder: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def _file_path(path: str) -> str:
-    """A parameter's plain name in the files: the containers of fused linears are ours alone."""
+def file_path(path: str) -> str:
+    """Returns a parameter's plain name in the files: the containers of fused linears are ours alone."""
     return path.replace(".qkv.", ".").replace(".gate_up.", ".")
 
 
@@ -179,8 +179,8 @@ def _assign(model: nn.Module, config: TargetConfig | DrafterConfig, folder: Path
     contents = Contents.of(config, headers, str(folder))
     contents.check_extras(headers, str(folder))
     forms = {path: form.setting for path, form in contents.formats.items()}
-    nn.quantize(model, class_predicate=lambda path, module: forms.get(_file_path(path), False))
-    places = {path: contents.places[_file_path(path)] for path, _ in tree_flatten(model.parameters())}
+    nn.quantize(model, class_predicate=lambda path, module: forms.get(file_path(path), False))
+    places = {path: contents.places[file_path(path)] for path, _ in tree_flatten(model.parameters())}
     prevailing = _prevailing([headers[place.name] for place in places.values()])
     tensors, loaded = _lazy_tensors(folder), []
     if dtype is None and prevailing is not None and prevailing == mx.float16:

@@ -12,7 +12,21 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from training import adopt, corpus, dense, drafter, following, gemma, minutes, shards, smalltalk, target
+from mlx_gemma_mtp.errors import UserError
+from training import (
+    adopt,
+    bundled,
+    corpus,
+    dense,
+    drafter,
+    following,
+    gemma,
+    minutes,
+    shards,
+    smalltalk,
+    target,
+    together,
+)
 from training.kinds import MOE
 
 pytestmark = pytest.mark.parity
@@ -140,9 +154,59 @@ def test_a_run_leaves_weights_that_become_a_pair(tmp_path, models):
     assert torch.equal(opened.model.layers[1].experts.down_proj, wanted)
 
 
+def test_a_pair_opens_where_a_run_goes_on_from_it(tmp_path, models):
+    """What `adopt` wrote has the weights again that it was made from, and another pair's sizes are refused by name."""
+    (tmp_path / "work").mkdir()
+    writer = minutes.Writer(tmp_path, tmp_path / "work", minutes.Clock(0, 1))
+    writer.weights("target", models[2])
+    writer.weights("drafter", models[3])
+    adopt.adopt(tmp_path, tmp_path / "pair")
+    fresh = dense.Target(dense.Sizes()), dense.Drafter(dense.Sizes())
+    for name, model, old in zip(("target", "drafter"), fresh, models[2:], strict=True):
+        bundled.fill(model, tmp_path / "pair" / name)
+        for key, weight in old.state_dict().items():
+            assert torch.equal(model.state_dict()[key], weight.to(torch.bfloat16).float()), key
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight is \(4096, 192\), expected \(4096, 64\)"):
+        bundled.fill(dense.Target(minutes.TINY), tmp_path / "pair" / "target")
+
+
+def gradients(model):
+    taken = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    return taken
+
+
+def test_the_drafter_reaches_the_target_by_what_it_reads(monkeypatch):
+    """Without reach and lean the target learns the text alone; each of the two changes what it learns."""
+    mine, own = dense.Target(minutes.TINY), dense.Drafter(minutes.TINY)
+    dense.initialise(mine, 0)
+    dense.initialise(own, 1)
+    tokens, weights = torch.randint(20, 4096, (2, 68)), torch.rand(2, 68)
+    minutes.target_loss(mine, tokens, weights)[0].backward()
+    alone, learned = gradients(mine), {}
+    for name, reach, lean in (("alone", 0.0, 0.0), ("reach", 0.3, 0.0), ("lean", 0.0, 0.15)):
+        monkeypatch.setattr(together, "REACH", reach)
+        monkeypatch.setattr(together, "LEAN", lean)
+        total, figures = together.loss(mine, own, tokens, weights)
+        total.backward()
+        learned[name] = gradients(mine), gradients(own)
+        assert figures.shape == (1 + minutes.ROUND,)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, learned["alone"][0], strict=True))
+    for name in ("reach", "lean"):
+        assert max((a - b).abs().max().item() for a, b in zip(alone, learned[name][0], strict=True)) > 1e-3, name
+    for name in ("reach", "lean"):
+        assert all(torch.allclose(*two, atol=1e-5) for two in zip(learned["alone"][1], learned[name][1], strict=True))
+
+
 @pytest.mark.slow
-def test_the_whole_run_on_toys(tmp_path, monkeypatch):
-    """Shards are read, the target learns, its replies train the drafter, and both files and the log lie there."""
+@pytest.mark.parametrize("pair", [False, True], ids=["from nothing", "from a pair"])
+def test_the_whole_run_on_toys(tmp_path, monkeypatch, pair):
+    """Shards are read, the target learns, its replies train the drafter, and both files and the log lie there.
+
+    From a pair, both learn together in between; a second call finds all done.
+    """
+    monkeypatch.setattr(bundled, "fill", lambda model, folder: None)  # a pair of toy sizes: as it was initialised
+    monkeypatch.setattr(together, "RATES", (1.0, 1.0))
     monkeypatch.setattr(minutes, "NEW_TOKENS", 8)
     rng = np.random.default_rng(0)
     rows = rng.integers(20, 60, (64, 65)).astype(np.uint16)
@@ -162,8 +226,13 @@ def test_the_whole_run_on_toys(tmp_path, monkeypatch):
         "--work",
         tmp_path / "w",
     ]
+    options += ["--init", str(tmp_path)] if pair else []
     assert minutes.main([*map(str, folders), *options]) == 0
     records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < losses[0] - 1 and records[-1]["done"]
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"target.safetensors", "drafter.safetensors"}
+    assert [record["part"] for record in records if record.get("done") and "part" in record] == [
+        "together" if pair else "target",
+        "drafter",
+    ]
