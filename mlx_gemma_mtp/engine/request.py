@@ -105,7 +105,7 @@ class Request:
     alone. borders: where turns begin in the prompt, rising. restored: K/V of a beginning of the prompt that somebody
     has read for it; they are used where they hold more than what is in memory. tokens, pieces, logprobs: what was
     generated so far. finish_reason: set once the request is done. repetition: watches the tokens where the request
-    asks for that.
+    asks for that. prediction: tokens of what the reply is expected to be like, for copies.
     """
 
     id: int
@@ -129,6 +129,7 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     end_token: int | None = None
+    prediction: tuple[int, ...] = ()
     repetition: Repetition | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -147,12 +148,14 @@ class Request:
         reason: str = "",
         logprobs: Sequence[TokenLogprob] | None = None,
         error: str | None = None,
+        sources: Sequence[str] = (),
+        refused: int = 0,
     ) -> Chunk:
         """Adds the tokens of a round, up to the one that ends the request, and returns them as a chunk. Drafts after
         that token do not count as accepted.
 
         drafted: how many drafts the round verified; None for the token of the prefill. reason: why it verified so many.
-        error: why the request cannot go on after these tokens.
+        error: why the request cannot go on after these tokens. sources, refused: see Stats.count_round.
         """
         before, pieces, used = len(self.tokens), [], 0
         for used, token in enumerate(emitted, 1):  # noqa: B007
@@ -168,7 +171,7 @@ class Request:
             self.finish_reason, self.error = "error", error
         accepted = 0 if drafted is None else max(used - 1, 0)
         if drafted is not None:
-            self.stats.count_round(drafted, accepted, reason)
+            self.stats.count_round(drafted, accepted, reason, sources, refused)
         if self.params.logprobs is not None:
             kept = logprobs[: len(self.tokens) - before]
             self.logprobs += [replace(each, top=each.top[: self.params.logprobs]) for each in kept]

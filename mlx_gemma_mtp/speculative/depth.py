@@ -6,10 +6,12 @@ In exact arithmetic the emitted text never depends on any of this.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from .auto import Auto, Part
 from .choice import FIXED, JOINED, Choice
+from .correction import Prices
 from .costs import MAX_DRAFTS, UNKNOWN, CostTable, Drafted, Verified
 from .history import History
 
@@ -156,6 +158,22 @@ class Depth:
         self._seconds = None
         return most
 
+    def give_way(self, requests: Iterable[int], made: bool = True) -> None:
+        """Takes in that another source drafts for these requests: nothing is learned from the drafts that were chosen.
+
+        made: whether they were made at all; False for all rows together, right after `draft`.
+        """
+        counts = self._chosen.counts
+        counts |= {id_: 0 for id_ in requests if id_ in counts}
+        if not made:
+            choice = self._chosen.choice and replace(self._chosen.choice, drafts=0)
+            self._chosen = self._chosen._replace(most=0, choice=choice)
+
+    def prices(self, rows: int, context: int) -> tuple[Prices, int] | None:
+        """Returns what rounds cost, and how many drafts are made in each; None where no automatic row has a choice."""
+        auto, choice = self._chosen.auto, self._chosen.choice
+        return None if auto is None else (auto.prices(rows, context), choice.drafts)
+
     def reason(self, request: int) -> str:
         """Returns the code of the reason for the last verified length of a request; "" where it had no verify."""
         return self._pass.reasons.get(request, "")
@@ -183,6 +201,8 @@ class Depth:
         auto, choice = past.chosen.auto, past.chosen.choice
         if not kept:
             return
+        if choice.drafts and not any(past.parts[id_].made for id_ in kept):
+            return  # another source's drafts were verified
         for id_, count in kept.items():
             if past.parts[id_].made:
                 self._own[id_] = auto.observe(past.parts[id_], count, self._own.get(id_, NEW))

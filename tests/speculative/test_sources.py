@@ -49,12 +49,12 @@ TOY = "the newest token again"
 @pytest.fixture
 def repeat(monkeypatch) -> Drafting:
     monkeypatch.setitem(SOURCES, TOY, Repeat)
-    return Drafting(source=TOY)
+    return Drafting(sources=TOY)
 
 
 @pytest.fixture(params=[*(name for name in SOURCES if name != MTP), TOY])
 def source(request, repeat) -> Drafting:
-    return replace(repeat, source=request.param)
+    return replace(repeat, sources=request.param)
 
 
 def with_source(engine: Engine, source: Drafting) -> Engine:
@@ -135,11 +135,11 @@ def test_a_confidence_that_is_nan_is_none(monkeypatch):
 
 @pytest.mark.parametrize("source", ["repeat last", "", None, ["mtp"], 1])
 def test_an_unknown_source_is_refused_before_anything_is_read(source):
-    message = f"^draft_source is .*, expected one of {', '.join(SOURCES)}$"
+    message = f"^draft_sources is .*, expected one of {', '.join(SOURCES)}$"
     with pytest.raises(UserError, match=message):
-        Drafting(source=source)
+        Drafting(sources=source)
     with pytest.raises(UserError, match=message):
-        load("no such folder", draft_source=source)
+        load("no such folder", draft_sources=source)
 
 
 def test_a_source_has_costs_of_its_own(engine, repeat, monkeypatch):
