@@ -12,8 +12,9 @@ import argparse
 import random
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ from mlx_gemma_mtp.speculative.prefill import batch
 from .schemas import schema_of
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = range(900, 3000)  # bytes of a file that is edited
-ROWS, BLOCK, CHUNK = 4, 16, 256
+SIZES = range(700, 1700)  # bytes of a file that is edited
+ROWS, BLOCK, CHUNK, LONGEST = 4, 16, 256, 400
 PROMPTS = "Describe the function open().", "def area(width, height):"
 ASK = "Edit this file.\n\n```python\n{}```\n"
 
@@ -142,42 +143,38 @@ def together(parts: Sequence[Passes]) -> Passes:
     return Passes(sum(part.tokens for part in parts), sum(part.passes for part in parts), *counts)
 
 
-def of_edits(engine: Engine, count: int, drafts: int) -> Iterator[tuple[str, Passes]]:
-    """Yields what edits take with each mixture."""
+def of_edits(engine: Engine, made: Sequence[tuple[str, str, str]], sources: str, drafts: int, reach: int) -> Passes:
+    """Returns what edits take with a mixture."""
     vocab, encode = engine.target.config.vocab_size, engine.text.tokenizer.encode
-    made = edits(count)
     prompts = [engine.text.encode(ASK.format(before)) for _, before, _ in made]
     texts = [encode(f"```python\n{after}```", add_special_tokens=False) for _, _, after in made]
     greedy = SamplingParams(temperature=0.0, top_k=-1, top_p=1.0, seed=0)
-    for sources, reach in (("mtp", drafts), ("copy", BLOCK - 1), ("mtp,copy", drafts), ("mtp,copy", BLOCK - 1)):
-        parts, pool = [], Pool()
-        for start in range(0, len(made), ROWS):
-            rows = range(start, min(start + ROWS, len(made)))
-            led = [Led(texts[row], vocab) for row in rows]
-            done = lambda row, text, start=start: len(text) >= len(texts[start + row])  # noqa: E731
-            given = [prompts[row] for row in rows], led, [greedy] * len(led), done
-            parts.append(run(engine, *given, Drafting(sources=sources), drafts, reach, pool))
-        yield f"edits, {sources}, up to {reach}", together(parts)
+    parts, pool = [], Pool()
+    for start in range(0, len(made), ROWS):
+        rows = range(start, min(start + ROWS, len(made)))
+        led = [Led(texts[row], vocab) for row in rows]
+        done = lambda row, text, start=start: len(text) >= len(texts[start + row])  # noqa: E731
+        given = [prompts[row] for row in rows], led, [greedy] * len(led), done
+        parts.append(run(engine, *given, Drafting(sources=sources), drafts, reach, pool))
+    return together(parts)
 
 
-def of_schemas(engine: Engine, count: int, drafts: int) -> Iterator[tuple[str, Passes]]:
-    """Yields what JSON by schemas takes with each mixture."""
-    schemas = [schema_of(seed) for seed in range(count)]
-    for sources, reach in (("mtp", drafts), ("mtp,forced", BLOCK - 1), ("mtp,copy,forced", BLOCK - 1)):
-        parts, pool = [], Pool()
-        for start in range(0, len(schemas), ROWS):
-            some = schemas[start : start + ROWS]
-            params = [
-                SamplingParams(temperature=0.0, json_schema=each, top_k=-1, top_p=1.0, seed=0, max_tokens=400)
-                for each in some
-            ]
-            requests = engine._intake.requests([PROMPTS[i % 2] for i in range(len(some))], params, Options())
-            done = lambda row, text, requests=requests: (  # noqa: E731
-                len(text) >= 400 or any(token in requests[row].end_tokens for token in text)
-            )
-            given = [each.prompt for each in requests], [each.constraint for each in requests], params, done
-            parts.append(run(engine, *given, Drafting(sources=sources), drafts, reach, pool))
-        yield f"JSON, {sources}, up to {reach}", together(parts)
+def of_schemas(engine: Engine, schemas: Sequence[dict], sources: str, drafts: int, reach: int) -> Passes:
+    """Returns what JSON by schemas takes with a mixture."""
+    parts, pool = [], Pool()
+    for start in range(0, len(schemas), ROWS):
+        params = [
+            SamplingParams(temperature=0.0, json_schema=each, top_k=-1, top_p=1.0, seed=0)
+            for each in schemas[start : start + ROWS]
+        ]
+        prompts = [PROMPTS[i % 2] for i in range(len(params))]
+        requests = engine._intake.requests(prompts, params, Options())
+        done = lambda row, text, requests=requests: (  # noqa: E731
+            len(text) >= LONGEST or not requests[row].end_tokens.isdisjoint(text)
+        )
+        given = [each.prompt for each in requests], [each.constraint for each in requests], params, done
+        parts.append(run(engine, *given, Drafting(sources=sources), drafts, reach, pool))
+    return together(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,14 +185,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--schemas", type=int, default=100)
     p.add_argument("--drafts", type=int, default=4, help="of the drafter, in each round")
     args = p.parse_args(argv)
+    wide = BLOCK - 1
+    classes = {
+        "edits": (of_edits, edits(args.edits), (("mtp,copy", wide), ("mtp,copy", args.drafts), ("copy", wide))),
+        "JSON": (of_schemas, [schema_of(seed) for seed in range(args.schemas)],
+                 (("mtp,forced", wide), ("mtp,copy,forced", wide))),
+    }  # fmt: skip
     with load(args.model, args.draft_model, num_draft_tokens=args.drafts, dtype="float32") as engine:
-        for made in (of_edits, args.edits), (of_schemas, args.schemas):
-            first = None
-            if not made[1]:
-                continue
-            for name, passes in engine.call(lambda made=made: list(made[0](engine, made[1], args.drafts))):
-                first = first or passes
-                print(f"{name:32} {passes}; {passes.rate / first.rate:.2f} of the first", flush=True)
+        for name, (measure, texts, mixtures) in classes.items():
+            first: Passes | None = None
+            for sources, reach in (("mtp", args.drafts), *mixtures) if texts else ():
+                found = engine.call(partial(measure, engine, texts, sources, args.drafts, reach))
+                first = first or found
+                print(f"{name}: {sources}, up to {reach}: {found}; {found.rate / first.rate:.2f} of MTP", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from mlx_gemma_mtp.sampling.distribution import Distribution
 from mlx_gemma_mtp.speculative.copies import RowText
 from mlx_gemma_mtp.speculative.correction import Prices
 from mlx_gemma_mtp.speculative.drafting import COPY, FORCED, MTP, Drafting, Drafts
-from mlx_gemma_mtp.speculative.mixture import HOT, PLACES, Chain, Mixture, Pool, Rates, mixed, reason_of
+from mlx_gemma_mtp.speculative.mixture import HOT, PLACES, Chain, Mixture, Rates, mixed, reason_of
 from mlx_gemma_mtp.speculative.widening import seconds, wider
 
 FILE = list(range(100, 160))
