@@ -9,8 +9,10 @@ the drafter drafts on the target's real hidden states all the way. A schema's te
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,13 +62,19 @@ class Led:
 @dataclass(frozen=True)
 class Passes:
     """What texts took. tokens: emitted after the first of each. passes: verifies of a row. sources: drafted and
-    accepted tokens by source.
+    accepted tokens by source. seconds: of all rounds.
     """
 
     tokens: int
     passes: int
     drafted: Counter
     accepted: Counter
+    seconds: float
+
+    @property
+    def pace(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
 
     @property
     def rate(self) -> float:
@@ -74,7 +82,7 @@ class Passes:
 
     def __str__(self) -> str:
         by = ", ".join(f"{name} {self.accepted[name]} of {self.drafted[name]}" for name in sorted(self.drafted))
-        return f"{self.rate:5.2f} tokens a pass ({self.tokens} tokens; kept: {by})"
+        return f"{self.rate:5.2f} tokens a pass, {self.pace:.0f} a second ({self.tokens} tokens; kept: {by})"
 
 
 def edits(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
@@ -120,6 +128,7 @@ def run(
     loop.begin(hidden, *inputs(), [RowText(prompt) for prompt in prompts])
     texts: list[list[int]] = [[] for _ in prompts]
     tokens, passes, drafted, accepted = 0, 0, Counter(), Counter()
+    began = time.perf_counter()
     while live:
         given = loop.step([drafts] * len(live), reach=[reach] * len(live))
         for i, row in enumerate(live):
@@ -134,47 +143,46 @@ def run(
         if len(stay) < len(live):
             live = [live[i] for i in stay]
             loop.arrange(stay, *inputs())
-    return Passes(tokens, passes, drafted, accepted)
+    return Passes(tokens, passes, drafted, accepted, time.perf_counter() - began)
 
 
 def together(parts: Sequence[Passes]) -> Passes:
     """Returns the sum."""
     counts = (sum((getattr(part, name) for part in parts), Counter()) for name in ("drafted", "accepted"))
-    return Passes(sum(part.tokens for part in parts), sum(part.passes for part in parts), *counts)
+    sums = (sum(getattr(part, name) for part in parts) for name in ("tokens", "passes"))
+    return Passes(*sums, *counts, sum(part.seconds for part in parts))
 
 
-def of_edits(engine: Engine, made: Sequence[tuple[str, str, str]], sources: str, drafts: int, reach: int) -> Passes:
-    """Returns what edits take with a mixture."""
+Measure = Callable[[str, int, Pool], Passes]  # with these sources, up to so many drafts
+
+
+def of_edits(engine: Engine, made: Sequence[tuple[str, str, str]], drafts: int) -> Measure:
+    """Returns what measures these edits."""
     vocab, encode = engine.target.config.vocab_size, engine.text.tokenizer.encode
     prompts = [engine.text.encode(ASK.format(before)) for _, before, _ in made]
     texts = [encode(f"```python\n{after}```", add_special_tokens=False) for _, _, after in made]
-    greedy = SamplingParams(temperature=0.0, top_k=-1, top_p=1.0, seed=0)
-    parts, pool = [], Pool()
-    for start in range(0, len(made), ROWS):
-        rows = range(start, min(start + ROWS, len(made)))
-        led = [Led(texts[row], vocab) for row in rows]
-        done = lambda row, text, start=start: len(text) >= len(texts[start + row])  # noqa: E731
-        given = [prompts[row] for row in rows], led, [greedy] * len(led), done
-        parts.append(run(engine, *given, Drafting(sources=sources), drafts, reach, pool))
-    return together(parts)
+    greedy = [SamplingParams(temperature=0.0, top_k=-1, top_p=1.0, seed=0)] * len(made)
+
+    def measure(sources: str, reach: int, pool: Pool) -> Passes:
+        led = [Led(text, vocab) for text in texts]
+        done = lambda row, text: len(text) >= len(texts[row])  # noqa: E731
+        return run(engine, prompts, led, greedy, done, Drafting(sources=sources), drafts, reach, pool)
+
+    return measure
 
 
-def of_schemas(engine: Engine, schemas: Sequence[dict], sources: str, drafts: int, reach: int) -> Passes:
-    """Returns what JSON by schemas takes with a mixture."""
-    parts, pool = [], Pool()
-    for start in range(0, len(schemas), ROWS):
-        params = [
-            SamplingParams(temperature=0.0, json_schema=each, top_k=-1, top_p=1.0, seed=0)
-            for each in schemas[start : start + ROWS]
-        ]
+def of_schemas(engine: Engine, schemas: Sequence[dict], drafts: int) -> Measure:
+    """Returns what measures JSON by these schemas."""
+    params = [SamplingParams(temperature=0.0, json_schema=each, top_k=-1, top_p=1.0, seed=0) for each in schemas]
+
+    def measure(sources: str, reach: int, pool: Pool) -> Passes:
         prompts = [PROMPTS[i % 2] for i in range(len(params))]
         requests = engine._intake.requests(prompts, params, Options())
-        done = lambda row, text, requests=requests: (  # noqa: E731
-            len(text) >= LONGEST or not requests[row].end_tokens.isdisjoint(text)
-        )
-        given = [each.prompt for each in requests], [each.constraint for each in requests], params, done
-        parts.append(run(engine, *given, Drafting(sources=sources), drafts, reach, pool))
-    return together(parts)
+        done = lambda row, text: len(text) >= LONGEST or not requests[row].end_tokens.isdisjoint(text)  # noqa: E731
+        constraints, ids = [each.constraint for each in requests], [each.prompt for each in requests]
+        return run(engine, ids, constraints, params, done, Drafting(sources=sources), drafts, reach, pool)
+
+    return measure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -184,20 +192,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--edits", type=int, default=20)
     p.add_argument("--schemas", type=int, default=100)
     p.add_argument("--drafts", type=int, default=4, help="of the drafter, in each round")
+    p.add_argument("--mixtures", type=int, default=4, help="how many of those that are listed, MTP alone first")
+    p.add_argument("--seconds", type=float, default=math.inf, help="after which no other texts begin")
     args = p.parse_args(argv)
-    wide = BLOCK - 1
+    wide, began = BLOCK - 1, time.perf_counter()
+    alone = ("mtp", args.drafts)
     classes = {
-        "edits": (of_edits, edits(args.edits), (("mtp,copy", wide), ("mtp,copy", args.drafts), ("copy", wide))),
+        "edits": (of_edits, edits(args.edits), (alone, ("mtp,copy", wide), ("mtp,copy", args.drafts), ("copy", wide))),
         "JSON": (of_schemas, [schema_of(seed) for seed in range(args.schemas)],
-                 (("mtp,forced", wide), ("mtp,copy,forced", wide))),
+                 (alone, ("mtp,forced", wide), ("mtp,copy,forced", wide))),
     }  # fmt: skip
     with load(args.model, args.draft_model, num_draft_tokens=args.drafts, dtype="float32") as engine:
         for name, (measure, texts, mixtures) in classes.items():
-            first: Passes | None = None
-            for sources, reach in (("mtp", args.drafts), *mixtures) if texts else ():
-                found = engine.call(partial(measure, engine, texts, sources, args.drafts, reach))
-                first = first or found
-                print(f"{name}: {sources}, up to {reach}: {found}; {found.rate / first.rate:.2f} of MTP", flush=True)
+            mixtures = mixtures[: args.mixtures]
+            parts: list[list[Passes]] = [[] for _ in mixtures]
+            pools, done = [Pool() for _ in mixtures], 0
+            for start in range(0, len(texts), ROWS):
+                if time.perf_counter() - began > args.seconds:
+                    break
+                some = measure(engine, texts[start : start + ROWS], args.drafts)
+                for part, pool, mixture in zip(parts, pools, mixtures, strict=True):
+                    part.append(engine.call(partial(some, *mixture, pool)))
+                done += len(texts[start : start + ROWS])
+            sums = [together(part) for part in parts] if done else []
+            for (sources, reach), found in zip(mixtures, sums, strict=False):
+                ratio, pace = found.rate / sums[0].rate, found.pace / sums[0].pace
+                print(
+                    f"{done} {name}: {sources}, up to {reach}: {found}; {ratio:.2f} and {pace:.2f} of MTP", flush=True
+                )
 
 
 if __name__ == "__main__":
