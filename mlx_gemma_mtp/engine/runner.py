@@ -366,6 +366,8 @@ class Runner:
         """Goes on with the rows of these requests in this order. Those that had none join."""
         if not self.rows:
             self._last = self.clock()  # of the time before no row knows
+            if self.settings.frozen_costs:
+                self._pool.clear()  # equal calls, equal choices
         old = {id: row for row, id in enumerate(self.rows)}
         places: list[int | Joiner] = []
         for id in ids:

@@ -205,6 +205,7 @@ class Depth:
             return  # another source's drafts were verified
         for id_, count in kept.items():
             if past.parts[id_].made:
+                count = min(count, past.parts[id_].width)  # behind wider copies more were verified
                 self._own[id_] = auto.observe(past.parts[id_], count, self._own.get(id_, NEW))
         auto.earned(choice, sum(kept.values()), len(kept) + past.partners, past.context, past.own, self._seconds)
 

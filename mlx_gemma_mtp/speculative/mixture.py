@@ -101,6 +101,10 @@ class Pool:
     """What is known of the sources over all rows. It outlasts a batch."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything."""
         self.copies, self.drafter = Rates(COPIED, POOLED), Rates(MADE, POOLED)
 
 
