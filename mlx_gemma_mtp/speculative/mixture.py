@@ -27,6 +27,7 @@ AGREED = (0.6, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # and where the drafter said all 
 PLACES, DRAFTED = 8, 0.75  # drafts of the drafter that are told apart by their place, and what is assumed of each
 BINS = 10  # by which they are told apart where it says how sure it is
 BETTER = 1.1  # a copy takes the drafter's place where this many times as many of its drafts are expected to stay
+LIKELY, REACHED = 0.4, 0.1  # the chance of a copy's first token, and that all up to one are kept, for it to be drafted
 HOT = 2  # rounds that kept a copy whole, after which the drafter is not asked
 SURE = 0.85  # and the chance of its next token from which that is so
 
@@ -233,12 +234,21 @@ class Mixture:
             return own
         alone = row.chances(copy)
         if not drafts or expected(alone[: len(drafts)]) > BETTER * expected(judged):
-            return Chain(copy.tokens, [COPY] * len(copy.tokens), alone)
+            return _likely(Chain(copy.tokens, [COPY] * len(copy.tokens), alone))
         if not (agreed := row.agreed):
             return own
         more = len(copy.tokens) - agreed
         chances = row.chances(copy, agreed)[agreed:]
-        return Chain(drafts + copy.tokens[agreed:], own.sources + [COPY] * more, own.rates + chances)
+        behind = _likely(Chain(copy.tokens[agreed:], [COPY] * more, chances))
+        return Chain(drafts + behind.tokens, own.sources + behind.sources, own.rates + behind.rates)
+
+
+def _likely(chain: Chain) -> Chain:
+    """Returns the first drafts of a copy, as far as it may be worth to build a verify of them."""
+    if not chain.rates or chain.rates[0] < LIKELY:
+        return Chain.none()
+    count = sum(reached >= REACHED for reached in accumulate(chain.rates, mul))
+    return Chain(chain.tokens[:count], chain.sources[:count], chain.rates[:count])
 
 
 def kind(length: int, agreed: bool) -> int:
