@@ -22,6 +22,7 @@ from ..sampling.rules import Rules
 from ..speculative.budget import Budget
 from ..speculative.copies import RowText
 from ..speculative.depth import AUTO, Depth, DraftRow
+from ..speculative.drafting import FORCED
 from ..speculative.guide import Guide, guide
 from ..speculative.loop import Firsts, Joiner, Speculation
 from ..speculative.mixture import Pool, leading, reason_of
@@ -427,7 +428,8 @@ class Runner:
             min(chain.own, count) if auto else count
             for chain, count, auto in zip(chains, waiting, automatic, strict=True)
         ]
-        width = self.depth.verify(rows, context, self._loop.confidences, own)
+        led = [row.id for row, chain in zip(rows, chains, strict=True) if chain.sources[:1] == [FORCED]]
+        width = self.depth.verify(rows, context, self._loop.confidences, own, led)
         known = self.depth.prices(len(rows), context)
         if width is None or known is None:
             return width

@@ -5,7 +5,7 @@ In exact arithmetic the emitted text never depends on any of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -128,12 +128,14 @@ class Depth:
         context: int,
         confidences: Sequence[Sequence[float]],
         waiting: Sequence[int],
+        led: Collection[int] = (),
     ) -> int | None:
         """Returns how many drafts of each row to verify, at most; None for all that wait.
 
         rows: in any order, `useful` as of this verify. context: committed tokens of the longest row. confidences: of
         each row, those of its drafts. waiting: of each row, how many of its drafts its grammar left; 0 where it has
-        just joined.
+        just joined. led: requests whose drafts a grammar forces: that the drafter's are refused says nothing of other
+        texts.
         """
         chosen, counts, reasons, own = self._chosen, self._chosen.counts, {}, []
         partners, floor, steady = 0, 0, True
@@ -152,7 +154,7 @@ class Depth:
         width = chosen.auto.width(chosen.choice, len(rows), context, sure, allowed, useful)
         most, parts = max(width, floor), {}
         for row, sure, left in own:
-            parts[row.id] = part = Part(counts[row.id], left, min(left, most), sure)
+            parts[row.id] = part = Part(counts[row.id], left, min(left, most), sure, row.id not in led)
             reasons[row.id] = part.reason(chosen.choice)
         self._pass = Pass(chosen, parts, reasons, len(rows), partners, context, most, width, steady)
         self._seconds = None

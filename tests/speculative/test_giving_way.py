@@ -58,3 +58,12 @@ def test_what_wider_copies_let_in_counts_up_to_the_chosen_width():
     chooser.observe({1: counts[0]})
     tried = chooser.autos["greedy"].pool.tried
     assert sum(tried) <= counts[0]
+
+
+def test_drafts_in_the_place_of_forced_ones_teach_their_row_alone():
+    chooser = depth()
+    counts = chooser.draft(ROWS[:1], 100)
+    chooser.verify(ROWS[:1], 100, [[]], [0], [1])
+    pool = chooser.autos["greedy"].pool
+    chooser.observe({1: 0})
+    assert counts[0] and chooser.autos["greedy"].pool == pool and sum(chooser._own[1].tried) > 0
