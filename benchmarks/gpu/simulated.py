@@ -37,7 +37,7 @@ class Script:
     _held: tuple[mx.array, mx.array, mx.array] | None = None
 
     def enter(self) -> None:
-        """Makes `load(draft_source=NAME)` take drafts from here. Set `engine` to what was loaded."""
+        """Makes `load(draft_sources=NAME)` take drafts from here. Set `engine` to what was loaded."""
         SOURCES[NAME] = lambda *made: Simulated(self, *made)
 
     def tell(self, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], rate: float) -> None:

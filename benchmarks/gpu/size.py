@@ -110,7 +110,7 @@ def ours(folder: str, end: float) -> Iterator[dict[str, Any]]:
     began = time.monotonic()
     options = {"draft_bits": DRAFT_BITS, "prefill_chunk": CHUNK, "prefix_memory": memory.total_bytes() // 3}
     engine = script.engine = load(
-        folder, num_draft_tokens=0, draft_source=NAME, max_rows=max(ROWS), notice=print, **options
+        folder, num_draft_tokens=0, draft_sources=NAME, max_rows=max(ROWS), notice=print, **options
     )
     yield {"what": "loaded", "seconds": round(time.monotonic() - began, 1), "description": engine.description}
     for group in cells():

@@ -139,7 +139,7 @@ def _begin(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPar
     """Prefills the prompts together; with no drafts the drafter stays out."""
     chunk = min(engine.prefill_chunk, max(map(len, prompts)))
     cache, hidden = batch(engine.target, prompts, chunk, num_draft + 1, engine.drafting.lookback)
-    loop = Speculation(engine.target, engine.drafter if num_draft else None, cache, engine.drafting)
+    loop = Speculation(engine.target, engine.drafter if num_draft else None, cache, engine.drafting.alone)
     loop.begin(hidden, _rules(engine, params, len(prompts)))
     return loop
 

@@ -71,8 +71,14 @@ def lines(stats: Stats, finish_reason: str) -> list[str]:
         f"  generation: {s.generation_tokens} tokens, {s.generation_tps:.1f} tokens/s; end: {finish_reason}",
         f"  MTP {mtp}; {s.rounds} rounds, {s.tokens_per_round:.2f} tokens a round, {s.host_syncs} readbacks",
         f"  drafts: {s.accepted} of {s.drafted} accepted ({s.accept}); by position {positions}; seed {s.seed}",
+        f"  drafts by source: {sources(s.sources)}; {s.refused} refused by a grammar before that",
         f"  rounds by draft length: {depths(s.depths)}",
     ]
+
+
+def sources(counts: dict[str, dict[str, int]]) -> str:
+    """Returns how many drafts of each source were kept, as in 'mtp 31 of 40, copy 200 of 210'."""
+    return ", ".join(f"{name} {each['accepted']} of {each['drafted']}" for name, each in counts.items()) or "none"
 
 
 def depths(counts: dict[int, dict[str, int]]) -> str:

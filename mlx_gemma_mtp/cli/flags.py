@@ -10,6 +10,7 @@ from ..engine.arguments import LONGEST
 from ..errors import UserError, clipped, shown
 from ..files import prefix_store
 from ..sampling.params import ACCEPT, COUPLED, SamplingParams, number
+from ..speculative.drafting import DEFAULT_DRAFTING
 from .command import loaded, tell
 from .prompts import read_schema, read_source
 
@@ -119,6 +120,13 @@ def add_drafts(p: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="N|auto",
         help="drafts a round; 0 is plain decoding (default: auto, by measured cost and acceptance)",
+    )
+    group.add_argument(
+        "--draft-sources",
+        default=",".join(DEFAULT_DRAFTING.sources),
+        metavar="NAMES",
+        help="who drafts: mtp is the drafter, copy finds drafts in the request's own text, forced has what a grammar "
+        "leaves no choice of (default: %(default)s)",
     )
     group.add_argument(
         "--frozen-costs",
@@ -258,6 +266,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "wired_limit": args.wired_limit,
         "draft_temperature": args.draft_temperature,
         "accept": args.accept,
+        "draft_sources": args.draft_sources,
         "frozen_costs": args.frozen_costs,
     }
 

@@ -31,7 +31,7 @@ from ..ops import kernels
 from ..sampling.distribution import Rules
 from ..sampling.params import SamplingParams
 from ..speculative.costs import MAX_DRAFTS, ROWS, CostFile, CostTable, Drafted, Verified
-from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
+from ..speculative.drafting import DEFAULT_DRAFTING, MTP, Drafting
 from ..speculative.loop import Speculation
 from ..speculative.prefill import prefill
 
@@ -119,7 +119,7 @@ class Bench:
         """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
         self.cache.length_bound = [self.context] * self.rows
-        loop = Speculation(self.target, self.drafter, self.cache, self.drafting, confident=True)
+        loop = Speculation(self.target, self.drafter, self.cache, self.drafting.alone, confident=True)
         loop.begin(self.hidden, self.rules)
         for _ in range(2):
             loop.step([width] * self.rows)
@@ -208,7 +208,7 @@ class Costs:
         """Returns the Costs of every kind of text, by kind. Without a drafter they have no file."""
         if drafter is None:
             return {kind: cls(kind) for kind in KINDS}
-        key = _key(pair, target, drafter) | {"source": drafting.source} | _bits(specs)
+        key = _key(pair, target, drafter) | {"source": drafting.source or MTP} | _bits(specs)
         files = {kind: CostFile({"text": kind} | key) for kind in KINDS}
         return {kind: cls(kind, file, notice, drafting=drafting, specs=specs or None) for kind, file in files.items()}
 

@@ -149,6 +149,7 @@ class Engine:
         cancel: Cancel | None = None,
         progress: Progress | None = None,
         cache_salt: str | None = None,
+        prediction: str | None = None,
     ) -> Stream:
         """Yields pieces of text as they are made. The last chunk of each prompt carries its Result.
 
@@ -167,6 +168,8 @@ class Engine:
         100; the higher goes first. cancel: an event; once it is set, generation ends after the current round. progress:
         called with the prompts' tokens that are prefilled and all of them, by whoever reads the stream. cache_salt: any
         text; what is kept of these prompts is found by calls with the same salt alone, and the other way round.
+        prediction: text that the replies are expected to be like, such as a file before its edit: what follows it costs
+        few passes, and the text is the same without it.
 
         The stream ends, with what it has, when it is closed, forgotten, or its engine is closed. A reader that falls
         behind delays nobody but itself.
@@ -190,6 +193,7 @@ class Engine:
             cancel,
             progress,
             cache_salt,
+            prediction,
         )
         return self._stream(self.text.prompts(prompt)[0], params, options)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..files.progress import Progress
 from ..machine import blas
 from ..models.config import GenerationDefaults, TargetConfig
@@ -54,6 +54,7 @@ class Options:
     cancel: Cancel | None = None
     progress: Progress | None = None
     cache_salt: str | None = None
+    prediction: str | None = None
 
 
 class Intake:
@@ -102,6 +103,7 @@ class Intake:
             "priority": check_priority(options.priority),
             "deadline": None if patience is None else began + patience,
             "salt": salt_of(options.cache_salt),
+            "prediction": self._prediction(options.prediction),
         }
         encode = partial(
             self.text.encode,
@@ -121,6 +123,15 @@ class Intake:
             for params in settings.samples(n):
                 made.append(self._request(len(made), ids, params, calls, own))
         return made
+
+    def _prediction(self, text: Any) -> tuple[int, ...]:
+        """Returns the tokens of a prediction. Raises UserError for what is no text."""
+        if text is None:
+            return ()
+        if not isinstance(text, str):
+            raise UserError(f"prediction is {shown(text)}, expected text, or None where there is none")
+        ids = self.text.tokenizer.encode(text, add_special_tokens=False)
+        return tuple(token for token in ids if token < self.config.vocab_size)
 
     def _beginning(self, prompt: list[int], salt: str | None) -> dict[str, Any]:
         """Returns where turns begin in a prompt, and what is known of it from disk. Raises UserError for one that is

@@ -30,7 +30,7 @@ from ..models.quantization import MODES
 from ..ops import kernel_report, kernels
 from ..sampling.params import COUPLED, MAX_ROWS, count, flag, whole
 from ..speculative.depth import AUTO
-from ..speculative.drafting import MTP, Drafting
+from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
 from ..text.tokenizer_files import check_tokenizer
 from .arguments import check_depth, check_kv_bits, limit_of, prefix_cache_of, prefix_memory_of, told
 from .calibration import Costs
@@ -60,7 +60,7 @@ def load(
     draft_position: int = 0,
     draft_temperature: float = 1.0,
     accept: str = COUPLED,
-    draft_source: str = MTP,
+    draft_sources: str | Sequence[str] = DEFAULT_DRAFTING.sources,
     frozen_costs: bool = False,
     max_waiting: int = MAX_WAITING,
     memory_limit: int | None = None,
@@ -92,7 +92,8 @@ def load(
     prefix_cache_limit: bytes of its files, of which those go first that nobody used for the longest time. wired_limit:
     keeps weights wired in a Mac's memory. prefill_chunk: prompt tokens a forward pass. draft_position: of the drafter's
     query, 0 or -1 after the newest token's index. draft_temperature: a factor of the request's, for drafts alone.
-    draft_source: who makes the drafts, a name in speculative.drafting.SOURCES; 'mtp' is the drafter. accept: 'coupled'
+    draft_sources: who makes the drafts, names with commas or a tuple: 'mtp' is the drafter, 'copy' finds them in the
+    request's own text, 'forced' has what a grammar leaves no choice of. accept: 'coupled'
     (sampled text never depends on drafts) or 'rejection' (more drafts are kept, the distribution is the target's, but
     the text depends on the drafts). notice: called with a sentence that the user should know; after the load it may be
     called in any thread. progress: called with the parts read and all parts of each model. stage: called with what
@@ -107,7 +108,7 @@ def load(
         "num_draft_tokens": check_depth(num_draft_tokens),
         "max_rows": count("max_rows", max_rows),
         "prefill_chunk": count("prefill_chunk", prefill_chunk),
-        "drafting": Drafting(draft_position, draft_temperature, accept, draft_source),
+        "drafting": Drafting(draft_position, draft_temperature, accept, draft_sources),
         "frozen_costs": flag("frozen_costs", frozen_costs),
         "max_waiting": count("max_waiting", max_waiting),
         "memory_limit": limit_of("memory_limit", memory_limit),

@@ -105,7 +105,8 @@ class Request:
     alone. borders: where turns begin in the prompt, rising. restored: K/V of a beginning of the prompt that somebody
     has read for it; they are used where they hold more than what is in memory. tokens, pieces, logprobs: what was
     generated so far. finish_reason: set once the request is done. error: why its text cannot go on; then it is to be
-    cancelled, if it is not done. repetition: watches the tokens where the request asks for that.
+    cancelled, if it is not done. repetition: watches the tokens where the request asks for that. prediction: tokens of
+    what the reply is expected to be like, for copies.
 
     A round's tokens are taken in first, by `take`, and made into text afterwards, by `chunk`, so that the next round
     need not wait for that.
@@ -132,6 +133,7 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     end_token: int | None = None
+    prediction: tuple[int, ...] = ()
     repetition: Repetition | None = field(init=False, repr=False)
     _pushed: int = field(default=0, init=False, repr=False)  # tokens that the stream has
     _new: list[Piece] = field(default_factory=list, init=False, repr=False)  # what it released since the last chunk
@@ -155,12 +157,14 @@ class Request:
         reason: str = "",
         logprobs: Sequence[TokenLogprob] | None = None,
         error: str | None = None,
+        sources: Sequence[str] = (),
+        refused: int = 0,
     ) -> None:
         """Adds the tokens of a round, up to the one that ends the request. Drafts after that token do not count as
         accepted. A request whose text has failed takes nothing.
 
         drafted: how many drafts the round verified; None for the token of the prefill. reason: why it verified so many.
-        error: why the request cannot go on after these tokens.
+        error: why the request cannot go on after these tokens. sources, refused: see Stats.count_round.
         """
         if self.error is not None:
             return
@@ -179,7 +183,7 @@ class Request:
             self.finish_reason, self.error = "error", error
         accepted = 0 if drafted is None else max(used - 1, 0)
         if drafted is not None:
-            self.stats.count_round(drafted, accepted, reason)
+            self.stats.count_round(drafted, accepted, reason, sources, refused)
             self._drafted += drafted
             self._accepted += accepted
         if self.params.logprobs is not None:

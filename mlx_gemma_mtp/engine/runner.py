@@ -20,11 +20,15 @@ from ..models.loading import model_bytes
 from ..sampling.penalties import TokenCounts
 from ..sampling.rules import Rules
 from ..speculative.budget import Budget
+from ..speculative.copies import RowText
 from ..speculative.depth import AUTO, Depth, DraftRow
+from ..speculative.drafting import FORCED
 from ..speculative.guide import Guide, guide
 from ..speculative.loop import Firsts, Joiner, Speculation
+from ..speculative.mixture import Pool, leading, reason_of
 from ..speculative.prefill import chunk
 from ..speculative.readback import Round
+from ..speculative.widening import wider
 from .admission import Memory, memory_of
 from .held import Held
 from .keeping import Keeping, share
@@ -94,7 +98,7 @@ class Runner:
         self._awake, self._working = Awake("mlx_gemma_mtp generates text"), ExitStack()  # while there are requests
         self.held: dict[int, Held] = {}  # by request
         self.rows: list[int] = []  # the requests of the batch's rows
-        self.totals = Totals()
+        self.totals, self._pool = Totals(), Pool()
         self._loop = self._new_loop()
         self._plan = Plan()
         self._given: list[Item] = []  # what the round gave so far
@@ -103,6 +107,7 @@ class Runner:
         self._gone: list[int] = []  # requests that ended, which are to be forgotten once that is counted
         # When the last verify was dispatched, when `round` returned after that, and the last readback.
         self._launched = self._returned = self._last = 0.0
+        self._widened = False  # whether the last verify had more drafts than the drafter's
         self._rounds = count(1)
 
     # What the worker asks.
@@ -268,15 +273,20 @@ class Runner:
         firsts = self._firsts(plan.firsts)
         rows, context = self._draft_rows(2), self._context()
         counts = self.depth.draft(rows, context)
+        if self._loop.needs_no_drafter(counts):
+            self.depth.give_way(self.rows, made=False)
+            counts = [0] * len(rows)
         self._loop.confident = self.depth.confident
         syncs = self._loop.host_syncs
-        done = self._loop.step(counts, firsts, staged if hidden is None else [hidden, *staged])
+        extra = staged if hidden is None else [hidden, *staged]
+        done = self._loop.step(counts, firsts, extra, [self._reach(row) for row in rows])
         now, before = self.clock(), self.totals
         emitted = sum(map(len, done.tokens)) + (0 if done.firsts is None else len(done.firsts.tokens))
         self.totals += Totals(now - self._last, emitted, 1, len(rows), self._loop.host_syncs - syncs)
         seconds, self._last = now - self._launched, now
         timed = 0.0 if plan.begins else seconds  # the first tokens have no verify: that is no round of so many rows
         clean = self.budget.took(len(rows), timed, _tokens(plan.pieces), firsts is not None)
+        clean = clean and not self._widened  # a time of no width that the drafter's drafts have
         clean = clean and away < SLOW_CALLER * seconds  # else the round is hidden behind the caller's own work
         self._prefilled(plan.pieces)
         drawn = () if done.firsts is None else plan.firsts
@@ -284,8 +294,8 @@ class Runner:
             self.held[id].becomes_row(before)
             self.held[id].leaves_row(self.totals)
         kept = {
-            id: len(tokens) - 1
-            for id, tokens, drafted in zip(self.rows, done.tokens, done.drafted, strict=True)
+            id: min(len(tokens) - 1, leading(sources))
+            for id, tokens, drafted, sources in zip(self.rows, done.tokens, done.drafted, done.sources, strict=True)
             if drafted is not None and tokens
         }
         self._due = kept, seconds if clean else None
@@ -309,15 +319,16 @@ class Runner:
         """Hands a round's tokens to their requests. told: is called with each that goes on, and with its tokens."""
         now = self.clock()
         reports = done.logprobs or [None] * len(ids)
-        for id, tokens, drafted, report, error in zip(
-            list(ids), done.tokens, done.drafted, reports, done.errors, strict=True
+        for i, (id, tokens, drafted, report, error) in enumerate(
+            zip(list(ids), done.tokens, done.drafted, reports, done.errors, strict=True)
         ):
             held = self.held[id]
             request, stats = held.request, held.request.stats
             if not request.tokens:
                 stats.ttft_s = now - held.submitted
-            reason = "" if drafted is None else self.depth.reason(id)
-            request.take(tokens, drafted, reason, report, error)
+            sources, refused = done.sources[i], done.refused[i]
+            reason = "" if drafted is None else reason_of(sources) or self.depth.reason(id)
+            request.take(tokens, drafted, reason, report, error, sources, refused)
             self._changed[id] = request
             stats.generation_tokens = len(request.tokens)
             stats.generation_tps = len(request.tokens) / max(held.seconds(self.totals), 1e-9)
@@ -362,6 +373,8 @@ class Runner:
         """Goes on with the rows of these requests in this order. Those that had none join."""
         if not self.rows:
             self._last = self.clock()  # of the time before no row knows
+            if self.settings.frozen_costs:
+                self._pool.clear()  # equal calls, equal choices
         old = {id: row for row, id in enumerate(self.rows)}
         places: list[int | Joiner] = []
         for id in ids:
@@ -377,7 +390,9 @@ class Runner:
         saved, held.saved = held.saved, None
         held.becomes_row(self.totals)
         newest = held.request.tokens[-1] if held.request.tokens else None
-        return Joiner(saved, newest, None if newest is not None else hidden)
+        request = held.request
+        text = RowText([*request.prompt, *request.tokens], request.prediction)
+        return Joiner(saved, newest, None if newest is not None else hidden, text)
 
     def _inputs(self, ids: Sequence[int]) -> tuple[Rules | None, TokenCounts | None, Guide | None]:
         """Returns the settings, the token counts and the constraints of these requests, after all of their text."""
@@ -397,15 +412,42 @@ class Runner:
         if not self.rows:
             deliver(self._all_given())
             return self._count()
-        self._launched = self.clock()
+        self._launched, self._widened = self.clock(), False
         plain = not any(self._loop.waiting)
         if plain:
             self._loop.launch(meanwhile=lambda: deliver(self._all_given()))
         self._count()
         if not self._plan.begins:  # the first tokens have no verify
-            width = self.depth.verify(self._draft_rows(1), self._context(), self._loop.confidences, self._loop.waiting)
+            width = self._width()
             if not plain:
                 self._loop.launch(width, lambda: deliver(self._all_given()))
+
+    def _width(self) -> int | None:
+        """Returns how many drafts of each row the next verify has at most, None for all."""
+        rows, context, chains = self._draft_rows(1), self._context(), self._loop.chains
+        automatic = [row.drafts == AUTO for row in rows]
+        self.depth.give_way(row.id for row, chain in zip(rows, chains, strict=True) if chain.replaced)
+        waiting = self._loop.waiting
+        own = [
+            min(chain.own, count) if auto else count
+            for chain, count, auto in zip(chains, waiting, automatic, strict=True)
+        ]
+        led = [row.id for row, chain in zip(rows, chains, strict=True) if chain.sources[:1] == [FORCED]]
+        width = self.depth.verify(rows, context, self._loop.confidences, own, led)
+        known = self.depth.prices(len(rows), context)
+        if width is None or known is None:
+            return width
+        rates = [chain.rates for chain, auto in zip(chains, automatic, strict=True) if auto]
+        useful = [row.useful for row, auto in zip(rows, automatic, strict=True) if auto]
+        most = wider(rates, useful, width, *known, len(rows) - len(rates))
+        self._widened = most > width or any(chain.replaced for chain in chains)
+        return most
+
+    def _reach(self, row: DraftRow) -> int:
+        """How many drafts of all sources a row may have."""
+        if self.drafter is None:
+            return 0
+        return min(self.scheduler.block - 1 if row.drafts == AUTO else row.drafts, row.useful)
 
     def _count(self) -> None:
         """Tells the draft length what came of the last round."""
@@ -506,7 +548,7 @@ class Runner:
         """Returns a batch without rows."""
         block = self.scheduler.block
         cache = Cache(self.specs, block, self.target.dtype, self.drafting.lookback)
-        return Speculation(self.target, self.drafter, cache, self.drafting)
+        return Speculation(self.target, self.drafter, cache, self.drafting, pool=self._pool)
 
 
 def _tokens(pieces: Iterable[Piece]) -> int:

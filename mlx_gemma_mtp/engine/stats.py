@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class Stats:
     kept[i]: rounds that verified at least i + 1 drafts, and that kept at least i + 1.
     depths[K]: rounds that verified K drafts, counted by the reason (choice.REASONS). batch_generation_tps: tokens of
     all rows while this request was decoded, over that time. rows: how many shared a round with it, itself included, in
-    the mean. host_syncs: readbacks while it was a row. preemptions: how often it left its row, to go on later, because
+    the mean. sources: drafted and accepted tokens by source. refused: drafts that a grammar refused before they were
+    verified. host_syncs: readbacks while it was a row. preemptions: how often it left its row, to go on later, because
     memory was short or its reader did not read. accept: the rule by which sampled drafts were kept.
     target_step_bytes, draft_step_bytes: bytes of weights read for one token of the target, and for one draft.
     """
@@ -70,9 +72,20 @@ class Stats:
     depths: dict[int, dict[str, int]] = field(default_factory=dict)
     offered: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    refused: int = 0
 
-    def count_round(self, drafted: int, accepted: int, reason: str = "") -> None:
-        """Adds one verify pass of this request. reason: why it verified so many drafts."""
+    def count_round(
+        self, drafted: int, accepted: int, reason: str = "", sources: Sequence[str] = (), refused: int = 0
+    ) -> None:
+        """Adds one verify pass of this request. reason: why it verified so many drafts. sources: the name of each
+        draft's source. refused: how many more its grammar refused.
+        """
+        self.refused += refused
+        for i, name in enumerate(sources):
+            of_source = self.sources.setdefault(name, {"drafted": 0, "accepted": 0})
+            of_source["drafted"] += 1
+            of_source["accepted"] += i < accepted
         by_reason = self.depths.setdefault(drafted, {})
         by_reason[reason] = by_reason.get(reason, 0) + 1
         self.rounds += 1

@@ -31,6 +31,9 @@ HELP = {
     "spec_decode_num_drafts": "Rounds of a row that verified drafts.",
     "spec_decode_num_draft_tokens": "Drafts that were verified.",
     "spec_decode_num_accepted_tokens": "Drafts that were kept.",
+    "spec_decode_num_refused_tokens": "Drafts that a grammar refused before they were verified.",
+    "spec_decode_num_draft_tokens_per_source": "Drafts that were verified, by their source.",
+    "spec_decode_num_accepted_tokens_per_source": "Drafts that were kept, by their source.",
     "spec_decode_num_offered_tokens_per_pos": "Rounds of a row that verified a draft at this position.",
     "spec_decode_num_accepted_tokens_per_pos": "Rounds of a row that kept a draft at this position.",
     "rounds": "Rounds of a row, by the drafts that they verified and why so many.",
@@ -58,11 +61,13 @@ GAUGES = (
 COUNTERS = (
     *("prompt_tokens", "generation_tokens", "request_refused", "num_preemptions", "prefix_cache_queries"),
     *("prefix_cache_hits", "spec_decode_num_drafts", "spec_decode_num_draft_tokens"),
-    *("spec_decode_num_accepted_tokens", "weight_bytes"),
+    *("spec_decode_num_accepted_tokens", "spec_decode_num_refused_tokens", "weight_bytes"),
 )
 LABELLED = {
     "request_success": ["finished_reason"],
     "request_cancelled": ["phase"],
+    "spec_decode_num_draft_tokens_per_source": ["source"],
+    "spec_decode_num_accepted_tokens_per_source": ["source"],
     "spec_decode_num_offered_tokens_per_pos": ["position"],
     "spec_decode_num_accepted_tokens_per_pos": ["position"],
     "rounds": ["drafts", "reason"],

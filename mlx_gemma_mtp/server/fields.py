@@ -52,6 +52,7 @@ def of_chat(served: Served, body: ChatRequest) -> Ask:
     settings.sampling.update(thinking=thoughts.wanted, thinking_budget=thoughts.budget)
     several = True if body.parallel_tool_calls is None else body.parallel_tool_calls
     tooling = tooling_of(served, body.tools, body.tool_choice, several)
+    settings.options["prediction"] = _prediction(body.prediction)
     ids = encoded(served, body.messages, tooling, thoughts, bool(body.continue_final_message))
     return made(served, [ids], settings, tooling)
 
@@ -86,6 +87,19 @@ def _settings(served: Served, body: Sampling, max_tokens: int | None = None) -> 
     n = 1 if body.n is None else body.n
     check_choices(served, n, "n")
     return replace(common, n=n)
+
+
+def _prediction(given: Mapping[str, Any] | None) -> str | None:
+    """Returns the text that the reply is expected to be like: OpenAI's object, of the type content."""
+    if given is None:
+        return None
+    content = given.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    if given.get("type") != "content" or not all(isinstance(text, str) for text in texts):
+        message = f"prediction is {shown(given)}, expected the type content, with content as text or parts of text"
+        raise Refusal(400, message, param="prediction")
+    return "".join(texts)
 
 
 def _biases(served: Served, given: Mapping[str, float] | None) -> dict[int, float]:

@@ -107,6 +107,7 @@ class Metrics:
             "spec_decode_num_drafts": stats.offered[0] if stats.offered else 0,
             "spec_decode_num_draft_tokens": stats.drafted,
             "spec_decode_num_accepted_tokens": stats.accepted,
+            "spec_decode_num_refused_tokens": stats.refused,
         }
         counts["weight_bytes"] = _read(stats) / max(stats.rows, 1)
         self._read, self._generated = self._read + counts["weight_bytes"], self._generated + tokens
@@ -115,6 +116,9 @@ class Metrics:
         for position, (offered, kept) in enumerate(zip(stats.offered, stats.kept, strict=True)):
             self._labelled["spec_decode_num_offered_tokens_per_pos"].labels(position).inc(offered)
             self._labelled["spec_decode_num_accepted_tokens_per_pos"].labels(position).inc(kept)
+        for source, each in stats.sources.items():
+            self._labelled["spec_decode_num_draft_tokens_per_source"].labels(source).inc(each["drafted"])
+            self._labelled["spec_decode_num_accepted_tokens_per_source"].labels(source).inc(each["accepted"])
         for drafts, reasons in stats.depths.items():
             for reason, count in reasons.items():
                 self._labelled["rounds"].labels(drafts, reason).inc(count)

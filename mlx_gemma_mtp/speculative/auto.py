@@ -23,13 +23,15 @@ class Part(NamedTuple):
     """An automatic row's part in a verify.
 
     made: drafts that were made for it. allowed: those of them that its grammar left. width: those of them that were
-    verified. confidences: of the allowed ones; none where the source of drafts was not asked.
+    verified. confidences: of the allowed ones; none where the source of drafts was not asked. pooled: whether what it
+    keeps says something of other texts.
     """
 
     made: int
     allowed: int
     width: int
     confidences: Sequence[float]
+    pooled: bool = True
 
     def cut(self, trust: Trust) -> list[float]:
         """Returns for each draft that was made and not verified the chance that it would have been kept.
@@ -115,8 +117,9 @@ class Auto:
     def observe(self, part: Part, kept: int, own: History) -> History:
         """Takes in how many drafts a row kept, and returns what it kept so far. own: what it kept before."""
         cut = part.cut(self.trust)
-        self.pool = self.pool.after(part.width, kept, LASTING, cut)
-        self.trust = self.trust.after(part.confidences[: part.width], kept)
+        if part.pooled:
+            self.pool = self.pool.after(part.width, kept, LASTING, cut)
+            self.trust = self.trust.after(part.confidences[: part.width], kept)
         return own.after(part.width, kept, RECENT, cut)
 
     def earned(

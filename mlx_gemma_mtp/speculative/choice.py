@@ -17,6 +17,7 @@ from .history import History, Trust, expected
 
 FIXED, BEST, PROBE, CHECK, OFF, LIMIT = "fixed", "best", "probe", "check", "off", "limit"
 CONFIDENCE, GRAMMAR, JOINED = "confidence", "grammar", "joined"
+COPIED, LED = "copy", "forced"  # the names of these sources
 REASONS = {
     FIXED: "the length that was asked for",
     BEST: "the most tokens a second by measured cost and acceptance",
@@ -26,6 +27,8 @@ REASONS = {
     LIMIT: "the text has no room for more drafts before its end",
     JOINED: "the text had just joined the batch, without drafts",
     GRAMMAR: "drafts that the grammar refuses were cut before the verify",
+    COPIED: "drafts were copied from an earlier place of the text",
+    LED: "drafts were what the grammar leaves no choice of",
     CONFIDENCE: "drafts that the drafter itself doubts were cut before the verify",
 }
 PROBE_FROM, PROBE_TO = 8, 24  # rounds without drafts before a probe; doubled after each failure

@@ -5,11 +5,13 @@ In exact arithmetic the emitted text never depends on any of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from .auto import Auto, Part
 from .choice import FIXED, JOINED, Choice
+from .correction import Prices
 from .costs import MAX_DRAFTS, UNKNOWN, CostTable, Drafted, Verified
 from .history import History
 
@@ -126,12 +128,14 @@ class Depth:
         context: int,
         confidences: Sequence[Sequence[float]],
         waiting: Sequence[int],
+        led: Collection[int] = (),
     ) -> int | None:
         """Returns how many drafts of each row to verify, at most; None for all that wait.
 
         rows: in any order, `useful` as of this verify. context: committed tokens of the longest row. confidences: of
         each row, those of its drafts. waiting: of each row, how many of its drafts its grammar left; 0 where it has
-        just joined.
+        just joined. led: requests whose drafts a grammar forces: that the drafter's are refused says nothing of other
+        texts.
         """
         chosen, counts, reasons, own = self._chosen, self._chosen.counts, {}, []
         partners, floor, steady = 0, 0, True
@@ -150,11 +154,27 @@ class Depth:
         width = chosen.auto.width(chosen.choice, len(rows), context, sure, allowed, useful)
         most, parts = max(width, floor), {}
         for row, sure, left in own:
-            parts[row.id] = part = Part(counts[row.id], left, min(left, most), sure)
+            parts[row.id] = part = Part(counts[row.id], left, min(left, most), sure, row.id not in led)
             reasons[row.id] = part.reason(chosen.choice)
         self._pass = Pass(chosen, parts, reasons, len(rows), partners, context, most, width, steady)
         self._seconds = None
         return most
+
+    def give_way(self, requests: Iterable[int], made: bool = True) -> None:
+        """Takes in that another source drafts for these requests: nothing is learned from the drafts that were chosen.
+
+        made: whether they were made at all; False for all rows together, right after `draft`.
+        """
+        counts = self._chosen.counts
+        counts |= {id_: 0 for id_ in requests if id_ in counts}
+        if not made:
+            choice = self._chosen.choice and replace(self._chosen.choice, drafts=0)
+            self._chosen = self._chosen._replace(most=0, choice=choice)
+
+    def prices(self, rows: int, context: int) -> tuple[Prices, int] | None:
+        """Returns what rounds cost, and how many drafts are made in each; None where no automatic row has a choice."""
+        auto, choice = self._chosen.auto, self._chosen.choice
+        return None if auto is None else (auto.prices(rows, context), choice.drafts)
 
     def reason(self, request: int) -> str:
         """Returns the code of the reason for the last verified length of a request; "" where it had no verify."""
@@ -183,8 +203,11 @@ class Depth:
         auto, choice = past.chosen.auto, past.chosen.choice
         if not kept:
             return
+        if choice.drafts and not any(past.parts[id_].made for id_ in kept):
+            return  # another source's drafts were verified
         for id_, count in kept.items():
             if past.parts[id_].made:
+                count = min(count, past.parts[id_].width)  # behind wider copies more were verified
                 self._own[id_] = auto.observe(past.parts[id_], count, self._own.get(id_, NEW))
         auto.earned(choice, sum(kept.values()), len(kept) + past.partners, past.context, past.own, self._seconds)
 

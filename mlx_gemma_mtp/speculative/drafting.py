@@ -1,7 +1,8 @@
 """Sources of drafts: what is proposed for every row, and by whom.
 
-A source is a class in this file and a name for it in SOURCES. No source changes what the text may be: drafts that the
-target would not have said are refused.
+A source that computes on the device is a class in this file and a name for it in SOURCES. Beside it the host drafts:
+copies of the row's own text (copies.py) and what a grammar forces (guide.py); mixture.py puts them together. No source
+changes what the text may be: drafts that the target would not have said are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..sampling.params import ACCEPT, COUPLED, REJECTION, number, shown, whole
 from ..sampling.penalties import TokenCounts
 
 MTP = "mtp"  # the name of Google's drafters in SOURCES
+COPY, FORCED = BESIDE = "copy", "forced"  # what the host drafts
 Embed = Callable[[mx.array], mx.array]
 
 
@@ -35,13 +37,14 @@ class Drafting:
     position: the drafter's query position, relative to the newest token's index: 0 as in transformers, -1 as in vLLM.
     temperature: the drafter's, as a multiple of the target's. accept: which drafts stay, 'coupled' (those that plain
     decoding says) or 'rejection' (see rejection.py; drafts are never cut then, which would favour those that are not).
-    source: who makes the drafts, a name in SOURCES. Raises UserError for whatever is out of range.
+    sources: who makes the drafts, as a tuple of names or a text with commas: one of SOURCES at most, and those of
+    BESIDE. Raises UserError for whatever is out of range.
     """
 
     position: int = 0
     temperature: float = 1.0
     accept: str = COUPLED
-    source: str = MTP
+    sources: tuple[str, ...] | str = (MTP, COPY, FORCED)
 
     def __post_init__(self) -> None:
         place, factor = (
@@ -56,8 +59,17 @@ class Drafting:
             object.__setattr__(self, name, value)  # as Python's, frozen from here on
         if self.accept not in ACCEPT:
             raise UserError(f"accept is {shown(self.accept)}, expected one of {', '.join(ACCEPT)}")
-        if not isinstance(self.source, str) or self.source not in SOURCES:
-            raise UserError(f"draft_source is {shown(self.source)}, expected one of {', '.join(SOURCES)}")
+        object.__setattr__(self, "sources", _sources(self.sources))
+
+    @property
+    def source(self) -> str | None:
+        """The name in SOURCES of what drafts on the device, None where nothing does."""
+        return next((name for name in self.sources if name not in BESIDE), None)
+
+    @property
+    def alone(self) -> Drafting:
+        """The same settings without what the host drafts."""
+        return replace(self, sources=(self.source or MTP,))
 
     @property
     def rejection(self) -> bool:
@@ -78,13 +90,17 @@ class Drafts(NamedTuple):
     from a source that cannot say: then each counts as 1 until the drafts that were kept show what they are worth. q:
     the distribution that the tokens were drawn from, K positions, with noise under `noise.keys_of_round`, for
     acceptance by rejection alone; None where they were not drawn. counts: how many drafts of each row are real; None
-    for all, which is all that a source says.
+    for all, which is all that a source says. sources: for each row the name of each draft's source, None where one made
+    them all; then they count as the drafter's. refused: how many more drafts of each row a grammar refused, None for
+    none.
     """
 
     tokens: mx.array
     confidence: mx.array
     q: Distribution | None = None
     counts: tuple[int, ...] | None = None
+    sources: tuple[tuple[str, ...], ...] | None = None
+    refused: tuple[int, ...] | None = None
 
     @property
     def real(self) -> mx.array | None:
@@ -97,6 +113,13 @@ class Drafts(NamedTuple):
         rows, width = self.tokens.shape
         return [width] * rows if self.counts is None else list(self.counts)
 
+    @property
+    def named(self) -> list[tuple[str, ...]]:
+        """For each row the names of the sources of its real drafts."""
+        if self.sources is None:
+            return [(MTP,) * count for count in self.of_each]
+        return [names[:count] for names, count in zip(self.sources, self.of_each, strict=True)]
+
     @classmethod
     def none(cls, rows: int) -> Drafts:
         """Returns no drafts, K = 0, of so many rows."""
@@ -108,7 +131,8 @@ class Drafts(NamedTuple):
         of_rows = None if min(counts) == width else tuple(counts)
         if width == self.tokens.shape[1]:
             return self._replace(counts=of_rows)
-        return Drafts(self.tokens[:, :width], self.confidence[:, :width], self.q and self.q.first(width), of_rows)
+        tokens, confidence = self.tokens[:, :width], self.confidence[:, :width]
+        return self._replace(tokens=tokens, confidence=confidence, q=self.q and self.q.first(width), counts=of_rows)
 
     def arranged(self, places: Sequence[int], pads: mx.array) -> Drafts:
         """Returns the drafts of other rows, in this order.
@@ -123,7 +147,12 @@ class Drafts(NamedTuple):
         index = mx.array(list(places))
         old = mx.minimum(index, rows - 1)  # of a new row it is anything
         tokens = mx.concatenate([self.tokens, mx.repeat(pads[:, None], width, axis=1)], axis=0)[index]
-        drafts = Drafts(tokens, self.confidence[old], self.q and self.q.of_rows(old))
+        new = pads.shape[0]
+        sources, refused = (
+            None if each is None else tuple([*each, *[none] * new][place] for place in places)
+            for each, none in ((self.sources, ()), (self.refused, 0))
+        )
+        drafts = Drafts(tokens, self.confidence[old], self.q and self.q.of_rows(old), None, sources, refused)
         return drafts.counted([counts[place] for place in places])
 
 
@@ -192,8 +221,23 @@ class Mtp:
         return Drafts(mx.stack(drafts, axis=1), confidence, Distribution.joined(each) if each else None)
 
 
-# The one list of sources. Each is called with the drafter, the target's scaled embedding, and the settings.
+# The one list of what drafts on the device. Each is called with the drafter, the target's scaled embedding, and the
+# settings.
 SOURCES: dict[str, Callable[[Drafter, Embed, Drafting], Proposer]] = {MTP: Mtp}
+
+
+def _sources(value: object) -> tuple[str, ...]:
+    """Returns the names of sources, each once. Raises UserError for what is none, and for two that want the device."""
+    known = [*SOURCES, *BESIDE]
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (tuple, list)) or not names or any(name not in known for name in names):
+        raise UserError(f"draft_sources is {shown(value)}, expected some of {', '.join(known)}, with commas")
+    names = tuple(dict.fromkeys(names))
+    if sum(name not in BESIDE for name in names) > 1:
+        raise UserError(f"draft_sources is {shown(value)}, expected one of {', '.join(SOURCES)} at most")
+    return names
+
+
 DEFAULT_DRAFTING = Drafting()
 
 

@@ -1,21 +1,25 @@
 """Constraints on what a row may say, for every draft position; they compose, and they advance by emitted tokens alone.
 
 A constraint is walked along the drafts on a copy: drafts that it refuses are cut before the verify, and the target's
-logits are masked at each position that is left. So constrained text is the same with and without drafts. Whatever a
+logits are masked at each position that is left. Where it leaves one token alone, that token is the draft, whoever else
+has drafted. So constrained text is the same with and without drafts. Whatever a
 row's constraint raises is that row's failure, and the other rows go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import in_a_line
+from .drafting import FORCED
 
 ALL = np.uint32(0xFFFFFFFF)
+Draft = tuple[int, str, float]  # a token, its source, the chance that it is kept
+More = Callable[[list[Draft]], Sequence[Draft]]  # what may follow drafts, for a row whose own have come to an end
 
 
 class Constraint(Protocol):
@@ -50,6 +54,18 @@ class Look(NamedTuple):
     failures: dict[int, str]
 
 
+class Walk(NamedTuple):
+    """A row's drafts as its constraint has them.
+
+    drafts: those that it allows, forced ones among them. masks: of the next token and of the one after each draft.
+    refused: how many drafts were left out.
+    """
+
+    drafts: list[Draft]
+    masks: list[np.ndarray | None]
+    refused: int = 0
+
+
 class Guide:
     """The constraints of a batch's rows; None for a row that is free."""
 
@@ -63,17 +79,42 @@ class Guide:
         verified. Whatever comes after a row's first refused draft, or after its last one, is not masked: it cannot be
         emitted.
         """
-        walked, failures = [], {}
-        for row, (constraint, tokens) in enumerate(zip(self.constraints, drafts, strict=True)):
+        walks, failures = self._walks([[(token, "", 1.0) for token in row] for row in drafts])
+        counts = [len(each.drafts) for each in walks] if cut else [len(each) for each in drafts]
+        return self._look(walks, counts, failures)
+
+    def lead(
+        self, drafts: Sequence[Sequence[Draft]], reach: Sequence[int] | None, more: Callable[[int], More]
+    ) -> tuple[list[Walk], Look]:
+        """Returns each row's drafts with those that its constraint forces, and without those that it refuses.
+
+        drafts: of each row, pads left out. reach: how many drafts a row may have; None forces nothing. more: of a row,
+        what may follow a forced draft that is not what the row's own said.
+        """
+        walks, failures = self._walks(drafts, reach, more)
+        return walks, self._look(walks, [len(each.drafts) for each in walks], failures)
+
+    def _walks(
+        self,
+        drafts: Sequence[Sequence[Draft]],
+        reach: Sequence[int] | None = None,
+        more: Callable[[int], More] | None = None,
+    ) -> tuple[list[Walk], dict[int, str]]:
+        """Each row's walk, and the reasons of those whose constraint raised. reach: None forces nothing."""
+        walks, failures = [], {}
+        for row, (constraint, own) in enumerate(zip(self.constraints, drafts, strict=True)):
             try:
-                walked.append(_walk(constraint, tokens, self.vocab))
+                steps = None if reach is None else reach[row]
+                walks.append(_walk(constraint, own, self.vocab, steps, None if steps is None else more(row)))
             except BaseException as error:  # whatever it is, a library's panic too, it is this row's alone
                 failures[row] = in_a_line(error)
-                walked.append([only([], self.vocab)])
-        counts = [len(each) - 1 for each in walked] if cut else [len(each) for each in drafts]
-        bits = np.full((len(walked), max(counts, default=0) + 1, -(-self.vocab // 32)), ALL, np.uint32)
-        for row, masks in enumerate(walked):
-            for i, mask in enumerate(masks):
+                walks.append(Walk([], [only([], self.vocab)]))
+        return walks, failures
+
+    def _look(self, walks: Sequence[Walk], counts: list[int], failures: dict[int, str]) -> Look:
+        bits = np.full((len(walks), max(counts, default=0) + 1, -(-self.vocab // 32)), ALL, np.uint32)
+        for row, walk in enumerate(walks):
+            for i, mask in enumerate(walk.masks):
                 if mask is not None:
                     bits[row, i] = mask
         return Look(counts, mx.array(bits), failures)
@@ -115,23 +156,60 @@ def only(tokens: Sequence[int], vocab: int) -> np.ndarray:
     return mask
 
 
-def _walk(constraint: Constraint | None, drafts: Sequence[int], vocab: int) -> list[np.ndarray | None]:
-    """Returns the masks of the next token and of the one after each draft, up to the first draft that is refused.
+def sole(mask: np.ndarray | None) -> int | None:
+    """Returns the only token that a mask allows; None where it allows several, or none."""
+    if mask is None:
+        return None
+    words = np.flatnonzero(mask)
+    if len(words) != 1:
+        return None
+    bits = int(mask[words[0]])
+    return None if bits & (bits - 1) else 32 * int(words[0]) + bits.bit_length() - 1
 
-    Raises what the constraint itself raises. What its copy raises along the drafts fails nobody, since these may never
-    be emitted; if they are, nothing is allowed after them.
+
+def _walk(
+    constraint: Constraint | None,
+    drafts: Sequence[Draft],
+    vocab: int,
+    reach: int | None = None,
+    more: More | None = None,
+) -> Walk:
+    """Returns the drafts up to the first that is refused, with what is forced in their place and behind them.
+
+    reach: how many drafts there may be; None forces nothing. Raises what the constraint itself raises. What its copy
+    raises along the drafts fails nobody, since these may never be emitted; if they are, nothing is allowed after them.
     """
     if constraint is None:
-        return [None] * (len(drafts) + 1)
-    masks = [constraint.mask()]
-    ahead = constraint.copy() if drafts else constraint
-    for draft in drafts:
-        if not allows(masks[-1], draft):
+        return Walk(list(drafts), [None] * (len(drafts) + 1))
+    walk, left, asked = Walk([], [constraint.mask()]), list(drafts), more is None
+    ahead, refused = None, 0
+    while reach is None or len(walk.drafts) < reach:
+        mask = walk.masks[-1]
+        forced = None if reach is None or _idle(walk) else sole(mask)
+        if not left and forced is None and not asked and walk.drafts and walk.drafts[-1][1] == FORCED:
+            left, asked = list(more(walk.drafts)), True
+        if forced is not None:
+            if left and left[0][0] != forced:
+                refused, left = refused + len(left), []
+            draft = (forced, left.pop(0)[1] if left else FORCED, 1.0)
+        elif left and allows(mask, left[0][0]):
+            draft = left.pop(0)
+        else:
+            refused += len(left)
             break
+        walk.drafts.append(draft)
         try:
-            ahead.advance(draft)
-            masks.append(ahead.mask())
+            ahead = ahead or constraint.copy()
+            ahead.advance(draft[0])
+            walk.masks.append(ahead.mask())
         except BaseException:
-            masks.append(only([], vocab))
+            walk.masks.append(only([], vocab))
             break
-    return masks
+    return walk._replace(refused=refused)
+
+
+def _idle(walk: Walk) -> bool:
+    """Whether the last draft moved nothing: behind an end of the text it is the only token again and again."""
+    if len(walk.drafts) < 2 or walk.drafts[-1][0] != walk.drafts[-2][0]:
+        return False
+    return np.array_equal(walk.masks[-1], walk.masks[-2])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import mlx.core as mx
@@ -20,8 +20,10 @@ from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..sampling.penalties import TokenCounts
 from ..sampling.rules import Rules
-from .drafting import DEFAULT_DRAFTING, SOURCES, Drafting, Drafts, DraftState
+from .copies import RowText
+from .drafting import DEFAULT_DRAFTING, FORCED, SOURCES, Drafting, Drafts, DraftState
 from .guide import Guide
+from .mixture import Chain, Mixture, Pool, mixed
 from .readback import Read, Round
 from .rounds import Inputs, Prefilled, Verify, accepted
 
@@ -31,12 +33,14 @@ class Joiner:
     """A sequence that comes into the batch.
 
     saved: its K/V. newest: its newest token, which these do not hold yet. None: its first token is not drawn yet; then
-    hidden, [H], is the target's hidden state at its last token.
+    hidden, [H], is the target's hidden state at its last token. text: all its tokens, the newest among them, for
+    copies.
     """
 
     saved: Saved
     newest: int | None = None
     hidden: mx.array | None = None
+    text: RowText = field(default_factory=RowText)
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,33 @@ class Speculation:
         cache: Cache,
         drafting: Drafting = DEFAULT_DRAFTING,
         confident: bool = False,
+        pool: Pool | None = None,
     ):
-        self.target, self.cache, self.confident = target, cache, confident
-        self.drafting, make = drafting, SOURCES[drafting.source]
-        self.proposer = None if drafter is None else make(drafter, target.embed, drafting)
-        self.inputs = Inputs.none()
-        self.confidences: list[list[float]] = []
+        self.target, self.cache, self.confident, self.drafting = target, cache, confident, drafting
+        alone = drafter is None or drafting.source is None
+        self.proposer = None if alone else SOURCES[drafting.source](drafter, target.embed, drafting)
+        self.inputs, self.mixture = Inputs.none(), Mixture(drafting, pool)
+        self.chains: list[Chain] = []
         self.host_syncs = 0
         self._listed = 0  # tokens of which token counts may have a list, at most, of any row
         self._verify: Verify | Prefilled | None = None
 
     @property
     def waiting(self) -> list[int]:
-        """How many drafts of each row wait to be verified: those that were made, without what the guide cut."""
+        """How many drafts of each row wait to be verified: those of all sources, without what the guide cut."""
         return self.inputs.drafts.of_each
+
+    def needs_no_drafter(self, num_draft: Sequence[int]) -> bool:
+        """Returns whether the rows that would have drafts need none of the drafter's: there is none, or copies of their
+        texts are kept again and again.
+        """
+        asked = [row for row, count in enumerate(num_draft) if count]
+        return bool(asked) and (self.proposer is None or self.mixture.hot(asked))
+
+    @property
+    def confidences(self) -> list[list[float]]:
+        """For each row the chances of those of its drafts which the drafter made."""
+        return [chain.rates[: chain.own] if self.confident else [] for chain in self.chains]
 
     def begin(
         self,
@@ -105,17 +122,20 @@ class Speculation:
         rules: Rules,
         token_counts: TokenCounts | None = None,
         guide: Guide | None = None,
+        texts: Sequence[RowText] | None = None,
     ) -> None:
         """Begins with all rows of the cache, of which no token is drawn yet. The next round draws their first tokens,
         and makes drafts.
 
         hidden: [B, H], the target's hidden state at each row's last token. token_counts: the prompts, where the rules
-        have penalties. guide: the rows' constraints, None where every row is free.
+        have penalties. guide: the rows' constraints, None where every row is free. texts: their tokens, for copies;
+        None where these are to be of what is said from now on.
         """
         inputs = Inputs.of_prefill(hidden.shape[0], rules, token_counts, guide)
         self._go_on_with(inputs)
         self._verify = Prefilled(inputs, hidden, self.cache.lengths)
-        self.confidences = [[]] * inputs.rows
+        self.mixture.begin(texts or [RowText() for _ in range(inputs.rows)])
+        self.chains = [Chain.none()] * inputs.rows
         self._listed = 0 if token_counts is None else token_counts.places
 
     def arrange(
@@ -137,14 +157,16 @@ class Speculation:
         self._go_on_with(self.inputs)
         self.cache.arrange([place.saved if isinstance(place, Joiner) else place for place in places])
         if begins:
-            self.begin(mx.stack([joiner.hidden for joiner in joiners]), rules, token_counts, guide)
+            texts = [joiner.text for joiner in joiners]
+            self.begin(mx.stack([joiner.hidden for joiner in joiners]), rules, token_counts, guide, texts)
             return
         assert all(joiner.newest is not None for joiner in joiners), "beside other rows a joiner has its first token"
         new = iter(range(self.inputs.rows, self.inputs.rows + len(joiners)))
         order = [next(new) if isinstance(place, Joiner) else place for place in places]
         newest = [joiner.newest for joiner in joiners]
         self.inputs = self.inputs.arranged(order, newest, rules, token_counts, guide) if places else Inputs.none()
-        self.confidences = [[] if isinstance(place, Joiner) else self.confidences[place] for place in places]
+        self.mixture.arrange([place.text if isinstance(place, Joiner) else place for place in places])
+        self.chains = [Chain.none() if isinstance(place, Joiner) else self.chains[place] for place in places]
         self._listed = 0 if token_counts is None else token_counts.places
 
     def save(self, row: int, slack: int = 0, tokens: int | None = None) -> Saved:
@@ -169,11 +191,18 @@ class Speculation:
         self._verify = self._verify or Verify(self.target, self.cache, self.inputs)
         self._verify.dispatch(meanwhile)
 
-    def step(self, num_draft: Sequence[int], firsts: Firsts | None = None, extra: Sequence[mx.array] = ()) -> Round:
+    def step(
+        self,
+        num_draft: Sequence[int],
+        firsts: Firsts | None = None,
+        extra: Sequence[mx.array] = (),
+        reach: Sequence[int] | None = None,
+    ) -> Round:
         """Runs one round: it verifies the drafts that wait, and makes others for the next round.
 
-        num_draft: how many to make for each row. firsts: staged prompts whose first tokens come with this round. extra:
-        arrays that are dispatched behind the drafts, and not read: the chunks of prompts.
+        num_draft: how many the drafter makes for each row. firsts: staged prompts whose first tokens come with this
+        round. extra: arrays that are dispatched behind the drafts, and not read: the chunks of prompts. reach: how many
+        drafts of all sources a row may have; None for as many as the drafter makes.
         """
         # VERIFY: runs from here on, if not since `launch`; all that follows is queued behind it.
         self.launch()
@@ -202,9 +231,9 @@ class Speculation:
         drawn = None if staged is None else accepted(self.target, staged)
         late = () if drawn is None else drawn.told
         mx.async_eval(*late, *extra)
-        # VERIFY of the next round: built while the device works, unless constraints must see the tokens first.
+        # VERIFY of the next round: built while the device works, unless guide or copies must see the tokens first.
         self._go_on_with(Inputs(out.newest, drafts, now.rules, token_counts, now.guide))
-        if now.guide is None:
+        if now.guide is None and not self.mixture.hot(range(now.rows)):
             self._verify = Verify(self.target, self.cache, self.inputs)
         # One readback
         values = self._readback(*told, *late)
@@ -217,10 +246,8 @@ class Speculation:
         self._listed += max(read.kept) + 1
         self._settle(read, first)
         done = replace(read.round(), firsts=None if first is None else first.round())
-        if now.guide is not None:
-            self._constrain(done, drafted_next)
-            self._verify = Verify(self.target, self.cache, self.inputs)
-        self.confidences = _confidences(confidences, self.waiting) if self.confident else [[]] * now.rows
+        sure = _confidences(confidences, drafts.of_each) if self.confident else [[]] * now.rows
+        self._mix(done, drafted_next, sure, num_draft if reach is None else reach)
         return done
 
     def _go_on_with(self, inputs: Inputs) -> None:
@@ -241,14 +268,29 @@ class Speculation:
         for each in late:
             each.settle(next(values), next(values))
 
-    def _constrain(self, done: Round, drafts: list[list[int]]) -> None:
-        """Cuts and masks the next round's drafts by the guide. A row whose constraint fails gets its error."""
-        inputs, counts = self.inputs, self.waiting
-        real = [row[:count] for row, count in zip(drafts, counts, strict=True)]
-        look = inputs.guide.look(real, cut=inputs.drafts.q is None)
-        for row, reason in look.failures.items():
-            done.errors[row] = reason
-        self.inputs = replace(inputs.cut(look.counts), mask=look.mask)
+    def _mix(
+        self, done: Round, drafted: list[list[int]], confidences: Sequence[Sequence[float]], reach: Sequence[int]
+    ) -> None:
+        """Puts the next round's drafts together: the drafter's, copies, and what the guide forces and leaves."""
+        own, inputs = self.inputs.drafts, self.inputs
+        drafted = [row[:count] for row, count in zip(drafted, own.of_each, strict=True)]
+        self.mixture.take(done.tokens)
+        self.chains = self.mixture.chains(drafted, confidences, reach, own.q is not None)
+        forcing = own.q is None and FORCED in self.drafting.sources
+        if inputs.guide is not None and own.q is None:
+            walks, look = inputs.guide.lead(
+                [chain.drafts for chain in self.chains], reach if forcing else None, self.mixture.more(reach)
+            )
+            self.chains = [Chain.of(walk.drafts, walk.refused) for walk in walks]
+        elif inputs.guide is not None:  # what was drawn is not cut
+            look = inputs.guide.look([chain.tokens for chain in self.chains], cut=False)
+        drafts = mixed(own, drafted, self.chains)
+        if inputs.guide is not None:
+            for row, reason in look.failures.items():
+                done.errors[row] = reason
+            self._go_on_with(replace(inputs, drafts=drafts, mask=look.mask))
+        elif drafts is not own:
+            self._go_on_with(replace(inputs, drafts=drafts))
 
     def _readback(self, *arrays: mx.array) -> list[list]:
         """Returns the values of these arrays: the round's one host sync, if all of its tokens are decided."""

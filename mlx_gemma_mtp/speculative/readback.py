@@ -36,7 +36,8 @@ class Round:
     drafted: how many drafts of each row were verified; None for a row whose first token this is, drawn from the
     prefill. errors: for each row why it cannot go on, or None. A row with an error has only the tokens that are good,
     and must leave. logprobs: one for each token, where the rules ask for them. firsts: the first tokens of staged
-    prompts, where the round had any.
+    prompts, where the round had any. sources: for each row the names of its drafts' sources. refused: how many drafts
+    of each row a grammar refused before the verify.
     """
 
     tokens: list[list[int]]
@@ -44,6 +45,8 @@ class Round:
     errors: list[str | None]
     logprobs: list[list[TokenLogprob]] | None = None
     firsts: Round | None = None
+    sources: Sequence[Sequence[str]] = ()
+    refused: Sequence[int] = ()
 
 
 class Read(NamedTuple):
@@ -98,7 +101,9 @@ class Read(NamedTuple):
         if inputs.guide is not None:
             for row, (good, reason) in inputs.guide.advance(emitted).items():
                 emitted[row], errors[row] = emitted[row][:good], reason
-        return Round(emitted, inputs.drafted, errors, named(emitted, *self.report) if self.report else None)
+        report = named(emitted, *self.report) if self.report else None
+        refused = inputs.drafts.refused or (0,) * inputs.rows
+        return Round(emitted, inputs.drafted, errors, report, sources=inputs.drafts.named, refused=refused)
 
 
 def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) -> tuple[list[int], str | None]:

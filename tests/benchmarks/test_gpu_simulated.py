@@ -20,7 +20,7 @@ def scripted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(drafting.SOURCES, NAME, None)  # and out again behind the tests
         script.enter()
-        with load(draft_source=NAME, num_draft_tokens=0, max_rows=4) as engine:
+        with load(draft_sources=NAME, num_draft_tokens=0, max_rows=4) as engine:
             script.engine = engine
             yield engine, script
 

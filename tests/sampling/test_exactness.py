@@ -24,7 +24,7 @@ from mlx_gemma_mtp.sampling.params import COUPLED, REJECTION, SamplingParams
 from mlx_gemma_mtp.sampling.penalties import TokenCounts
 from mlx_gemma_mtp.sampling.rejection import residuals
 from mlx_gemma_mtp.speculative import drafting, rounds
-from mlx_gemma_mtp.speculative.drafting import Drafting
+from mlx_gemma_mtp.speculative.drafting import MTP, Drafting
 from mlx_gemma_mtp.speculative.guide import guide, only
 from mlx_gemma_mtp.speculative.loop import Joiner, Speculation
 
@@ -107,7 +107,7 @@ def draw(
         ToyTarget(),
         ToyDrafter(drafter),
         Lengths(count),
-        Drafting(temperature=settings.pop("draft_temperature", 1.0), accept=accept),
+        Drafting(temperature=settings.pop("draft_temperature", 1.0), accept=accept, sources=MTP),
     )
     rules = with_seeds(Rules.of([params], VOCAB), np.arange(count))
     loop.begin(mx.full((count, 1), FIRST), rules, **settings)
@@ -220,7 +220,7 @@ def test_joint_distribution_by_rejection_of_rows_that_join(name, params):
     """Rows whose partners come after their drafts were made, and these partners, which have none at first."""
     half = SOME // 2
     rules = with_seeds(Rules.of([params], VOCAB), np.arange(2 * half))
-    loop = Speculation(ToyTarget(), ToyDrafter(DRAFTERS[name]), Lengths(half), Drafting(accept=REJECTION))
+    loop = Speculation(ToyTarget(), ToyDrafter(DRAFTERS[name]), Lengths(half), Drafting(accept=REJECTION, sources=MTP))
     loop.begin(mx.full((half, 1), FIRST), rules.of_rows(slice(0, half)))
     texts = loop.step(spread(half, (3, 1, 2))).tokens
     joiners = [Joiner(Saved(0, ()), FIRST)] * half

@@ -49,12 +49,15 @@ TOY = "the newest token again"
 @pytest.fixture
 def repeat(monkeypatch) -> Drafting:
     monkeypatch.setitem(SOURCES, TOY, Repeat)
-    return Drafting(source=TOY)
+    return Drafting(sources=TOY)
 
 
-@pytest.fixture(params=[*(name for name in SOURCES if name != MTP), TOY])
+MIXTURES = ["mtp,copy,forced", "mtp,copy", "mtp,forced", "copy", "forced", f"{TOY},copy,forced"]
+
+
+@pytest.fixture(params=[*(name for name in SOURCES if name != MTP), *MIXTURES, TOY])
 def source(request, repeat) -> Drafting:
-    return replace(repeat, source=request.param)
+    return replace(repeat, sources=request.param)
 
 
 def with_source(engine: Engine, source: Drafting) -> Engine:
@@ -76,10 +79,17 @@ def test_the_loop_says_what_plain_decoding_says(source, params, accept):
     plain, _ = tiny.decode(model, None, batch, 0, 24, params, constraints=rows())
     drafts, source = tiny.drafter(model), replace(source, accept=accept)
     texts, loop = tiny.decode(model, drafts, batch, 3, 24, params, constraints=rows(), drafting=source)
-    assert texts == plain and type(loop.proposer) is SOURCES[source.source]
+    assert texts == plain
+    assert loop.proposer is None if source.source is None else type(loop.proposer) is SOURCES[source.source]
     syncs = loop.host_syncs
     tiny.round_of(loop, 3)
     assert loop.host_syncs == syncs + 1
+    loop = tiny.begun(model, drafts, batch, params, constraints=rows(), drafting=source)
+    texts = [[] for _ in batch]
+    while min(map(len, texts)) < 24:  # and where the host's sources reach beyond the drafter's
+        for text, tokens in zip(texts, loop.step([2, 0, 1], reach=[12, 5, 1]).tokens, strict=True):
+            text += tokens
+    assert [text[:24] for text in texts] == plain
 
 
 def test_a_source_is_asked_once_a_round(repeat):
@@ -97,7 +107,12 @@ def test_the_engine_says_what_plain_decoding_says(engine, source, name, accept):
     plain = [result.tokens for result in engine.generate(PROMPTS, PARAMS[name], num_draft_tokens=0)]
     results = source.generate(PROMPTS, PARAMS[name])
     assert [result.tokens for result in results] == plain
-    assert sum(result.stats.drafted for result in results) > 20
+    if source.settings.drafting.source is not None:
+        assert sum(result.stats.drafted for result in results) > 20
+    for result in results:
+        counts = result.stats.sources.values()
+        assert sum(each["drafted"] for each in counts) == result.stats.drafted
+        assert sum(each["accepted"] for each in counts) == result.stats.accepted
 
 
 @pytest.mark.parametrize("seed", [0, 2])
@@ -129,17 +144,25 @@ def test_a_confidence_that_is_nan_is_none(monkeypatch):
         return token, mx.where(mx.arange(sure.shape[0]) == 1, mx.nan, sure), q
 
     monkeypatch.setattr(drafting, "pick", damaged)
-    _, loop = tiny.decode(model, tiny.drafter(model), batch, 3, 8, confident=True)
+    parts = {"confident": True, "drafting": Drafting(sources=MTP)}
+    _, loop = tiny.decode(model, tiny.drafter(model), batch, 3, 8, **parts)
     assert loop.confidences[1] == [0.0] * 3 and all(0 < each <= 1 for each in loop.confidences[0])
 
 
-@pytest.mark.parametrize("source", ["repeat last", "", None, ["mtp"], 1])
+@pytest.mark.parametrize("source", ["repeat last", "", "mtp,", None, ["copies"], 1, []])
 def test_an_unknown_source_is_refused_before_anything_is_read(source):
-    message = f"^draft_source is .*, expected one of {', '.join(SOURCES)}$"
+    message = f"^draft_sources is .*, expected some of {', '.join(SOURCES)}, copy, forced, with commas$"
     with pytest.raises(UserError, match=message):
-        Drafting(source=source)
+        Drafting(sources=source)
     with pytest.raises(UserError, match=message):
-        load("no such folder", draft_source=source)
+        load("no such folder", draft_sources=source)
+
+
+def test_names_of_sources_are_taken_as_text_and_as_a_list(repeat):
+    assert Drafting(sources="copy, mtp,copy".replace(" ", "")).sources == ("copy", "mtp")
+    assert Drafting(sources=["forced"]).source is None and Drafting().source == MTP
+    with pytest.raises(UserError, match=f"^draft_sources is .*, expected one of mtp, {TOY} at most$"):
+        Drafting(sources=(MTP, TOY))
 
 
 def test_a_source_has_costs_of_its_own(engine, repeat, monkeypatch):

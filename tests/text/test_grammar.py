@@ -3,11 +3,11 @@
 import json
 import re
 
-import numpy as np
 import pytest
 
 pytest.importorskip("llguidance")
 
+from benchmarks.schemas import schema_of
 from mlx_gemma_mtp import SamplingParams, UserError, generate, load
 
 PROMPTS = ["Describe the function open().", "def area(width, height):"]
@@ -17,33 +17,6 @@ GREEDY = {"max_tokens": 120, "temperature": 0.0}
 @pytest.fixture(scope="module")
 def engine():
     return load(num_draft_tokens=4)
-
-
-def schema_of(seed: int) -> dict:
-    """An object of two to four properties, of kinds that `valid` knows; every string and list is bounded."""
-    rng = np.random.default_rng(seed)
-
-    def kind(depth: int) -> dict:
-        makers = [
-            lambda: {"type": "string", "maxLength": int(rng.integers(1, 8))},
-            lambda: {"type": "integer", "minimum": 0, "maximum": int(rng.integers(1, 500))},
-            lambda: {"type": "boolean"},
-            lambda: {"enum": ["red", "green", int(rng.integers(10))]},
-            lambda: {"const": f"c{rng.integers(100)}"},
-            lambda: {"type": ["null", "integer"], "minimum": 5, "maximum": 9},
-        ]
-        if depth < 2:
-            makers += [lambda: thing(depth + 1)]
-            makers += [lambda: {"type": "array", "items": kind(depth + 1), "minItems": 1, "maxItems": 2}]
-        return makers[rng.integers(len(makers))]()
-
-    def thing(depth: int) -> dict:
-        names = [f"{word}_{depth}" for word in ("name", "size", "args", "doc")][: rng.integers(2, 5)]
-        properties = {name: kind(depth) for name in names}
-        required = [name for name in names if rng.random() < 0.7]
-        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-    return thing(0)
 
 
 def valid(value, schema: dict) -> bool:

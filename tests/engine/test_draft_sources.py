@@ -1,0 +1,58 @@
+"""Sources of drafts from end to end: copies, forced spans, a prediction; figures by source; no text changes."""
+
+import re
+
+import pytest
+
+pytest.importorskip("llguidance")
+
+from mlx_gemma_mtp import SamplingParams, UserError, load
+
+CODE = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
+AGAIN = SamplingParams(max_tokens=80, temperature=0.0, regex=re.escape(CODE), seed=0)
+FREE = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, seed=0)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with load(dtype="float32", frozen_costs=True) as engine:
+        yield engine
+
+
+def rounds(results) -> int:
+    return sum(result.stats.rounds for result in results)
+
+
+@pytest.mark.parametrize("sources, name", [("mtp,copy", "copy"), ("mtp,forced", "forced")])
+def test_a_text_that_the_prompt_holds_takes_few_passes(sources, name):
+    with load(dtype="float32", frozen_costs=True, draft_sources=sources) as engine:
+        plain, found = (engine.generate([f"Say again:\n{CODE}"], [AGAIN], num_draft_tokens=k) for k in (0, "auto"))
+    assert found[0].tokens == plain[0].tokens and found[0].error is None
+    counts = found[0].stats.sources[name]
+    assert counts["accepted"] > 10 and rounds(found) < 0.6 * rounds(plain)
+    assert found[0].stats.depths and any(name in reasons for reasons in found[0].stats.depths.values())
+
+
+def test_a_prediction_is_copied_from():
+    """The prompt holds nothing of it."""
+    with load(dtype="float32", frozen_costs=True, draft_sources="mtp,copy") as engine:
+        without = list(engine.stream("Write it.", AGAIN))[-1].result
+        result = list(engine.stream("Write it.", AGAIN, prediction=CODE))[-1].result
+    assert result.tokens == without.tokens and result.stats.rounds < 0.6 * without.stats.rounds
+    with pytest.raises(UserError, match=r"^prediction is 3, expected text"):
+        engine.stream("x", FREE, prediction=3)
+
+
+def test_partners_of_an_edit_lose_nothing(engine):
+    """Seven free rows take as many passes as without the editor's drafts, which takes fewer."""
+    prompts, params = [f"Say again:\n{CODE}", *(f"What is {i}?" for i in range(7))], [AGAIN, *[FREE] * 7]
+    plain = engine.generate(prompts, params, num_draft_tokens=0)
+    found = engine.generate(prompts, params, num_draft_tokens="auto")
+    assert [each.tokens for each in found] == [each.tokens for each in plain]
+    assert found[0].stats.rounds < plain[0].stats.rounds
+    assert all(a.stats.rounds <= b.stats.rounds for a, b in zip(found[1:], plain[1:], strict=True))
+
+
+def test_equal_calls_have_equal_rounds_where_costs_are_frozen(engine):
+    first, second = (engine.generate([f"Say again:\n{CODE}"], [AGAIN])[0].stats for _ in range(2))
+    assert (first.depths, first.sources) == (second.depths, second.sources)
