@@ -59,6 +59,10 @@ class Decision:
     asked: Asked
     rule: Rule
 
+    def __deepcopy__(self, memo: dict) -> Decision:
+        """Returns this one, for a copy of a model: it never changes, and MLX's dtypes cannot be copied."""
+        return self
+
 
 class Product(Weighted):
     """A module that multiplies with its weights by the path that the table in ops/expert_paths.py chooses.

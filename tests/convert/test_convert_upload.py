@@ -55,7 +55,7 @@ def online(monkeypatch) -> Hub:
 def published(sources, monkeypatch):  # noqa: F811
     """The pair as google/gemma-it and google/gemma-it-assistant."""
     folders = {"google/gemma-it": sources[0].folder, "google/gemma-it-assistant": sources[1].folder}
-    monkeypatch.setattr(source, "find", folders.__getitem__)
+    monkeypatch.setattr(source, "find", lambda path, revision=None: folders[path])
 
 
 def converted(out, *flags: str) -> int:

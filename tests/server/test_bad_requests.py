@@ -209,7 +209,7 @@ def test_too_many_prompts_for_one_request(url):
 @pytest.mark.parametrize(
     "body, param",
     [
-        ({"max_tokens": 5, "messages": [{"role": "system", "content": "x"}]}, "messages.0.role"),
+        ({"max_tokens": 5, "messages": [{"role": "narrator", "content": "x"}]}, "messages.0.role"),
         ({"max_tokens": 5, "messages": user([{"type": "image", "source": {}}])}, "messages.0.content.0.type"),
         ({"max_tokens": 5, "messages": ASKED, "thinking": {"type": "maybe"}}, "thinking.type"),
         ({"max_tokens": 5, "messages": ASKED, "tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools.0.type"),
