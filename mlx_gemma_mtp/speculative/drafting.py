@@ -44,7 +44,7 @@ class Drafting:
     position: int = 0
     temperature: float = 1.0
     accept: str = COUPLED
-    sources: tuple[str, ...] | str = (MTP, COPY, FORCED)
+    sources: tuple[str, ...] | str = (MTP,)
 
     def __post_init__(self) -> None:
         place, factor = (

@@ -83,7 +83,7 @@ def test_a_forced_text_takes_few_passes(params):
     model, prompt = tiny.target("moe"), tiny.prompts(1)
     steps = lambda: [Steps(tuple((20 + i,) for i in range(40)))]  # noqa: E731
     wrong = tiny.OracleDrafter(mx.zeros((1, 200), mx.int32), mx.zeros((1, 200), mx.bool_))
-    loop = tiny.begun(model, wrong, prompt, params, constraints=steps(), drafting=Drafting())
+    loop = tiny.begun(model, wrong, prompt, params, constraints=steps(), drafting=Drafting(sources=(MTP, COPY, FORCED)))
     text, rounds = [], 0
     while len(text) < 36:
         done = loop.step([3], reach=[12])

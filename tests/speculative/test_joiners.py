@@ -94,7 +94,7 @@ class Traffic:
         assert done.drafted == ([None] * len(counts) if begins else waiting)
         for row, tokens in enumerate(done.tokens):
             assert len(tokens) <= 1 + waiting[row] and loop.waiting[row] <= counts[row]
-            assert len(loop.confidences[row]) == (loop.waiting[row] if loop.confident else 0)
+            assert len(loop.confidences[row]) == (loop.chains[row].own if loop.confident else 0)
         take(self.live, done)
         self.rounds += 1
         self.most_classes = max(self.most_classes, len(set(loop.cache.classes)))

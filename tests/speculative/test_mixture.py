@@ -70,7 +70,7 @@ def test_a_source_is_judged_though_it_was_not_verified():
         made.take([[FILE[at]]])
         at += 1
     assert made.pool.copies.rate(5) > 0.9 and made.pool.drafter.rate(PLACES + 9) < 0.4
-    fresh = Mixture(Drafting(), made.pool)
+    fresh = Mixture(Drafting(sources=(MTP, COPY, FORCED)), made.pool)
     fresh.begin([RowText(START)])
     assert chain(fresh, [7, 7], confidences=[0.95, 0.95]).replaced  # another row knows it from the pool
 
@@ -96,7 +96,7 @@ def test_the_drafter_is_not_asked_while_copies_are_kept_whole():
 
 
 def test_rows_move_with_what_is_known_of_them():
-    made = Mixture(Drafting())
+    made = Mixture(Drafting(sources=(MTP, COPY, FORCED)))
     made.begin([RowText([1]), RowText(START)])
     made.arrange([1, RowText([2])])
     assert made.rows[0].text.tokens.tolist() == START and chain_of_rows(made) == [FILE[8:11], []]

@@ -2,6 +2,7 @@
 changes no text. A toy source shows what the loop asks of one.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from mlx_gemma_mtp.cache.spec import with_bits
 from mlx_gemma_mtp.engine.calibration import KINDS, Bench, Costs
 from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.files import hub
-from mlx_gemma_mtp.sampling.params import ACCEPT
+from mlx_gemma_mtp.sampling.params import ACCEPT, REJECTION
 from mlx_gemma_mtp.speculative import drafting
 from mlx_gemma_mtp.speculative.auto import Auto
 from mlx_gemma_mtp.speculative.drafting import MTP, SOURCES, Drafting, Drafts, DraftState, Embed
@@ -65,6 +66,12 @@ def with_source(engine: Engine, source: Drafting) -> Engine:
     return Engine(engine.target, engine.drafter, engine.text, engine.defaults, num_draft_tokens=3, drafting=source)
 
 
+def skip_drawn(sources: Sequence[str], accept: str, sampled: bool) -> None:
+    """Drafts that were drawn, and are accepted by rejection, leave the text's distribution alone, not the text."""
+    if MTP in sources and accept == REJECTION and sampled:
+        pytest.skip("the text is another one of the same distribution: tests/sampling/test_exactness.py")
+
+
 @pytest.fixture(scope="module")
 def engine():
     return load(num_draft_tokens=3, dtype="float32")
@@ -74,6 +81,7 @@ def engine():
 @pytest.mark.parametrize("accept", ACCEPT)
 def test_the_loop_says_what_plain_decoding_says(source, params, accept):
     """Free and constrained rows, and one readback a round."""
+    skip_drawn(source.sources, accept, params.temperature > 0)
     model, batch = tiny.target("moe"), tiny.prompts(3)
     rows = lambda: [Stairs(), None, None]  # noqa: E731
     plain, _ = tiny.decode(model, None, batch, 0, 24, params, constraints=rows())
@@ -103,12 +111,13 @@ def test_a_source_is_asked_once_a_round(repeat):
 def test_the_engine_says_what_plain_decoding_says(engine, source, name, accept):
     if PARAMS[name].grammars:
         pytest.importorskip("llguidance")
+    skip_drawn(source.sources, accept, PARAMS[name].temperature > 0)
     source = with_source(engine, replace(source, accept=accept))
     plain = [result.tokens for result in engine.generate(PROMPTS, PARAMS[name], num_draft_tokens=0)]
     results = source.generate(PROMPTS, PARAMS[name])
     assert [result.tokens for result in results] == plain
     if source.settings.drafting.source is not None:
-        assert sum(result.stats.drafted for result in results) > 20
+        assert sum(result.stats.drafted for result in results) > (10 if PARAMS[name].grammars else 20)  # which cut some
     for result in results:
         counts = result.stats.sources.values()
         assert sum(each["drafted"] for each in counts) == result.stats.drafted
