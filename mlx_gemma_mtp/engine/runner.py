@@ -434,7 +434,8 @@ class Runner:
         ]
         led = [row.id for row, chain in zip(rows, chains, strict=True) if chain.sources[:1] == [FORCED]]
         width = self.depth.verify(rows, context, self._loop.confidences, own, led)
-        known = self.depth.prices(len(rows), context)
+        beside = any(chain.own < len(chain.tokens) for chain in chains)
+        known = self.depth.prices(len(rows), context) if beside else None
         if width is None or known is None:
             return width
         rates = [chain.rates for chain, auto in zip(chains, automatic, strict=True) if auto]
