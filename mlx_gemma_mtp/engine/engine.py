@@ -168,8 +168,8 @@ class Engine:
         100; the higher goes first. cancel: an event; once it is set, generation ends after the current round. progress:
         called with the prompts' tokens that are prefilled and all of them, by whoever reads the stream. cache_salt: any
         text; what is kept of these prompts is found by calls with the same salt alone, and the other way round.
-        prediction: text that the replies are expected to be like, such as a file before its edit: what follows it costs
-        few passes, and the text is the same without it.
+        prediction: text that the replies are expected to be like, such as a file before its edit: where copies are a
+        source of drafts, what follows it costs few passes. The text is the same without it.
 
         The stream ends, with what it has, when it is closed, forgotten, or its engine is closed. A reader that falls
         behind delays nobody but itself.
