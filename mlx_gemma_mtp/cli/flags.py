@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.arguments import LONGEST
 from ..errors import UserError, clipped, shown
 from ..files import prefix_store
-from ..sampling.params import ACCEPT, COUPLED, SamplingParams, number
-from ..speculative.drafting import DEFAULT_DRAFTING
+from ..sampling.params import ACCEPT, COUPLED, MTP, SamplingParams, number
 from .command import loaded, tell
 from .prompts import read_schema, read_source
 
@@ -123,7 +122,7 @@ def add_drafts(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--draft-sources",
-        default=",".join(DEFAULT_DRAFTING.sources),
+        default=MTP,
         metavar="NAMES",
         help="who drafts: mtp is the drafter, copy finds drafts in the request's own text, forced has what a grammar "
         "leaves no choice of (default: %(default)s)",

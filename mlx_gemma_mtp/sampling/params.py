@@ -22,6 +22,7 @@ LEAST_REPETITION = 4  # tokens: a block of two, twice
 LARGEST_COUNT = 2**31 - 1  # of rows, tokens or drafts: more than fits any memory
 # Settings of the engine, here because the command line needs them before MLX is imported.
 COUPLED, REJECTION = ACCEPT = ("coupled", "rejection")  # how drafts are accepted
+MTP = "mtp"  # the name of Google's drafters among the sources of drafts, and who drafts where nobody says it
 MAX_ROWS = 8  # requests that are decoded at once, unless `load` is told otherwise; the others wait
 
 

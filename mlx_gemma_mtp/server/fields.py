@@ -52,7 +52,8 @@ def of_chat(served: Served, body: ChatRequest) -> Ask:
     settings.sampling.update(thinking=thoughts.wanted, thinking_budget=thoughts.budget)
     several = True if body.parallel_tool_calls is None else body.parallel_tool_calls
     tooling = tooling_of(served, body.tools, body.tool_choice, several)
-    settings.options["prediction"] = _prediction(body.prediction)
+    if body.prediction is not None:
+        settings.options["prediction"] = _prediction(body.prediction)
     ids = encoded(served, body.messages, tooling, thoughts, bool(body.continue_final_message))
     return made(served, [ids], settings, tooling)
 
@@ -89,10 +90,8 @@ def _settings(served: Served, body: Sampling, max_tokens: int | None = None) -> 
     return replace(common, n=n)
 
 
-def _prediction(given: Mapping[str, Any] | None) -> str | None:
+def _prediction(given: Mapping[str, Any]) -> str:
     """Returns the text that the reply is expected to be like: OpenAI's object, of the type content."""
-    if given is None:
-        return None
     content = given.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]

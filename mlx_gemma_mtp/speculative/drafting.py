@@ -22,10 +22,9 @@ from ..ops.kernels import head_argmax
 from ..sampling.distribution import Distribution, Rules
 from ..sampling.drawing import draw
 from ..sampling.noise import keys_of_round
-from ..sampling.params import ACCEPT, COUPLED, REJECTION, number, shown, whole
+from ..sampling.params import ACCEPT, COUPLED, MTP, REJECTION, number, shown, whole
 from ..sampling.penalties import TokenCounts
 
-MTP = "mtp"  # the name of Google's drafters in SOURCES
 COPY, FORCED = BESIDE = "copy", "forced"  # what the host drafts
 Embed = Callable[[mx.array], mx.array]
 

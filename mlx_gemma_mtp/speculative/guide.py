@@ -198,8 +198,8 @@ def _walk(
             refused += len(left)
             break
         walk.drafts.append(draft)
+        ahead = constraint.copy() if ahead is None else ahead
         try:
-            ahead = ahead or constraint.copy()
             ahead.advance(draft[0])
             walk.masks.append(ahead.mask())
         except BaseException:

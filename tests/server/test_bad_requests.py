@@ -172,6 +172,8 @@ def test_a_field_out_of_range_is_named(url, field, value):
 )
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_the_engine_refuses_is_named(url, field, value, stream):
+    if field != "logit_bias":
+        pytest.importorskip("llguidance")  # else nobody reads it
     assert refused(post(url, CHAT, {"messages": ASKED, field: value, "stream": stream}))["param"] == field
 
 
