@@ -177,7 +177,11 @@ def gradients(model):
 
 
 def test_the_drafter_reaches_the_target_by_what_it_reads(monkeypatch):
-    """Without reach and lean the target learns the text alone; each of the two changes what it learns."""
+    """Without reach and lean the target learns the text alone; each of the two changes what it learns.
+
+    Gradients of up to 0.25: sums in another order differ by some 3e-5.
+    """
+    torch.manual_seed(0)
     mine, own = dense.Target(minutes.TINY), dense.Drafter(minutes.TINY)
     dense.initialise(mine, 0)
     dense.initialise(own, 1)
@@ -191,11 +195,11 @@ def test_the_drafter_reaches_the_target_by_what_it_reads(monkeypatch):
         total.backward()
         learned[name] = gradients(mine), gradients(own)
         assert figures.shape == (1 + minutes.ROUND,)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, learned["alone"][0], strict=True))
+    assert all(torch.allclose(a, b, atol=2e-4) for a, b in zip(alone, learned["alone"][0], strict=True))
     for name in ("reach", "lean"):
         assert max((a - b).abs().max().item() for a, b in zip(alone, learned[name][0], strict=True)) > 1e-3, name
     for name in ("reach", "lean"):
-        assert all(torch.allclose(*two, atol=1e-5) for two in zip(learned["alone"][1], learned[name][1], strict=True))
+        assert all(torch.allclose(*two, atol=2e-4) for two in zip(learned["alone"][1], learned[name][1], strict=True))
 
 
 @pytest.mark.slow
