@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_gemma_mtp.cli.command import Parser
 from mlx_gemma_mtp.errors import UserError
+from mlx_gemma_mtp.files.files import whole
 
 from . import check, source
 from .checkpoint import Checkpoint
@@ -146,5 +147,6 @@ def write_section(card: Path, found: Quality) -> bool:
     if not card.is_file():
         return False
     text = re.sub(rf"\n*^{HEADING}\n.*?(?=^## |\Z)", "\n\n", card.read_text(encoding="utf-8"), flags=re.M | re.S)
-    card.write_text(f"{text.rstrip()}\n\n{section(found)}\n", encoding="utf-8")
+    with whole(card) as part:
+        part.write_text(f"{text.rstrip()}\n\n{section(found)}\n", encoding="utf-8")
     return True

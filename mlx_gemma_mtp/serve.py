@@ -18,6 +18,7 @@ from .cli.command import Parser, Stage, command, tell
 from .cli.flags import add_drafts, add_limits, add_models, load_engine, load_options, read_depth, read_timeout
 from .errors import UserError, shown
 from .sampling.params import MAX_ROWS, number
+from .server.launch import CLIENTS, KEY
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .server.service import Served
     from .server.supervisor import Inherited
 
-KEY = "MLX_GEMMA_MTP_API_KEY"  # variable with the API key
 BUNDLED = "mlx-gemma-mtp-demo"  # name of the bundled pair
 LARGEST = 2**31 - 1
 SECRET = ("api_key", "model", "draft_model", "inherited", "launch_folder", "launched")  # not told at /health
@@ -140,7 +140,7 @@ def _add_launch(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("clients")
     group.add_argument(
         "--launch",
-        choices=("claude", "codex", "opencode", "aider", "continue"),
+        choices=tuple(CLIENTS),
         help="print how this client is started on this server; what it needs is written into a folder of its own",
     )
     group.add_argument("--launch-folder", metavar="FOLDER", help="for its files (default: in the cache folder)")
@@ -227,7 +227,7 @@ def _client(args: argparse.Namespace, port: int) -> Setup:
     from .files import hub
     from .files.folder import read_config
     from .models.config import TargetConfig
-    from .server.launch import CLIENTS, Site, folder_of, written
+    from .server.launch import Site, folder_of, written
 
     config = TargetConfig.from_dict(read_config(hub.find_pair(args.model, "none", args.revision).target))
     host, folder = _local(args), folder_of(args.launch, args.launch_folder)

@@ -97,6 +97,21 @@ class Scripted:
         return results if n == 1 else [results[i : i + n] for i in range(0, len(results), n)]
 
 
+class Noting(Scripted):
+    """One that says the same whatever it is asked, and notes the prompts.
+
+    seen: of all requests so far.
+    """
+
+    def __init__(self, engine: Any, said: Sequence[int]):
+        super().__init__(engine, lambda number: [])
+        self.said, self.seen = list(said), []
+
+    def rounds_of(self, number: int, prompt: list[int]) -> Sequence[Sequence[int]]:
+        self.seen.append(prompt)
+        return [self.said]
+
+
 def _logprob(token: int) -> Any:
     from mlx_gemma_mtp.speculative.readback import TokenLogprob
 

@@ -20,7 +20,7 @@ class Shelf:
 
     def __init__(self, specs: Sequence[KVSpec], slots: Sequence[int], dtype: mx.Dtype):
         self.layers = [layer_kv(spec, n, dtype) for spec, n in zip(specs, slots, strict=True)]
-        self.alike = [list(specs).index(spec) for spec in specs]
+        self.alike = [specs.index(spec) for spec in specs]
         self.places = self.bytes = 0
         self.rows: list[int] = []
         self.gather: mx.array | None = None

@@ -319,14 +319,12 @@ class Runner:
         """Hands a round's tokens to their requests. told: is called with each that goes on, and with its tokens."""
         now = self.clock()
         reports = done.logprobs or [None] * len(ids)
-        for i, (id, tokens, drafted, report, error) in enumerate(
-            zip(list(ids), done.tokens, done.drafted, reports, done.errors, strict=True)
-        ):
+        rows = zip(list(ids), done.tokens, done.drafted, reports, done.errors, done.sources, done.refused, strict=True)
+        for id, tokens, drafted, report, error, sources, refused in rows:
             held = self.held[id]
             request, stats = held.request, held.request.stats
             if not request.tokens:
                 stats.ttft_s = now - held.submitted
-            sources, refused = done.sources[i], done.refused[i]
             reason = "" if drafted is None else reason_of(sources) or self.depth.reason(id)
             request.take(tokens, drafted, reason, report, error, sources, refused)
             self._changed[id] = request
@@ -389,9 +387,11 @@ class Runner:
             self._save_staged(held)
         saved, held.saved = held.saved, None
         held.becomes_row(self.totals)
-        newest = held.request.tokens[-1] if held.request.tokens else None
         request = held.request
-        text = RowText([*request.prompt, *request.tokens], request.prediction)
+        newest = request.tokens[-1] if request.tokens else None
+        text = RowText()  # which only copies look at
+        if self.drafting.copies:
+            text = RowText([*request.prompt, *request.tokens], request.prediction)
         return Joiner(saved, newest, None if newest is not None else hidden, text)
 
     def _inputs(self, ids: Sequence[int]) -> tuple[Rules | None, TokenCounts | None, Guide | None]:

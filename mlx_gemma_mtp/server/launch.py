@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..files.files import cache_folder, whole
 
-KEY = "MLX_GEMMA_MTP_API_KEY"
+KEY = "MLX_GEMMA_MTP_API_KEY"  # variable with the API key
 NO_KEY = "none"  # what clients send that insist on a key, to a server without
 MARK = ".mlx-gemma-mtp"  # is in a folder whose files are written here
 PROVIDER = "mlx_gemma_mtp"

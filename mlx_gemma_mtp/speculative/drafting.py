@@ -66,6 +66,11 @@ class Drafting:
         return next((name for name in self.sources if name not in BESIDE), None)
 
     @property
+    def copies(self) -> bool:
+        """Whether drafts are copied from a row's own text."""
+        return COPY in self.sources
+
+    @property
     def alone(self) -> Drafting:
         """The same settings without what the host drafts."""
         return replace(self, sources=(self.source or MTP,))

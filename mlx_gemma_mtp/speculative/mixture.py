@@ -160,7 +160,7 @@ class Mixture:
     """Puts the drafts of a batch's rows together, of those sources that may draft."""
 
     def __init__(self, drafting: Drafting, pool: Pool | None = None):
-        self.copying, self.pool = COPY in drafting.sources, pool or Pool()
+        self.copying, self.pool = drafting.copies, pool or Pool()
         self.rows: list[_Row] = []
 
     def begin(self, texts: Sequence[RowText]) -> None:

@@ -75,9 +75,10 @@ class Inputs:
         """Returns the inputs with the first counts[i] drafts of row i alone."""
         if list(counts) == self.drafts.of_each:
             return self
-        drawn = [sum(name not in BESIDE for name in names) for names in self.drafts.named]
-        whole = self.drafts.q is None or all(count >= own for count, own in zip(counts, drawn, strict=True))
-        assert whole, "drafts that were drawn are not cut: it would change the distribution of the text"
+        if self.drafts.q is not None:
+            drawn = [sum(name not in BESIDE for name in names) for names in self.drafts.named]
+            whole = all(count >= own for count, own in zip(counts, drawn, strict=True))
+            assert whole, "drafts that were drawn are not cut: it would change the distribution of the text"
         mask = None if self.mask is None else self.mask[:, : max(counts) + 1]
         return replace(self, drafts=self.drafts.counted(counts), mask=mask)
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
-from serving import ASKED, NAME, NOW, WEATHER, Scripted, events, ids_of, post, serving
+from serving import ASKED, NAME, NOW, WEATHER, Noting, Scripted, events, ids_of, post, serving
 from test_clients import Endless, ask, figure, until
 
 from mlx_gemma_mtp import SamplingParams
@@ -73,13 +73,7 @@ def test_texts_are_the_engine_s(client, engine):
 
 
 def test_instructions_are_the_system_s(engine):
-    seen: list[list[int]] = []
-
-    class Noting(Scripted):
-        def rounds_of(self, number: int, prompt: list[int]) -> Any:
-            seen.append(prompt)
-            return [ids_of(engine, "Yes." + END)]
-
+    script = Noting(engine, ids_of(engine, "Yes." + END))
     items = [
         {"role": "developer", "content": "Be kind."},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
@@ -92,9 +86,9 @@ def test_instructions_are_the_system_s(engine):
         {"role": "system", "content": "Be quick."},
         {"role": "user", "content": "Well?"},
     ]
-    with serving(Noting(engine, lambda number: [])) as url:
+    with serving(script) as url:
         assert post(url, PATH, {"input": items, "instructions": "Be brief."}).status_code == 200
-    assert seen == [engine.text.encode(chat)]
+    assert script.seen == [engine.text.encode(chat)]
 
 
 # ---- items and events

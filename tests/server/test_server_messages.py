@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from serving import ASKED, NAME, Scripted, events, ids_of, post, serving
+from serving import ASKED, NAME, Noting, Scripted, events, ids_of, post, serving
 
 from mlx_gemma_mtp import SamplingParams
 
@@ -293,16 +293,10 @@ def test_turns_as_claude_code_sends_them(script, engine):
 
 def test_a_system_s_turn_amid_a_conversation(engine):
     """As Claude Code sends it; it is rendered where it stands."""
-    seen: list[list[int]] = []
-
-    class Noting(Scripted):
-        def rounds_of(self, number: int, prompt: list[int]) -> Any:
-            seen.append(prompt)
-            return [ids_of(engine, "Yes." + END)]
-
+    script = Noting(engine, ids_of(engine, "Yes." + END))
     turns = [*ASKED, {"role": "system", "content": [{"type": "text", "text": "Be brief.", "cache_control": {}}]}]
     turns.append({"role": "system", "content": "It is noon."})
-    with serving(Noting(engine, lambda number: [])) as url:
+    with serving(script) as url:
         assert post(url, PATH, GIVEN | {"messages": turns, "system": "Be kind."}).status_code == 200
     chat = [("system", "Be kind."), ("user", ASKED[0]["content"]), ("system", "Be brief."), ("system", "It is noon.")]
-    assert seen == [engine.text.encode([{"role": role, "content": text} for role, text in chat])]
+    assert script.seen == [engine.text.encode([{"role": role, "content": text} for role, text in chat])]
