@@ -210,7 +210,7 @@ def trials(pair: str, seeds: Sequence[int]) -> None:
     for number, seed in enumerate(seeds):
         cycle, which = divmod(number, len(FAULTS))
         fault = FAULTS[which]
-        with within(300):
+        with within(1800):
             if trial(pair, fault, LATE if cycle else EARLY, seed, runner, clock):
                 raised.add(fault)
         clock.now += 1000.0
@@ -218,7 +218,7 @@ def trials(pair: str, seeds: Sequence[int]) -> None:
             gc.collect()
             settled = used(runner)
     assert raised == set(ROUNDS)
-    with within(300):
+    with within(1800):
         for outcome in Drive(engine_of(pair), drawn(1, 6, NAMES), runner, clock).run():
             check(pair, outcome)
     gc.collect()
@@ -347,7 +347,7 @@ def callers(calls: int, seed: int) -> None:
                 alone("bundled", Asked(prompt=(prompt, length), settings=settings))  # in this thread, before the others
     engine.generate("warm", replace(FREE, max_tokens=2))
     threads = threading.active_count()
-    with within(600):
+    with within(3600):
         crowd = Callers(engine, seed)
         crowd.run(calls)
         assert crowd.wrong == []
