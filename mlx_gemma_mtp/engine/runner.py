@@ -21,17 +21,16 @@ from ..sampling.penalties import TokenCounts
 from ..sampling.rules import Rules
 from ..speculative.budget import Budget
 from ..speculative.copies import RowText
-from ..speculative.depth import AUTO, Depth, DraftRow
-from ..speculative.drafting import FORCED
+from ..speculative.depth import AUTO, Depth
 from ..speculative.guide import Guide, guide
 from ..speculative.loop import Firsts, Joiner, Speculation
-from ..speculative.mixture import Pool, leading, reason_of
+from ..speculative.mixture import Pool, reason_of
 from ..speculative.prefill import chunk
 from ..speculative.readback import Round
-from ..speculative.widening import wider
 from .admission import Memory, memory_of
 from .held import Held
 from .keeping import Keeping, share
+from .lengths import Lengths
 from .outbox import Item
 from .plan import Job, Known, Piece, Plan
 from .prefix_disk import PrefixDisk
@@ -90,6 +89,7 @@ class Runner:
             max_waiting=settings.max_waiting,
         )
         self.budget = budget or Budget(chunk, _grid(chunk))
+        self.lengths = Lengths(depth, block, drafter is not None)
         self.keeping = self._new_keeping()
         if disk is not None:
             disk.join(self.keeping.prefixes)
@@ -103,11 +103,8 @@ class Runner:
         self._plan = Plan()
         self._given: list[Item] = []  # what the round gave so far
         self._changed: dict[int, Request] = {}  # requests whose tokens of this round are not in `_given` yet
-        self._due: tuple[dict[int, int], float | None] | None = None  # of the last round, which is to be counted
-        self._gone: list[int] = []  # requests that ended, which are to be forgotten once that is counted
         # When the last verify was dispatched, when `round` returned after that, and the last readback.
         self._launched = self._returned = self._last = 0.0
-        self._widened = False  # whether the last verify had more drafts than the drafter's
         self._rounds = count(1)
 
     # What the worker asks.
@@ -271,34 +268,23 @@ class Runner:
         away: seconds that the caller took since the verify was dispatched.
         """
         firsts = self._firsts(plan.firsts)
-        rows, context = self._draft_rows(2), self._context()
-        counts = self.depth.draft(rows, context)
-        if self._loop.needs_no_drafter(counts):
-            self.depth.give_way(self.rows, made=False)
-            counts = [0] * len(rows)
-        self._loop.confident = self.depth.confident
+        counts, reach = self.lengths.draft(self._loop, self._held_rows())
         syncs = self._loop.host_syncs
         extra = staged if hidden is None else [hidden, *staged]
-        done = self._loop.step(counts, firsts, extra, [self._reach(row) for row in rows])
+        done = self._loop.step(counts, firsts, extra, reach)
         now, before = self.clock(), self.totals
         emitted = sum(map(len, done.tokens)) + (0 if done.firsts is None else len(done.firsts.tokens))
-        self.totals += Totals(now - self._last, emitted, 1, len(rows), self._loop.host_syncs - syncs)
+        self.totals += Totals(now - self._last, emitted, 1, len(self.rows), self._loop.host_syncs - syncs)
         seconds, self._last = now - self._launched, now
         timed = 0.0 if plan.begins else seconds  # the first tokens have no verify: that is no round of so many rows
-        clean = self.budget.took(len(rows), timed, _tokens(plan.pieces), firsts is not None)
-        clean = clean and not self._widened  # a time of no width that the drafter's drafts have
+        clean = self.budget.took(len(self.rows), timed, _tokens(plan.pieces), firsts is not None)
         clean = clean and away < SLOW_CALLER * seconds  # else the round is hidden behind the caller's own work
         self._prefilled(plan.pieces)
         drawn = () if done.firsts is None else plan.firsts
         for id in drawn:  # rows of this round alone: they may have to wait for a place
             self.held[id].becomes_row(before)
             self.held[id].leaves_row(self.totals)
-        kept = {
-            id: min(len(tokens) - 1, leading(sources))
-            for id, tokens, drafted, sources in zip(self.rows, done.tokens, done.drafted, done.sources, strict=True)
-            if drafted is not None and tokens
-        }
-        self._due = kept, seconds if clean else None
+        self.lengths.read(self.rows, done, seconds if clean else None)
         self._take(self.rows, done, self.scheduler.emitted)
         if drawn:
             self._take(drawn, done.firsts, lambda id, tokens: self._drawn(id))
@@ -355,8 +341,7 @@ class Runner:
             self.held[id].saved = self._loop.save(self.rows.index(id))
         gone = [id for id in self.rows if id not in plan.places]
         if gone:
-            self._count()  # what they kept in their last round
-            self.depth.leave(gone)
+            self.lengths.leave(gone)
         for id in gone:
             if held := self.held.get(id):
                 held.leaves_row(self.totals)
@@ -411,72 +396,21 @@ class Runner:
         """
         if not self.rows:
             deliver(self._all_given())
-            return self._count()
-        self._launched, self._widened = self.clock(), False
+            return self.lengths.count()
+        self._launched = self.clock()
+        self.lengths.begin()
         plain = not any(self._loop.waiting)
         if plain:
             self._loop.launch(meanwhile=lambda: deliver(self._all_given()))
-        self._count()
+        self.lengths.count()
         if not self._plan.begins:  # the first tokens have no verify
-            width = self._width()
+            width = self.lengths.verify(self._loop, self._held_rows())
             if not plain:
                 self._loop.launch(width, lambda: deliver(self._all_given()))
 
-    def _width(self) -> int | None:
-        """Returns how many drafts of each row the next verify has at most, None for all."""
-        rows, context, chains = self._draft_rows(1), self._context(), self._loop.chains
-        automatic = [row.drafts == AUTO for row in rows]
-        self.depth.give_way(row.id for row, chain in zip(rows, chains, strict=True) if chain.replaced)
-        waiting = self._loop.waiting
-        own = [
-            min(chain.own, count) if auto else count
-            for chain, count, auto in zip(chains, waiting, automatic, strict=True)
-        ]
-        led = [row.id for row, chain in zip(rows, chains, strict=True) if chain.sources[:1] == [FORCED]]
-        width = self.depth.verify(rows, context, self._loop.confidences, own, led)
-        beside = any(chain.own < len(chain.tokens) for chain in chains)
-        known = self.depth.prices(len(rows), context) if beside else None
-        if width is None or known is None:
-            return width
-        rates = [chain.rates for chain, auto in zip(chains, automatic, strict=True) if auto]
-        useful = [row.useful for row, auto in zip(rows, automatic, strict=True) if auto]
-        most = wider(rates, useful, width, *known, len(rows) - len(rates))
-        self._widened = most > width or any(chain.replaced for chain in chains)
-        return most
-
-    def _reach(self, row: DraftRow) -> int:
-        """How many drafts of all sources a row may have."""
-        if self.drafter is None:
-            return 0
-        return min(self.scheduler.block - 1 if row.drafts == AUTO else row.drafts, row.useful)
-
-    def _count(self) -> None:
-        """Tells the draft length what came of the last round."""
-        if self._due is not None:
-            kept, seconds = self._due
-            if seconds is not None:
-                self.depth.timed(seconds)
-            self.depth.observe(kept)
-        self.depth.forget(self._gone)
-        self._due, self._gone = None, []
-
-    def _draft_rows(self, due: int) -> list[DraftRow]:
-        """Returns what the draft length may depend on in each row.
-
-        due: tokens that each row emits before these drafts, and with their verify, whatever is accepted.
-        """
-        return [
-            DraftRow(id, self._most(request), max(0, request.remaining - due), bool(request.params.temperature))
-            for id, request in ((id, self.held[id].request) for id in self.rows)
-        ]
-
-    def _most(self, request: Request) -> int | str:
-        """How many drafts a request asked for, as far as the cache has room for them."""
-        return AUTO if request.drafts == AUTO else min(request.drafts, self.scheduler.block - 1)
-
-    def _context(self) -> int:
-        """The committed tokens of the longest row."""
-        return max(self.held[id].context for id in self.rows)
+    def _held_rows(self) -> list[Held]:
+        """Returns what is held of the batch's rows, in their order."""
+        return [self.held[id] for id in self.rows]
 
     # Requests that end.
 
@@ -497,7 +431,7 @@ class Runner:
         held.leaves_row(self.totals)
         held.request.stats.say_why_off()
         held.request.stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-        self._gone.append(id)
+        self.lengths.end(id)
 
     def _begin(self) -> None:
         """Readies the machine for requests: the first one has come."""
@@ -543,7 +477,8 @@ class Runner:
 
     def _start_anew(self) -> None:
         """Goes on with an empty batch, whatever state the last one is in."""
-        self._loop, self.rows, self._plan, self._due = self._new_loop(), [], Plan(), None
+        self._loop, self.rows, self._plan = self._new_loop(), [], Plan()
+        self.lengths.drop()
 
     def _new_loop(self) -> Speculation:
         """Returns a batch without rows."""

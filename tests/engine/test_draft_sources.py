@@ -1,20 +1,30 @@
 """Sources of drafts from end to end: copies, forced spans, a prediction; figures by source; no text changes."""
 
 import re
+from unittest import mock
 
 import pytest
+from cost_tables import table
 
 pytest.importorskip("llguidance")
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
+from mlx_gemma_mtp.engine.tables import Tables
 
 CODE = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
 AGAIN = SamplingParams(max_tokens=80, temperature=0.0, regex=re.escape(CODE), seed=0)
 FREE = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, seed=0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def known_costs():
+    """What the machine does besides changes no choice."""
+    with mock.patch.object(Tables, "__call__", lambda self, kind, idle: table(verify=0.1, draft=0.1)):
+        yield
+
+
 @pytest.fixture(scope="module")
-def engine():
+def engine(known_costs):
     with load(dtype="float32", frozen_costs=True, draft_sources="mtp,copy,forced") as engine:
         yield engine
 
