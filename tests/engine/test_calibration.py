@@ -234,7 +234,7 @@ def test_a_file_that_is_no_use_is_measured_anew(tmp_path, engine, broken):
         costs.file.path.parent.mkdir()
         costs.file.path.write_text("{" if broken == "corrupt" else json.dumps({"format": 1, "key": {"a": 2}}))
     assert len(costs.table(engine.target, engine.drafter, prompt).verify_at(1, 50)) == MAX_DRAFTS + 1
-    assert len(notices) >= 1 and str(costs.file.path) in notices[0]
+    assert any(str(costs.file.path) in notice for notice in notices)  # another says where measuring takes long
     assert (costs.file.read() is not None) if broken != "unwritable" else not costs.file.path.exists()
 
 
