@@ -2,8 +2,8 @@
 
 A leaf: `mlx_gemma_mtp` never imports it. Reading order: source (what is there), dequantize (what others quantised, as
 floats), config (what it means), names (what must be there), adapters (what is added), quantize (which bits), blocks and
-writer (stream it), conversion (all of it, planned), destination and interruption (all or nothing), run, upload, check,
-inspect, cli.
+writer (row by row), remote (what is not here yet), conversion (all of it, planned), stream (file by file), destination
+and interruption (all or nothing), run, upload, check, inspect, cli.
 """
 
 from .quantize import Format, Recipe

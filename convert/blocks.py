@@ -28,12 +28,17 @@ NUMPY = {  # FP8 is read as its codes
 class Computed(ABC):
     """A tensor of float32 that is computed from stored ones, rows at a time.
 
-    nbytes: of what is stored; stored: what that is, as people call it.
+    stored: what these are, as people call it; parts: they themselves, or what is computed from them.
     """
 
     shape: tuple[int, ...]
-    nbytes: int
     stored: str
+    parts: "tuple[Source, ...]"
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of what is stored."""
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def dtype(self) -> str:
@@ -50,6 +55,13 @@ Source = Tensor | Computed
 def stored_as(tensor: Source) -> str:
     """Returns how a tensor's values are stored: a dtype of safetensors, or codes with scales."""
     return tensor.stored if isinstance(tensor, Computed) else tensor.dtype
+
+
+def files_of(tensor: Source) -> set[Path]:
+    """Returns the files that hold what a tensor is made from."""
+    if isinstance(tensor, Computed):
+        return set().union(*map(files_of, tensor.parts))
+    return {tensor.path}
 
 
 def source_rows(entry: Entry, tensor: Source) -> Iterator[mx.array]:

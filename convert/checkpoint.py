@@ -9,6 +9,7 @@ from mlx_gemma_mtp.files import foreign
 from mlx_gemma_mtp.files.safetensors import Tensor
 from mlx_gemma_mtp.models.config import DrafterConfig, TargetConfig
 from mlx_gemma_mtp.models.contents import MEDIA, Contents
+from mlx_gemma_mtp.models.extras import Extra, check_extras
 from mlx_gemma_mtp.models.quantization import FLOATS, plain
 
 from . import names, source
@@ -17,6 +18,19 @@ from .config import is_drafter, model_config, refuse_quantised, text_config
 from .dequantize import Packed
 from .names import MLX_PREFIX, Entry
 from .quantize import Format
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A tensor that must say what something else says; tensors: it, and the one that it repeats, if it is one."""
+
+    where: str
+    extra: Extra
+    tensors: dict[str, Tensor]
+
+    def check(self) -> None:
+        """Raises UserError where it says something else. Reads the tensors, block by block."""
+        check_extras((self.extra,), self.tensors, self.where)
 
 
 @dataclass(frozen=True)
@@ -58,20 +72,27 @@ class Checkpoint:
         """Returns what the files hold, as the loader sees it. Raises UserError for what the loader would refuse."""
         contents = Contents.of(self.config, self.tensors, self.where)
         if self.local:
-            self._check_extras(contents)
+            for repeat in self._repeats(contents):
+                repeat.check()
         return contents
 
-    def _check_extras(self, contents: Contents) -> None:
-        """Raises UserError where a tensor differs from what it should repeat."""
-        stored = {name: tensor for name, tensor in self.tensors.items() if isinstance(tensor, Tensor)}
+    def repeats(self) -> list[Repeat]:
+        """Returns what must repeat something else. Raises UserError where one of the two is quantised."""
+        return self._repeats(self.contents)
+
+    def _repeats(self, contents: Contents) -> list[Repeat]:
+        found = []
         for extra in contents.extras:
-            for name in filter(None, (extra.name, extra.twin)):
-                if name in self.tensors and name not in stored:
+            tensors = {}
+            for name in (name for name in (extra.name, extra.twin) if name in self.tensors):
+                if not isinstance(tensor := self.tensors[name], Tensor):
                     raise UserError(
                         f"{self.where}: {extra.name} repeats {extra.meaning}, and one of them is quantised; expected "
                         "floats of both; convert the unquantised original"
                     )
-        contents.check_extras(stored, self.where)
+                tensors[name] = tensor
+            found.append(Repeat(self.where, extra, tensors))
+        return found
 
     def sources(self) -> list[Entry]:
         """Returns the entries with the tensors that they are made from. Raises UserError unless this is a complete,
@@ -98,7 +119,7 @@ class Checkpoint:
             for part in stored[1:]:
                 tensors.pop(part, None)  # of gate and up in one, once
         raw = {key: value for key, value in foreign.without_table(self.raw).items() if key != "quantization"}
-        return Checkpoint.read(self.where, raw, tensors, local=True)
+        return Checkpoint.read(self.where, raw, tensors, self.local)
 
     @property
     def drafter(self) -> bool:

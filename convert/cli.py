@@ -31,8 +31,8 @@ def _run(argv: list[str]) -> int:
 
 def _convert(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    options = (args.dtype, args.pair, args.upload_repo, args.adapter_path, args.quality, args.revision, args.dequantize)
-    print(convert(args.hf_path, args.mlx_path, _recipe(args), *options))
+    given = (args.hf_path, args.mlx_path, _recipe(args), args.dtype, args.pair, args.upload_repo, args.adapter_path)
+    print(convert(*given, args.quality, args.revision, args.dequantize, args.stream))
     return 0
 
 
@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--hf-path", required=True, metavar="SOURCE", help="local folder or hub id")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of SOURCE on the hub")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="download, convert and drop SOURCE's weight files one by one; a run that was stopped goes on",
+    )
     parser.add_argument("--mlx-path", default=MLX_PATH, metavar="OUT", help=f"folder to create (default {MLX_PATH})")
     parser.add_argument("--pair", action="store_true", help="also convert SOURCE-assistant to OUT-assistant")
     parser.add_argument(

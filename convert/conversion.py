@@ -1,8 +1,10 @@
 """What a conversion will write, planned down to every byte."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checkpoint import Repeat
+from .remote import Remote
 from .writer import Job
 
 
@@ -10,7 +12,8 @@ from .writer import Job
 class Conversion:
     """One planned conversion: every header of `source` was read and checked, and nothing is written to `out` yet.
 
-    fused: which adapter goes into it, in words; '' for none.
+    fused: which adapter goes into it, in words; '' for none; remote: where the weights are that `source` lacks;
+    repeats: what could not be checked without them.
     """
 
     source: Path
@@ -18,6 +21,8 @@ class Conversion:
     config: dict
     jobs: list[Job]
     fused: str = ""
+    remote: Remote | None = None
+    repeats: list[Repeat] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:

@@ -33,17 +33,15 @@ EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up
 
 @dataclass(frozen=True)
 class Packed(Computed):
-    """A matrix, or a stack of them, that MLX quantised. parts: its codes, its scales, and in affine mode its biases."""
+    """A matrix, or a stack of them, that MLX quantised: its codes, its scales, and in affine mode its biases."""
 
-    parts: tuple[Tensor, ...]
     form: Format
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], form: Format) -> "Packed":
         """Returns the matrix that `parts` stand for in a format."""
         *rows, words = parts[0].shape
-        nbytes = sum(part.nbytes for part in parts)
-        return cls((*rows, words * 32 // form.bits), nbytes, str(form), tuple(parts), form)
+        return cls((*rows, words * 32 // form.bits), str(form), tuple(parts), form)
 
     def rows(self, start: int, stop: int) -> mx.array:
         """Returns the rows start:stop as float32."""
@@ -126,8 +124,6 @@ class Dequantized(Computed):
 class Stacked(Computed):
     """Matrices one above the other, seen as one tensor: the experts of a layer, stored one by one."""
 
-    parts: tuple[Source, ...]
-
     def rows(self, start: int, stop: int) -> mx.array:
         """Returns the rows start:stop as float32."""
         found, first = [], 0
@@ -182,7 +178,7 @@ def stacked(tensors: dict[str, Source]) -> dict[str, Source]:
 def _stack(matrices: list[Source], count: int) -> Stacked:
     rows, columns = matrices[0].shape
     shape = (count, rows * len(matrices) // count, columns)
-    return Stacked(shape, sum(each.nbytes for each in matrices), stored_as(matrices[0]), tuple(matrices))
+    return Stacked(shape, stored_as(matrices[0]), tuple(matrices))
 
 
 def _packed(plain: Plain, path: str, tensors: dict[str, Tensor], local: bool) -> Dequantized:
@@ -201,9 +197,9 @@ def _packed(plain: Plain, path: str, tensors: dict[str, Tensor], local: bool) ->
     groups = tensors.get(f"{path}_g_idx")
     if groups and (groups.shape != (columns,) or groups.dtype != "I32"):
         raise _wrong(f"{path}_g_idx", groups, f"int32 of shape {[columns]}")
-    nbytes = sum(part.nbytes for part in (codes, scales, zeros, groups) if part)
+    parts = tuple(part for part in (codes, scales, zeros, groups) if part)
     stored = f"{bits}-bit integers, {_blocks(block, shape)}"
-    return Dequantized(shape, nbytes, stored, codes, scales, block, bits, zeros, groups)
+    return Dequantized(shape, stored, parts, codes, scales, block, bits, zeros, groups)
 
 
 def _coded(plain: Plain, name: str, tensors: dict[str, Tensor]) -> Dequantized:
@@ -216,10 +212,9 @@ def _coded(plain: Plain, name: str, tensors: dict[str, Tensor]) -> Dequantized:
         if zeros.dtype != "I8" or zeros.shape not in (scales.shape, tensors[f"{name}_scale"].shape):
             raise _wrong(f"{name}_zero_point", zeros, f"int8 of the shape of {name}_scale")
         zeros = replace(zeros, shape=scales.shape)
-    nbytes = sum(part.nbytes for part in (codes, scales, zeros) if part)
-    return Dequantized(
-        codes.shape, nbytes, f"{codes.dtype}, {_blocks(block, codes.shape)}", codes, scales, block, zeros=zeros
-    )
+    parts = tuple(part for part in (codes, scales, zeros) if part)
+    stored = f"{codes.dtype}, {_blocks(block, codes.shape)}"
+    return Dequantized(codes.shape, stored, parts, codes, scales, block, zeros=zeros)
 
 
 def _scales(name: str, tensors: dict[str, Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ def is_hub_id(source: str) -> bool:
 def find(source: str, revision: str | None = None) -> Path:
     """Returns the local folder of SOURCE: a folder as it is, an `org/name` from the hub's cache or the hub.
 
-    revision: a branch, tag or commit there. A download that was cut off goes on where it was. Raises UserError that
+    revision: a branch, tag or commit there. Of a download that was cut off, whole files are kept. Raises UserError that
     says what is missing, and the command that downloads it.
     """
     from mlx_gemma_mtp.files import hub  # as above
@@ -79,12 +79,21 @@ def remote(repo: str) -> tuple[dict, dict[str, Source]]:
             return read(folder)
         raise hub.foreign_repo(repo) or hub.refusal(repo, error) from error
     config = read_object(config)
-    found = foreign.of_config(config)
+    return of_headers(repo, config, foreign.of_config(config), held)
+
+
+def of_headers(
+    where: str, config: dict, found: foreign.Foreign | None, held: dict[str, Tensor]
+) -> tuple[dict, dict[str, Source]]:
+    """Returns what `read` does, of headers whose files are elsewhere. found: the format that the folder tells of.
+
+    Raises UserError for formats that convert does not read.
+    """
     if found and foreign.are_mlx_floats(held):
         config, found = foreign.without_table(config), None
     if found and not found.plain:
-        raise found.refusal(repo, converting=True)
-    return _seen(repo, config, found, held, local=False)
+        raise found.refusal(where, converting=True)
+    return _seen(where, config, found, held, local=False)
 
 
 def _cached(repo: str) -> Path | None:

@@ -87,10 +87,35 @@ def shards(jobs: list[Job], limit: int) -> dict[str, list[Job]]:
 
 def write(files: dict[str, list[Job]], folder: Path) -> None:
     """Writes all shards and the index into `folder`, with a progress bar on a terminal."""
-    total = sum(_source_bytes(job) for jobs in files.values() for job in jobs)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="convert") as progress:
+    with bar([job for jobs in files.values() for job in jobs]) as progress:
         for name, jobs in files.items():
-            _write_shard(folder / name, jobs, progress)
+            write_jobs(folder / name, jobs, jobs, progress)
+    finish(files, folder)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a folder, from a source that is here. room: bytes of disk that they need."""
+
+    jobs: list[Job]
+    folder: Path
+
+    @property
+    def room(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    def write(self) -> None:
+        """Writes them."""
+        write(shards(self.jobs, SHARD_BYTES), self.folder)
+
+
+def bar(jobs: list[Job]) -> tqdm:
+    """Returns the progress bar of some jobs, which counts the bytes of their sources."""
+    return tqdm(total=sum(map(_source_bytes, jobs)), unit="B", unit_scale=True, disable=None, desc="convert")
+
+
+def finish(files: dict[str, list[Job]], folder: Path) -> None:
+    """Writes what tells of shards that are there: their index and their checksums."""
     weight_map = {output: name for name, jobs in files.items() for job in jobs for output, _, _ in job.outputs}
     size = sum(job.nbytes for jobs in files.values() for job in jobs)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -99,12 +124,13 @@ def write(files: dict[str, list[Job]], folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, jobs: list[Job], progress: tqdm) -> None:
-    outputs = [output for job in jobs for output in job.outputs]
+def write_jobs(path: Path, shard: list[Job], jobs: list[Job], progress: tqdm) -> None:
+    """Writes some of a shard's jobs to where they belong in its file; what was written to others' places stays."""
+    outputs = [output for job in shard for output in job.outputs]
     outputs.sort(key=lambda output: -ITEM_BYTES[output[1]])  # wide items first: all are aligned
     header, begins = header_bytes(outputs)
     offsets = {output[0]: begin for output, begin in zip(outputs, begins, strict=True)}
-    with path.open("wb") as file:
+    with path.open("r+b" if path.exists() else "wb") as file:
         file.write(header)
         for job in jobs:
             row = 0

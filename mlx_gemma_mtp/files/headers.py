@@ -16,9 +16,17 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
 
     Raises UserError for broken files, and unless the index, where there is one, and the files agree exactly.
     """
+    return joined(folder, {file: read_header(file) for file in weight_files(folder)})
+
+
+def joined(folder: Path, headers: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns name -> Tensor over the headers of a folder's weight files, which need not lie in it.
+
+    Raises UserError unless the index, where there is one, and the files agree exactly.
+    """
     placed, found = read_index(folder), {}
-    for file in weight_files(folder):
-        for name, tensor in read_header(file).items():
+    for file, header in headers.items():
+        for name, tensor in header.items():
             if placed and placed.get(name) != file.name:
                 by_index = f"expected in {placed[name]} by {INDEX}" if name in placed else f"{INDEX} has no such tensor"
                 raise UserError(f"{file}: tensor {name!r}; {by_index}; {AGAIN}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import (
     constants,
     get_safetensors_metadata,
+    hf_hub_url,
     list_repo_files,
     snapshot_download,
     try_to_load_from_cache,
@@ -24,15 +25,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from ..errors import UserError, shown
 from . import foreign
 from .folder import weight_names
-from .safetensors import Tensor, read_object
+from .safetensors import Tensor, header_length, read_object, tensors_of
 
 DEMO = Path(__file__).parents[1] / "demo"
-PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
+SMALL = ["*.json", "*.jinja"]
+PATTERNS = [*SMALL, "*.safetensors"]
 IGNORED = ["*/*", ".*", "consolidated*", "adapter*"]  # second layouts and other things that are not read
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SUFFIXES = ("-mlx", "-bf16", "-4bit", "-5bit", "-6bit", "-8bit", "-mxfp4", "-mxfp8", "-nvfp4")  # of conversions
@@ -85,11 +87,12 @@ def find_pair(model: str | None, draft_model: str, revision: str | None = None) 
     return Pair(target, drafter, None)
 
 
-def find(model: str, revision: str | None = None, converting: bool = False) -> Path:
+def find(model: str, revision: str | None = None, converting: bool = False, weights: bool = True) -> Path:
     """Returns the local folder of a model; downloads a hub id that is not cached, with a progress bar.
 
-    converting: formats of others that convert dequantises are downloaded, too. Raises UserError for a name that is
-    neither, for a model that cannot be had, and, before its weights are downloaded, for one in another format.
+    converting: formats of others that convert dequantises are downloaded, too; weights: whether its weights are wanted
+    here. Raises UserError for a name that is neither, for a model that cannot be had, and, before its weights are
+    downloaded, for one in another format.
     """
     if not model:  # as a path it would be the current folder
         raise UserError("the name of a model is empty; expected a model folder or a hub id such as org/name")
@@ -110,16 +113,17 @@ def find(model: str, revision: str | None = None, converting: bool = False) -> P
     try:
         if _cached_folder(model, revision) is None:
             _check_format(model, revision, converting)
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED))
+        patterns = PATTERNS if weights else SMALL
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED))
     except UserError:
         raise
     except Exception as error:  # the client's errors, and those of what it uses, have no common base
         cached = _cached_folder(model, revision)
-        missing = missing_files(cached) if cached else []
+        missing = missing_files(cached, weights) if cached else []
         if isinstance(error, ValueError) and cached and not missing:
             return cached  # the client itself goes by its cache where nothing answers, but not where a web page does
         raise refusal(model, error, revision, missing) from None
-    if missing := missing_files(folder):  # offline, the hub's client may hand out part of a model
+    if missing := missing_files(folder, weights):  # offline, the hub's client may hand out part of a model
         raise foreign_repo(model, revision) or _unreachable(model, revision, missing, "that is all that the hub gave")
     return folder
 
@@ -151,6 +155,28 @@ def read_headers(model: str, revision: str | None = None) -> dict[str, Tensor]:
     }
 
 
+def read_header(model: str, file: str, revision: str) -> dict[str, Tensor]:
+    """Returns what `safetensors.read_header` does, of a file on the hub: where its tensors will lie once it is here.
+
+    Raises UserError for a broken file, and what the hub's client does.
+    """
+    path = Path(file)
+    head, size = _range(model, file, revision, 0, 8)
+    raw, _ = _range(model, file, revision, 8, 8 + header_length(path, head, size))
+    return tensors_of(path, raw, size)
+
+
+def _range(model: str, file: str, revision: str, start: int, stop: int) -> tuple[bytes, int]:
+    """(the bytes start:stop of a file on the hub, how many it has)."""
+    headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    answer = get_session().get(hf_hub_url(model, file, revision=revision), headers=headers)
+    hf_raise_for_status(answer)
+    told = re.fullmatch(rf"bytes {start}-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    if not told:
+        raise ValueError(f"no part of {file} can be read alone")
+    return answer.content, int(told[1])
+
+
 def foreign_repo(model: str, revision: str | None = None) -> UserError | None:
     """Returns the error for a repository whose files make no model in safetensors: GGUF, an adapter.
 
@@ -163,13 +189,13 @@ def foreign_repo(model: str, revision: str | None = None) -> UserError | None:
     return foreign.of_names(names, model)
 
 
-def missing_files(folder: Path) -> list[str]:
-    """Returns the files that a model folder lacks, by name: config.json, and files of its weights."""
+def missing_files(folder: Path, weights: bool = True) -> list[str]:
+    """Returns the files that a model folder lacks, by name: config.json, and where they count files of its weights."""
     try:
-        weights = weight_names(folder)
+        names = weight_names(folder) if weights else []
     except UserError:
-        weights = []  # the loader will say what is wrong with the index
-    return [name for name in ("config.json", *weights) if not (folder / name).is_file()]
+        names = []  # the loader will say what is wrong with the index
+    return [name for name in ("config.json", *names) if not (folder / name).is_file()]
 
 
 def refusal(model: str, error: BaseException, revision: str | None = None, missing: Sequence[str] = ()) -> UserError:

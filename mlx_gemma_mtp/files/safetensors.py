@@ -40,22 +40,35 @@ class Tensor:
 def read_header(path: Path) -> dict[str, Tensor]:
     """Returns name -> Tensor of one file. Raises UserError if any byte of the file would be unaccounted for."""
     try:
-        size, raw, length = _read_header(path)
+        size, raw = _read_header(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
-    return _tensors(path, raw, length, size)
+    return tensors_of(path, raw, size)
 
 
 def header_of(path: Path, data: memoryview) -> dict[str, Tensor]:
     """Returns what `read_header` does, of a file's bytes. path: where they are from."""
-    length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
-    if not 2 <= length <= min(len(data) - 8, MAX_HEADER):
-        raise _broken(path, f"header length {length} in a file of {len(data)} bytes")
-    return _tensors(path, bytes(data[8 : 8 + length]), length, len(data))
+    length = header_length(path, bytes(data[:8]), len(data))
+    return tensors_of(path, bytes(data[8 : 8 + length]), len(data))
 
 
-def _tensors(path: Path, raw: bytes, length: int, size: int) -> dict[str, Tensor]:
-    """The tensors that a header of `length` bytes describes, which must account for every byte of the file."""
+def header_length(path: Path, head: bytes, size: int) -> int:
+    """Returns the bytes of a file's header, which follows the first 8. head: how the file begins; size: its bytes.
+
+    Raises UserError where that cannot be.
+    """
+    length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
+    if not 2 <= length <= min(size - 8, MAX_HEADER):
+        raise _broken(path, f"header length {length} in a file of {size} bytes")
+    return length
+
+
+def tensors_of(path: Path, raw: bytes, size: int) -> dict[str, Tensor]:
+    """Returns name -> Tensor of a file of `size` bytes by its header.
+
+    Raises UserError if any byte of the file would be unaccounted for.
+    """
+    length = len(raw)
     try:
         header = parse_object(raw)
     except ValueError as error:
@@ -69,18 +82,16 @@ def _tensors(path: Path, raw: bytes, length: int, size: int) -> dict[str, Tensor
     return tensors
 
 
-def _read_header(path: Path) -> tuple[int, bytes, int]:
-    """(bytes of the file, those of its header, how many these are)."""
+def _read_header(path: Path) -> tuple[int, bytes]:
+    """(how many bytes the file has, those of its header)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEAD)
         if other := instead(head):
             raise UserError(f"{path} {other}")
-        length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
-        if not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise _broken(path, f"header length {length} in a file of {size} bytes")
+        length = header_length(path, head, size)
         file.seek(8)
-        return size, file.read(length), length
+        return size, file.read(length)
 
 
 def read_object(path: Path) -> dict:

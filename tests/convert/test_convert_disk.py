@@ -145,8 +145,8 @@ def test_new_parents_go_with_what_failed(moe, tmp_path):
 def test_a_name_that_was_taken_meanwhile_leaves_neither_of_a_pair(sources, tmp_path, capsys, monkeypatch):  # noqa: F811
     write = convert_run._write
 
-    def taken(conversion, folder):
-        write(conversion, folder)
+    def taken(*args):
+        write(*args)
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "file").touch()
 
