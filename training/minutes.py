@@ -386,7 +386,7 @@ def fit_drafter(
     own: tuple[torch.Tensor, torch.Tensor],
     writer: Writer,
     rows: int,
-    share: float = 1.0,
+    share: float,
 ) -> None:
     """Train the drafter until the run's end, with `share` of the rates of one from nothing."""
     clock, noise = writer.clock, torch.Generator().manual_seed(int(writer.clock.spent * 1000))
@@ -449,26 +449,21 @@ def main(argv: list[str] | None = None) -> None:
     initialise(drafter, 1)
     target, text = target.to(args.device), Text(args.shards, args.device, args.length + 1)
     text.wait(clock)
-    (go_on if args.init else from_nothing)(target, drafter, text, writer, args)
+    rate = (go_on if args.init else from_nothing)(target, drafter, text, writer, args)
+    drafter_alone(target, drafter.to(args.device), text, writer, args, rate)
     writer.log(done=True)
 
 
-def from_nothing(target: Target, drafter: Drafter, text: Text, writer: Writer, args: argparse.Namespace) -> None:
-    """The target, its replies, the drafter."""
+def from_nothing(target: Target, drafter: Drafter, text: Text, writer: Writer, args: argparse.Namespace) -> float:
+    """The target; the drafter begins near it. Returns the share of the drafter's learning rates."""
     if not ready(target, "target", args.work):
         fit_target(target, text, writer, args.rows, args.seconds * TARGET_END)
-    target.requires_grad_(False)
-    if writer.clock.over:
-        return
-    writer.log(part="held out", **held_out(target, args.shards / "held.npz", args.device, args.tokenizer))
-    text.look()
-    own = own_replies(target, text, writer, args.seconds * REPLIES_END, args.replies)
     begin_near(drafter, target)
-    fit_drafter(target, drafter.to(args.device), text, own, writer, max(1, args.rows // 2))
+    return 1.0
 
 
-def go_on(target: Target, drafter: Drafter, text: Text, writer: Writer, args: argparse.Namespace) -> None:
-    """From a pair: replies, both together, replies anew, the drafter alone."""
+def go_on(target: Target, drafter: Drafter, text: Text, writer: Writer, args: argparse.Namespace) -> float:
+    """From a pair: replies, then both together. Returns the share of the drafter's learning rates."""
     for name, model in (("target", target), ("drafter", drafter)):
         bundled.fill(model, args.init / name)
     drafter, rows = drafter.to(args.device), max(1, args.rows // 2)
@@ -477,13 +472,20 @@ def go_on(target: Target, drafter: Drafter, text: Text, writer: Writer, args: ar
     else:
         own = own_replies(target, text, writer, args.seconds * together.REPLIES_END, args.replies)
         together.fit(target, drafter, text, own, writer, rows, args.seconds * together.END)
+    return together.RATES[1]
+
+
+def drafter_alone(
+    target: Target, drafter: Drafter, text: Text, writer: Writer, args: argparse.Namespace, rate: float
+) -> None:
+    """With the target as it is: what it says of the held-out text, its replies, the drafter."""
     target.requires_grad_(False)
     if writer.clock.over:
         return
     writer.log(part="held out", **held_out(target, args.shards / "held.npz", args.device, args.tokenizer))
     text.look()
     own = own_replies(target, text, writer, args.seconds * REPLIES_END, args.replies)
-    fit_drafter(target, drafter, text, own, writer, rows, together.RATES[1])
+    fit_drafter(target, drafter, text, own, writer, max(1, args.rows // 2), rate)
 
 
 def ready(model: nn.Module, part: str, work: Path, name: str = "target") -> bool:

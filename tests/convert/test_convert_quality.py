@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from reference import draft_steps, forward
-from test_convert import ROOT, V, make_drafter, make_e2b, make_moe, make_text, make_unified, run
+from test_convert import ROOT, V, make_drafter, make_e2b, make_moe, make_text, make_unified, run, watched_blocks
 from test_convert_check import SHARD, rewrite
 from test_convert_pair import sources  # noqa: F401
 from test_convert_upload import online  # noqa: F401
@@ -97,6 +97,28 @@ def test_layers_are_dropped(four_bits, monkeypatch):
     monkeypatch.setattr(Layered, "_fill", watched)
     measured(hub.DEMO / "target", four_bits, quality.tokens_of(four_bits, None, 40))
     assert most == [1] * 12
+
+
+@pytest.mark.parametrize("flags", [(), ("-q", "--q-group-size", "32")], ids=["floats", "4 bit"])
+def test_tables_stay_in_their_files(tmp_path, monkeypatch, flags):
+    """Of two tables, 8 and 16 MiB in float32, blocks and rows are read: MLX holds a quarter of one at most."""
+    rows = 2**15
+    sizes = {"vocab_size": rows, "vocab_size_per_layer_input": rows}
+    checkpoint = make_e2b(tmp_path / "hf")
+    checkpoint.config["text_config"] = checkpoint.config["text_config"] | sizes
+    for name in ("embed_tokens", "embed_tokens_per_layer"):
+        path = f"model.language_model.{name}.weight"
+        checkpoint.weights[path] = mx.random.normal((rows, checkpoint.weights[path].shape[1])).astype(mx.bfloat16)
+    checkpoint.save()
+    assert run(checkpoint, tmp_path / "out", *flags) == 0
+    checkpoint.weights.clear()
+    sizes = watched_blocks(monkeypatch, 2**17)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    found = measured(checkpoint.folder, tmp_path / "out")
+    assert 2**13 < max(sizes) <= 2**17
+    assert 2**17 < mx.get_peak_memory() - before < rows * 64 * 4 / 4 and (found.mean > 0) == bool(flags)
 
 
 def doubled(layer):
