@@ -285,8 +285,8 @@ def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
     """What a round's cost depends on."""
     on_cpu = device.kind() is device.Kind.CPU
     return {
-        "target": _fingerprint(pair.target),
-        "drafter": _fingerprint(pair.drafter),
+        "target": fingerprint(pair.target),
+        "drafter": fingerprint(pair.drafter),
         "weights": [format_of(target), format_of(drafter)],
         "dtype": [str(target.dtype), str(drafter.layers[0].input_layernorm.weight.dtype)],
         "kernels": _kernels(target),
@@ -328,7 +328,7 @@ def _threads() -> str:
     return f"{os.environ.get('OPENBLAS_NUM_THREADS', 'any number of')} threads"
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
     """Of a model folder: its config, and the sizes of its weight files."""
     sizes = sorted((file.name, file.stat().st_size) for file in weight_files(folder))
     return sha256((folder / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()[:16]

@@ -5,17 +5,14 @@ A round that verifies w drafts and makes k new ones costs verify(w) + k * draft.
 
 from __future__ import annotations
 
-import json
-import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..files.files import cache_folder, whole
+from ..files.kept import KeptFile
 
 MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
 ROWS = (1, 2, 4, 8)
@@ -144,29 +141,25 @@ def _possible(seconds: Any) -> bool:
     return isinstance(seconds, float) and 1e-12 <= seconds <= 1e6
 
 
-class CostFile:
+class CostFile(KeptFile):
     """The file of the measured seconds of one pair on one machine.
 
     key: what the times depend on (pair, chip, backend, BLAS, dtype, versions). A file with another key is not read.
     """
 
     def __init__(self, key: Mapping[str, Any], folder: Path | None = None):
-        self.key = dict(key)
-        name = sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = (folder or cache_folder()) / f"costs-{name}.json"
+        super().__init__("costs", FORMAT, key, folder)
 
     def read(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]] | None:
         """Returns the measured cells, or None where there is no file. Raises ValueError for a file that is not a table
         of this key.
         """
-        if (data := self._data()) is None:
+        if (data := self.load()) is None:
             return None
         try:
-            if data["format"] != FORMAT or data["key"] != self.key:
-                raise ValueError("it is another pair's or another machine's")
             verified = {(rows, context, width): s for rows, context, width, s in data["verify"]}
             drafted = {rows: s for rows, s in data["draft"]}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"it is no table of costs ({type(error).__name__}: {error})") from None
         cells = [(rows, context, width + 1) for rows, context, width in verified if _whole(rows, context, width)]
         sane = len(cells) == len(verified) and all(1 <= each <= LARGEST for cell in cells for each in cell)
@@ -175,29 +168,7 @@ class CostFile:
             raise ValueError("it has no or impossible times")
         return verified, drafted
 
-    def _data(self) -> Any:
-        """The file's JSON, None where there is no file. Raises ValueError for anything else of its name."""
-        try:
-            if not self.path.is_file():
-                if not os.path.lexists(self.path):
-                    return None
-                raise ValueError("it is no regular file")  # a pipe would never end
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except RecursionError:
-            raise ValueError("it cannot be read (nested too deeply)") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"it cannot be read ({error})") from None
-
     def write(self, verified: Verified, drafted: Drafted) -> None:
         """Writes the cells, whole or not at all. Raises OSError."""
-        data = {
-            "format": FORMAT,
-            "key": self.key,
-            "verify": [[*cell, seconds] for cell, seconds in sorted(verified.items())],
-            "draft": [[rows, seconds] for rows, seconds in sorted(drafted.items())],
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(self.path) as part:
-            part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        cells = [[*cell, seconds] for cell, seconds in sorted(verified.items())]
+        self.save({"verify": cells, "draft": [[rows, seconds] for rows, seconds in sorted(drafted.items())]})

@@ -68,7 +68,7 @@ def test_mtp_that_cannot_pay_is_off_and_says_so(engine):
     assert result.stats.depths == {0: {OFF: 6, LIMIT: 1}}
 
 
-def test_frozen_costs_give_equal_calls_equal_lengths(engine, monkeypatch):
+def test_without_learning_equal_calls_get_equal_lengths(engine, monkeypatch):
     """Also after other calls; without them the second call knows more than the first."""
     monkeypatch.setattr(engine.depth, "frozen", True)
     depths = [with_table(engine, table(0.1, 0.1)).generate(PROMPTS[0], GREEDY).stats.depths]
@@ -78,16 +78,16 @@ def test_frozen_costs_give_equal_calls_equal_lengths(engine, monkeypatch):
     assert all(auto.frozen for auto in engine.depth.autos.values())
 
 
-def test_frozen_costs_from_load_and_from_the_command_line(monkeypatch):
+def test_no_learning_from_load_and_from_the_command_line(monkeypatch):
     from mlx_gemma_mtp import generate
 
-    frozen, usual = load(dtype="float32", frozen_costs=True), load(dtype="float32")
-    assert frozen.settings.frozen_costs and frozen.depth.frozen and not usual.depth.frozen
+    frozen, usual = load(dtype="float32", learning=False), load(dtype="float32")
+    assert not frozen.settings.learning and frozen.depth.frozen and not usual.depth.frozen
     asked = []
-    monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *a, **options: asked.append(options["frozen_costs"]))
-    for flags in ([], ["--frozen-costs"]):
+    monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *a, **options: asked.append(options["learning"]))
+    for flags in ([], ["--no-learning"]):
         generate.load_engine(generate.parser().parse_args(["--prompt", "x", *flags]), 1)
-    assert asked == [False, True]
+    assert asked == [True, False]
 
 
 def test_where_nothing_is_drafted_noise_is_no_speedup(engine):

@@ -78,8 +78,8 @@ def test_a_file_keeps_it(tmp_path):
     "text, message",
     [
         ("{", "cannot be read"),
-        ("[]", "no table"),
-        ("{}", "no table"),
+        ("[]", "nothing that was kept"),
+        ("{}", "another"),
         ('{"format": 9}', "another"),
         (json.dumps({"format": 1, "key": {"pair": "x"}, "verify": [], "draft": []}), "another"),
         (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0]], "draft": [[1, 0.1]]}), "no table|not enough"),
