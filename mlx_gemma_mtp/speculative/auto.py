@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .choice import CONFIDENCE, GRAMMAR, LIMIT, PROBE, Choice, Pause, Purse, choose, worthwhile
+from .choice import CONFIDENCE, GRAMMAR, LIMIT, PROBE, PURSE_KNOWN, Choice, Pause, Purse, choose, worthwhile
 from .correction import Correction, Prices
 from .costs import CostTable, Drafted, Verified
 from .history import KNOWN, LASTING, RECENT, Acceptance, History, Trust
@@ -74,6 +74,8 @@ class Auto:
         self.table, self.confident, self.frozen, self.borrowed, self.prior = table, confident, frozen, borrowed, prior
         known = Acceptance() if prior is None else prior.at_most(KNOWN)
         self.pool, self.trust, self.pause, self.purse = known.history, known.trust, Pause(), Purse()
+        if table.learned and known.rounds:
+            self.purse = Purse(PURSE_KNOWN)
         self.correction, self._untimed = Correction(), 0
         self._observed = 0  # rows' rounds, since `accepted`
         self._rounds: Counter[tuple[int, int, int]] = Counter()  # timed since `learned`, by (rows, context, drafts)

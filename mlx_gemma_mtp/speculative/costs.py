@@ -5,8 +5,9 @@ A round that verifies w drafts and makes k new ones costs verify(w) + k * draft.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,11 @@ from ..files.kept import KeptFile
 
 MAX_DRAFTS = 7  # eight rows a sequence are the most that MLX's vector attention takes
 ROWS = (1, 2, 4, 8)
-FORMAT = 1
+FORMAT = 2
 LARGEST = 1 << 31  # of rows and tokens in a file
 
-Verified = Mapping[tuple[int, int, int], float]  # (rows, context, drafts verified) -> seconds
+Cell = tuple[int, int, int]  # rows, context, drafts verified
+Verified = Mapping[Cell, float]  # seconds
 Drafted = Mapping[int, float]  # rows -> seconds a draft
 
 
@@ -28,36 +30,42 @@ class CostTable:
     """Measured seconds on a grid.
 
     verify[c][r][w]: a round of ROWS[r] rows after contexts[c] committed tokens that verifies w = 0..MAX_DRAFTS drafts
-    and makes none. draft[r]: one draft of ROWS[r] rows.
+    and makes none. draft[r]: one draft of ROWS[r] rows. learned: (rows, w) of the cells that use has corrected.
     """
 
     contexts: tuple[int, ...]
     verify: tuple[tuple[tuple[float, ...], ...], ...]
     draft: tuple[float, ...]
+    learned: frozenset[tuple[int, int]] = frozenset()
 
     @classmethod
-    def of(cls, verified: Verified, drafted: Drafted) -> CostTable:
-        """Makes a table from measured cells.
+    def of(cls, verified: Verified, drafted: Drafted, learned: Iterable[Cell] = ()) -> CostTable:
+        """Makes a table from measured cells, of which some are learned.
 
-        A missing cell is interpolated by its number of tokens, rows * (w + 1), which decides most of a verify's time.
-        Beyond the largest number the last slope continues. Where drafts were timed with a single number of rows, a
-        draft's time is taken to grow with rows as a plain step's does.
+        A missing cell is interpolated by its number of tokens, rows * (w + 1), which decides most of a verify's time,
+        from the rows with the most measured widths. Beyond the largest number the last slope continues. By how much a
+        number of rows is off from that where it was measured, it is taken to be off beside. Where drafts were timed
+        with a single number of rows, a draft's time is taken to grow with rows as a plain step's does.
         """
         contexts = tuple(sorted({context for _, context, _ in verified}))
         planes = []
         for context in contexts:
-            points: dict[int, list[float]] = {}
+            own: dict[int, dict[int, float]] = {}
             for (rows, at, width), seconds in verified.items():
                 if at == context:
+                    own.setdefault(rows, {})[width] = seconds
+            most, points = max(map(len, own.values())), {}
+            for rows, cells in own.items():
+                for width, seconds in cells.items() if len(cells) == most else ():
                     points.setdefault(rows * (width + 1), []).append(seconds)
             sizes = sorted(points)
             means = [sum(points[size]) / len(points[size]) for size in sizes]
             plane = []
             for rows in ROWS:
-                line = [
-                    verified.get((rows, context, width), _line(rows * (width + 1), sizes, means))
-                    for width in range(MAX_DRAFTS + 1)
-                ]
+                line = [_line(rows * (width + 1), sizes, means) for width in range(MAX_DRAFTS + 1)]
+                off = {width: math.log(s / line[width]) for width, s in own.get(rows, {}).items() if width < len(line)}
+                if off:
+                    line = [seconds * math.exp(each) for seconds, each in zip(line, spread(off), strict=True)]
                 plane.append(tuple(rising(line)))
             planes.append(tuple(plane))
         rows = sorted(drafted)
@@ -65,7 +73,7 @@ class CostTable:
         if len(rows) == 1:
             plain = [line[0] for line in planes[0]]
             draft = [each * step / _line(rows[0], ROWS, plain) for each, step in zip(draft, plain, strict=True)]
-        return cls(contexts, tuple(planes), tuple(draft))
+        return cls(contexts, tuple(planes), tuple(draft), frozenset((rows, width) for rows, _, width in learned))
 
     def verify_at(self, rows: int, context: int) -> list[float]:
         """Returns the seconds of verifying w = 0..MAX_DRAFTS drafts.
@@ -116,6 +124,13 @@ def rising(values: Sequence[float]) -> list[float]:
     return [value for value, count in blocks for _ in range(count)]
 
 
+def spread(known: Mapping[int, float]) -> list[float]:
+    """Returns a value for each width: linear between known ones, beyond them as the last."""
+    widths = sorted(known)
+    values = [known[width] for width in widths]
+    return [_line(min(width, widths[-1]), widths, values) for width in range(MAX_DRAFTS + 1)]
+
+
 def _line(x: float, xs: Sequence[int], ys: Sequence[float]) -> float:
     """Linear through the points; left of the first as there, right of the last with the last slope, never falling."""
     if x <= xs[0] or len(xs) == 1:
@@ -123,6 +138,23 @@ def _line(x: float, xs: Sequence[int], ys: Sequence[float]) -> float:
     right = min(bisect_left(xs, x), len(xs) - 1)
     slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
     return ys[right] + (slope if x < xs[right] else max(0.0, slope)) * (x - xs[right])
+
+
+def updated(
+    verified: Verified, drafted: Drafted, newer: Verified, drafts: Drafted
+) -> tuple[dict[Cell, float], dict[int, float]]:
+    """Returns measured cells with newer ones in their place.
+
+    newer, drafts: as `verified` and `drafted`. What was timed is a round that also makes drafts. So where a draft's
+    time changes, that of the verifies that were not timed again changes the other way.
+    """
+    cells = dict(verified)
+    for rows, context, width in verified.keys() - newer.keys():
+        if rows in drafts and rows in drafted:
+            least = newer.get((rows, context, 0), verified.get((rows, context, 0), 0.0))
+            rest = verified[rows, context, width] + width * (drafted[rows] - drafts[rows])
+            cells[rows, context, width] = max(rest, least, 1e-12)
+    return cells | dict(newer), {**drafted, **drafts}
 
 
 # Where nothing is known yet, in plain steps: what fits a dense model on a Mac without being optimistic.
@@ -150,25 +182,27 @@ class CostFile(KeptFile):
     def __init__(self, key: Mapping[str, Any], folder: Path | None = None):
         super().__init__("costs", FORMAT, key, folder)
 
-    def read(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]] | None:
-        """Returns the measured cells, or None where there is no file. Raises ValueError for a file that is not a table
-        of this key.
+    def read(self) -> tuple[dict[Cell, float], dict[int, float], set[Cell]] | None:
+        """Returns the measured cells, and those of them that use has corrected, or None where there is no file. Raises
+        ValueError for a file that is not a table of this key.
         """
         if (data := self.load()) is None:
             return None
         try:
             verified = {(rows, context, width): s for rows, context, width, s in data["verify"]}
             drafted = {rows: s for rows, s in data["draft"]}
+            learned = {(rows, context, width) for rows, context, width in data["learned"]}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"it is no table of costs ({type(error).__name__}: {error})") from None
         cells = [(rows, context, width + 1) for rows, context, width in verified if _whole(rows, context, width)]
         sane = len(cells) == len(verified) and all(1 <= each <= LARGEST for cell in cells for each in cell)
-        sane = sane and all(_whole(rows) and 1 <= rows <= LARGEST for rows in drafted)
+        sane = sane and learned <= verified.keys() and all(_whole(rows) and 1 <= rows <= LARGEST for rows in drafted)
         if not (verified and drafted and sane and all(map(_possible, (*verified.values(), *drafted.values())))):
             raise ValueError("it has no or impossible times")
-        return verified, drafted
+        return verified, drafted, learned
 
-    def write(self, verified: Verified, drafted: Drafted) -> None:
+    def write(self, verified: Verified, drafted: Drafted, learned: Iterable[Cell] = ()) -> None:
         """Writes the cells, whole or not at all. Raises OSError."""
         cells = [[*cell, seconds] for cell, seconds in sorted(verified.items())]
-        self.save({"verify": cells, "draft": [[rows, seconds] for rows, seconds in sorted(drafted.items())]})
+        drafts = [[rows, seconds] for rows, seconds in sorted(drafted.items())]
+        self.save({"verify": cells, "draft": drafts, "learned": [list(cell) for cell in sorted(learned)]})
