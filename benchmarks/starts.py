@@ -1,7 +1,7 @@
 """Replays the first tokens of a process on recorded traces: `python -m benchmarks.starts [--half 1]`.
 
-Compared is the time of the first 128 tokens of each row with that of the best fixed length and of plain decoding, for 1,
-2, 4 and 8 rows, over several beginnings, on one half of the recorded texts (constants were chosen on half 0):
+Compared is the time of the first 128 tokens of each row with that of the best fixed length and of plain decoding, for
+1, 2, 4 and 8 rows, over several beginnings, on one half of the recorded texts (constants were chosen on half 0):
 
   first       an unknown pair: a short measurement of one row, and nothing known of acceptance
   second      what a process left that wrote three texts a row, of the other half of the texts
