@@ -95,4 +95,5 @@ def test_other_drafts_have_a_file_of_their_own(tmp_path, monkeypatch):
     priors = [Priors.of_pair(pair, each, pytest.fail) for each in ways]
     assert len({each.file.path for each in priors}) == len(ways)
     assert all(each.known == {} for each in priors[1:])
+    assert set(priors[0].known) == {"greedy", "sampled"}  # what the bundled pair ships
     assert Priors.of_pair(replace(pair, drafter=None), ways[0], pytest.fail).file is None
