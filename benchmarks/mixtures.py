@@ -2,7 +2,7 @@
 
 A recorded text (tests/data/mixtures.npz, by `--record`) has at each token what the drafter drafts and how sure it is.
 With a table of costs that gives the exact course of a text by any sources: here the drafter alone, and with copies. A
-round in which copies change the drafts builds its verify anew, which costs REBUILD of a plain round.
+verify of other drafts than the drafter's, or of fewer, is built anew, which costs REBUILD of a plain round.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_gemma_mtp.speculative.copies import RowText, agreeing
 from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO, DraftRow
 from mlx_gemma_mtp.speculative.drafting import Drafting
-from mlx_gemma_mtp.speculative.mixture import Mixture, Pool, leading
+from mlx_gemma_mtp.speculative.mixture import Chain, Mixture, Pool, leading
 from mlx_gemma_mtp.speculative.widening import wider
 
 from .replay import DATA, FREE, NOISY, Clock, by, read_table
@@ -116,7 +116,7 @@ def run(
     rows = [DraftRow(row, drafts, FREE, False) for row in live]
     reach = [REACH if drafts == AUTO else int(drafts)] * len(some)
     made = _made(depth, mixture, rows, context)
-    chains, rebuilt = _chains(mixture, some, live, at, made, reach)
+    chains, drafted = _chains(mixture, some, live, at, made, reach)
     while live:
         depth.give_way(row.id for row, chain in zip(rows, chains, strict=True) if chain.replaced)
         own = [chain.own for chain in chains]
@@ -134,6 +134,7 @@ def run(
             text = some[row].tokens[at[row] + 1 :].tolist()
             kept.append(agreeing(chain.tokens[:count], text))
             emitted.append(text[: kept[-1] + 1])
+        rebuilt = [chain.tokens[:n] for chain, n in zip(chains, verified, strict=True)] != drafted
         made = _made(depth, mixture, rows, context)
         plain = table.verify_at(len(live), context)[0]
         seconds = seconds_of(table, len(live), context, max(verified)) + max(made) * table.draft_at(len(live))
@@ -155,7 +156,7 @@ def run(
         live, rows, made = [live[i] for i in stay], [rows[i] for i in stay], [made[i] for i in stay]
         mixture.arrange(stay)
         if live:
-            chains, rebuilt = _chains(mixture, some, live, at, made, [reach[row] for row in live])
+            chains, drafted = _chains(mixture, some, live, at, made, [reach[row] for row in live])
     return at, ends
 
 
@@ -169,15 +170,21 @@ def _made(depth: Any, mixture: Mixture, rows: Sequence[DraftRow], context: int) 
     return counts
 
 
-def _chains(mixture: Mixture, some: Sequence[Recorded], live: Sequence[int], at: list[int], made, reach):
-    """The rows' drafts, and whether another source changed the drafter's."""
+def _chains(
+    mixture: Mixture,
+    some: Sequence[Recorded],
+    live: Sequence[int],
+    at: Sequence[int],
+    made: Sequence[int],
+    reach: Sequence[int],
+) -> tuple[list[Chain], list[list[int]]]:
+    """The rows' drafts, and those of them that the drafter made."""
     drafted = [some[row].drafts[at[row]][:count].tolist() for row, count in zip(live, made, strict=True)]
     sure = [
         some[row].confidences[at[row]][:count].astype(float).tolist() for row, count in zip(live, made, strict=True)
     ]
     chains = mixture.chains(drafted, sure, reach)
-    changed = any(row != chain.tokens for row, chain in zip(drafted, chains, strict=True))
-    return chains, changed
+    return chains, drafted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,14 +204,16 @@ def main(argv: list[str] | None = None) -> int:
         for context in (512, LONG) if "26b" in path.stem else (512,):
             for name, some in read(args.file).items():
                 for rows in ROWS:
-                    print(
-                        f"{path.stem:12} {context:6} {name:9} {rows:5}  {line(some, table, rows, context)}", flush=True
-                    )
+                    plain, alone, worst = ratios(some, table, rows, context)
+                    head = f"{path.stem:12} {context:6} {name:9} {rows:5}"
+                    print(f"{head}  {plain:13.3f} {alone:15.3f} {worst:17.3f}", flush=True)
     return 0
 
 
-def line(some: Sequence[Recorded], table: CostTable, rows: int, context: int) -> str:
-    """Returns plain decoding's time and that of the drafter alone over that of all sources, for these texts."""
+def ratios(some: Sequence[Recorded], table: CostTable, rows: int, context: int = 512) -> tuple[float, float, float]:
+    """Returns plain decoding's time and that of the drafter alone over that of copies beside it, for batches of these
+    texts; and the latter for the row that it serves worst.
+    """
     batches = [[some[(i + j) % len(some)] for j in range(rows)] for i in range(0, len(some), min(rows, len(some)))]
     totals, ends = [], []
     for sources, drafts in ((ALONE, 0), (ALONE, AUTO), (COPIES, AUTO)):
@@ -213,7 +222,7 @@ def line(some: Sequence[Recorded], table: CostTable, rows: int, context: int) ->
         totals.append(sum(max(last) for _, last in found))
         ends.append([each for _, last in found for each in last])
     worst = min(alone / copies for alone, copies in zip(ends[1], ends[2], strict=True))
-    return f"{totals[0] / totals[2]:13.3f} {totals[1] / totals[2]:15.3f} {worst:17.3f}"
+    return totals[0] / totals[2], totals[1] / totals[2], worst
 
 
 if __name__ == "__main__":

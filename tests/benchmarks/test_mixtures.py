@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import mixtures, replay
-from benchmarks.mixtures import ALONE, COPIES, LONG
+from benchmarks.mixtures import ALONE, COPIES
 
 TEXTS = mixtures.read()
 TABLES = {path.stem: replay.read_table(path) for path in sorted((replay.DATA / "costs").glob("*.json"))}
@@ -22,3 +22,13 @@ def test_a_text_is_emitted_whole_whoever_drafts():
     for sources in (ALONE, COPIES):
         done, ends = mixtures.run([text] * 2, table, sources)
         assert min(done) >= len(text.drafts) and min(ends) > 0
+
+
+@pytest.mark.parametrize("machine", ["cpu-openblas", "m4max-26b"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_copies_cost_nothing_where_there_are_none_and_pay_where_there_are(machine, rows):
+    """Never far under plain decoding, nor under the drafter alone; an edit takes far less."""
+    for name, some in TEXTS.items():
+        plain, alone, _ = mixtures.ratios(some, TABLES[machine], rows)
+        assert min(plain, alone) >= 0.97, name
+        assert name != "edit" or min(plain, alone) > 1.4
