@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.hub import Pair
-from ..speculative.acceptance import AcceptanceFile, read_shipped
+from ..speculative.acceptance import SHIPPED, AcceptanceFile, read_shipped
 from ..speculative.drafting import DEFAULT_DRAFTING, MTP, Drafting
 from ..speculative.history import Acceptance
 from .calibration import fingerprint
@@ -32,7 +32,7 @@ class Priors:
         self.file, self.notice = file, notice
         self.known: dict[str, Acceptance] = {}
         if folder is not None and key is not None:
-            self.known |= self._read(lambda: read_shipped(folder, key), folder)
+            self.known |= self._read(lambda: read_shipped(folder, key), folder / SHIPPED)
         if file is not None:
             self.known |= self._read(file.read, file.path)
 
