@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.texts import texts
+from benchmarks.texts import GREEDY, texts
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.engine.engine import Engine
@@ -27,23 +28,33 @@ from mlx_gemma_mtp.speculative.drafting import DraftState, Mtp
 
 def trace(engine: Engine, prompt: str, chat: bool, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
     """accepted uint8 [n], confidences float16 [n, MAX_DRAFTS] at the tokens of one answer."""
-    target, drafter = engine.target, engine.drafter
     head = engine.text.encode(prompt, chat_template=chat)
     result = engine.generate(head, params, num_draft_tokens=0)
     text = [*head, *result.tokens]
+    drafts, confidences = drafts_along(engine, text, len(head), params)
+    after = [text[at + 1 : at + 1 + MAX_DRAFTS] for at in range(len(head), len(text) - MAX_DRAFTS)]
+    return np.cumprod(drafts == np.array(after), axis=1).sum(1).astype(np.uint8), confidences
+
+
+def drafts_along(
+    engine: Engine, text: Sequence[int], start: int, params: SamplingParams = GREEDY
+) -> tuple[np.ndarray, np.ndarray]:
+    """drafts int [n, MAX_DRAFTS], confidences float16 [n, MAX_DRAFTS], after each token of a text from `start` on, but
+    the last MAX_DRAFTS.
+    """
+    target, drafter, text = engine.target, engine.drafter, list(text)
     cache = Cache(engine.specs, len(text), target.dtype, engine.drafting.lookback).open(len(text))
     hidden = target(mx.array([text]), cache.span(len(text)))
     rules = Rules.of([params.resolved(engine.defaults)], target.config.vocab_size, engine.defaults.suppress_token_ids)
     source = Mtp(drafter, target.embed, engine.drafting)
-    accepted, confidences = [], []
-    for at in range(len(head), len(text) - MAX_DRAFTS):
-        cache.lengths = mx.array([at], mx.int32)
+    made, confidences = [], []
+    for at in range(start, len(text) - MAX_DRAFTS):
+        cache.lengths, cache.length_bound = mx.array([at], mx.int32), [at]
         token, state = mx.array([text[at]]), hidden[:, at - 1]
         drafts, sure, *_ = source.propose(DraftState(cache, token, state, rules, None, confident=True), MAX_DRAFTS)
-        agree = np.array(drafts)[0] == np.array(text[at + 1 : at + 1 + MAX_DRAFTS])
-        accepted.append(int(np.cumprod(agree).sum()))
-        confidences.append(np.array(sure)[0])
-    return np.array(accepted, np.uint8), np.array(confidences, np.float16)
+        made.append(np.array(drafts)[0])
+        confidences.append(np.nan_to_num(np.array(sure)[0]))  # not sure at all, as the loop takes it
+    return np.array(made), np.array(confidences, np.float16)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -98,7 +98,7 @@ _pairs: dict[Engine, str] = {}
 @cache
 def engine_of(pair: str) -> Engine:
     """The engine of a name in PAIRS or QUANTISED, loaded once."""
-    options = {"num_draft_tokens": 4, "dtype": "float32", "prefill_chunk": CHUNK, "frozen_costs": True}
+    options = {"num_draft_tokens": 4, "dtype": "float32", "prefill_chunk": CHUNK, "learning": False}
     engine = load(**(PAIRS | QUANTISED)[pair], **options)
     _pairs[engine] = pair
     return engine

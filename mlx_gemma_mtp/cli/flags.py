@@ -128,9 +128,10 @@ def add_drafts(p: argparse.ArgumentParser) -> None:
         "leaves no choice of (default: %(default)s)",
     )
     group.add_argument(
-        "--frozen-costs",
-        action="store_true",
-        help="take the measured costs as they are: equal calls, equal draft lengths",
+        "--no-learning",
+        dest="learning",
+        action="store_false",
+        help="take what rounds cost and drafts kept before as it is: equal calls, equal draft lengths",
     )
     group.add_argument(
         "--draft-temperature", type=float, default=1.0, metavar="T", help="the drafter's, times --temp (default: 1)"
@@ -266,7 +267,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "draft_temperature": args.draft_temperature,
         "accept": args.accept,
         "draft_sources": args.draft_sources,
-        "frozen_costs": args.frozen_costs,
+        "learning": args.learning,
     }
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
@@ -30,7 +30,7 @@ from ..models.loading import format_of
 from ..ops import kernels
 from ..sampling.distribution import Rules
 from ..sampling.params import SamplingParams
-from ..speculative.costs import MAX_DRAFTS, ROWS, CostFile, CostTable, Drafted, Verified
+from ..speculative.costs import MAX_DRAFTS, ROWS, Cell, CostFile, CostTable, Drafted, Verified, updated
 from ..speculative.drafting import DEFAULT_DRAFTING, MTP, Drafting
 from ..speculative.loop import Speculation
 from ..speculative.prefill import prefill
@@ -243,9 +243,10 @@ class Costs:
         contexts = sorted({len(prompt), min(LONG, target.config.context // 2)})
         grid = ROWS, contexts, range(MAX_DRAFTS + 1)
         how = {"progress": progress, "drafting": self.drafting, "specs": self.specs}
-        timings = measure(target, drafter, prompt, KINDS[self.kind], *grid, repeats, **how)
-        self._write(*timings.parts())
-        return CostTable.of(*timings.parts())
+        verified, drafted = measure(target, drafter, prompt, KINDS[self.kind], *grid, repeats, **how).parts()
+        cells = verified, drafted, {cell for cell in verified if cell[2]}  # as sure as what use has corrected
+        self._write(*cells)
+        return CostTable.of(*cells)
 
     def kept(self) -> CostTable | None:
         """Returns the table in the file, or None where there is none."""
@@ -260,20 +261,20 @@ class Costs:
     def learn(self, verified: Verified, drafted: Drafted) -> None:
         """Overwrites cells of the file with times from use. Starts a file where there is none."""
         if verified and self.file is not None:
-            before = self._read() or ({}, {})
-            self._write({**before[0], **verified}, {**before[1], **drafted})
+            *before, learned = self._read() or ({}, {}, set())
+            self._write(*updated(*before, verified, drafted), learned | {cell for cell in verified if cell[2]})
 
-    def _read(self) -> tuple[Verified, Drafted] | None:
+    def _read(self) -> tuple[dict[Cell, float], dict[int, float], set[Cell]] | None:
         try:
             return self.file and self.file.read()
         except ValueError as error:
             self.notice(f"the costs in {self.file.path} are ignored: {error}; they are measured anew")
             return None
 
-    def _write(self, verified: Verified, drafted: Drafted) -> None:
+    def _write(self, verified: Verified, drafted: Drafted, learned: Iterable[Cell] = ()) -> None:
         try:
             if self.file is not None:
-                self.file.write(verified, drafted)
+                self.file.write(verified, drafted, learned)
         except OSError as error:
             self.notice(
                 f"the costs of rounds cannot be kept in {self.file.path} ({error.strerror}), so that every start "
@@ -285,8 +286,8 @@ def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
     """What a round's cost depends on."""
     on_cpu = device.kind() is device.Kind.CPU
     return {
-        "target": _fingerprint(pair.target),
-        "drafter": _fingerprint(pair.drafter),
+        "target": fingerprint(pair.target),
+        "drafter": fingerprint(pair.drafter),
         "weights": [format_of(target), format_of(drafter)],
         "dtype": [str(target.dtype), str(drafter.layers[0].input_layernorm.weight.dtype)],
         "kernels": _kernels(target),
@@ -328,7 +329,7 @@ def _threads() -> str:
     return f"{os.environ.get('OPENBLAS_NUM_THREADS', 'any number of')} threads"
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
     """Of a model folder: its config, and the sizes of its weight files."""
     sizes = sorted((file.name, file.stat().st_size) for file in weight_files(folder))
     return sha256((folder / "config.json").read_bytes() + repr(sizes).encode()).hexdigest()[:16]

@@ -34,6 +34,7 @@ from .intake import Intake, Options
 from .kv_bytes import KVBytes, kv_bytes
 from .prefix import Prefixes
 from .prefix_disk import PrefixDisk
+from .priors import Priors
 from .request import Chunk, Request, Result
 from .runner import Runner
 from .settings import Settings
@@ -67,6 +68,7 @@ class Engine:
         *,
         no_drafter_reason: str | None = None,
         costs: Mapping[str, Costs] | None = None,
+        priors: Priors | None = None,
         worker: Worker | None = None,
         disk: PrefixDisk | None = None,
         **settings: Any,
@@ -77,6 +79,7 @@ class Engine:
         self.text, self.defaults = text, defaults
         self.settings = Settings(**settings, suppress=tuple(defaults.suppress_token_ids))
         self.costs = costs or {kind: Costs(kind) for kind in KINDS}
+        self._priors = priors or Priors()
         self._target_bytes, self._draft_bytes = step_bytes(target), step_bytes(drafter) if drafter else 0
         figures = {
             "accept": self.settings.drafting.accept,
@@ -95,8 +98,10 @@ class Engine:
     def _choosing(self, target: Gemma4, drafter: Drafter | None) -> dict[str, Any]:
         """Who chooses draft lengths, and where the costs come from; without a drafter there are none."""
         settings, prompt = self.settings, self.text.encode(TEXT, chat_template=False)
-        tables = None if drafter is None else Tables(target, drafter, self.costs, prompt)
-        return {"tables": tables, "depth": Depth(tables, settings.drafting.rejection, settings.frozen_costs)}
+        tables = None if drafter is None else Tables(target, drafter, self.costs, self._priors, prompt)
+        frozen = not settings.learning
+        depth = Depth(tables, settings.drafting.rejection, frozen, self._priors.known)
+        return {"tables": tables, "depth": depth}
 
     @overload
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Result: ...

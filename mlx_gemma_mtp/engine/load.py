@@ -36,6 +36,7 @@ from .arguments import check_depth, check_kv_bits, limit_of, prefix_cache_of, pr
 from .calibration import Costs
 from .engine import Engine
 from .prefix_disk import PrefixDisk
+from .priors import Priors
 from .settings import MAX_WAITING, PREFILL_CHUNK, Settings
 from .warmup import making_ready, warm_up
 from .worker import Worker
@@ -61,7 +62,7 @@ def load(
     draft_temperature: float = 1.0,
     accept: str = COUPLED,
     draft_sources: str | Sequence[str] = DEFAULT_DRAFTING.sources,
-    frozen_costs: bool = False,
+    learning: bool = True,
     max_waiting: int = MAX_WAITING,
     memory_limit: int | None = None,
     prefix_memory: int | None = None,
@@ -76,8 +77,9 @@ def load(
 
     model: a converted folder or a hub id; None is the small bundled pair. draft_model: a folder or a hub id; 'auto'
     looks for the target's drafter, 'none' decodes plainly. revision: of the repositories on the hub. num_draft_tokens:
-    drafts a round; 0 decodes plainly, 'auto' follows measured costs and acceptance. frozen_costs: 'auto' takes the
-    costs as the file has them, so that equal calls get equal draft lengths. dtype: 'float32', 'bfloat16' or 'float16'
+    drafts a round; 0 decodes plainly, 'auto' follows measured costs and acceptance. learning: 'auto' follows
+    the clock and what drafts kept, and leaves both for the next start; False takes them as they are kept, so that equal
+    calls get equal draft lengths. dtype: 'float32', 'bfloat16' or 'float16'
     for weights that are not quantised, of both models; None keeps the target's on a GPU and is float32 on a CPU, which
     has no bf16 experts in MLX. draft_bits: quantises an unquantised drafter to 2, 3, 4, 5, 6 or 8 bits, its dense
     vocabulary head to at most 4, a centroid head not at all. kv_bits: 8 or 4 bits a number of the K/V of full layers,
@@ -109,7 +111,7 @@ def load(
         "max_rows": count("max_rows", max_rows),
         "prefill_chunk": count("prefill_chunk", prefill_chunk),
         "drafting": Drafting(draft_position, draft_temperature, accept, draft_sources),
-        "frozen_costs": flag("frozen_costs", frozen_costs),
+        "learning": flag("learning", learning),
         "max_waiting": count("max_waiting", max_waiting),
         "memory_limit": limit_of("memory_limit", memory_limit),
         "prefix_memory": prefix_memory_of(prefix_memory),
@@ -130,7 +132,8 @@ def load(
         made = Settings(**settings)
         costs = Costs.of_pair(pair, target, drafter, notice, made.drafting, made.specs(target.config))
         disk = PrefixDisk.of_model(pair.target, target, made, notice)
-        more = {"no_drafter_reason": pair.reason, "costs": costs, "worker": worker, "disk": disk}
+        priors = Priors.of_pair(pair, made.drafting, notice)
+        more = {"no_drafter_reason": pair.reason, "costs": costs, "priors": priors, "worker": worker, "disk": disk}
         return Engine(target, drafter, text, defaults, **more, **settings)
     except BaseException:
         worker.stop()

@@ -356,7 +356,7 @@ class Runner:
         """Goes on with the rows of these requests in this order. Those that had none join."""
         if not self.rows:
             self._last = self.clock()  # of the time before no row knows
-            if self.settings.frozen_costs:
+            if self.depth.frozen:
                 self._pool.clear()  # equal calls, equal choices
         old = {id: row for row, id in enumerate(self.rows)}
         places: list[int | Joiner] = []
@@ -444,7 +444,7 @@ class Runner:
         """Lets the machine rest, and keeps what rounds took for the next start: no request is left."""
         self._working.close()
         if self.tables is not None:
-            self.tables.learn(self.depth.learned())
+            self.tables.learn(self.depth)
 
     def _memory(self, block: int) -> Memory:
         """Returns where the bytes of a run go. block: tokens of the longest verify."""

@@ -36,7 +36,7 @@ class Settings:
     prefix_cache_limit: int = prefix_store.LIMIT
     wired_limit: bool = False
     drafting: Drafting = DEFAULT_DRAFTING
-    frozen_costs: bool = False
+    learning: bool = True
     kv_bits: int | None = None
     kv_bits_rings: bool = False
     row_invariant: bool = False

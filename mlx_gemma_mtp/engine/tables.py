@@ -1,4 +1,4 @@
-"""The cost tables of an engine's pair: read from their file, or measured where nothing else runs; written back."""
+"""The cost tables of an engine's pair: read, or measured where nothing else runs; what is left for the next start."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
-from ..speculative.costs import CostTable, Drafted, Verified
+from ..speculative.costs import CostTable
+from ..speculative.depth import Depth
 from .calibration import Costs
+from .priors import Priors
 
 
 class Tables:
     """A source of cost tables for speculative.depth.Depth. Everything is called in the worker's thread.
 
-    costs: of each kind of text. prompt: token ids that rounds are timed after.
+    costs: of each kind of text. priors: what drafts had kept. prompt: token ids that rounds are timed after.
     """
 
-    def __init__(self, target: Gemma4, drafter: Drafter, costs: Mapping[str, Costs], prompt: Sequence[int]):
-        self.target, self.drafter, self.costs, self.prompt = target, drafter, costs, prompt
+    def __init__(
+        self, target: Gemma4, drafter: Drafter, costs: Mapping[str, Costs], priors: Priors, prompt: Sequence[int]
+    ):
+        self.target, self.drafter, self.costs, self.priors, self.prompt = target, drafter, costs, priors, prompt
 
     def __call__(self, kind: str, idle: bool) -> CostTable | None:
         """Returns the table of a kind of text. Where there is none it is measured, if idle; else None stands for it."""
@@ -29,7 +33,8 @@ class Tables:
         parts = self.target, self.drafter, self.prompt, repeats, progress
         return {kind: costs.measured(*parts) for kind, costs in self.costs.items()}
 
-    def learn(self, learned: Mapping[str, tuple[Verified, Drafted]]) -> None:
-        """Writes, by kind, what rounds took in use (`Depth.learned`) for the next start."""
-        for kind, timed in learned.items():
+    def learn(self, depth: Depth) -> None:
+        """Writes what rounds took in use, and what was kept of the drafts, for the next start."""
+        for kind, timed in depth.learned().items():
             self.costs[kind].learn(*timed)
+        self.priors.learn(depth.accepted())

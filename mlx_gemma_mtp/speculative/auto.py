@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .choice import CONFIDENCE, GRAMMAR, LIMIT, PROBE, Choice, Pause, Purse, choose, worthwhile
+from .choice import CONFIDENCE, GRAMMAR, LIMIT, PROBE, PURSE_KNOWN, Choice, Pause, Purse, choose, worthwhile
 from .correction import Correction, Prices
 from .costs import CostTable, Drafted, Verified
-from .history import LASTING, RECENT, History, Trust
+from .history import KNOWN, LASTING, RECENT, Acceptance, History, Trust
 
 CONTEXT_STEP = 64
 UNTIMED = 8  # rounds that were not timed, after which the table is taken as it is
@@ -57,27 +57,39 @@ class Auto:
     a batch. Their partners, whose length is fixed, count as rows that emit one token a round.
     """
 
-    def __init__(self, table: CostTable, confident: bool = True, frozen: bool = False, borrowed: bool = False):
+    def __init__(
+        self,
+        table: CostTable,
+        confident: bool = True,
+        frozen: bool = False,
+        borrowed: bool = False,
+        prior: Acceptance | None = None,
+    ):
         """Starts from a table of measured costs.
 
         confident: drafts with low confidence are cut before the verify; False verifies all that were made. frozen: the
         table is not corrected, so no clock influences a choice. borrowed: the table is of another kind, or a guess.
+        prior: what drafts had kept in earlier starts; None where this is the first.
         """
-        self.table, self.confident, self.frozen, self.borrowed = table, confident, frozen, borrowed
-        self.pool, self.trust, self.pause, self.purse = History(), Trust(), Pause(), Purse()
+        self.table, self.confident, self.frozen, self.borrowed, self.prior = table, confident, frozen, borrowed, prior
+        known = Acceptance() if prior is None else prior.at_most(KNOWN)
+        self.pool, self.trust, self.pause, self.purse = known.history, known.trust, Pause(), Purse()
+        if table.learned and known.rounds:
+            self.purse = Purse(PURSE_KNOWN)
         self.correction, self._untimed = Correction(), 0
+        self._observed = 0  # rows' rounds, since `accepted`
         self._rounds: Counter[tuple[int, int, int]] = Counter()  # timed since `learned`, by (rows, context, drafts)
         self._prices: dict[tuple[int, int, bool], Prices] = {}  # until the next time comes
 
     def on(self, table: CostTable) -> Auto:
         """Returns one that begins with this table, its own, and knows of acceptance what this one knows."""
-        auto = Auto(table, self.confident, self.frozen)
+        auto = Auto(table, self.confident, self.frozen, prior=self.prior)
         auto.pool, auto.trust = self.pool, self.trust
         return auto
 
     def anew(self) -> Auto:
         """Returns one that knows no more than this one did at first."""
-        return Auto(self.table, self.confident, self.frozen, self.borrowed)
+        return Auto(self.table, self.confident, self.frozen, self.borrowed, self.prior)
 
     def choose(self, rows: int, context: int, histories: Sequence[History], useful: Sequence[int]) -> Choice:
         """Returns how many drafts each automatic row makes at most, and why.
@@ -120,6 +132,7 @@ class Auto:
         if part.pooled:
             self.pool = self.pool.after(part.width, kept, LASTING, cut)
             self.trust = self.trust.after(part.confidences[: part.width], kept)
+            self._observed += 1
         return own.after(part.width, kept, RECENT, cut)
 
     def earned(
@@ -179,6 +192,15 @@ class Auto:
             drafted[rows] = plain * prices.draft / prices.rounds[0]
             del self._rounds[rows, context, width]
         return verified, drafted
+
+    def accepted(self) -> Acceptance | None:
+        """Returns what was kept of the drafts; None where too few were verified since the last call, or nothing is to
+        be learned.
+        """
+        if self.frozen or self._observed < LEARN:
+            return None
+        self._observed = 0
+        return Acceptance(self.pool, self.trust)
 
     def prices(self, rows: int, context: int) -> Prices:
         """Returns the current estimate of what rounds cost. rows: how many. context: committed tokens of the longest

@@ -39,6 +39,7 @@ CHECK_MOST = 4  # plain rounds at the start, where their times do not come
 TRY_EVERY = 8  # rounds with drafts, after which more of them are tried where that may pay
 SHORT = 12  # tokens: a text that has fewer left tries nothing new
 PURSE_FIRST, PURSE_MOST, PURSE_LEAST = 0.8, 12.0, -0.3  # see Purse
+PURSE_KNOWN = 2.5  # at first, where earlier starts say what rounds cost and what is kept
 PURSE_OPEN = -0.1  # below which it stays shut, however well drafts are kept
 PURSE_ROUND = 0.015  # that each round adds
 MARGIN = 0.03  # drafts that gain less than this are not worth the doubt

@@ -8,13 +8,12 @@ its last times; cells without times follow their neighbours.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import median_low
 
-from .costs import MAX_DRAFTS, CostTable
+from .costs import MAX_DRAFTS, CostTable, spread
 
 KEEP = 9  # times of a cell
 SURE = 4  # times, from which a cell stands for itself
@@ -26,6 +25,8 @@ DRAFT_WEIGHT = 1.0  # of what the table says of a draft, in timed drafts
 GUESS = 0.27  # of a plain round: what each draft costs at least where no length was timed
 DRAFT_GUESS = 0.1  # of a plain round, likewise
 DRAFT_LEAST = 0.1  # of what the table says of a draft
+TRUST = 6.0  # of a table that earlier starts corrected, in times of each cell
+TRUST_HALF = 32  # rounds that are timed, after which it is half of that
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class Prices:
 class Correction:
     """The ratios of the last measured times to the table's, oldest first.
 
-    rounds: by (rows, K), of rounds that make and verify K drafts. drafts: by rows, of one draft. pace: by how much the
-    machine is slower than it was at first; ratios are without it. plain_off, draft_off: by how much the last rounds
-    without and with drafts were off from their cells.
+    taken: rounds that were timed. Where earlier starts corrected the table, the first times say little against its
+    shape. rounds: by (rows, K), of rounds that make and verify K drafts. drafts: by rows, of one draft. pace: by how
+    much the machine is slower than it was at first; ratios are without it. plain_off, draft_off: by how much the last
+    rounds without and with drafts were off from their cells.
 
     A cell does not change by itself, but a machine does: it is busy, or hot, or no longer. When most of the last plain
     rounds are off together, the pace has changed, and old times of rounds with drafts change with it. When rounds with
@@ -72,6 +74,7 @@ class Correction:
     rounds: Mapping[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
     drafts: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     pace: float = 1.0
+    taken: int = 0
     plain_off: tuple[float, ...] = ()
     draft_off: tuple[float, ...] = ()
 
@@ -92,7 +95,8 @@ class Correction:
             return self
         times = self.rounds.get((rows, width), ())
         off = (ratio / median_low(times),) if len(times) >= SURE else ()
-        found = replace(self, rounds={**self.rounds, (rows, width): (*times, ratio)[-KEEP:]})
+        rounds = {**self.rounds, (rows, width): (*times, ratio)[-KEEP:]}
+        found = replace(self, rounds=rounds, taken=self.taken + 1)
         return found._drafted(rows, off) if width else found._plain(rows, off)
 
     def _plain(self, rows: int, off: tuple[float, ...]) -> Correction:
@@ -124,19 +128,22 @@ class Correction:
         A length that was not timed is taken to cost at least what a straight line through the timed lengths gives.
         Where no length was timed, each draft is taken to cost at least GUESS of a plain round.
         """
-        rounds = [math.exp(f) * s for f, s in zip(self.factors(rows), table.rounds_at(rows, context), strict=True)]
+        rounds = [
+            math.exp(f) * s for f, s in zip(self.factors(table, rows), table.rounds_at(rows, context), strict=True)
+        ]
         more = [rounds[width] for count, width in self.rounds if count == rows and width]
         if more and rounds[0] > LIKE * min(more):  # plain rounds were timed amid noise: less work cannot take longer
             rounds[0] = min(more)
-        near = [(count, width) for count, width in self.rounds if abs(math.log2(count / rows)) <= NEAR]
+        near = [cell for cell in (*self.rounds, *table.learned) if _near(cell, rows)]
         tried = max((width for _, width in near), default=0)
         rounds = list(accumulate(rounds, max))
         slope = (rounds[tried] - rounds[0]) / tried if tried else GUESS * rounds[0]
         line = [rounds[0] + slope * drafts for drafts in range(MAX_DRAFTS + 1)]
         hope = (*rounds[: tried + 1], *line[tried + 1 :])
         rounds = [*rounds[: tried + 1], *map(max, rounds[tried + 1 :], line[tried + 1 :])]
-        plain = sum(len(self.rounds[cell]) for cell in near if cell[1] == 0)
-        return Prices(tuple(rounds), self.draft(table, rows, context), hope, tried, True, plain >= PLAIN_FIRST)
+        plain = sum(len(self.rounds.get(cell, ())) for cell in near if cell[1] == 0)
+        anchored = plain >= PLAIN_FIRST or _learned(table, rows)
+        return Prices(tuple(rounds), self.draft(table, rows, context), hope, tried, True, anchored)
 
     def draft(self, table: CostTable, rows: int, context: int) -> float:
         """Returns the seconds of one draft: a weighted mean of the measured times and the table's.
@@ -144,13 +151,15 @@ class Correction:
         The table's time counts as at least DRAFT_GUESS of a plain round.
         """
         draft, plain = table.draft_at(rows), self.rounds.get((rows, 0))
-        scale = middle(plain) if plain else math.exp(self.factors(rows)[0])
-        guess = max(draft, DRAFT_GUESS * table.rounds_at(rows, context)[0]) * scale
+        scale = middle(plain) if plain else math.exp(self.factors(table, rows)[0])
+        guess = (
+            draft if _learned(table, rows) else max(draft, DRAFT_GUESS * table.rounds_at(rows, context)[0])
+        ) * scale
         times = self.drafts.get(rows, ())
         known = median_low(times) * draft * len(times) if times else 0.0
         return (known + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)
 
-    def factors(self, rows: int) -> list[float]:
+    def factors(self, table: CostTable, rows: int) -> list[float]:
         """Returns for each width the logarithm of measured over tabulated seconds.
 
         Widths that were not timed with this number of rows follow the nearest number of rows, then their neighbours.
@@ -160,21 +169,35 @@ class Correction:
         shape = [0.0] * (MAX_DRAFTS + 1)
         if others:
             nearest = self._logs(min(others, key=lambda count: (abs(math.log2(count / rows)), count)))
-            shape = _spread({width: log for width, (log, _) in nearest.items()})
+            shape = spread({width: log for width, (log, _) in nearest.items()})
         if not own:
             return shape
         apart = {width: log - shape[width] for width, (log, _) in own.items()}
         steady = dict(apart)
         for width, (_, count) in own.items():
             if count < SURE and len(own) > 1:  # one time alone is half believed
-                elsewhere = _spread({w: log for w, log in apart.items() if w != width})[width]
+                elsewhere = spread({w: log for w, log in apart.items() if w != width})[width]
                 steady[width] = (count**2 * apart[width] + elsewhere) / (count**2 + 1)
-        return [a + b for a, b in zip(shape, _spread(steady), strict=True)]
+        found = [a + b for a, b in zip(shape, spread(steady), strict=True)]
+        weight = TRUST * 0.5 ** (self.taken / TRUST_HALF) if _learned(table, rows) else 0.0
+        common = sum(log * count for log, count in own.values()) / sum(count for _, count in own.values())
+        counts = [own[width][1] if width in own else 1 for width in range(MAX_DRAFTS + 1)]
+        return [(log * count + weight * common) / (count + weight) for log, count in zip(found, counts, strict=True)]
 
     def _logs(self, rows: int) -> dict[int, tuple[float, int]]:
         """Width -> the logarithm of its ratio, and the number of times behind it."""
         cells = ((width, times) for (count, width), times in self.rounds.items() if count == rows)
         return {width: (math.log(middle(times)), len(times)) for width, times in cells}
+
+
+def _near(cell: tuple[int, int], rows: int) -> bool:
+    """Whether a cell (rows, drafts) says something of this number of rows."""
+    return abs(math.log2(cell[0] / rows)) <= NEAR
+
+
+def _learned(table: CostTable, rows: int) -> bool:
+    """Whether earlier starts corrected the table near this number of rows."""
+    return any(_near(cell, rows) for cell in table.learned)
 
 
 def middle(times: Sequence[float]) -> float:
@@ -186,19 +209,3 @@ def _common(off: Sequence[float]) -> float:
     """Returns the factor by which most of these rounds are off together, or 1."""
     up, down = (sum(each > OFF for each in off), sum(each * OFF < 1 for each in off))
     return median_low(off) if max(up, down) >= OFF_MOST else 1.0
-
-
-def _spread(known: Mapping[int, float]) -> list[float]:
-    """Returns a value for each width: linear between known ones, beyond them as the last."""
-    if len(known) == 1:
-        return list(known.values()) * (MAX_DRAFTS + 1)
-    widths, values = sorted(known), []
-    for width in range(MAX_DRAFTS + 1):
-        right = bisect_left(widths, width)
-        if right in (0, len(widths)):
-            values.append(known[widths[min(right, len(widths) - 1)]])
-        else:
-            low, high = widths[right - 1], widths[right]
-            share = (width - low) / (high - low)
-            values.append(known[low] * (1 - share) + known[high] * share)
-    return values

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .auto import Auto, Part
 from .choice import FIXED, JOINED, Choice
 from .correction import Prices
 from .costs import MAX_DRAFTS, UNKNOWN, CostTable, Drafted, Verified
-from .history import History
+from .history import Acceptance, History
 
 AUTO = "auto"  # what the user says for all of this
 GREEDY, SAMPLED = "greedy", "sampled"  # kinds of text: their rounds differ in cost, and their drafts in acceptance
@@ -79,14 +80,21 @@ class Depth:
     before `forget` does.
     """
 
-    def __init__(self, tables: Tables | None, rejection: bool = False, frozen: bool = False):
-        """Starts with nothing known.
+    def __init__(
+        self,
+        tables: Tables | None,
+        rejection: bool = False,
+        frozen: bool = False,
+        priors: Mapping[str, Acceptance] = MappingProxyType({}),
+    ):
+        """Starts with nothing known of its requests.
 
         tables: the source of cost tables; None where there is no drafter, and nothing is drafted. rejection: sampled
         drafts are accepted by rejection, so they are never cut, which would favour those that are not. frozen: no clock
-        influences a choice, and a batch that begins anew is chosen for as if it were the first.
+        influences a choice, a batch that begins anew is chosen for as if it were the first, and nothing is left for the
+        next start. priors: by kind of text, what drafts had kept in earlier starts.
         """
-        self.tables, self.rejection, self.frozen = tables, rejection, frozen
+        self.tables, self.rejection, self.frozen, self.priors = tables, rejection, frozen, priors
         self.autos: dict[str, Auto] = {}  # by kind of text
         self._own: dict[int, History] = {}
         self._chosen, self._pass, self._seconds = Chosen({}), Pass(Chosen({}), {}, {}), None
@@ -235,6 +243,11 @@ class Depth:
         """
         return {kind: auto.learned() for kind, auto in self.autos.items()}
 
+    def accepted(self) -> dict[str, Acceptance]:
+        """Returns by kind of text what was kept of the drafts, where enough were verified since the last call."""
+        found = {kind: auto.accepted() for kind, auto in self.autos.items()}
+        return {kind: each for kind, each in found.items() if each is not None}
+
     def _auto(self, kind: str, begins: bool) -> Auto:
         """Returns what is known of a kind of text. begins: whether the batch does, so that no row is running.
 
@@ -252,4 +265,4 @@ class Depth:
         return auto
 
     def _new(self, kind: str, table: CostTable, borrowed: bool = False) -> Auto:
-        return Auto(table, kind == GREEDY or not self.rejection, self.frozen, borrowed)
+        return Auto(table, kind == GREEDY or not self.rejection, self.frozen, borrowed, self.priors.get(kind))

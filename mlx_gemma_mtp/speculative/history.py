@@ -11,6 +11,7 @@ FIRST = 0.75  # acceptance that is assumed before anything is known
 WEIGHT = 3.0  # of what is assumed, in rounds
 RECENT, LASTING = 0.9, 0.98  # what a round keeps of the past: of a request's own, of everybody's
 BINS = 10
+KNOWN = 20.0  # rounds that what is known from other starts counts at most
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class History:
             rates.append((kept + WEIGHT * prior) / (tried + WEIGHT))
         return rates
 
+    def plus(self, other: History) -> History:
+        """Returns the sum of both counts."""
+        return History(_sum(self.tried, other.tried), _sum(self.kept, other.kept))
+
+    def scaled(self, factor: float) -> History:
+        """Returns the counts times a factor: the same rates with another weight."""
+        return History(_times(self.tried, factor), _times(self.kept, factor))
+
     def floor(self) -> list[float]:
         """Returns cautious acceptance rates, with a prior of 0: 0 where nothing was tried."""
         return [kept / (tried + WEIGHT) for tried, kept in zip(self.tried, self.kept, strict=True)]
@@ -89,6 +98,44 @@ class Trust:
         """
         bin_ = _bin(confidence)
         return (self.kept[bin_] + WEIGHT * confidence) / (self.tried[bin_] + WEIGHT)
+
+    def plus(self, other: Trust) -> Trust:
+        """Returns the sum of both counts."""
+        return Trust(_sum(self.tried, other.tried), _sum(self.kept, other.kept))
+
+    def scaled(self, factor: float) -> Trust:
+        """Returns the counts times a factor."""
+        return Trust(_times(self.tried, factor), _times(self.kept, factor))
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What was kept of the drafts of one kind of text: by position, and by the drafter's confidence."""
+
+    history: History = History()
+    trust: Trust = Trust()
+
+    @property
+    def rounds(self) -> float:
+        """How many rounds it counts, older ones less."""
+        return max(self.history.tried)
+
+    def plus(self, other: Acceptance) -> Acceptance:
+        """Returns the sum of both counts."""
+        return Acceptance(self.history.plus(other.history), self.trust.plus(other.trust))
+
+    def at_most(self, rounds: float) -> Acceptance:
+        """Returns the same rates with the weight of so many rounds at most."""
+        factor = min(1.0, rounds / max(self.rounds, 1.0))
+        return Acceptance(self.history.scaled(factor), self.trust.scaled(factor))
+
+
+def _sum(one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=True))
+
+
+def _times(counts: Sequence[float], factor: float) -> tuple[float, ...]:
+    return tuple(count * factor for count in counts)
 
 
 def _bin(confidence: float) -> int:

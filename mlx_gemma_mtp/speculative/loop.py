@@ -78,7 +78,8 @@ class Speculation:
     row those of the drafts that wait. It may be set anew between two rounds.
 
     With a guide the drafts are read before the verify is built, and those that it refuses are cut (but see
-    rejection.py). What there is between two rounds: `inputs`, and the verify of exactly these once it is built.
+    rejection.py). What there is between two rounds: `inputs`, and perhaps a verify that is built of the drafter's
+    drafts alone: it is dispatched if no others are to be verified, and else dropped.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Speculation:
         self.proposer = None if alone else SOURCES[drafting.source](drafter, target.embed, drafting)
         self.inputs, self.mixture = Inputs.none(), Mixture(drafting, pool)
         self.chains: list[Chain] = []
+        self._made: list[list[int]] = []  # the drafter's drafts, of which a verify is built
         self.host_syncs = 0
         self._listed = 0  # tokens of which token counts may have a list, at most, of any row
         self._verify: Verify | Prefilled | None = None
@@ -186,8 +188,14 @@ class Speculation:
         """
         if self._verify is not None and self._verify.dispatched:
             return meanwhile()
-        if width is not None and width < self.inputs.width:
-            self._go_on_with(self.inputs.cut([min(each, width) for each in self.waiting]))
+        counts = [each if width is None else min(each, width) for each in self.waiting]
+        if (
+            self._verify is None
+            or [chain.tokens[:n] for chain, n in zip(self.chains, counts, strict=True)] != self._made
+        ):
+            self._go_on_with(self.inputs.cut(counts))
+        else:  # what other sources added is cut again
+            self.inputs = self._verify.inputs
         self._verify = self._verify or Verify(self.target, self.cache, self.inputs)
         self._verify.dispatch(meanwhile)
 
@@ -274,6 +282,7 @@ class Speculation:
         """Puts the next round's drafts together: the drafter's, copies, and what the guide forces and leaves."""
         own, inputs = self.inputs.drafts, self.inputs
         drafted = [row[:count] for row, count in zip(drafted, own.of_each, strict=True)]
+        self._made = drafted
         self.mixture.take(done.tokens)
         self.chains = self.mixture.chains(drafted, confidences, reach, own.q is not None)
         forcing = own.q is None and FORCED in self.drafting.sources
@@ -289,8 +298,8 @@ class Speculation:
             for row, reason in look.failures.items():
                 done.errors[row] = reason
             self._go_on_with(replace(inputs, drafts=drafts, mask=look.mask))
-        elif drafts is not own:
-            self._go_on_with(replace(inputs, drafts=drafts))
+        else:
+            self.inputs = replace(inputs, drafts=drafts)
 
     def _readback(self, *arrays: mx.array) -> list[list]:
         """Returns the values of these arrays: the round's one host sync, if all of its tokens are decided."""

@@ -243,7 +243,7 @@ LOADS = [
     {"draft_model": 5},
     {"draft_model": b"none"},
     {"revision": 5},
-    {"frozen_costs": 1},
+    {"learning": 1},
     {"kv_bits": 3},
     {"kv_bits": 16},
     {"kv_bits": 8.0},

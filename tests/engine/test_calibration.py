@@ -68,7 +68,7 @@ def test_mtp_that_cannot_pay_is_off_and_says_so(engine):
     assert result.stats.depths == {0: {OFF: 6, LIMIT: 1}}
 
 
-def test_frozen_costs_give_equal_calls_equal_lengths(engine, monkeypatch):
+def test_without_learning_equal_calls_get_equal_lengths(engine, monkeypatch):
     """Also after other calls; without them the second call knows more than the first."""
     monkeypatch.setattr(engine.depth, "frozen", True)
     depths = [with_table(engine, table(0.1, 0.1)).generate(PROMPTS[0], GREEDY).stats.depths]
@@ -78,16 +78,16 @@ def test_frozen_costs_give_equal_calls_equal_lengths(engine, monkeypatch):
     assert all(auto.frozen for auto in engine.depth.autos.values())
 
 
-def test_frozen_costs_from_load_and_from_the_command_line(monkeypatch):
+def test_no_learning_from_load_and_from_the_command_line(monkeypatch):
     from mlx_gemma_mtp import generate
 
-    frozen, usual = load(dtype="float32", frozen_costs=True), load(dtype="float32")
-    assert frozen.settings.frozen_costs and frozen.depth.frozen and not usual.depth.frozen
+    frozen, usual = load(dtype="float32", learning=False), load(dtype="float32")
+    assert not frozen.settings.learning and frozen.depth.frozen and not usual.depth.frozen
     asked = []
-    monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *a, **options: asked.append(options["frozen_costs"]))
-    for flags in ([], ["--frozen-costs"]):
+    monkeypatch.setattr("mlx_gemma_mtp.engine.load.load", lambda *a, **options: asked.append(options["learning"]))
+    for flags in ([], ["--no-learning"]):
         generate.load_engine(generate.parser().parse_args(["--prompt", "x", *flags]), 1)
-    assert asked == [False, True]
+    assert asked == [True, False]
 
 
 def test_where_nothing_is_drafted_noise_is_no_speedup(engine):
@@ -132,9 +132,9 @@ def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine, monkeypatch)
     assert notices == []
     context = first.contexts[0]
     costs.learn({(1, context, 0): 1.0, (1, context, 5): 2.5}, {1: 0.25})  # overwrites, whatever there was
-    verified, drafted = costs.file.read()
+    verified, drafted, learned = costs.file.read()
     assert (verified[1, context, 0], verified[1, context, 5], drafted[1]) == (1.0, 2.5, 0.25)
-    assert (1, context, 4) in verified  # what was not met stays
+    assert (1, context, 4) in verified and learned == {(1, context, 5)}  # what was not met stays
     costs.file.path.unlink()
     costs.learn({}, {})
     assert not costs.file.path.exists()
@@ -168,7 +168,7 @@ def test_a_slow_machine_is_measured_too(tmp_path, monkeypatch, milliseconds):
     costs = Costs("greedy", CostFile({"a": 1}, tmp_path), notices.append)
     table = costs.table(None, None, [5, 6, 7])
     assert len(notices) == (milliseconds > 75)  # what takes over a second says what it does
-    verified, drafted = costs.file.read()
+    verified, drafted, _ = costs.file.read()
     assert {(1, 3, 0), (1, 3, 1)} <= set(verified) and set(drafted) == {1}
     assert [each / table.verify_at(1, 3)[0] for each in table.rounds_at(1, 3)[:5]] == pytest.approx(
         [1, 1.6, 2.2, 2.8, 3.4]

@@ -25,7 +25,7 @@ def known_costs():
 
 @pytest.fixture(scope="module")
 def engine(known_costs):
-    with load(dtype="float32", frozen_costs=True, draft_sources="mtp,copy,forced") as engine:
+    with load(dtype="float32", learning=False, draft_sources="mtp,copy,forced") as engine:
         yield engine
 
 
@@ -35,7 +35,7 @@ def rounds(results) -> int:
 
 @pytest.mark.parametrize("sources, name", [("mtp,copy", "copy"), ("mtp,forced", "forced")])
 def test_a_text_that_the_prompt_holds_takes_few_passes(sources, name):
-    with load(dtype="float32", frozen_costs=True, draft_sources=sources) as engine:
+    with load(dtype="float32", learning=False, draft_sources=sources) as engine:
         plain, found = (engine.generate([f"Say again:\n{CODE}"], [AGAIN], num_draft_tokens=k) for k in (0, "auto"))
     assert found[0].tokens == plain[0].tokens and found[0].error is None
     counts = found[0].stats.sources[name]
@@ -45,7 +45,7 @@ def test_a_text_that_the_prompt_holds_takes_few_passes(sources, name):
 
 def test_a_prediction_is_copied_from():
     """The prompt holds nothing of it."""
-    with load(dtype="float32", frozen_costs=True, draft_sources="mtp,copy") as engine:
+    with load(dtype="float32", learning=False, draft_sources="mtp,copy") as engine:
         without = list(engine.stream("Write it.", AGAIN))[-1].result
         result = list(engine.stream("Write it.", AGAIN, prediction=CODE))[-1].result
         with pytest.raises(UserError, match=r"^prediction is 3, expected text"):

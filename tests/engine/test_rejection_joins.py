@@ -21,7 +21,7 @@ pytest.importorskip("llguidance")
 @cache
 def engine_of(pair: str) -> Engine:
     return load(
-        **PAIRS[pair], num_draft_tokens=4, dtype="float32", prefill_chunk=CHUNK, frozen_costs=True, accept="rejection"
+        **PAIRS[pair], num_draft_tokens=4, dtype="float32", prefill_chunk=CHUNK, learning=False, accept="rejection"
     )
 
 

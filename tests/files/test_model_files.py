@@ -11,7 +11,7 @@ from benchmarks import folders
 from convert import check, inspect
 from convert.cli import main as convert
 from mlx_gemma_mtp import load
-from mlx_gemma_mtp.engine.calibration import _fingerprint
+from mlx_gemma_mtp.engine.calibration import fingerprint
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import folder as folder_files
 from mlx_gemma_mtp.files import hub
@@ -51,7 +51,7 @@ def test_what_else_lies_in_a_folder_is_no_weight(tmp_path, index):
     assert weight_files(folder) == [folder / SINGLE]
     assert weight_bytes(folder) == weight_bytes(TARGET)
     if index:
-        assert _fingerprint(folder) == _fingerprint(TARGET) and _fingerprint(drafter) == _fingerprint(DRAFTER)
+        assert fingerprint(folder) == fingerprint(TARGET) and fingerprint(drafter) == fingerprint(DRAFTER)
     assert hub.missing_files(folder) == []
     assert load(str(folder), num_draft_tokens=0).drafter is not None
     assert folders.hashes(Pair(folder, drafter, None)) == folders.hashes(Pair(TARGET, DRAFTER, None))
@@ -96,7 +96,7 @@ def test_an_index_names_plain_files_alone(tmp_path, name):
     assert not is_plain(name)
     shutil.copytree(TARGET, tmp_path / "model")
     (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    for call in (loading.read_tensors, weight_bytes, _fingerprint, inspect.inspect):
+    for call in (loading.read_tensors, weight_bytes, fingerprint, inspect.inspect):
         refused(lambda call=call: call(tmp_path / "model"), "no weight file", "download the folder again")
 
 

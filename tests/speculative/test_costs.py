@@ -5,12 +5,18 @@ import os
 
 import pytest
 
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable, rising
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostFile, CostTable, rising, updated
 
 VERIFIED = {(rows, 100, width): 1.0 + rows * (width + 1) for rows in ROWS for width in range(MAX_DRAFTS + 1)}
 DRAFTED = {1: 0.1, 8: 0.8}
 KEY = {"pair": "a", "chip": "b"}
-TABLE = {"format": 1, "key": KEY, "verify": [[1, 1, 0, 0.1]], "draft": [[1, 0.1]]}
+TABLE = {"format": 2, "key": KEY, "verify": [[1, 1, 0, 0.1]], "draft": [[1, 0.1]], "learned": []}
+
+
+def table(verify, draft):
+    return json.dumps(TABLE | {"verify": verify, "draft": draft})
+
+
 # Cells and drafts of no table. json writes and reads Infinity and NaN.
 HUGE, INF = 10**400, float("inf")
 DRAFTS = [[INF, 0.1], [HUGE, 0.1], [True, 0.1], [0, 0.1], [1, INF], [1, 1e-320], [1, 1e300], [1, 1]]
@@ -52,6 +58,23 @@ def test_what_is_missing_follows_from_the_number_of_tokens():
     assert table.draft_at(8) == pytest.approx(0.5 * 26 / 12)  # as a plain step grows
 
 
+def test_a_number_of_rows_is_off_beside_as_it_was_measured():
+    """Two widths of two rows say how far the others are from what one row says of their tokens."""
+    one = {(1, 64, width): 10.0 + 2 * (width + 1) for width in (0, 1, 4)}
+    two = CostTable.of(one | {(2, 64, 0): 28.0, (2, 64, 3): 39.0}, {1: 0.5}).verify_at(2, 64)
+    assert two[0] == pytest.approx(28.0) and two[3] == pytest.approx(39.0)  # 2 and 1.5 times 10 + 2 * tokens
+    assert two[7] == pytest.approx(1.5 * 42) and two[1] == pytest.approx(18 * 2 * 0.75 ** (1 / 3))
+
+
+def test_a_draft_that_is_cheaper_than_it_was_leaves_rounds_as_they_were():
+    verified = {(1, 64, 0): 1.0, (1, 64, 1): 1.1, (1, 64, 4): 1.4, (2, 64, 1): 3.0}
+    cells, drafted = updated(verified, {1: 0.2, 2: 0.3}, {(1, 64, 0): 1.0, (1, 64, 1): 1.2}, {1: 0.1})
+    assert cells == pytest.approx({(1, 64, 0): 1.0, (1, 64, 1): 1.2, (1, 64, 4): 1.8, (2, 64, 1): 3.0})
+    assert drafted == {1: 0.1, 2: 0.3}
+    dearer, _ = updated(verified, {1: 0.1}, {(1, 64, 0): 1.0}, {1: 0.4})
+    assert dearer[1, 64, 4] == 1.0  # no less than a plain round
+
+
 def test_more_work_never_looks_cheaper():
     assert rising([1.0, 3.0, 2.0, 4.0, 3.0, 3.5]) == [1.0, 2.5, 2.5, 3.5, 3.5, 3.5]
     assert rising([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]  # blocks count by what they hold
@@ -68,8 +91,9 @@ def test_before_anything_is_known_drafts_pay_only_where_they_are_kept():
 def test_a_file_keeps_it(tmp_path):
     file = CostFile(KEY, tmp_path / "new")
     assert file.read() is None
-    file.write(VERIFIED, DRAFTED)
-    assert file.read() == (VERIFIED, DRAFTED)
+    file.write(VERIFIED, DRAFTED, [(1, 100, 2)])
+    assert file.read() == (VERIFIED, DRAFTED, {(1, 100, 2)})
+    assert CostTable.of(*file.read()).learned == {(1, 2)}
     assert [each.name for each in file.path.parent.iterdir()] == [file.path.name]
     assert CostFile({**KEY, "chip": "c"}, tmp_path / "new").read() is None
 
@@ -78,23 +102,41 @@ def test_a_file_keeps_it(tmp_path):
     "text, message",
     [
         ("{", "cannot be read"),
-        ("[]", "no table"),
-        ("{}", "no table"),
+        ("[]", "nothing that was kept"),
+        ("{}", "another"),
         ('{"format": 9}', "another"),
-        (json.dumps({"format": 1, "key": {"pair": "x"}, "verify": [], "draft": []}), "another"),
-        (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0]], "draft": [[1, 0.1]]}), "no table|not enough"),
-        (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0, -1.0]], "draft": [[1, 0.1]]}), "impossible"),
-        (json.dumps({"format": 1, "key": KEY, "verify": [[0, 64, 0, 1.0]], "draft": [[1, 0.1]]}), "impossible"),
-        (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0, "1"]], "draft": [[1, 0.1]]}), "impossible"),
-        (json.dumps({"format": 1, "key": KEY, "verify": [[1, 64, 0, 1.0]], "draft": []}), "impossible"),
-        (json.dumps({"format": 1, "key": KEY, "verify": [["x", 64, 0, 1.0]], "draft": [[1, 0.1]]}), "impossible"),
+        (json.dumps({"format": 2, "key": {"pair": "x"}, "verify": [], "draft": [], "learned": []}), "another"),
+        (
+            table([[1, 64, 0]], [[1, 0.1]]),
+            "no table|not enough",
+        ),
+        (
+            table([[1, 64, 0, -1.0]], [[1, 0.1]]),
+            "impossible",
+        ),
+        (
+            table([[0, 64, 0, 1.0]], [[1, 0.1]]),
+            "impossible",
+        ),
+        (
+            table([[1, 64, 0, "1"]], [[1, 0.1]]),
+            "impossible",
+        ),
+        (table([[1, 64, 0, 1.0]], []), "impossible"),
+        (
+            table([["x", 64, 0, 1.0]], [[1, 0.1]]),
+            "impossible",
+        ),
+        (json.dumps(TABLE | {"learned": [[1, 1, 1]]}), "impossible"),
+        (json.dumps(TABLE | {"learned": [[1, 1]]}), "no table"),
+        (json.dumps({key: TABLE[key] for key in TABLE if key != "learned"}), "no table"),
         ("[" * 100_000, "too deeply"),
+        *[(table([cell], [[1, 0.1]]), "impossible") for cell in CELLS],
         *[
-            (json.dumps({"format": 1, "key": KEY, "verify": [cell], "draft": [[1, 0.1]]}), "impossible")
-            for cell in CELLS
-        ],
-        *[
-            (json.dumps({"format": 1, "key": KEY, "verify": [[1, 1, 0, 0.1]], "draft": [d]}), "impossible")
+            (
+                table([[1, 1, 0, 0.1]], [d]),
+                "impossible",
+            )
             for d in DRAFTS
         ],
         ("\x00\xff", "cannot be read"),

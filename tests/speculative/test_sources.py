@@ -18,7 +18,9 @@ from mlx_gemma_mtp.engine.engine import Engine
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.sampling.params import ACCEPT, REJECTION
 from mlx_gemma_mtp.speculative import drafting
+from mlx_gemma_mtp.speculative import loop as loop_module
 from mlx_gemma_mtp.speculative.auto import Auto
+from mlx_gemma_mtp.speculative.copies import RowText
 from mlx_gemma_mtp.speculative.drafting import MTP, SOURCES, Drafting, Drafts, DraftState, Embed
 
 PROMPTS = ["def mean(values):\n    total = 0\n    for value in values:", "What is a list?"]
@@ -192,3 +194,31 @@ def test_bits_of_kv_have_costs_of_their_own(engine):
     costs = [Costs.of_pair(*parts, each)["greedy"] for each in specs]
     assert len({each.file.path for each in costs}) == 3 and [each.specs for each in costs] == specs
     assert Costs.of_pair(*parts)["greedy"].file.path == costs[0].file.path
+
+
+def test_a_built_verify_stays_where_copies_are_not_verified(monkeypatch):
+    """Copies that are found and cut again cost no second verify; those that are verified do."""
+    built = []
+
+    class Counted(loop_module.Verify):
+        def __init__(self, *parts):
+            built.append(parts)
+            super().__init__(*parts)
+
+    monkeypatch.setattr(loop_module, "Verify", Counted)
+    model, prompts = tiny.target("moe"), [[5, 6, 7, 8] * 6] * 2
+    plain, _ = tiny.decode(model, None, prompts, 0, 16)
+    for width, most in ((0, 0), (None, 1)):
+        built.clear()
+        loop = tiny.begun(model, tiny.drafter(model), prompts, tiny.GREEDY, drafting=Drafting(sources="mtp,copy"))
+        loop.mixture.begin([RowText(prompt, text) for prompt, text in zip(prompts, plain, strict=True)])
+        found, rounds, texts = 0, 0, [[], []]
+        while min(map(len, texts)) < 16:
+            found += any(loop.waiting)
+            if rounds:  # the first tokens have no verify
+                loop.launch(width)
+            for text, tokens in zip(texts, loop.step([0, 0], reach=[6, 6]).tokens, strict=True):
+                text += tokens
+            rounds += 1
+        assert [text[:16] for text in texts] == plain
+        assert found and (len(built) == rounds if not most else len(built) > rounds)
