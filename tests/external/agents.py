@@ -43,11 +43,13 @@ PACKAGES = {
 }
 MODEL = "gemma"
 LONGEST = 6000  # tokens of a reply
-LIMIT = re.compile("max_output_tokens|output token|exceeded the")  # what a client says of a reply that was cut off
+LIMIT = re.compile(
+    'max_output_tokens|output token|exceeded the|"reason":"length"'
+)  # what a client says of a reply that was cut off
 ARGUMENTS = {
     "claude": ["-p", TASK, "--output-format", "stream-json", "--verbose", "--allowedTools", "Bash,Edit,Read"],
     "codex": ["exec", "--strict-config", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", TASK],
-    "opencode": ["run", "--print-logs", "--log-level", "WARN", TASK],
+    "opencode": ["run", "--format", "json", "--print-logs", "--log-level", "WARN", TASK],
 }
 
 
