@@ -79,12 +79,21 @@ def measure(
                     continue
                 if repeat >= 0:
                     found[way.name].append(played)
-                    note(
-                        f"{trace.agents} agents, {repeat + 1} of {repeats}: {way.name}: {sum(played['seconds']):.2f} s"
-                    )
+                    note(f"{trace.agents} agents, {repeat + 1} of {repeats}: {way.name}: {in_short(played)}")
         return found
     finally:
         readers.close()
+
+
+def in_short(played: dict[str, Any]) -> str:
+    """Returns what a trace took, for whoever waits."""
+    later = statistics.median(each for turn in played["firsts"][1:] for each in turn)
+    return f"{sum(played['seconds']):.2f} s, first texts of later turns {later:.2f} s, {known(played):.0%} known"
+
+
+def known(played: dict[str, Any]) -> float:
+    """Returns the share of the prompts' tokens that a server did not compute."""
+    return sum(map(sum, played["known"])) / max(1, sum(map(sum, played["prompts"])))
 
 
 def line(name: str, agents: int, calls: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +103,6 @@ def line(name: str, agents: int, calls: Sequence[dict[str, Any]], ours: Sequence
     first = [each for call in calls for each in call["firsts"][0]]
     later = [each for call in calls for turn in call["firsts"][1:] for each in turn]
     rates = [sum(map(sum, call["tokens"])) / sum(call["seconds"]) for call in calls]
-    known = [sum(map(sum, call["known"])) / max(1, sum(map(sum, call["prompts"]))) for call in calls]
     return {
         "server": name,
         "agents": agents,
@@ -103,7 +111,7 @@ def line(name: str, agents: int, calls: Sequence[dict[str, Any]], ours: Sequence
         "tokens_per_s": of_median(rates).as_list(),
         "tokens_per_s_a_user": of_median([rate / agents for rate in rates]).as_list(),
         "tokens": [sum(map(sum, call["tokens"])) for call in calls],
-        "prompt_tokens_known": statistics.median(known),
+        "prompt_tokens_known": statistics.median(map(known, calls)),
         "equal_texts": statistics.fmean(
             mine == theirs for one, other in zip(ours, calls, strict=True)
             for turn, again in zip(one["texts"], other["texts"], strict=True)

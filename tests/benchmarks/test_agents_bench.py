@@ -45,6 +45,7 @@ def test_figures_and_ratios():
     ours = agents.line(f"{OURS}, drafts auto", 1, mine, mine)
     assert ours["first_turn_s"][0] == 1.0 and ours["later_turns_s"][0] == 0.2 and ours["tokens_per_s"][0] == 5.0
     assert ours["prompt_tokens_known"] == 0.75 and ours["equal_texts"] == 1.0 and ours["tokens"] == [30]
+    assert agents.in_short(mine[0]) == "6.00 s, first texts of later turns 0.20 s, 75% known"
     slow = agents.line("mlx-lm", 1, [call([[2.0], [0.8], [0.8]], 10, 4.0)], mine)
     quick = agents.line("mlx-vlm", 1, [call([[2.0], [0.9], [0.9]], 10, 3.0, text="no")], mine)
     assert (slow["prompt_tokens_known"], slow["equal_texts"], quick["equal_texts"]) == (0.0, 1.0, 0.0)
