@@ -74,7 +74,8 @@ def measured(args: argparse.Namespace, note: Any) -> list[dict[str, Any]]:
             for count in args.agents:
                 trace = agents.Trace(count, args.turns, args.system, args.turn)
                 found = agents.measure(some, trace, args.max_tokens, args.repeats, note)
-                lines += [agents.line(name, count, calls) for name, calls in found.items()]
+                ours = found[some[0].name]
+                lines += [agents.line(name, count, calls, ours) for name, calls in found.items()]
         finally:
             for way in some:
                 way.server.close()
@@ -92,8 +93,9 @@ def told(lines: list[dict[str, Any]], count: int) -> list[Shown]:
             ("tokens_per_s_a_user", "tokens/s an agent"),
         ):
             shown.append(Shown(f"{where}: {what}", str(Interval(*line[key]))))
-        if line["prefix_hits"] is not None:
-            shown.append(Shown(f"{where}: of the prompts' tokens known", f"{line['prefix_hits']:.0%}"))
+        made = ", ".join(map(str, line["tokens"]))
+        shown.append(Shown(f"{where}: tokens made", made, f"{line['equal_texts']:.0%} of the texts equal"))
+        shown.append(Shown(f"{where}: of the prompts' tokens known", f"{line['prompt_tokens_known']:.0%}"))
     over = agents.ratios(lines)
     if over:
         sooner, faster = (f"{over[name]:.2f}" for name in ("later_turns", "tokens"))

@@ -2,13 +2,12 @@
 
 The trace is made of this project's own pages: the system prompt is a piece of one, as long as that of an agent with
 tools, and each turn brings a piece of another, as a tool's result does. All agents take a turn at once, and go on when
-all have their replies, which become part of their conversations.
+all have their replies, which become part of their conversations. What a server knew of a prompt is what its usage says.
 """
 
 from __future__ import annotations
 
 import statistics
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,6 @@ from benchmarks.server.peers import CHAT, Way
 from benchmarks.server.processes import Readers
 from benchmarks.serving.intervals import of_median
 from benchmarks.workers import OURS, Failed
-
-HITS, QUERIES = "prefix_cache_hits_total", "prefix_cache_queries_total"
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,9 @@ def _page(name: str, at: int, length: int) -> str:
 
 
 def play(way: Way, readers: Readers, trace: Trace, tokens: int, run: int) -> dict[str, Any]:
-    """Plays a trace on a server. Returns the first texts' seconds by turn, the tokens of each, and the seconds."""
+    """Plays a trace on a server. Returns what the readers read, a list of the turns each."""
     talks = [[{"role": "system", "content": trace.shared(run)}] for _ in range(trace.agents)]
-    before, turns = hits(way), []
+    turns = []
     for turn in range(trace.turns):
         for agent, talk in enumerate(talks):
             talk.append({"role": "user", "content": trace.said(run, agent, turn)})
@@ -59,25 +56,7 @@ def play(way: Way, readers: Readers, trace: Trace, tokens: int, run: int) -> dic
         turns.append(readers.read(way.server.url, CHAT, bodies))
         for talk, text in zip(talks, turns[-1]["texts"], strict=True):
             talk.append({"role": "assistant", "content": text})
-    after = hits(way)
-    return {
-        "firsts": [turn["firsts"] for turn in turns],
-        "tokens": [turn["tokens"] for turn in turns],
-        "seconds": [turn["seconds"] for turn in turns],
-        "hits": None if before is None or after is None else [b - a for a, b in zip(before, after, strict=True)],
-    }
-
-
-def hits(way: Way) -> list[float] | None:
-    """Returns the tokens of prompts that a server had already, and all of them, so far; None where it does not tell."""
-    if not way.name.startswith(OURS):
-        return None
-    with urllib.request.urlopen(f"{way.server.url}/metrics", timeout=60) as answer:
-        lines = answer.read().decode().splitlines()
-    found = []
-    for name in (HITS, QUERIES):
-        found.append(sum(float(line.rpartition(" ")[2]) for line in lines if f":{name}" in line and line[0] != "#"))
-    return found
+    return {key: [turn[key] for turn in turns] for key in turns[0]}
 
 
 def measure(
@@ -100,20 +79,30 @@ def measure(
                     continue
                 if repeat >= 0:
                     found[way.name].append(played)
-                    note(
-                        f"{trace.agents} agents, {repeat + 1} of {repeats}: {way.name}: {sum(played['seconds']):.2f} s"
-                    )
+                    note(f"{trace.agents} agents, {repeat + 1} of {repeats}: {way.name}: {in_short(played)}")
         return found
     finally:
         readers.close()
 
 
-def line(name: str, agents: int, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the figures of one server: medians with intervals, seconds and tokens a second."""
+def in_short(played: dict[str, Any]) -> str:
+    """Returns what a trace took, for whoever waits."""
+    later = statistics.median(each for turn in played["firsts"][1:] for each in turn)
+    return f"{sum(played['seconds']):.2f} s, first texts of later turns {later:.2f} s, {known(played):.0%} known"
+
+
+def known(played: dict[str, Any]) -> float:
+    """Returns the share of the prompts' tokens that a server did not compute."""
+    return sum(map(sum, played["known"])) / max(1, sum(map(sum, played["prompts"])))
+
+
+def line(name: str, agents: int, calls: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the figures of one server: medians with intervals, seconds and tokens a second; the share of the prompts'
+    tokens that were known; and the share of the replies that are this package's own.
+    """
     first = [each for call in calls for each in call["firsts"][0]]
     later = [each for call in calls for turn in call["firsts"][1:] for each in turn]
     rates = [sum(map(sum, call["tokens"])) / sum(call["seconds"]) for call in calls]
-    hit = [call["hits"][0] / call["hits"][1] for call in calls if call["hits"] and call["hits"][1]]
     return {
         "server": name,
         "agents": agents,
@@ -121,8 +110,14 @@ def line(name: str, agents: int, calls: Sequence[dict[str, Any]]) -> dict[str, A
         "later_turns_s": of_median(later).as_list(),
         "tokens_per_s": of_median(rates).as_list(),
         "tokens_per_s_a_user": of_median([rate / agents for rate in rates]).as_list(),
-        "prefix_hits": statistics.median(hit) if hit else None,
-    }
+        "tokens": [sum(map(sum, call["tokens"])) for call in calls],
+        "prompt_tokens_known": statistics.median(map(known, calls)),
+        "equal_texts": statistics.fmean(
+            mine == theirs for one, other in zip(ours, calls, strict=True)
+            for turn, again in zip(one["texts"], other["texts"], strict=True)
+            for mine, theirs in zip(turn, again, strict=True)
+        ),
+    }  # fmt: skip
 
 
 def ratios(lines: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from benchmarks.server.processes import Readers
 from benchmarks.server.scripted import scripted
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.server.app import make_app
+from mlx_gemma_mtp.server.connection import Connection
 from mlx_gemma_mtp.server.security import Rules
 from mlx_gemma_mtp.server.service import Served
 
@@ -32,7 +33,7 @@ def serving(engine: Any) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     """Serves an engine in a thread. Yields the address and the thread's loop."""
     served = Served(engine, "scripted")
     app = make_app(served, Rules.of("127.0.0.1", (), served.limits.body))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=Connection, log_level="error", lifespan="off", ws="none"))
     begun, found = threading.Event(), []
 
     async def serve() -> None:

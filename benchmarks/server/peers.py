@@ -2,7 +2,8 @@
 
 All servers run at the same time, and calls go round all of them. A call is one stream of each client; its tokens are
 what the texts encode to, so that nobody's own count decides. Nobody thinks: mlx-lm's server lets a model think unless
-it is told otherwise, which is another prompt and another text.
+it is told otherwise, which is another prompt and another text. Everybody keeps beginnings of prompts in memory, with
+room for those of all clients: mlx-lm's server keeps 10 unless it is told otherwise, mlx-vlm's none.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from mlx_gemma_mtp.files.hub import Pair
 
 CHAT = "/v1/chat/completions"
 AUTO = "auto"
+BEGINNINGS = 4  # that a peer keeps for each client: of the system prompt, of a turn, of a reply, and of one before it
 UNTHINKING = '{"enable_thinking": false}'
 
 
 @dataclass
 class Way:
-    """A server, how it is started, and the name of its model for clients. calls: what each gave."""
+    """A server, how it is started, and the name of its model for clients. calls: what each gave. environment: beside
+    this process's own.
+    """
 
     name: str
     command: list[str]
     model: str
+    environment: dict[str, str] = field(default_factory=dict)
     server: Serving | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
 
@@ -61,16 +66,19 @@ def ways(pair: Pair, drafts: Sequence[int], clients: int) -> list[Way]:
     ]
     lm = ["mlx_lm", "server", "--model", target, "--chat-template-args", UNTHINKING]
     lm += ["--decode-concurrency", str(clients), "--prompt-concurrency", str(clients)]
+    beginnings = str(BEGINNINGS * clients + BEGINNINGS)
+    lm += ["--prompt-cache-size", beginnings]
+    kept = {"APC_ENABLED": "1", "APC_DISK_ENABLED": "0", "APC_CHECKPOINT_ENTRIES": beginnings}
     vlm = ["mlx_vlm.server", "--model", target, "--host", "127.0.0.1"]
     with_drafts = [
         Way(f"mlx-vlm, {count} drafts",
-            [*vlm, "--draft-model", drafter, "--draft-kind", "mtp", "--draft-block-size", str(count + 1)], target)
+            [*vlm, "--draft-model", drafter, "--draft-kind", "mtp", "--draft-block-size", str(count + 1)], target, kept)
         for count in drafts
     ]  # fmt: skip
     return [
         Way(f"{OURS}, drafts {AUTO}", [*ours, "--num-draft-tokens", AUTO], ""),
         Way("mlx-lm", lm, "default_model"),
-        Way("mlx-vlm", vlm, target),
+        Way("mlx-vlm", vlm, target, kept),
         *with_drafts,
     ]  # fmt: skip
 
@@ -81,7 +89,7 @@ def started(some: Sequence[Way], blas: str, note: Callable[[str], None]) -> list
     for way in some:
         note(f"starting {way.name}")
         try:
-            way.server = Serving(way.command, blas)
+            way.server = Serving(way.command, blas, way.environment)
         except Failed as error:
             if way.name.startswith(OURS):
                 raise

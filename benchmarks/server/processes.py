@@ -48,22 +48,23 @@ class Readers:
 
 
 class Serving:
-    """A server in a process of its own, at `url`. command: its module and flags; the port is added.
+    """A server in a process of its own, at `url`. command: its module and flags; the port is added. environment: what
+    it finds there beside what this process has.
 
     Raises Failed where it ends before it answers.
     """
 
-    def __init__(self, command: Sequence[str], blas: str = "stock", port_flag: str = "--port"):
+    def __init__(self, command: Sequence[str], blas: str = "stock", environment: Mapping[str, str] | None = None):
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+        environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"} | (environment or {})
         environment |= {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["MLX_GEMMA_MTP_BLAS"] = "off"  # the one before it is for all servers
         if blas == "openblas":
             environment["LD_PRELOAD"] = OPENBLAS
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the server
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command, port_flag, str(self.port)],
+            [sys.executable, "-m", *command, "--port", str(self.port)],
             cwd=ROOT,
             env=environment,
             stdout=self._log,

@@ -60,6 +60,7 @@ class Timings(BaseModel):
 
 class PromptDetails(BaseModel):
     cached_tokens: Count
+    cache_write_tokens: Count
 
 
 class CompletionDetails(BaseModel):

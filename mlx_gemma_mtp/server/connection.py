@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_IN = 20.0  # seconds from a connection's beginning, or a further request's first byte, to the end of the head
 BODY_IN = 300.0  # seconds from there to the end of the body
 
 
-class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """As uvicorn has it, which waits for ever for the rest of a head or a body."""
+class Connection(H11Protocol):
+    """As uvicorn has it, which waits for ever for the rest of a head or a body.
+
+    Its parser is h11, whatever else is installed: httptools loses the body of a request that offers HTTP/2, takes heads
+    of any size and two Host headers, and saves nothing that could be measured.
+    """
 
     _limit: float | None = None  # what it waits for now
     _timer: asyncio.TimerHandle | None = None

@@ -191,7 +191,7 @@ def responses_usage(run: Run, result: Result) -> dict[str, Any]:
     usage = usage_of(run.served, run.ask, [result])
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": usage["prompt_tokens_details"] | {"cache_write_tokens": 0},
+        "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],

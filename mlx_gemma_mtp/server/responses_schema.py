@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from .answers import Count
+from .answers import CompletionDetails, Count, PromptDetails
 from .schema import Body, Common, Effort, Objects, Text
 
 # Fields of OpenAI's service -> (values that ask for nothing, what to do instead).
@@ -60,24 +60,13 @@ class ResponsesRequest(Common):
         return super().others() | UNSUPPORTED
 
 
-class InputDetails(BaseModel):
-    cached_tokens: Count
-    cache_write_tokens: Count
-
-
-class OutputDetails(BaseModel):
-    reasoning_tokens: Count
-    accepted_prediction_tokens: Count
-    rejected_prediction_tokens: Count
-
-
 class ResponsesUsage(BaseModel):
     """Tokens of a response."""
 
     input_tokens: Count
-    input_tokens_details: InputDetails
+    input_tokens_details: PromptDetails
     output_tokens: Count
-    output_tokens_details: OutputDetails
+    output_tokens_details: CompletionDetails
     total_tokens: Count
 
 

@@ -26,7 +26,10 @@ def usage_of(served: Served, ask: Ask, results: Sequence[Result]) -> dict[str, A
         "prompt_tokens": ask.prompt_tokens,
         "completion_tokens": made,
         "total_tokens": ask.prompt_tokens + made,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens(ask, results)},
+        "prompt_tokens_details": {
+            "cached_tokens": cached_tokens(ask, results),
+            "cache_write_tokens": kept_tokens(ask, results),
+        },
         "completion_tokens_details": {
             "reasoning_tokens": thoughts,
             "accepted_prediction_tokens": accepted,

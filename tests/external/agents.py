@@ -43,12 +43,13 @@ PACKAGES = {
 }
 MODEL = "gemma"
 LONGEST = 6000  # tokens of a reply
-PATIENCE = 180  # seconds of a run
-LIMIT = re.compile("max_output_tokens|output token|exceeded the")  # what a client says of a reply that was cut off
+LIMIT = re.compile(
+    'max_output_tokens|output token|exceeded the|"reason":"length"'
+)  # what a client says of a reply that was cut off
 ARGUMENTS = {
     "claude": ["-p", TASK, "--output-format", "stream-json", "--verbose", "--allowedTools", "Bash,Edit,Read"],
     "codex": ["exec", "--strict-config", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", TASK],
-    "opencode": ["run", "--print-logs", "--log-level", "WARN", TASK],
+    "opencode": ["run", "--format", "json", "--print-logs", "--log-level", "WARN", TASK],
 }
 
 
@@ -79,7 +80,7 @@ def environment_of(setup: Setup, home: Path, outside: Outside) -> dict[str, str]
     return own | proxies | local | {"OPENCODE_DISABLE_MODELS_FETCH": "1"} | setup.variables(None)
 
 
-def run(client: str, way: str, engine: Any, npm: Path, folder: Path, log: Any) -> list[str]:
+def run(client: str, way: str, engine: Any, npm: Path, folder: Path, log: Any, patience: float) -> list[str]:
     """Has a client fix the bug. Returns what was wrong."""
     home, work = folder / "home", folder / "work"
     for each in (home, work):
@@ -96,7 +97,7 @@ def run(client: str, way: str, engine: Any, npm: Path, folder: Path, log: Any) -
         try:
             done = subprocess.run(
                 command, cwd=work, env=environment_of(setup, home, outside), stdin=subprocess.DEVNULL, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE, check=False,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=patience, check=False,
             )  # fmt: skip
             code, said = done.returncode, done.stdout
         except subprocess.TimeoutExpired as late:
@@ -136,9 +137,10 @@ def install(folder: Path, clients: Sequence[str]) -> None:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("clients", nargs="*", choices=[*PACKAGES, []], default=list(PACKAGES))
+    p.add_argument("clients", nargs="*", choices=[*PACKAGES, []], help="which (default: all)")
     p.add_argument("--way", action="append", choices=WAYS, help="repeatable (default: all)")
     p.add_argument("--npm", type=Path, metavar="FOLDER", help="where the packages are, or are installed and kept")
+    p.add_argument("--patience", type=float, default=180, metavar="SECONDS", help="of a run (default: 180)")
     p.add_argument("--log", type=Path, default=Path(os.devnull), metavar="FILE", help="for what the clients say")
     args = p.parse_args()
     clients = args.clients or list(PACKAGES)
@@ -150,7 +152,7 @@ def main() -> int:
             for client in clients:
                 for way in args.way or WAYS:
                     here = Path(folder, client, way)
-                    bad += bool(run(client, way, engine, npm, here, log))
+                    bad += bool(run(client, way, engine, npm, here, log, args.patience))
                     shutil.rmtree(here, ignore_errors=True)
     print(f"{bad} runs with faults" if bad else "all good")
     return int(bool(bad))

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 LLMPROBE, SCHEMATHESIS = "llmprobe@0.6.12", "schemathesis==4.32.5"
-FLAGS = ["--no-parent", "--num-draft-tokens", "3"]
+FLAGS = ["--no-parent", "--num-draft-tokens", "3"]  # of a server that is started
 # MUST failures that are the bundled model's: a text, or a call's argument, that goes on until max_tokens is cut amid
 # its JSON, with the finish reason "length", as OpenAI's are.
 MODEL = {"chat-json-mode-parses", "chat-typed-args-json"}
@@ -35,14 +35,15 @@ OPERATIONS = 4  # routes with bodies, among which the cases are shared
 
 
 @contextmanager
-def served(url: str | None, *flags: str):
+def served(args: argparse.Namespace, *flags: str):
     """The address of a server: the given one, or one that is started."""
     from benchmarks.server.processes import Serving
 
-    if url is not None:
-        yield url
+    if args.url is not None:
+        yield args.url
         return
-    server = Serving(["mlx_gemma_mtp.serve", *FLAGS, *flags], "openblas")
+    model = ["--model", args.model] if args.model else []
+    server = Serving(["mlx_gemma_mtp.serve", *FLAGS, *model, *flags], "openblas")
     try:
         yield server.url
         for line in server.said().splitlines():
@@ -57,7 +58,7 @@ def llmprobe(args: argparse.Namespace, folder: Path) -> bool:
     subprocess.run(["npm", "install", "--no-save", "--no-audit", "--no-fund", LLMPROBE], cwd=folder, check=True)
     script, found = folder / "node_modules/llmprobe/bin/dist/llmprobe.mjs", folder / "found.json"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LLMPROBE_")}
-    with served(args.url, "--max-output-tokens", "300") as url:
+    with served(args, "--max-output-tokens", "300") as url:
         subprocess.run(
             ["node", script, url, "--no-save", "--no-bench", "--no-color", "--reasoning", "default", "--timeout", "300",
              "--json", "--save", found, *(["--full"] if args.full else [])],
@@ -86,7 +87,7 @@ def schemathesis(args: argparse.Namespace, folder: Path) -> bool:
         subprocess.run([folder / "venv/bin/pip", "install", "-q", SCHEMATHESIS], check=True)
         program = folder / "venv/bin/st"
     with served(
-        args.url, "--max-output-tokens", "4", "--timeout", "20", "--max-prompt-tokens", "500", "--alias", "*"
+        args, "--max-output-tokens", "4", "--timeout", "20", "--max-prompt-tokens", "500", "--alias", "*"
     ) as url:
         began = time.monotonic()
         done = subprocess.run(
@@ -109,6 +110,7 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("judge", choices=JUDGES)
     p.add_argument("--url", help="of a server that runs, without /v1")
+    p.add_argument("--model", help="of a server that is started (default: the bundled pair)")
     p.add_argument("--full", action="store_true", help="of llmprobe: its slow checks too")
     p.add_argument("--cases", type=int, default=5000, help="of schemathesis, at least (default: 5000)")
     p.add_argument("--seed", type=int, default=1, help="of schemathesis (default: 1)")

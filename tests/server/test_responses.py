@@ -72,6 +72,23 @@ def test_texts_are_the_engine_s(client, engine):
     assert kinds[:2] == ["response.created", "response.in_progress"] and kinds[-1] == "response.incomplete"
 
 
+def test_usage_tells_what_the_prompt_reads_from_the_prefixes_and_writes_there(client):
+    """In Responses and in a chat alike."""
+    asked = {"model": NAME, "input": "def written(n):\n" * 90, "max_output_tokens": 2}
+    first, again = (client.responses.create(**asked).usage.input_tokens_details for _ in range(2))
+    with client.responses.stream(**asked) as stream:
+        *_, last = stream
+    streamed = last.response.usage.input_tokens_details
+    assert first.cached_tokens == 0 < first.cache_write_tokens
+    assert again.cached_tokens == streamed.cached_tokens == first.cache_write_tokens
+    assert again.cache_write_tokens == streamed.cache_write_tokens == 0
+    said = [{"role": "user", "content": "def chatted(n):\n" * 90}]
+    chats = [client.chat.completions.create(model=NAME, messages=said, max_tokens=2) for _ in range(2)]
+    first, again = (chat.usage.prompt_tokens_details for chat in chats)
+    assert first.cached_tokens == 0 < first.cache_write_tokens == again.cached_tokens
+    assert again.cache_write_tokens == 0
+
+
 def test_instructions_are_the_system_s(engine):
     script = Noting(engine, ids_of(engine, "Yes." + END))
     items = [
