@@ -35,10 +35,11 @@ class ExpertPath(StrEnum):
     TILED = "tiled"
 
 
-# The larger of a product's inputs and outputs, up to which one measured rule holds; 0: any. On Metal MLX 0.32.4 reads a
-# quantised matrix once a row up to 14 or 18 rows where both are at most 2048, up to 10 or 12 where they are at most
-# 4096, and up to 6 or 10 beyond (32, 18 and 12 on a Max or Ultra); from there on it computes tiles of 32 rows. So what
-# few rows cost changes there. A head, beyond every layer's matrix, is most of a small model's bytes.
+# The larger of a product's inputs and outputs, up to which one measured rule holds; 0: any. By its source, MLX on Metal
+# computes a quantised matrix in tiles of 32 rows from a number of rows on that depends on whether both are at most
+# 2048, at most 4096, or beyond: 14, 10 and 6 on M1 and M2; 13, 15 and 13 on M3 and M4; 33, 25 and 13 on M5; 32, 18 and
+# 12 on an Ultra. Fewer rows read it once each, from M3 on once for five. So what few rows cost changes there. A head,
+# beyond every layer's matrix, is most of a small model's bytes.
 SIDES = (2048, 4096, 65536, 0)
 
 

@@ -163,6 +163,12 @@ def test_on_metal_a_name_and_a_template_stand_for_one_text():
     assert {"expert_groups", "expert_groups_few_experts", "expert_down_few_order_scale"} <= names
 
 
+def test_launches_are_written_down_by_one_name_on_every_device(monkeypatch):
+    """So that this file says the same on a Mac."""
+    monkeypatch.setattr(device, "kind", lambda: Kind.METAL)
+    assert {each.kernel.name for each in launches.of_models()} == {kernel.name for kernel in KERNELS.values()}
+
+
 def test_a_launch_on_metal_goes_by_that_name(made, monkeypatch):
     monkeypatch.setattr(device, "kind", lambda: Kind.METAL)
     for pairs in (4, 8):
