@@ -59,7 +59,7 @@ def test_convert_needs_no_torch_and_only_the_facts_of_the_package(path):
 
     layerwise.py runs layers, one at a time: `quality` compares what two models say.
     """
-    models = ("models.config", "models.raw_config", "models.quantization", "models.contents")
+    models = ("models.config", "models.raw_config", "models.quantization", "models.contents", "models.extras")
     names = ("errors", *models, "cache.spec", "files", "machine", "cli", "_version")
     running = ("models.gemma4", "models.drafter", "models.linear", "models.loading")
     names += running if path.stem == "layerwise" else ()
