@@ -359,12 +359,18 @@ def scores(pair: str, asked: Asked, at: int) -> mx.array:
     return (found.scores + gumbel(rules.keys, mx.array([[len(prompt) + at]]), found.names()))[0, 0]
 
 
-def is_near_tie(pair: str, asked: Asked, tokens: Sequence[int], expected: Sequence[int]) -> bool:
-    """Whether a text leaves its lone one at a near-tie, which a BLAS that adds up by the width may flip; it is listed
-    as a warning. Never with MLX's own BLAS.
+def is_exact(outcome: Outcome) -> bool:
+    """Whether a request's numbers are those of its lone run, bit for bit. MLX's own BLAS adds up in one order whatever
+    the width; but the rings of rounds and of chunks have other sizes, so that attention past the window adds up in
+    another order. So a turn that goes on from a reply, and a text that is prefilled anew, differ in the last bits.
     """
-    if blas.is_reference():
-        return False
+    return blas.is_reference() and not outcome.asked.turns and not outcome.request.stats.preemptions
+
+
+def is_near_tie(pair: str, asked: Asked, tokens: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a text leaves its lone one at a near-tie, which another order of sums may flip; it is listed as a
+    warning.
+    """
     at = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), None)
     if at is None:
         return False
@@ -375,9 +381,9 @@ def is_near_tie(pair: str, asked: Asked, tokens: Sequence[int], expected: Sequen
     return gap <= NEAR
 
 
-def same_reports(found: Sequence[TokenLogprob], wanted: Sequence[TokenLogprob]) -> bool:
-    """Whether log-probabilities are equal: bit for bit with MLX's own BLAS."""
-    if blas.is_reference():
+def same_reports(found: Sequence[TokenLogprob], wanted: Sequence[TokenLogprob], exact: bool) -> bool:
+    """Whether log-probabilities are equal; exact: bit for bit."""
+    if exact:
         return list(found) == list(wanted)
     both = zip(found, wanted, strict=True)
     return all(a.token == b.token and abs(a.logprob - b.logprob) < NEAR for a, b in both)
@@ -388,10 +394,10 @@ def check(pair: str, outcome: Outcome, cut: Sequence[str] = ()) -> None:
     where it was ended from outside, for one of the reasons in `cut`.
     """
     asked, result = outcome.asked, outcome.result
-    tokens, reason = expected(pair, asked)
+    (tokens, reason), exact = expected(pair, asked), is_exact(outcome)
     assert outcome.tokens == result.tokens, asked
     assert "".join(chunk.text for chunk in outcome.chunks) == result.text, asked
-    if result.tokens != tokens[: len(result.tokens)] and is_near_tie(pair, asked, result.tokens, tokens):
+    if not exact and result.tokens != tokens[: len(result.tokens)] and is_near_tie(pair, asked, result.tokens, tokens):
         return
     ends = {"cancelled": asked.cancelled, "timeout": asked.timeout}
     if result.finish_reason in cut or ends.get(result.finish_reason) is not None:
@@ -402,7 +408,7 @@ def check(pair: str, outcome: Outcome, cut: Sequence[str] = ()) -> None:
     if result.logprobs is not None:
         reported = alone(pair, asked.alone).logprobs[: len(result.tokens)]
         assert [each.token for each in result.logprobs] == result.tokens, asked
-        assert same_reports(result.logprobs, reported), asked
+        assert same_reports(result.logprobs, reported, exact), asked
 
 
 def check_all(pair: str, schedule: Schedule) -> Drive:
