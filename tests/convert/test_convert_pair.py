@@ -100,14 +100,14 @@ def test_errors_leave_neither(sources, tmp_path, capsys, case):
 
 def test_interruption_in_the_drafter_leaves_neither(sources, tmp_path, monkeypatch):
     written = []
-    write_shard = writer._write_shard
+    write_jobs = writer.write_jobs
 
     def interrupted(path, *args):
         written.append(path)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write_shard(path, *args)
+        write_jobs(path, *args)
 
-    monkeypatch.setattr(writer, "_write_shard", interrupted)
+    monkeypatch.setattr(writer, "write_jobs", interrupted)
     assert run(sources[0], tmp_path / "out", "--pair") == 130
     assert "assistant" in str(written[1]) and {path.name for path in tmp_path.iterdir()} == {"hf", "hf-assistant"}
