@@ -172,7 +172,7 @@ def test_an_unknown_source_is_refused_before_anything_is_read(source):
 def test_names_of_sources_are_taken_as_text_and_as_a_list(repeat):
     assert Drafting(sources="copy, mtp,copy".replace(" ", "")).sources == ("copy", "mtp")
     assert Drafting(sources=["forced"]).source is None and Drafting().source == MTP
-    with pytest.raises(UserError, match=f"^draft_sources is .*, expected one of mtp, {TOY} at most$"):
+    with pytest.raises(UserError, match=f"^draft_sources is .*, expected one of {', '.join(SOURCES)} at most$"):
         Drafting(sources=(MTP, TOY))
 
 
