@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma_mtp.speculative.copies import RowText, agreeing
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, CostTable
+from mlx_gemma_mtp.speculative.correction import Prices
+from mlx_gemma_mtp.speculative.costs import ROWS, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO, DraftRow
 from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.mixture import Chain, Mixture, Pool, leading
-from mlx_gemma_mtp.speculative.widening import wider
+from mlx_gemma_mtp.speculative.widening import seconds, verified
 
 from .replay import DATA, FREE, NOISY, Clock, by, read_table
 
@@ -91,11 +92,8 @@ def read(path: Path = FILE) -> dict[str, list[Recorded]]:
 
 
 def seconds_of(table: CostTable, rows: int, context: int, width: int) -> float:
-    """Returns the seconds of a verify; beyond the table's widths by the slope over the last four."""
-    verify = table.verify_at(rows, context)
-    if width <= MAX_DRAFTS:
-        return verify[width]
-    return verify[-1] + (width - MAX_DRAFTS) * max(verify[-1] - verify[-5], 0.0) / 4
+    """Returns the seconds of a verify; beyond the table's widths as `widening.seconds` has it."""
+    return seconds(Prices(tuple(table.rounds_at(rows, context)), table.draft_at(rows), ()), width)
 
 
 def run(
@@ -118,30 +116,23 @@ def run(
     made = _made(depth, mixture, rows, context)
     chains, drafted = _chains(mixture, some, live, at, made, reach)
     while live:
-        depth.give_way(row.id for row, chain in zip(rows, chains, strict=True) if chain.replaced)
-        own = [chain.own for chain in chains]
+        waiting = [len(chain.tokens) for chain in chains]
         sure = [chain.rates[: chain.own] for chain in chains]
-        width = depth.verify(rows, context, sure, own, ())
-        most, widened = max(len(chain.tokens) for chain in chains) if width is None else width, False
-        if width is not None and any(chain.own < len(chain.tokens) for chain in chains):
-            known = depth.prices(len(rows), context)
-            if known is not None:
-                most = wider([chain.rates for chain in chains], [FREE] * len(rows), width, *known, 0)
-                widened = most > width or any(chain.replaced for chain in chains)
-        verified = [min(len(chain.tokens), most) for chain in chains]
+        most, timed = verified(depth, rows, context, chains, sure, waiting)
+        counts = [count if most is None else min(count, most) for count in waiting]
         kept, emitted = [], []
-        for row, chain, count in zip(live, chains, verified, strict=True):
+        for row, chain, count in zip(live, chains, counts, strict=True):
             text = some[row].tokens[at[row] + 1 :].tolist()
             kept.append(agreeing(chain.tokens[:count], text))
             emitted.append(text[: kept[-1] + 1])
-        rebuilt = [chain.tokens[:n] for chain, n in zip(chains, verified, strict=True)] != drafted
+        rebuilt = [chain.tokens[:n] for chain, n in zip(chains, counts, strict=True)] != drafted
         made = _made(depth, mixture, rows, context)
         plain = table.verify_at(len(live), context)[0]
-        seconds = seconds_of(table, len(live), context, max(verified)) + max(made) * table.draft_at(len(live))
-        seconds += REBUILD * plain * rebuilt
-        took, rounds = took + seconds, rounds + 1
-        if not widened:
-            depth.timed(clock.observe(seconds, draws, rounds))
+        taken = seconds_of(table, len(live), context, max(counts)) + max(made) * table.draft_at(len(live))
+        taken += REBUILD * plain * rebuilt
+        took, rounds = took + taken, rounds + 1
+        if timed:
+            depth.timed(clock.observe(taken, draws, rounds))
         depth.observe({
             row.id: min(count, leading(chain.sources)) for row, count, chain in zip(rows, kept, chains, strict=True)
         })  # fmt: skip

@@ -20,7 +20,6 @@ from mlx_gemma_mtp import UserError, load
 from mlx_gemma_mtp.engine.priors import key_of
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.speculative import acceptance
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS
 from mlx_gemma_mtp.speculative.drafting import DEFAULT_DRAFTING
 from mlx_gemma_mtp.speculative.history import LASTING, Acceptance
 
@@ -50,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             for prompt in tqdm(prompts, desc=kind, disable=None):
                 accepted, sure = trace(engine, prompt, True, replace(params, max_tokens=args.max_tokens))
                 for kept, each in zip(accepted.tolist(), sure.astype(float).tolist(), strict=True):
-                    history = found.history.after(MAX_DRAFTS, kept, KEEP)
-                    found = Acceptance(history, found.trust.after(each, kept))
+                    found = found.after(each, kept, KEEP)
             known[kind] = found
             print(f"{kind}: kept by position {' '.join(f'{rate:.2f}' for rate in found.history.rates())}")
     out = args.out or pair.drafter / acceptance.SHIPPED

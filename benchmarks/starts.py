@@ -68,8 +68,7 @@ def calibrated(texts: Sequence[Trace], truth: CostTable) -> Depth:
     known = Acceptance()
     for text in texts:
         for kept, sure in zip(text.accepted.tolist(), text.confidences.astype(float).tolist(), strict=True):
-            history = known.history.after(MAX_DRAFTS, kept, LASTING)
-            known = Acceptance(history, known.trust.after(sure, kept))
+            known = known.after(sure, kept, LASTING)
     table = replace(truth, learned=frozenset((rows, width) for rows in ROWS for width in range(1, MAX_DRAFTS + 1)))
     return Depth(lambda kind, idle: table, priors={GREEDY: known})
 

@@ -85,14 +85,6 @@ def shards(jobs: list[Job], limit: int) -> dict[str, list[Job]]:
     return {f"model-{i:05}-of-{total:05}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def write(files: dict[str, list[Job]], folder: Path) -> None:
-    """Writes all shards and the index into `folder`, with a progress bar on a terminal."""
-    with bar([job for jobs in files.values() for job in jobs]) as progress:
-        for name, jobs in files.items():
-            write_jobs(folder / name, jobs, jobs, progress)
-    finish(files, folder)
-
-
 @dataclass(frozen=True)
 class Weights:
     """The weights of a folder, from a source that is here. room: bytes of disk that they need."""
@@ -105,8 +97,12 @@ class Weights:
         return sum(job.nbytes for job in self.jobs)
 
     def write(self) -> None:
-        """Writes them."""
-        write(shards(self.jobs, SHARD_BYTES), self.folder)
+        """Writes all shards and the index, with a progress bar on a terminal."""
+        files = shards(self.jobs, SHARD_BYTES)
+        with bar(self.jobs) as progress:
+            for name, jobs in files.items():
+                write_jobs(self.folder / name, jobs, jobs, progress)
+        finish(files, self.folder)
 
 
 def bar(jobs: list[Job]) -> tqdm:

@@ -75,15 +75,15 @@ def tried(
     best = []
     for some_ways in ways.values():
         rates: dict[int, float] = {}
-        left = list(enumerate(some_ways))
-        for i, way in left * (TRIALS if len(left) > 1 else 1):
-            if (i, way) not in left:
+        failed: set[int] = set()
+        for i, way in list(enumerate(some_ways)) * (TRIALS if len(some_ways) > 1 else 1):
+            if i in failed:
                 continue
             try:
                 rate = some.tokens / way.ask(workers, some)["seconds"]
             except Failed as error:
                 note(f"failed: {way}: {error}")
-                left.remove((i, way))
+                failed.add(i)
                 continue
             rates[i] = max(rate, rates.get(i, 0.0))
             note(f"trial: {way}: {rate:.0f} tokens/s")

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..speculative.depth import AUTO, Depth, DraftRow
-from ..speculative.drafting import FORCED
 from ..speculative.loop import Speculation
 from ..speculative.mixture import leading
 from ..speculative.readback import Round
-from ..speculative.widening import wider
+from ..speculative.widening import verified
 from .held import Held
 
 
 class Lengths:
     """The draft lengths of a runner's rounds.
 
-    A round calls `draft` before its readback and `read` after it; `begin` once the next round's rows are known, `count`
-    any time after that, and then `verify`. What a round gave is counted late, so that a verify can be dispatched first.
+    A round calls `draft` before its readback and `read` after it; `count` once the next round's rows are known, and
+    then `verify`. What a round gave is counted late, so that a verify can be dispatched first.
     """
 
     def __init__(self, depth: Depth, block: int, drafting: bool):
         """depth: who chooses. block: tokens of the longest verify. drafting: whether there is a drafter."""
         self.depth, self.block, self.drafting = depth, block, drafting
-        self.widened = False  # whether the last verify had more drafts than the drafter's
+        self._timed = True  # whether the verify that runs has a width that the drafter's drafts have
         self._due: tuple[dict[int, int], float | None] | None = None  # of the last round, which is to be counted
         self._gone: list[int] = []  # requests that ended, which are to be forgotten once that is counted
 
@@ -47,7 +46,7 @@ class Lengths:
             for id, tokens, drafted, sources in rows
             if drafted is not None and tokens
         }
-        self._due = kept, None if self.widened else seconds
+        self._due, self._timed = (kept, seconds if self._timed else None), True
 
     def count(self) -> None:
         """Tells what came of the last round, and who has ended."""
@@ -70,31 +69,12 @@ class Lengths:
 
     def drop(self) -> None:
         """Counts nothing of the last round, which failed."""
-        self._due = None
-
-    def begin(self) -> None:
-        """Begins with a round's verify, which has the drafter's drafts alone until `verify` says otherwise."""
-        self.widened = False
+        self._due, self._timed = None, True
 
     def verify(self, loop: Speculation, held: Sequence[Held]) -> int | None:
         """Returns how many drafts of each row the next verify has at most, None for all. held: of the rows."""
-        rows, context, chains, waiting = self._rows(held, 1), _context(held), loop.chains, loop.waiting
-        automatic = [row.drafts == AUTO for row in rows]
-        self.depth.give_way(row.id for row, chain in zip(rows, chains, strict=True) if chain.replaced)
-        own = [
-            min(chain.own, count) if auto else count
-            for chain, count, auto in zip(chains, waiting, automatic, strict=True)
-        ]
-        led = [row.id for row, chain in zip(rows, chains, strict=True) if chain.sources[:1] == [FORCED]]
-        width = self.depth.verify(rows, context, loop.confidences, own, led)
-        beside = any(chain.own < len(chain.tokens) for chain in chains)
-        known = self.depth.prices(len(rows), context) if beside else None
-        if width is None or known is None:
-            return width
-        rates = [chain.rates for chain, auto in zip(chains, automatic, strict=True) if auto]
-        useful = [row.useful for row, auto in zip(rows, automatic, strict=True) if auto]
-        most = wider(rates, useful, width, *known, len(rows) - len(rates))
-        self.widened = most > width or any(chain.replaced for chain in chains)
+        rows, context = self._rows(held, 1), _context(held)
+        most, self._timed = verified(self.depth, rows, context, loop.chains, loop.confidences, loop.waiting)
         return most
 
     def _rows(self, held: Sequence[Held], due: int) -> list[DraftRow]:

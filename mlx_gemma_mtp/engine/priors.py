@@ -41,8 +41,7 @@ class Priors:
         """Returns what is known of a pair, by default settings from what it ships. Without a drafter it is nothing."""
         if pair.drafter is None:
             return cls()
-        key = key_of(pair, drafting)
-        usual = key == key_of(pair, DEFAULT_DRAFTING)
+        key, usual = key_of(pair, drafting), _way(drafting) == _way(DEFAULT_DRAFTING)
         return cls(AcceptanceFile(key), pair.drafter if usual else None, key, notice)
 
     def learn(self, accepted: Mapping[str, Acceptance]) -> None:
@@ -69,9 +68,12 @@ class Priors:
 
 def key_of(pair: Pair, drafting: Drafting) -> dict[str, Any]:
     """Returns what acceptance depends on."""
+    return {"target": fingerprint(pair.target), "drafter": fingerprint(pair.drafter), **_way(drafting)}
+
+
+def _way(drafting: Drafting) -> dict[str, Any]:
+    """Returns how drafts are made and accepted."""
     return {
-        "target": fingerprint(pair.target),
-        "drafter": fingerprint(pair.drafter),
         "source": drafting.source or MTP,
         "draft_position": drafting.position,
         "draft_temperature": drafting.temperature,

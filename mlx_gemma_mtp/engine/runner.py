@@ -398,7 +398,6 @@ class Runner:
             deliver(self._all_given())
             return self.lengths.count()
         self._launched = self.clock()
-        self.lengths.begin()
         plain = not any(self._loop.waiting)
         if plain:
             self._loop.launch(meanwhile=lambda: deliver(self._all_given()))

@@ -120,6 +120,15 @@ class Acceptance:
         """How many rounds it counts, older ones less."""
         return max(self.history.tried)
 
+    def after(self, confidences: Sequence[float], accepted: int, keep: float) -> Acceptance:
+        """Returns the acceptance after one more round of one row, in which no draft was cut.
+
+        confidences: of the verified drafts. accepted: drafts that were kept. keep: what the round keeps of the past, of
+        positions.
+        """
+        history = self.history.after(len(confidences), accepted, keep)
+        return Acceptance(history, self.trust.after(confidences, accepted))
+
     def plus(self, other: Acceptance) -> Acceptance:
         """Returns the sum of both counts."""
         return Acceptance(self.history.plus(other.history), self.trust.plus(other.trust))

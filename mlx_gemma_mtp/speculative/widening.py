@@ -9,9 +9,44 @@ from collections.abc import Sequence
 
 from .choice import MARGIN
 from .correction import Prices
+from .depth import AUTO, Depth, DraftRow
+from .drafting import FORCED
 from .history import expected
+from .mixture import Chain
 
 STEPS = 4  # of the last widths that were priced, by which wider ones are
+
+
+def verified(
+    depth: Depth,
+    rows: Sequence[DraftRow],
+    context: int,
+    chains: Sequence[Chain],
+    confidences: Sequence[Sequence[float]],
+    waiting: Sequence[int],
+) -> tuple[int | None, bool]:
+    """Returns how many drafts of each row the next verify has at most, None for all, and whether its time is one of a
+    width that the drafter's drafts have: not where others made it wider, or took their place.
+
+    rows: as of this verify, in the order of the rest. context: committed tokens of the longest row. confidences: of
+    each row, those of the drafter's drafts. waiting: how many drafts of each row there are.
+    """
+    automatic = [row.drafts == AUTO for row in rows]
+    replaced = [chain.replaced for chain in chains]
+    depth.give_way(row.id for row, gone in zip(rows, replaced, strict=True) if gone)
+    own = [
+        min(chain.own, count) if auto else count for chain, count, auto in zip(chains, waiting, automatic, strict=True)
+    ]
+    led = [row.id for row, chain in zip(rows, chains, strict=True) if chain.sources[:1] == [FORCED]]
+    width = depth.verify(rows, context, confidences, own, led)
+    beside = any(chain.own < len(chain.tokens) for chain in chains)
+    known = depth.prices(len(rows), context) if beside else None
+    if width is None or known is None:
+        return width, True
+    rates = [chain.rates for chain, auto in zip(chains, automatic, strict=True) if auto]
+    useful = [row.useful for row, auto in zip(rows, automatic, strict=True) if auto]
+    most = wider(rates, useful, width, *known, len(rows) - len(rates))
+    return most, most == width and not any(replaced)
 
 
 def seconds(prices: Prices, width: int) -> float:
