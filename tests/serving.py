@@ -120,7 +120,7 @@ def _logprob(token: int) -> Any:
 
 def ids_of(engine: Any, text: str) -> list[int]:
     """The ids of a reply, with the control tokens that it spells."""
-    return engine.text.fast_tokenizer.encode(text, add_special_tokens=False)
+    return engine.text.spelled(text)
 
 
 def post(url: str, path: str, body: Any, **headers: str) -> httpx.Response:

@@ -13,7 +13,7 @@ from ..errors import UserError, shown
 from ..files.progress import Progress
 from ..machine import blas
 from ..models.config import GenerationDefaults, TargetConfig
-from ..sampling.params import SamplingParams, count, flag
+from ..sampling.params import SamplingParams, check_unicode, count, flag
 from .arguments import (
     MOST_SAMPLES,
     Cancel,
@@ -130,8 +130,8 @@ class Intake:
             return ()
         if not isinstance(text, str):
             raise UserError(f"prediction is {shown(text)}, expected text, or None where there is none")
-        ids = self.text.tokenizer.encode(text, add_special_tokens=False)
-        return tuple(token for token in ids if token < self.config.vocab_size)
+        check_unicode("the prediction", text)
+        return tuple(token for token in self.text.spelled(text) if token < self.config.vocab_size)
 
     def _beginning(self, prompt: list[int], salt: str | None) -> dict[str, Any]:
         """Returns where turns begin in a prompt, and what is known of it from disk. Raises UserError for one that is

@@ -179,8 +179,16 @@ class Text:
         check_unicode("the prompt", prompt)
         if not prompt:
             return []
+        return self._begun(self.spelled(prompt, add_special_tokens=self.bos is None))
+
+    def spelled(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Returns the ids of text as it stands, the control tokens that it spells among them.
+
+        add_special_tokens: adds those that the tokenizer begins and ends a text with. Every thread may call this: the
+        tokenizer's own encode would, meanwhile, make control tokens of another thread's chat messages.
+        """
         with self.template.lock:
-            return self._begun(self.tokenizer.encode(prompt, add_special_tokens=self.bos is None))
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _begun(self, tokens: list[int]) -> list[int]:
         """Tokens of text, behind one <bos>: Google's tokenizer adds none, and most templates write one."""

@@ -50,7 +50,24 @@ def test_a_prediction_is_copied_from():
         result = list(engine.stream("Write it.", AGAIN, prediction=CODE))[-1].result
         with pytest.raises(UserError, match=r"^prediction is 3, expected text"):
             engine.stream("x", FREE, prediction=3)
+        with pytest.raises(UserError, match=r"^the prediction has '.udcff' at 1, which is no character"):
+            engine.stream("x", FREE, prediction="a\udcff")
     assert result.tokens == without.tokens and result.stats.rounds < 0.6 * without.stats.rounds
+
+
+@pytest.mark.parametrize("way", [{"prediction": "<turn|>"}, {"chat_template": False}, {}], ids=str)
+def test_no_two_threads_encode_at_once(engine, monkeypatch, way):
+    """The tokenizer keeps whether control strings are text: one thread's would be control tokens by another's call."""
+    kind, locked = type(engine.text.fast_tokenizer), []
+    encode = kind._encode_plus
+
+    def watched(self, *args, **kwargs):
+        locked.append(engine.text.template.lock.locked())
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "_encode_plus", watched)
+    engine.stream("<turn|>Hello", FREE, **way).close()
+    assert locked and all(locked)
 
 
 def test_partners_of_an_edit_lose_nothing(engine):
