@@ -1,6 +1,7 @@
 """How many tokens of waiting prompts a round may prefill, so that nobody who reads along waits long for the next word.
 
-The chunk is to take about as long as the round itself; then the longest gap is about two rounds.
+The chunk is to take about as long as the round itself, or GAP where that is longer: a reader does not notice it, and
+those who wait for their first word wait for less.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from statistics import median_low
 
 KEEP = 32  # times of rounds, and of chunks; what is older may be of another load
+GAP = 0.1  # seconds by which a text may always be held up
 OF_EACH = 5  # times of like rounds, or of like chunks, that count
 
 
@@ -21,28 +23,30 @@ class Budget:
     once, and known from then on.
     """
 
-    def __init__(self, chunk: int, grid: int, fixed: int | None = None):
+    def __init__(self, chunk: int, grid: int, fixed: int | None = None, gap: float = GAP):
         """Starts with nothing known.
 
-        chunk: the most tokens. grid: the least, and the step between sizes. fixed: always so many, by no clock.
+        chunk: the most tokens. grid: the least, and the step between sizes. fixed: always so many, by no clock. gap:
+        seconds that a chunk may take however short the round is.
         """
-        self.chunk, self.grid, self.fixed = chunk, grid, fixed
+        self.chunk, self.grid, self.fixed, self.gap = chunk, grid, fixed, gap
         self._rounds: deque[tuple[int, float]] = deque(maxlen=KEEP)  # (rows, seconds)
         self._chunks: deque[tuple[int, float]] = deque(maxlen=KEEP)  # (tokens, a multiple of grid; seconds)
         self._queued = 0  # tokens that the device prefills after the last readback
 
-    def tokens(self, rows: int) -> int | None:
-        """Returns how many prompt tokens the next round may prefill, a multiple of `grid`; None for any number.
+    def tokens(self, rows: int) -> int:
+        """Returns how many prompt tokens the next round may prefill, a multiple of `grid`.
 
-        rows: that decode in it.
+        rows: that decode in it. Without any it is a chunk: of prompts that come together the shortest has its first
+        token soon, and the last one its own no later.
         """
         if rows == 0:
-            return None
+            return self.chunk
         if self.fixed is not None:
             return self.fixed
         if not (self._rounds and self._chunks):
             return self.grid
-        seconds, known = self._round(rows), _medians(self._chunks)
+        seconds, known = max(self._round(rows), self.gap), _medians(self._chunks)
         sizes = range(self.chunk // self.grid * self.grid, self.grid, -self.grid)
         return next((size for size in sizes if _between(known, size) <= seconds), self.grid)
 

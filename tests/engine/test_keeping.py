@@ -31,6 +31,7 @@ from mlx_gemma_mtp.engine.plan import Piece
 from mlx_gemma_mtp.engine.prefix import Kind
 from mlx_gemma_mtp.engine.runner import Runner
 from mlx_gemma_mtp.machine.pressure import CRITICAL, NORMAL, WARNING
+from mlx_gemma_mtp.speculative.budget import Budget
 
 GRID = CHUNK // 4
 PLENTY = 1 << 30
@@ -235,6 +236,7 @@ def test_salts_are_apart():
     requests = [Asked(prompt=(0, 300), salt=salt) for salt in (None, "b", "a")]
     assert [cached(driven.run(each))[0] for each in requests] == [0, 0, grid(299)]
     driven = Driven()  # nobody waits for a prompt of another salt
+    driven.runner.budget = Budget(8 * CHUNK, CHUNK // 4)  # both in one round
     outcomes = driven.run(*(Asked(prompt=(0, 300), salt=salt) for salt in ("a", "b")))
     assert cached(outcomes) == [0, 0] and outcomes[0].first == outcomes[1].first
 

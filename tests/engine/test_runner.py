@@ -197,5 +197,5 @@ def test_a_chunk_beside_the_first_tokens_is_known_to_fall_into_the_next_round():
     driven = drive(Asked(prompt=(0, 9)), Asked(prompt=(1, 400), limit=4))
     driven.runner.budget = Listening(CHUNK, CHUNK // 4, CHUNK)
     turns(driven, 4)
-    begins = next(each for each in told if each[0])
-    assert begins == (1, False, CHUNK, False)
+    rows, timed, tokens, waited = next(each for each in told if each[0])
+    assert (rows, timed, waited) == (1, False, False) and tokens > 0

@@ -195,7 +195,9 @@ def test_rows_that_must_give_way_come_back(pair):
 
 
 def test_long_rows_are_written_in_place_while_others_come_and_go():
-    """Over a hundred rounds no buffer of the long rows is copied, whoever joins, leaves or moves."""
+    """Over a hundred rounds no buffer of the long rows is copied, whoever joins, leaves or moves; but for a row that
+    moves, itself.
+    """
     long = [Asked(prompt=(i % 3, 1100), limit=60 + 8 * i, drafts=i % 2) for i in range(7)]
     short = [Asked(at=200 + 3 * i, prompt=(i % 3, 5 + i), limit=3 + i % 5, drafts=i % 3) for i in range(40)]
     with within(3600):
@@ -208,12 +210,13 @@ def test_long_rows_are_written_in_place_while_others_come_and_go():
         peaks = []
         for _ in range(100):
             mx.eval(drive.runner._loop.cache.buffers)
-            before = mx.get_active_memory()
+            before, rows = mx.get_active_memory(), {id: row for row, id in enumerate(drive.runner.rows)}
             mx.reset_peak_memory()
             drive.turn()
-            peaks.append(mx.get_peak_memory() - before)
+            moved = sum(rows.get(id, row) != row for row, id in enumerate(drive.runner.rows))
+            peaks.append(mx.get_peak_memory() - before - moved * drive.runner.scheduler.memory.saved(1100))
     assert sum(each.over for each in drive.outcomes.values()) > 20
-    assert max(peaks) < min(peaks) + buffer, (buffer, peaks)
+    assert max(peaks) < buffer, (buffer, peaks)
 
 
 def test_a_rows_slots_follow_from_its_length(monkeypatch):

@@ -18,6 +18,7 @@ from mlx_gemma_mtp.ops.kernels.products import Weights, flat
 SPLIT = Format(mx.float32, 0, inputs=2100, outputs=18)  # K >= 16 N: a row is split over SIMD-groups
 QUAD = Format(mx.float32, 4, 128, inputs=128, outputs=70)  # qmv_quad
 FEW = Format(mx.float32, 8, 32, inputs=64, outputs=5)
+EVEN = replace(AFFINE, outputs=20)  # the second SIMD-group of the last threadgroup begins where the outputs end
 FORMATS = (  # MLX's kernel of one row
     AFFINE,  # qmv
     Format(mx.bfloat16, 0),  # gemv
@@ -209,7 +210,7 @@ SLOW = [
     (AFFINE, "(1u << BITS) - 1u", "(1u << BITS) - 2u"),
     (AFFINE, "size_t(r) * inputs + first", "size_t(first)"),
     (AFFINE, "first < inputs; first += BLOCK", "first < inputs - BLOCK; first += BLOCK"),
-    (AFFINE, "first_row >= outputs", "first_row > outputs"),
+    (EVEN, "first_row >= outputs", "first_row > outputs"),
     (AFFINE, "return simd_sum(part);", "return part;"),
     (SPLIT, "group * COLUMNS * ROWS + i] = sums[i]", "COLUMNS * ROWS + i] = sums[i]"),
     (SPLIT, "(SPLIT > 1 ? group * LANES : 0) + lane", "lane"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.speculative.budget import KEEP, Budget
+from mlx_gemma_mtp.speculative.budget import GAP, KEEP, Budget
 
 CHUNK, GRID = 256, 32
 
@@ -35,7 +35,7 @@ def serve(budget: Budget, machine: Machine, rows: int, rounds: int) -> list[int]
     found, queued = [], 0
     for _ in range(rounds):
         tokens = budget.tokens(rows)
-        found.append(CHUNK if tokens is None else tokens)
+        found.append(tokens)
         waited = rows == 0
         inside = queued + (found[-1] if waited else 0)
         budget.took(rows, machine.observed(rows, inside), found[-1], waited)
@@ -43,22 +43,26 @@ def serve(budget: Budget, machine: Machine, rows: int, rounds: int) -> list[int]
     return found
 
 
+def strict() -> Budget:
+    """A budget by which a chunk takes no longer than a round, however short that is."""
+    return Budget(CHUNK, GRID, gap=0.0)
+
+
 def known(machine: Machine, rows: int = 2) -> Budget:
     """A budget after a prompt that was prefilled alone, and some rounds without any."""
-    budget = Budget(CHUNK, GRID)
+    budget = strict()
     serve(budget, machine, 0, 5)
     for _ in range(5):
         budget.took(rows, machine.observed(rows, 0), 0, False)
     return budget
 
 
-def test_without_rows_there_is_no_bound():
-    budget = Budget(CHUNK, GRID)
-    assert budget.tokens(0) is None and Budget(CHUNK, GRID, fixed=64).tokens(0) is None
+def test_without_rows_it_is_a_chunk():
+    assert strict().tokens(0) == Budget(CHUNK, GRID, fixed=64).tokens(0) == CHUNK
 
 
 def test_before_anything_is_known_it_is_the_least():
-    budget = Budget(CHUNK, GRID)
+    budget = strict()
     assert budget.tokens(1) == GRID
     budget.took(0, 1.0, CHUNK, True)
     assert budget.tokens(1) == GRID  # what a round takes is not known
@@ -76,6 +80,15 @@ def test_a_chunk_takes_about_as_long_as_a_round(rows, first, each, noise, late):
     assert best / (1.6 if noise > 1 else 1.01) - GRID < typical <= best * (1.6 if noise > 1 else 1.01), (typical, best)
     longest = max(machine.seconds(rows, each) for each in tokens)
     assert longest <= (2.8 if noise > 1 else 2.0) * machine.seconds(rows, 0)
+
+
+@pytest.mark.parametrize("round, best", [(10e-3, 96), (150e-3, 192)])  # 11 and 165 ms
+def test_what_a_reader_does_not_notice_may_always_be_taken(round, best):
+    machine = Machine(round, 0.0, 8e-4)
+    budget = Budget(CHUNK, GRID, gap=0.1)
+    assert budget.gap == GAP
+    serve(budget, machine, 0, 5)
+    assert set(serve(budget, machine, 1, 40)[20:]) == {best}
 
 
 def test_where_even_the_least_takes_longer_it_stays_the_least():
@@ -107,7 +120,7 @@ def test_a_machine_that_got_slower_or_faster_is_followed():
 def test_a_round_is_known_from_rounds_with_chunks():
     """Rows join while prompts are prefilled without a break: their round is what the chunk leaves of the time."""
     machine = Machine(10e-3, 0.0, 1e-4)
-    budget = Budget(CHUNK, GRID)
+    budget = strict()
     serve(budget, machine, 0, 4)
     assert serve(budget, machine, 1, 12)[-1] == 96  # of 11 ms
     budget.took(5, machine.seconds(5, 96), 96, False)
@@ -115,7 +128,7 @@ def test_a_round_is_known_from_rounds_with_chunks():
 
 
 def test_rows_that_were_not_seen_are_like_the_nearest():
-    budget = Budget(CHUNK, GRID)
+    budget = strict()
     budget.took(0, 25.6e-3, CHUNK, True)
     for _ in range(3):
         budget.took(1, 5e-3, 0, False)
@@ -125,7 +138,7 @@ def test_rows_that_were_not_seen_are_like_the_nearest():
 
 def test_a_chunk_falls_into_the_round_that_waits_for_it():
     """The next one, unless the readback waited; then that round's time is no draft length's business."""
-    budget = Budget(CHUNK, GRID)
+    budget = strict()
     assert budget.took(1, 1.0, 0, False)
     assert budget.took(1, 1.0, 64, False)  # queued behind its readback
     assert not budget.took(1, 1.5, 0, False)
@@ -144,7 +157,7 @@ def test_a_fixed_one_hears_no_clock():
 
 def test_a_round_that_took_less_than_its_chunk_says_nothing():
     """Of rows that were not seen; and a time without rows and prompts is nobody's."""
-    budget = Budget(CHUNK, GRID)
+    budget = strict()
     budget.took(0, 1.0, 64, True)
     budget.took(3, 0.5, 64, True)
     budget.took(0, 1.0, 0, False)
