@@ -394,6 +394,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("out", type=Path)
     p.add_argument("--seconds", type=float, default=360)
+    p.add_argument("--until", type=float, help="seconds since 1970 at which all ends; what began this counts, too")
     p.add_argument("--work", type=Path, default=Path("/tmp/gpu-run"))
     p.add_argument("--alone", type=float, help="seconds kept for the steps that run alone (default: what they need)")
     p.add_argument("--beside", type=int, default=BESIDE)
@@ -405,6 +406,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.until is not None:
+        args.seconds = max(0.0, args.until - time.time())
     beside, alone = steps(args.work, args.plan)
     some = chosen([*beside, *alone], args.only)
     beside, alone = ([step for step in each if step in some] for each in (beside, alone))

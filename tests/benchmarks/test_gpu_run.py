@@ -126,6 +126,16 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, capsys):
     assert "compile bundled" in said and "no time" in said and not (tmp_path / "out").exists()
 
 
+def test_what_began_it_counts_where_an_end_is_given(tmp_path, capsys, monkeypatch):
+    """At 1,300 an end at 1,360 leaves the 60 seconds that were asked for otherwise; one that is past leaves none."""
+    monkeypatch.setattr(run.time, "time", lambda: 1300.0)
+    said = []
+    for flags in (["--seconds", "60"], ["--until", "1360"], ["--until", "1200"]):
+        assert run.main([str(tmp_path / "out"), "--dry", *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2] and all(line.endswith("no time") for line in said[2].splitlines())
+
+
 # ------------------------------------------------------------------------------------------------- the summary
 
 
