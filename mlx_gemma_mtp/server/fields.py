@@ -44,6 +44,9 @@ def of_chat(served: Served, body: ChatRequest) -> Ask:
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
         message = f"top_logprobs is {body.top_logprobs}, expected 0 to {MAX_LOGPROBS}"
         raise Refusal(400, message, param="top_logprobs")
+    if body.continue_final_message and (body.model_extra or {}).get("add_generation_prompt"):
+        message = "add_generation_prompt is true beside continue_final_message, expected one of them"
+        raise Refusal(400, message, param="add_generation_prompt")
     if body.draft_positions and not body.stream:
         raise Refusal(400, "draft_positions is given without stream, expected stream: true", param="draft_positions")
     if body.logprobs:

@@ -20,7 +20,7 @@ from .responses_schema import Deleted, InputItems, ResponsesAnswer, ResponsesReq
 from .routes import begun, streamed
 from .run import ClientGone, Run, unless_gone
 from .service import Served
-from .stream import event
+from .stream import DONE, event
 from .usage import repairs_header
 
 Item = dict[str, Any]
@@ -46,16 +46,17 @@ class ResponseStream:
         return b"".join(self._event(kind, fields) for kind, fields in self._output.take(chunk))
 
     def closing(self) -> bytes:
-        """Returns the last event."""
+        """Returns the last event, and the mark after it."""
         whole = finished(self._output, self._model, self._kept, self._owner)
-        return self._event(f"response.{whole['status']}", {"response": whole})
+        return self._event(f"response.{whole['status']}", {"response": whole}) + DONE
 
     def failed(self, refusal: Refusal) -> bytes:
-        """Returns the last event of a stream that cannot go on. Its code tells clients whether to try again."""
+        """Returns the same of a stream that cannot go on. Its code tells clients whether to try again."""
         self._output.break_off()
         final = (refusal.headers or {}).get("x-should-retry") == "false"
         error = {"code": "invalid_prompt" if final else "server_error", "message": refusal.message}
-        return self._event("response.failed", {"response": response_object(self._output, self._model, error=error)})
+        whole = response_object(self._output, self._model, error=error)
+        return self._event("response.failed", {"response": whole}) + DONE
 
     def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
         numbered = {"type": kind, "sequence_number": self._number} | fields

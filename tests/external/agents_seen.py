@@ -71,11 +71,12 @@ DECIDED = {
 class Noting:
     """An app that notes its requests, and cuts the first stream of a route where it is told to.
 
-    cut: how many pieces of the first stream with tools come before the connection breaks; None never.
+    cut: how many pieces of the first stream with tools come before the connection breaks; None never. bare: whether
+    that of a stream without tools is meant.
     """
 
-    def __init__(self, app: ASGIApp, cut: int | None = None):
-        self._app, self._cut = app, cut
+    def __init__(self, app: ASGIApp, cut: int | None = None, bare: bool = False):
+        self._app, self._cut, self._bare = app, cut, bare
         self.requests: list[tuple[str, str, int]] = []  # method, path, status
         self.unknown: Counter[str] = Counter()
         self.bodies: list[Mapping[str, Any]] = []
@@ -104,7 +105,7 @@ class Noting:
             nonlocal sent
             if message["type"] == "http.response.start":
                 self.requests.append((scope["method"], scope["path"], message["status"]))
-            elif self._cut is not None and isinstance(given, dict) and given.get("tools") and given.get("stream"):
+            elif self._cut is not None and isinstance(given, dict) and self._may_be_cut(given):
                 sent += 1
                 if sent > self._cut:
                     self._cut = None
@@ -113,6 +114,9 @@ class Noting:
             await send(message)
 
         await self._app(scope, again, noting)
+
+    def _may_be_cut(self, body: Mapping[str, Any]) -> bool:
+        return bool(body.get("stream")) and (self._bare or bool(body.get("tools")))
 
 
 def _json(body: bytes) -> Any:

@@ -4,7 +4,8 @@ Each is installed from its registry into a folder that is removed afterwards, ru
 with the bundled pair (or --url), and sends nothing anywhere else. Exit code 1 where it finds what must not be.
 
 llmprobe (npm): how far a server keeps to OpenAI's and Anthropic's interfaces. What a model of this size cannot do is
-named in MODEL. schemathesis (PyPI): requests drawn from the OpenAPI document, answers compared with it.
+named in MODEL; with --written a model that is written down (judges_model.py) does it, and nothing is excused.
+schemathesis (PyPI): requests drawn from the OpenAPI document, answers compared with it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ def served(args: argparse.Namespace, *flags: str):
     if args.url is not None:
         yield args.url
         return
+    if args.written:
+        from judges_model import Knowing
+        from serving import serving
+
+        from mlx_gemma_mtp import load
+
+        with load(draft_model="none") as engine, serving(Knowing(engine)) as url:
+            yield url
+        return
     model = ["--model", args.model] if args.model else []
     server = Serving(["mlx_gemma_mtp.serve", *FLAGS, *model, *flags], "openblas")
     try:
@@ -71,7 +81,7 @@ def llmprobe(args: argparse.Namespace, folder: Path) -> bool:
     bad = False
     for result in judged["results"]:
         for failure in result["failures"]:
-            model = failure["id"] in MODEL
+            model = failure["id"] in MODEL and not args.written
             bad |= failure["severity"] == "MUST" and not model
             print(f"  {failure['severity']}{' (the model)' if model else ''}: {failure['id']}: {failure['message']}")
     for each in judged["inconclusive"]:
@@ -111,6 +121,7 @@ def main() -> int:
     p.add_argument("judge", choices=JUDGES)
     p.add_argument("--url", help="of a server that runs, without /v1")
     p.add_argument("--model", help="of a server that is started (default: the bundled pair)")
+    p.add_argument("--written", action="store_true", help="of llmprobe: the model is written down")
     p.add_argument("--full", action="store_true", help="of llmprobe: its slow checks too")
     p.add_argument("--cases", type=int, default=5000, help="of schemathesis, at least (default: 5000)")
     p.add_argument("--seed", type=int, default=1, help="of schemathesis (default: 1)")

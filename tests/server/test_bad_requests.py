@@ -177,6 +177,14 @@ def test_what_the_engine_refuses_is_named(url, field, value, stream):
     assert refused(post(url, CHAT, {"messages": ASKED, field: value, "stream": stream}))["param"] == field
 
 
+def test_a_reply_that_goes_on_and_begins_is_refused(url):
+    """vLLM's pair of switches, of which one says the contrary of the other."""
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    asked = {"messages": [*ASKED, {"role": "assistant", "content": "So"}], "max_tokens": 1}
+    assert refused(post(url, CHAT, asked | both))["param"] == "add_generation_prompt"
+    assert post(url, CHAT, asked | both | {"continue_final_message": False}).status_code == 200
+
+
 def test_numbers_that_are_none(url):
     for text in ("NaN", "Infinity", "-Infinity", "1e999", "9" * 5000):
         refused(post(url, CHAT, f'{{"messages":[{{"role":"user","content":"x"}}],"temperature":{text}}}'.encode()))

@@ -22,6 +22,9 @@ from mlx_gemma_mtp.server import door
 
 HERE = Path(__file__).parent
 PATIENCE = 120.0
+LOADING = 900.0  # seconds for a reply that has the model loaded first
+CHAT = "{}/v1/chat/completions"
+ENDLESS = {"stream": True, "ignore_eos": True, "max_tokens": 4000}
 BODY = {"messages": [{"role": "user", "content": "def f(x):"}], "max_tokens": 8, "temperature": 0}
 PARENT = (
     "import socket, sys; from mlx_gemma_mtp.server.supervisor import supervise_command; "
@@ -124,16 +127,17 @@ def test_memory_is_given_back_and_prefixes_stay(tmp_path):
     said = "".join(f"def f{number}(x): return x + {number}\n" for number in range(60))
     body = BODY | {"messages": [{"role": "user", "content": said}]}
     with process("--idle-unload", "2", "--prefix-cache", str(tmp_path)) as (child, url):
-        first = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300).json()
-        loaded = memory(child.pid)
+        first = httpx.post(CHAT.format(url), json=body, timeout=LOADING).json()
+        with httpx.stream("POST", CHAT.format(url), json=BODY | ENDLESS, timeout=LOADING):  # so it is not idle
+            loaded = memory(child.pid)
+            about = httpx.get(f"{url}/health", timeout=LOADING).json()
         until_unloaded(url)
         freed = memory(child.pid)
         print(f"loaded: {loaded / 1e6:.0f} MB, unloaded: {freed / 1e6:.0f} MB")
         assert freed < loaded / 3 and Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text() == ""
-        again = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300).json()
+        again = httpx.post(CHAT.format(url), json=body, timeout=LOADING).json()
         assert again["choices"][0]["message"] == first["choices"][0]["message"]
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
-        about = httpx.get(f"{url}/health").json()
         assert about["settings"]["idle_unload"] == {"value": 2.0, "origin": "flag"}
 
 

@@ -49,6 +49,13 @@ def play(script, engine, text: str, size: int = 3) -> None:
     script.rounds[:] = [ids[at : at + size] for at in range(0, len(ids), size)]
 
 
+def stream_of(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a response, without the mark that ends every stream."""
+    *told, mark = events(url, PATH, body)
+    assert mark == "[DONE]" and "[DONE]" not in told
+    return told
+
+
 def bare(items: Any) -> list[dict[str, Any]]:
     """Items without what differs from one answer to the next."""
     return [{key: value for key, value in item.items() if key not in ("id", "call_id")} for item in items]
@@ -130,7 +137,7 @@ def test_a_stream_is_the_whole_response(script, engine, text, kinds, status, siz
     play(script, engine, text, size)
     given = SCRIPTED | {"tools": [TOOL, WRITER], "reasoning": {"effort": "low"}}
     whole = post(script.url, PATH, given).json()
-    told = events(script.url, PATH, given)
+    told = stream_of(script.url, given)
     assert [item["type"] for item in whole["output"]] == kinds and whole["status"] == status
     assert bare(told[-1]["response"]["output"]) == bare(whole["output"])
     assert told[-1]["response"]["usage"] == whole["usage"]
@@ -190,7 +197,7 @@ def test_a_call_ends_as_soon_as_it_is_whole(script, engine):
     """So that a client may run it while the next one is written."""
     ids = ids_of(engine, CALL)
     script.rounds[:] = [ids, ids_of(engine, "And"), ids_of(engine, " so on." + END)]
-    kinds = [event["type"] for event in events(script.url, PATH, SCRIPTED | {"tools": [TOOL]})]
+    kinds = [event["type"] for event in stream_of(script.url, SCRIPTED | {"tools": [TOOL]})]
     assert kinds.index("response.output_item.done") < kinds.index("response.output_text.delta")
 
 
@@ -200,13 +207,13 @@ def test_a_repaired_call_is_told(script, engine):
     answer = post(script.url, PATH, SCRIPTED | {"tools": [tool]})
     assert json.loads(answer.json()["output"][0]["arguments"]) == {"n": 5}
     assert "n was the text" in answer.json()["repaired"][0] and answer.headers["x-tool-calls-repaired"]
-    assert events(script.url, PATH, SCRIPTED | {"tools": [tool]})[-1]["response"]["repaired"]
+    assert stream_of(script.url, SCRIPTED | {"tools": [tool]})[-1]["response"]["repaired"]
 
 
 def test_logprobs_are_those_of_the_text(client):
     given = GIVEN | {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "temperature": 0.0}
     whole = client.responses.create(**given)
-    told = events(str(client.base_url).removesuffix("/v1/"), PATH, given)
+    told = stream_of(str(client.base_url).removesuffix("/v1/"), given)
     part = whole.output[0].content[0]
     assert "".join(entry.token for entry in part.logprobs) == part.text and len(part.logprobs[0].top_logprobs) == 2
     deltas = [event for event in told if event["type"] == "response.output_text.delta"]
@@ -303,7 +310,7 @@ def test_a_chain_goes_on_and_instructions_do_not(engine):
     model = Remembering(engine, ["One." + END, "Two." + END, "Three." + END])
     with serving(model) as url:
         first = post(url, PATH, {"input": "a", "instructions": "Be brief."}).json()
-        second = events(url, PATH, {"input": "b", "previous_response_id": first["id"]})[-1]["response"]
+        second = stream_of(url, {"input": "b", "previous_response_id": first["id"]})[-1]["response"]
         third = post(url, PATH, {"input": "c", "previous_response_id": second["id"]}).json()
         assert third["previous_response_id"] == second["id"]
         turns = [("user", "a"), ("assistant", "One."), ("user", "b"), ("assistant", "Two."), ("user", "c")]
@@ -352,7 +359,7 @@ def test_functions_of_a_namespace(script, engine):
     [call] = answer["output"]
     assert (call["namespace"], call["name"], call["arguments"]) == ("agents", "now", "{}")
     assert answer["tools"] == [TOOL, space]  # without what this package does not do
-    check_order(events(script.url, PATH, given))
+    check_order(stream_of(script.url, given))
     output = {"type": "function_call_output", "call_id": call["call_id"], "output": "noon"}
     again = post(script.url, PATH, given | {"input": [{"role": "user", "content": "?"}, call, output]})
     assert again.status_code == 200
@@ -361,7 +368,7 @@ def test_functions_of_a_namespace(script, engine):
 def test_thoughts_are_sealed_where_they_are_asked_for(script, engine):
     play(script, engine, THOUGHT + "Yes." + END)
     asked = SCRIPTED | {"include": ["reasoning.encrypted_content"], "reasoning": {"summary": "auto"}}
-    told = events(script.url, PATH, asked)
+    told = stream_of(script.url, asked)
     assert told[-1]["response"]["output"][0]["encrypted_content"] == sealed("Hm.")
     assert "encrypted_content" not in post(script.url, PATH, SCRIPTED).json()["output"][0]
 
@@ -376,7 +383,7 @@ def test_a_failure_amid_a_stream(engine):
     rounds = iter(range(9))
     scripted = Scripted(engine, lambda number: [ids_of(engine, "x")] * 9, lambda: fail() if next(rounds) > 1 else None)
     with serving(scripted) as url:
-        told = events(url, PATH, GIVEN)
+        told = stream_of(url, GIVEN)
         last = told[-1]
         assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
         assert last["response"]["error"]["code"] == "invalid_prompt"  # clients do not try again

@@ -20,7 +20,7 @@ CHAT = "/v1/chat/completions"
 BODY = {"model": NAME, "messages": ASKED, "max_tokens": 24, "temperature": 0}
 AT_ONCE = 8
 GROWTH = 40e6  # bytes that the last two thirds of many requests may add to the process
-LIMITS = Limits(output_tokens=24, prompt_tokens=300, seconds=20.0)
+LIMITS = Limits(output_tokens=24, prompt_tokens=300, seconds=900.0)  # the last for a machine that is busy
 
 
 def resident() -> int:
