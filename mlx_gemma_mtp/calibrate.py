@@ -117,7 +117,7 @@ def text(table: CostTable) -> str:
     for cell in cells(table):
         seconds = (*cell.seconds, *(cell.verify[count] for count in COPIES))
         context = f"{'~' * cell.estimated}{cell.context}"
-        lines.append(f"{context:>7} {cell.rows:5} " + "".join(f"{1e3 * each:8.2f}" for each in seconds))
+        lines.append(f"{context:>7} {cell.rows:5} " + "".join(f" {1e3 * each:7.2f}" for each in seconds))
         lines.append(" " * 22 + "".join("   never" if rate is None else f"{rate:8.2f}" for rate in cell.break_even))
     return "\n".join(lines)
 
