@@ -37,7 +37,9 @@ def interval(values: list[float], chance: float = 0.95) -> tuple[float, float]:
 
 def flatten(file: CostFile) -> None:
     """Writes a table from a bad moment: a verify of many drafts is no dearer than one of 1, a draft hardly costs."""
-    file.write({(rows, 25, width): 0.01 + 0.0005 * (width > 0) for rows in ROWS for width in (0, 1, 4, 7)}, {1: 1e-4})
+    file.write(
+        {(rows, 0, width): 0.01 + 0.0005 * (width > 0) for rows in ROWS for width in (0, 1, 4, 7)}, {(1, 0): 1e-4}
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,20 +17,17 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma_mtp.speculative.copies import RowText, agreeing
-from mlx_gemma_mtp.speculative.correction import Prices
-from mlx_gemma_mtp.speculative.costs import ROWS, CostTable
+from mlx_gemma_mtp.speculative.costs import ROWS, WIDEST, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO, DraftRow
 from mlx_gemma_mtp.speculative.drafting import Drafting
 from mlx_gemma_mtp.speculative.mixture import Chain, Mixture, Pool, leading
-from mlx_gemma_mtp.speculative.widening import seconds, verified
+from mlx_gemma_mtp.speculative.widening import verified
 
-from .replay import DATA, FREE, NOISY, Clock, by, read_table
+from .replay import CONTEXT, DATA, FREE, LONG, NOISY, Clock, after_long_texts, by, read_table
 
 FILE = DATA / "mixtures.npz"
 ALONE, COPIES = ("mtp",), ("mtp", "copy")
-REACH = 15  # drafts of all sources
 REBUILD = 0.05  # of a plain round
-LONG = 32768  # tokens
 
 
 @dataclass(frozen=True)
@@ -91,17 +88,12 @@ def read(path: Path = FILE) -> dict[str, list[Recorded]]:
     return found
 
 
-def seconds_of(table: CostTable, rows: int, context: int, width: int) -> float:
-    """Returns the seconds of a verify; beyond the table's widths as `widening.seconds` has it."""
-    return seconds(Prices(tuple(table.rounds_at(rows, context)), table.draft_at(rows), ()), width)
-
-
 def run(
     some: Sequence[Recorded],
     table: CostTable,
     sources: Sequence[str],
     drafts: int | str = AUTO,
-    context: int = 512,
+    context: int = CONTEXT,
     clock: Clock = NOISY,
     seed: int = 0,
     pool: Pool | None = None,
@@ -112,7 +104,7 @@ def run(
     mixture.begin([RowText([*text.prompt.tolist(), int(text.tokens[0])]) for text in some])
     ends, took, rounds = [0.0] * len(some), 0.0, 0
     rows = [DraftRow(row, drafts, FREE, False) for row in live]
-    reach = [REACH if drafts == AUTO else int(drafts)] * len(some)
+    reach = [WIDEST if drafts == AUTO else int(drafts)] * len(some)
     made = _made(depth, mixture, rows, context)
     chains, drafted = _chains(mixture, some, live, at, made, reach)
     while live:
@@ -127,9 +119,8 @@ def run(
             emitted.append(text[: kept[-1] + 1])
         rebuilt = [chain.tokens[:n] for chain, n in zip(chains, counts, strict=True)] != drafted
         made = _made(depth, mixture, rows, context)
-        plain = table.verify_at(len(live), context)[0]
-        taken = seconds_of(table, len(live), context, max(counts)) + max(made) * table.draft_at(len(live))
-        taken += REBUILD * plain * rebuilt
+        verify = table.verify_at(len(live), context)
+        taken = verify[max(counts)] + max(made) * table.draft_at(len(live), context) + REBUILD * verify[0] * rebuilt
         took, rounds = took + taken, rounds + 1
         if timed:
             depth.timed(clock.observe(taken, draws, rounds))
@@ -189,19 +180,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.record:
         record(args.file, args.texts, args.max_tokens)
         return 0
-    print("machine             text      rows  copies over: plain   the drafter alone   worst row of it")
-    for path in args.costs:
-        table = read_table(path)
-        for context in (512, LONG) if "26b" in path.stem else (512,):
+    print("machine                 text      rows  copies over: plain   the drafter alone   worst row of it")
+    short = {path.stem: read_table(path) for path in args.costs}
+    for context, tables in ((CONTEXT, short), (LONG, after_long_texts(short))):
+        for machine, table in tables.items():
             for name, some in read(args.file).items():
                 for rows in ROWS:
                     plain, alone, worst = ratios(some, table, rows, context)
-                    head = f"{path.stem:12} {context:6} {name:9} {rows:5}"
+                    head = f"{machine:16} {context:6} {name:9} {rows:5}"
                     print(f"{head}  {plain:13.3f} {alone:15.3f} {worst:17.3f}", flush=True)
     return 0
 
 
-def ratios(some: Sequence[Recorded], table: CostTable, rows: int, context: int = 512) -> tuple[float, float, float]:
+def ratios(some: Sequence[Recorded], table: CostTable, rows: int, context: int = CONTEXT) -> tuple[float, float, float]:
     """Returns plain decoding's time and that of the drafter alone over that of copies beside it, for batches of these
     texts; and the latter for the row that it serves worst.
     """

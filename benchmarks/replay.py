@@ -1,9 +1,9 @@
 """Replays rules for the draft length on recorded traces: `python -m benchmarks.replay [--plot FILE.png]`.
 
 A trace (benchmarks/traces.py) tells at every token of a text how many drafts would have been kept; a table of costs
-(tests/data/costs: two measured on a CPU, two predicted for a Mac) tells what a round takes. Together they give the
-exact course of a text under any rule. Compared are every fixed length, the controller of this package, and an oracle
-that knows all the future (the shortest way through the text).
+(tests/data/costs: two measured on a CPU, two predicted for a Mac, these also after a long text) tells what a round
+takes. Together they give the exact course of a text under any rule. Compared are every fixed length, the controller of
+this package, and an oracle that knows all the future (the shortest way through the text).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma_mtp.cli.plots import dress, fitted, panels, spread
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, UNKNOWN, CostTable
+from mlx_gemma_mtp.speculative.costs import CONTEXTS, MAX_DRAFTS, ROWS, UNKNOWN, WIDEST, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO, Depth, DraftRow
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
-CONTEXT = 512
+CONTEXT, LONG = 512, CONTEXTS[-1]
 SEGMENT = 400  # tokens of one class in the mixture
 START = 64  # rounds in which a controller may still lose a little
 FREE = 10**9  # room for drafts: no limit
@@ -95,7 +95,25 @@ def read_traces(path: Path = DATA / "traces.npz") -> dict[str, Trace]:
 def read_table(path: Path) -> CostTable:
     data = json.loads(path.read_text())
     verified = {(rows, context, width): seconds for rows, context, width, seconds in data["verify"]}
-    return CostTable.of(verified, dict(data["draft"]))
+    first = min(context for _, context, _ in verified)
+    return CostTable.of(verified, {(rows, first): seconds for rows, seconds in data["draft"]})
+
+
+def after_long_texts(tables: Mapping[str, CostTable]) -> dict[str, CostTable]:
+    """Returns the tables of the large model as they may be after long texts: each query of a verify, and not each
+    verify, reads all K/V.
+    """
+    found = {}
+    for name, table in tables.items():
+        if "26b" not in name:
+            continue
+        cells = cells_of(table, lambda r, c, w, table=table: table.verify_at(r, c)[w])
+        for rows in ROWS:
+            short, long = table.verify_at(rows, CONTEXT), table.verify_at(rows, LONG)
+            read = long[0] - short[0]
+            cells |= {(rows, LONG, width): short[width] + (width + 1) * read for width in range(WIDEST + 1)}
+        found[f"{name}, long"] = CostTable.of(cells, drafts_of(table))
+    return found
 
 
 @dataclass(frozen=True)
@@ -121,23 +139,29 @@ NOISY = Clock(0.1, 0.05)
 
 
 def replay(
-    trace: Trace, table: CostTable, drafts: int | str, clock: Clock = EXACT, seed: int = 0, chooser: Depth | None = None
+    trace: Trace,
+    table: CostTable,
+    drafts: int | str,
+    clock: Clock = EXACT,
+    seed: int = 0,
+    chooser: Depth | None = None,
+    context: int = CONTEXT,
 ) -> Run:
     """One row's text under a rule, in the order in which a batch asks it.
 
-    drafts: a number, or 'auto', then by this table unless the chooser has another.
+    drafts: a number, or 'auto', then by this table unless the chooser has another. context: tokens before each round.
     """
     draws, depth = np.random.default_rng(seed), chooser or by(table)
-    verify, draft = table.verify_at(1, CONTEXT), table.draft_at(1)
+    verify, draft = table.verify_at(1, context), table.draft_at(1, context)
     at, rounds, rows = 0, [], [DraftRow(0, drafts, FREE, False)]
-    [made] = depth.draft(rows, CONTEXT)
+    [made] = depth.draft(rows, context)
     while at < len(trace.accepted):
         sure = trace.confidences[at, :made].astype(float).tolist()
-        width = depth.verify(rows, CONTEXT, [sure], [made])
+        width = depth.verify(rows, context, [sure], [made])
         width = made if width is None else width
         kept = min(width, int(trace.accepted[at]))
         rounds.append(Step(at, at + kept + 1, made, width, verify[width] + made * draft))
-        [made] = depth.draft(rows, CONTEXT)
+        [made] = depth.draft(rows, context)
         depth.timed(clock.observe(verify[width] + made * draft, draws, len(rounds)))
         depth.observe({0: kept})
         at += kept + 1
@@ -170,7 +194,7 @@ def against_plain(
         width = depth.verify(batch, context, sure, [made] * rows)
         width = made if width is None else width
         kept = [min(width, int(trace.accepted[place % count])) for place in at]
-        verify, draft = truth.verify_at(rows, context), truth.draft_at(rows)
+        verify, draft = truth.verify_at(rows, context), truth.draft_at(rows, context)
         found.append((verify[0] * (1 + sum(kept) / rows), verify[width] + made * draft))
         made = max(depth.draft(batch, context))
         depth.timed(clock.observe(verify[width] + made * draft, draws, len(found)))
@@ -185,9 +209,9 @@ def by(table: CostTable) -> Depth:
     return Depth(lambda kind, idle: table)
 
 
-def oracle(trace: Trace, table: CostTable) -> float:
+def oracle(trace: Trace, table: CostTable, context: int = CONTEXT) -> float:
     """Tokens a second of the best choices, all the future known: the shortest way, from the end."""
-    cost = table.rounds_at(1, CONTEXT)
+    cost = table.rounds_at(1, context)
     count = len(trace.accepted)
     left = np.zeros(count + MAX_DRAFTS + 1)
     for at in range(count - 1, -1, -1):
@@ -196,35 +220,37 @@ def oracle(trace: Trace, table: CostTable) -> float:
     return count / left[0]
 
 
-def fixed_rates(trace: Trace, table: CostTable) -> list[float]:
+def fixed_rates(trace: Trace, table: CostTable, context: int = CONTEXT) -> list[float]:
     """Tokens a second of K = 0..MAX_DRAFTS."""
-    return [replay(trace, table, drafts).rate for drafts in range(MAX_DRAFTS + 1)]
+    return [replay(trace, table, drafts, context=context).rate for drafts in range(MAX_DRAFTS + 1)]
 
 
-def rounds_to_adapt(trace: Trace, run: Run, table: CostTable, good: float = 0.95, window: int = 16) -> list[int]:
+def rounds_to_adapt(
+    trace: Trace, run: Run, table: CostTable, context: int = CONTEXT, good: float = 0.95, window: int = 16
+) -> list[int]:
     """After each change of class: rounds until, over the next `window` rounds, the text is made at `good` or more of
     the rate at which the best fixed length of the new class makes the same piece of it.
     """
     found = []
     for change, end in pairwise((*trace.changes, len(trace.accepted))):
-        best = int(np.argmax(fixed_rates(trace[change:end], table)))
+        best = int(np.argmax(fixed_rates(trace[change:end], table, context)))
         inside = [each for each in run.rounds if change <= each.start < end]
         for i in range(len(inside)):
             some = inside[i : i + window]
             piece = trace[some[0].start : some[-1].end]
-            if sum(each.seconds for each in some) * good <= replay(piece, table, best).seconds:
+            if sum(each.seconds for each in some) * good <= replay(piece, table, best, context=context).seconds:
                 break
         found.append(i)
     return found
 
 
-def report(traces: dict[str, Trace], tables: dict[str, CostTable]) -> list[dict[str, object]]:
+def report(traces: dict[str, Trace], tables: dict[str, CostTable], context: int = CONTEXT) -> list[dict[str, object]]:
     """A line for each table and class."""
     lines = []
     for machine, table in tables.items():
         for name, trace in traces.items():
-            fixed = fixed_rates(trace, table)
-            run = replay(trace, table, AUTO)
+            fixed = fixed_rates(trace, table, context)
+            run = replay(trace, table, AUTO, context=context)
             best = int(np.argmax(fixed))
             lines.append(
                 {
@@ -234,8 +260,8 @@ def report(traces: dict[str, Trace], tables: dict[str, CostTable]) -> list[dict[
                     "best": best,
                     "auto": run.rate / fixed[0],
                     "of_best": run.rate / fixed[best],
-                    "oracle": oracle(trace, table) / fixed[0],
-                    "adapted": rounds_to_adapt(trace, run, table),
+                    "oracle": oracle(trace, table, context) / fixed[0],
+                    "adapted": rounds_to_adapt(trace, run, table, context),
                 }
             )
     return lines
@@ -248,34 +274,41 @@ def cells_of(table: CostTable, of: Callable[[int, int, int], float]) -> dict[tup
     return {(r, c, w): of(r, c, w) for r in ROWS for c in table.contexts for w in range(MAX_DRAFTS + 1)}
 
 
+def drafts_of(table: CostTable, of: Callable[[int], float] = lambda rows: 1.0) -> dict[tuple[int, int], float]:
+    """The table's drafts after a short text, times a factor of each number of rows."""
+    first = table.contexts[0]
+    return {(rows, first): table.draft_at(rows, first) * of(rows) for rows in ROWS}
+
+
 def scattered(table: CostTable, seed: int, factor: float = 2.0) -> CostTable:
     """Each entry off by a factor of its own, between 1 / factor and factor."""
     draws, scale = random.Random(seed), math.log(factor)
     off = lambda: math.exp(draws.uniform(-scale, scale))  # noqa: E731
     cells = cells_of(table, lambda r, c, w: table.verify_at(r, c)[w] * off())
-    return CostTable.of(cells, {rows: table.draft_at(rows) * off() for rows in ROWS})
+    return CostTable.of(cells, drafts_of(table, lambda rows: off()))
 
 
 def wrong_shapes(table: CostTable) -> dict[str, CostTable]:
     """Tables whose shape is not the machine's."""
     at, first = table.verify_at, table.contexts[0]
-    drafts = {rows: table.draft_at(rows) for rows in ROWS}
+    drafts = drafts_of(table)
+    one = drafts[1, first]
     one_row = {(1, first, w): at(1, first)[w] for w in (0, 1, 4)}
     return {
         "right": table,
         "flat drafts": CostTable.of(cells_of(table, lambda r, c, w: at(r, c)[min(w, 1)]), drafts),
         "free drafts": CostTable.of(
-            cells_of(table, lambda r, c, w: at(r, c)[0]), {rows: each / 10 for rows, each in drafts.items()}
+            cells_of(table, lambda r, c, w: at(r, c)[0]), {place: each / 10 for place, each in drafts.items()}
         ),
         "steep drafts": CostTable.of(cells_of(table, lambda r, c, w: 2 * at(r, c)[w] - at(r, c)[0]), drafts),
-        "flat rows": CostTable.of(cells_of(table, lambda r, c, w: at(1, c)[w]), dict.fromkeys(ROWS, drafts[1])),
+        "flat rows": CostTable.of(cells_of(table, lambda r, c, w: at(1, c)[w]), dict.fromkeys(drafts, one)),
         "steep rows": CostTable.of(
-            cells_of(table, lambda r, c, w: at(1, c)[w] * r), {rows: drafts[1] * rows for rows in ROWS}
+            cells_of(table, lambda r, c, w: at(1, c)[w] * r), {place: one * place[0] for place in drafts}
         ),
         "one context": CostTable.of(
             {(r, first, w): at(r, first)[w] for r in ROWS for w in range(MAX_DRAFTS + 1)}, drafts
         ),
-        "one row": CostTable.of(one_row, {1: drafts[1]}),
+        "one row": CostTable.of(one_row, {(1, first): one}),
         "a busy plain round": CostTable.of(cells_of(table, lambda r, c, w: at(r, c)[w] * (1.0 if w else 2.0)), drafts),
         "no table": UNKNOWN,
     }
@@ -351,9 +384,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="a PNG")
     parser.add_argument("--wrong", action="store_true", help="the controller with wrong tables and noisy times")
     args = parser.parse_args(argv)
+    traces, tables = read_traces(args.traces), {path.stem: read_table(path) for path in args.costs}
     if args.wrong:
-        return print_astray(read_traces(args.traces), {path.stem: read_table(path) for path in args.costs})
-    lines = report(read_traces(args.traces), {path.stem: read_table(path) for path in args.costs})
+        return print_astray(traces, tables)
+    lines = report(traces, tables) + report(traces, after_long_texts(tables), LONG)
     print("table            text      best K  auto/plain  auto/best  oracle/plain  rounds to adapt")
     for line in lines:
         print(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, CostTable, updated
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, Cell, CostTable, Place, updated
 from mlx_gemma_mtp.speculative.depth import AUTO, GREEDY, Depth, DraftRow
 from mlx_gemma_mtp.speculative.history import LASTING, Acceptance
 
@@ -30,7 +30,7 @@ HEAD = 64  # tokens of a prompt
 QUICK = (0, 1, 4)  # widths that a first start measures
 BEFORE = 3  # texts of each row in the process before a second start
 
-Cells = tuple[dict[tuple[int, int, int], float], dict[int, float]]  # costs.Verified and costs.Drafted
+Cells = tuple[dict[Cell, float], dict[Place, float]]  # costs.Verified and costs.Drafted
 
 
 def read_texts(path: Path) -> dict[str, list[Trace]]:
@@ -50,7 +50,7 @@ def quick(truth: CostTable, clock: Clock, draws: np.random.Generator) -> Cells:
     whole = {width: least(truth.rounds_at(1, first)[width]) for width in QUICK}
     alone = {width: least(truth.verify_at(1, first)[width]) for width in QUICK}
     draft = max(float(np.median([(whole[w] - alone[w]) / w for w in QUICK if w])), 1e-3 * min(whole.values()))
-    return {(1, first, w): max(s - w * draft, 1e-3 * s) for w, s in whole.items()}, {1: draft}
+    return {(1, 0, w): max(s - w * draft, 1e-3 * s) for w, s in whole.items()}, {(1, 0): draft}
 
 
 def left(cells: Cells, texts: Sequence[Trace], rows: int, truth: CostTable, seed: int) -> Depth:
@@ -69,7 +69,7 @@ def calibrated(texts: Sequence[Trace], truth: CostTable) -> Depth:
     for text in texts:
         for kept, sure in zip(text.accepted.tolist(), text.confidences.astype(float).tolist(), strict=True):
             known = known.after(sure, kept, LASTING)
-    table = replace(truth, learned=frozenset((rows, width) for rows in ROWS for width in range(1, MAX_DRAFTS + 1)))
+    table = replace(truth, learned=frozenset((rows, 0, width) for rows in ROWS for width in range(1, MAX_DRAFTS + 1)))
     return Depth(lambda kind, idle: table, priors={GREEDY: known})
 
 
@@ -102,7 +102,7 @@ def begun(
         width = depth.verify(rows, context, sure, [made] * count)
         width = made if width is None else width
         kept = [min(width, int(text.accepted[place])) for place, text in zip(places, texts, strict=True)]
-        seconds = truth.verify_at(count, context)[width] + made * truth.draft_at(count)
+        seconds = truth.verify_at(count, context)[width] + made * truth.draft_at(count, context)
         took += seconds
         made = max(depth.draft(rows, context))
         depth.timed(clock.observe(seconds, draws, rounds))

@@ -18,29 +18,44 @@ import mlx.core as mx
 
 from .._version import __version__
 from ..cache.cache import Cache
-from ..cache.spec import KVSpec
+from ..cache.spec import KVSpec, row_bytes
 from ..files.files import CACHE
 from ..files.folder import weight_files
 from ..files.hub import Pair
-from ..machine import blas, device
+from ..machine import blas, device, memory
 from ..models.drafter import Drafter
 from ..models.gemma4 import Gemma4
 from ..models.linear import measured_rules
-from ..models.loading import format_of
+from ..models.loading import format_of, model_bytes, step_bytes
 from ..ops import kernels
 from ..sampling.distribution import Rules
 from ..sampling.params import SamplingParams
-from ..speculative.costs import MAX_DRAFTS, ROWS, Cell, CostFile, CostTable, Drafted, Verified, updated
+from ..speculative.costs import (
+    CONTEXTS,
+    MAX_DRAFTS,
+    ROWS,
+    WIDEST,
+    Attention,
+    Cell,
+    CostFile,
+    CostTable,
+    Drafted,
+    Place,
+    Verified,
+    updated,
+)
 from ..speculative.drafting import DEFAULT_DRAFTING, MTP, Drafting
 from ..speculative.loop import Speculation
 from ..speculative.prefill import prefill
 
 QUICK_SECONDS = 0.7  # what rounds of a first start may take; a slow machine takes the time of a dozen rounds
-QUICK_WIDTHS = (0, 1, 4)
+QUICK = (((1, 0), (0, 1, 4)),)  # what a first start measures: see `Grid`
 SLOW = 0.3  # seconds of the first width, from which the whole takes long enough to be announced
 # Rounds are timed after this text.
 TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
-LONG = 2048  # tokens of the calibration's long context
+WIDE = (8, 11, WIDEST)  # drafts of all sources: beyond eight queries a row MLX's attention goes another way
+COPIES = 2  # of a batch's K/V: a cache that grows is copied
+LONG_WIDTHS = (0, 1, 3, 7, 8, WIDEST)  # after a long text, where times are linear between
 # Kinds of text: their rounds differ in cost (noise, filters) and in acceptance.
 KINDS = {
     "greedy": SamplingParams(temperature=0.0, top_p=1.0, top_k=-1, seed=0),
@@ -48,18 +63,20 @@ KINDS = {
 }
 
 
+Grid = Sequence[tuple[Place, Sequence[int]]]  # places, and the drafts that are verified in each, rising
+
+
 @dataclass
 class Timings:
     """Seconds of measured rounds, a list of repeats for each cell.
 
-    A cell is (rows, context, drafts verified). chained: rounds that also make as many new drafts as they verify. alone:
-    rounds that make none.
+    chained: rounds that also make as many new drafts as they verify. alone: rounds that make none.
     """
 
-    chained: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
-    alone: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
+    chained: dict[Cell, list[float]] = field(default_factory=dict)
+    alone: dict[Cell, list[float]] = field(default_factory=dict)
 
-    def add(self, cell: tuple[int, int, int], chained: float, alone: float) -> None:
+    def add(self, cell: Cell, chained: float, alone: float) -> None:
         """Adds one more repeat of a cell, in seconds."""
         self.chained.setdefault(cell, []).append(chained)
         self.alone.setdefault(cell, []).append(alone)
@@ -69,19 +86,25 @@ class Timings:
         chained, alone = ({cell: s[1:] or s for cell, s in part.items()} for part in (self.chained, self.alone))
         return Timings(chained, alone)
 
-    def parts(self) -> tuple[dict[tuple[int, int, int], float], dict[int, float]]:
+    def parts(self) -> tuple[dict[Cell, float], dict[Place, float]]:
         """Splits the times into the seconds of each verify (costs.Verified) and of one draft (costs.Drafted).
 
-        Both parts add up to the chained rounds. No part is below a thousandth of the fastest round, however noisy the
-        times are.
+        Both parts add up to the chained rounds, as far as the drafter makes so many drafts: wider verifies are of
+        copies, which cost nothing to make. No part is below a thousandth of the fastest round, however noisy the times
+        are.
         """
-        rounds = {cell: min(seconds) for cell, seconds in self.chained.items()}  # noise only adds
+        rounds, alone = (
+            {cell: min(s) for cell, s in part.items()} for part in (self.chained, self.alone)
+        )  # noise only adds
         floor, each = min(rounds.values()) * 1e-3, {}
-        for (rows, context, width), seconds in self.alone.items():
-            if width:
-                each.setdefault(rows, []).append((rounds[rows, context, width] - min(seconds)) / width)
-        drafted = {rows: max(median(seconds), floor) for rows, seconds in each.items()}
-        return {cell: max(s - cell[2] * drafted[cell[0]], floor) for cell, s in rounds.items()}, drafted
+        for cell in rounds:
+            if width := cell[2]:
+                each.setdefault(cell[:2], []).append((rounds[cell] - alone[cell]) / width)
+        drafted = {place: max(median(seconds), floor) for place, seconds in each.items()}
+        verified = {
+            cell: alone[cell] if cell[2] > MAX_DRAFTS else s - cell[2] * drafted[cell[:2]] for cell, s in rounds.items()
+        }
+        return {cell: max(seconds, floor) for cell, seconds in verified.items()}, drafted
 
 
 class Bench:
@@ -107,7 +130,7 @@ class Bench:
         self.rows, self.context = rows, max(context, len(prompt))
         specs = target.config.kv if specs is None else specs
         (prefilled,), hidden = prefill(target, [prompt], len(prompt), drafting.lookback, specs=specs)
-        self.cache = Cache(specs, MAX_DRAFTS + 1, target.dtype, drafting.lookback)
+        self.cache = Cache(specs, WIDEST + 1, target.dtype, drafting.lookback)
         self.cache.arrange([prefilled.save(0)] * rows)
         self.hidden = mx.repeat(hidden, rows, axis=0)
         self.rules = Rules.of([params] * rows, target.config.vocab_size)
@@ -129,6 +152,22 @@ class Bench:
         return chained, alone
 
 
+def grid_of(target: Gemma4, drafter: Drafter, specs: Sequence[KVSpec], every: bool = False) -> Grid:
+    """Returns what a calibration measures: all rows after a short text, one row after those long ones of CONTEXTS that
+    the model and its memory reach.
+
+    every: all rows and widths after the long texts, too.
+    """
+    drafts, found = (*range(MAX_DRAFTS + 1), *WIDE), []
+    free = memory.total_bytes() - model_bytes(target) - model_bytes(drafter)
+    for context in CONTEXTS:
+        for rows in ROWS if every or not context else ROWS[:1]:
+            taken = rows * row_bytes(specs, context, WIDEST + 1, target.dtype.size)
+            if context < target.config.context and (not context or COPIES * taken <= free):
+                found.append(((rows, context), LONG_WIDTHS if context and not every else drafts))
+    return found
+
+
 def _seconds(loop: Speculation, drafts: int) -> float:
     began = time.perf_counter()
     loop.launch()
@@ -141,9 +180,7 @@ def measure(
     drafter: Drafter,
     prompt: Sequence[int],
     params: SamplingParams,
-    rows: Sequence[int],
-    contexts: Sequence[int],
-    widths: Sequence[int],
+    grid: Grid,
     repeats: int,
     seconds: float = math.inf,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -153,24 +190,23 @@ def measure(
     """Times every cell `repeats` times after a first pass that warms up, with the widths in turn. One batch is in
     memory at a time.
 
-    prompt: token ids. params: how tokens are drawn. rows, contexts: what the cells combine. widths: drafts verified, 0
-    and more, rising. seconds: a budget of round time, without compilation; once it is spent, nothing more begins, but
-    two widths of each place are always timed. progress: called with the rounds timed and all rounds. drafting: whose
-    drafts are timed. specs: of the caches, as Bench takes them. The first pass counts only for cells that have no
-    other repeat.
+    prompt: token ids. params: how tokens are drawn. seconds: a budget of round time, without compilation; once it is
+    spent, nothing more begins, but two widths of each place are always timed. progress: called with the rounds timed
+    and all rounds. drafting: whose drafts are timed. specs: of the caches, as Bench takes them. The first pass counts
+    only for cells that have no other repeat.
     """
     timings, spent, done = Timings(), 0.0, 0
-    places = [(count, context) for count in rows for context in contexts]
-    for place in places:
+    total = sum(len(widths) for _, widths in grid) * (repeats + 1)
+    for place, widths in grid:
         bench = Bench(target, drafter, prompt, params, *place, drafting, specs)
         for cell in [(repeat, width) for repeat in range(repeats + 1) for width in widths]:
             if spent > seconds and cell not in ((0, width) for width in widths[:2]):
                 break
             chained, alone = bench.rounds(cell[1])
-            timings.add((bench.rows, bench.context, cell[1]), chained, alone)
+            timings.add((*place, cell[1]), chained, alone)
             spent += 2 * (chained + alone)  # each comes after one of its kind
             done += 1
-            progress(done, len(places) * len(widths) * (repeats + 1))
+            progress(done, total)
     return timings.warm()
 
 
@@ -180,7 +216,7 @@ class Costs:
 
     kind: a key of KINDS. file: None keeps nothing. notice: called with a sentence that the user should know. seconds:
     the budget of a first start's measurement (see `measure`). drafting: whose drafts are timed. specs: of the caches,
-    as Bench takes them.
+    as Bench takes them. attention: by which a long context is estimated until it is measured.
     """
 
     def __init__(
@@ -191,9 +227,10 @@ class Costs:
         seconds: float = QUICK_SECONDS,
         drafting: Drafting = DEFAULT_DRAFTING,
         specs: Sequence[KVSpec] | None = None,
+        attention: Attention | None = None,
     ):
         self.kind, self.file, self.notice, self.seconds = kind, file, notice, seconds
-        self.drafting, self.specs = drafting, specs
+        self.drafting, self.specs, self.attention = drafting, specs, attention
 
     @classmethod
     def of_pair(
@@ -210,7 +247,8 @@ class Costs:
             return {kind: cls(kind) for kind in KINDS}
         key = _key(pair, target, drafter) | {"source": drafting.source or MTP} | _bits(specs)
         files = {kind: CostFile({"text": kind} | key) for kind in KINDS}
-        return {kind: cls(kind, file, notice, drafting=drafting, specs=specs or None) for kind, file in files.items()}
+        how = {"drafting": drafting, "specs": specs or None, "attention": attention(target, drafter, specs)}
+        return {kind: cls(kind, file, notice, **how) for kind, file in files.items()}
 
     def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
         """Returns the table from the file, or measures a short one and writes it.
@@ -219,17 +257,20 @@ class Costs:
         """
         if (kept := self.kept()) is not None:
             return kept
-        began, once = time.perf_counter(), ((1,), (len(prompt),), QUICK_WIDTHS)
+        began = time.perf_counter()
 
         def told(done: int, total: int) -> None:
             if done == 1 and time.perf_counter() - began > SLOW:
-                self.notice("measuring what drafts cost on this machine, once")
+                self.notice(
+                    "measuring what drafts cost on this machine, once; after long texts it is estimated until "
+                    "`python -m mlx_gemma_mtp.calibrate` measures it"
+                )
 
         timings = measure(
-            target, drafter, prompt, KINDS[self.kind], *once, 3, self.seconds, told, self.drafting, self.specs
+            target, drafter, prompt, KINDS[self.kind], QUICK, 3, self.seconds, told, self.drafting, self.specs
         )
         self._write(*timings.parts())
-        return CostTable.of(*timings.parts())
+        return CostTable.of(*timings.parts(), attention=self.attention)
 
     def measured(
         self,
@@ -238,20 +279,22 @@ class Costs:
         prompt: Sequence[int],
         repeats: int,
         progress: Callable[[int, int], None],
+        every: bool = False,
     ) -> CostTable:
-        """Measures the whole grid now, writes it, and returns its table. Takes a minute or two."""
-        contexts = sorted({len(prompt), min(LONG, target.config.context // 2)})
-        grid = ROWS, contexts, range(MAX_DRAFTS + 1)
+        """Measures the whole grid now, writes it, and returns its table. Takes a minute or two, or, with `every` cell,
+        much longer.
+        """
+        cells = grid_of(target, drafter, self.specs or target.config.kv, every)
         how = {"progress": progress, "drafting": self.drafting, "specs": self.specs}
-        verified, drafted = measure(target, drafter, prompt, KINDS[self.kind], *grid, repeats, **how).parts()
-        cells = verified, drafted, {cell for cell in verified if cell[2]}  # as sure as what use has corrected
-        self._write(*cells)
-        return CostTable.of(*cells)
+        verified, drafted = measure(target, drafter, prompt, KINDS[self.kind], cells, repeats, **how).parts()
+        known = verified, drafted, {cell for cell in verified if cell[2]}  # as sure as what use has corrected
+        self._write(*known)
+        return CostTable.of(*known, self.attention)
 
     def kept(self) -> CostTable | None:
         """Returns the table in the file, or None where there is none."""
         known = self._read()
-        return CostTable.of(*known) if known else None
+        return CostTable.of(*known, self.attention) if known else None
 
     @property
     def where(self) -> str:
@@ -264,7 +307,7 @@ class Costs:
             *before, learned = self._read() or ({}, {}, set())
             self._write(*updated(*before, verified, drafted), learned | {cell for cell in verified if cell[2]})
 
-    def _read(self) -> tuple[dict[Cell, float], dict[int, float], set[Cell]] | None:
+    def _read(self) -> tuple[dict[Cell, float], dict[Place, float], set[Cell]] | None:
         try:
             return self.file and self.file.read()
         except ValueError as error:
@@ -280,6 +323,17 @@ class Costs:
                 f"the costs of rounds cannot be kept in {self.file.path} ({error.strerror}), so that every start "
                 f"measures them; name a folder that can be written: {CACHE}=FOLDER"
             )
+
+
+def attention(target: Gemma4, drafter: Drafter, specs: Sequence[KVSpec] = ()) -> Attention | None:
+    """Returns what the longest context adds to a round, by the bytes of K/V that full layers read beside a plain step's
+    weights, or None where the model reaches no long context. Each query reads them anew, to be careful.
+    """
+    context = max(each for each in CONTEXTS if each < target.config.context)
+    specs, share = specs or target.config.kv, context / step_bytes(target)
+    slots = [spec.slot_bytes(target.dtype.size) if spec.window is None else 0 for spec in specs]
+    read = (sum(slots[layer.kv_layer] for layer in model.config.layers) for model in (target, drafter))
+    return Attention(*(each * share for each in read), context) if context else None
 
 
 def _key(pair: Pair, target: Gemma4, drafter: Drafter) -> dict[str, Any]:
@@ -308,7 +362,7 @@ def _kernels(target: Gemma4) -> dict[str, Any]:
 
     Both change by a switch, a failed check or the doctor's rules, on the same machine with the same versions.
     """
-    widths = range(1, ROWS[-1] * (MAX_DRAFTS + 1) + 1)
+    widths = range(1, ROWS[-1] * (WIDEST + 1) + 1)
     products = [str(target.embed_tokens.path(target.dtype, tokens)) for tokens in widths]
     found: dict[str, Any] = {"ours": kernels.status(), "products": _runs(products)}
     if rules := measured_rules(target):

@@ -23,7 +23,7 @@ from ..models.linear import products_of
 from ..models.loading import step_bytes
 from ..ops import kernels
 from ..ops.expert_paths import ROWS, ProductPath
-from ..sampling.params import SamplingParams, count
+from ..sampling.params import SamplingParams, count, flag
 from ..speculative.costs import CostTable
 from ..speculative.depth import Depth
 from ..speculative.drafting import Drafting
@@ -356,17 +356,19 @@ class Engine:
             f"{self._target_bytes / 1e6:,.1f} MB; --draft-bits 8 (draft_bits=8 in Python) makes it lighter{slow}"
         )
 
-    def calibrate(self, repeats: int = 5, progress: Progress | None = None) -> dict[str, CostTable]:
+    def calibrate(self, repeats: int = 5, progress: Progress | None = None, full: bool = False) -> dict[str, CostTable]:
         """Measures the cost of rounds of each kind of text, writes it for the next starts, and uses it from now on.
         Takes a minute or two.
 
-        repeats: of each cell, 1 to 1000. progress: called with the rounds timed and all rounds. Raises UserError
-        without a drafter.
+        repeats: of each cell, 1 to 1000. progress: called with the rounds timed and all rounds. full: after long texts
+        measure all numbers of rows and drafts, too, which takes several times as long, and memory for such a batch;
+        else one row stands for more. Raises UserError without a drafter.
         """
         if self.drafter is None:
             raise UserError("there is no drafter, so nothing to choose; load one with draft_model=")
-        repeats, progress = count("repeats", repeats, MOST_REPEATS), told("progress", progress)
-        return self._worker.call(partial(_calibrated, self._model("tables"), self.depth, repeats), progress)
+        repeats, full = count("repeats", repeats, MOST_REPEATS), flag("full", full)
+        progress = told("progress", progress)
+        return self._worker.call(partial(_calibrated, self._model("tables"), self.depth, repeats, full), progress)
 
 
 def _runner(models: dict[str, Any], settings: Settings, disk: PrefixDisk | None) -> Runner:
@@ -376,8 +378,8 @@ def _runner(models: dict[str, Any], settings: Settings, disk: PrefixDisk | None)
     return runner
 
 
-def _calibrated(tables: Tables, depth: Depth, repeats: int, progress: Progress) -> dict[str, CostTable]:
-    measured = tables.measured(repeats, progress)
+def _calibrated(tables: Tables, depth: Depth, repeats: int, full: bool, progress: Progress) -> dict[str, CostTable]:
+    measured = tables.measured(repeats, progress, full)
     depth.adopt(measured)
     return measured
 

@@ -21,6 +21,7 @@ from ..sampling.penalties import TokenCounts
 from ..sampling.rules import Rules
 from ..speculative.budget import Budget
 from ..speculative.copies import RowText
+from ..speculative.costs import WIDEST
 from ..speculative.depth import AUTO, Depth
 from ..speculative.guide import Guide, guide
 from ..speculative.loop import Firsts, Joiner, Speculation
@@ -43,7 +44,6 @@ from .tables import Tables
 # Rounds from one time to the next that MLX gives its unused buffers back on a GPU: prompts come in ever new sizes, so
 # that else they pile up to its limit.
 CLEAR_EVERY = 256
-WIDEST = 15  # drafts that a request may ask for, unless the engine was made for more
 SLOW_CALLER = 0.05  # of a round: a caller that takes longer to deliver spoils the round's time
 
 

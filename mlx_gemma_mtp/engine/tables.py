@@ -28,9 +28,9 @@ class Tables:
         costs = self.costs[kind]
         return costs.table(self.target, self.drafter, self.prompt) if idle else costs.kept()
 
-    def measured(self, repeats: int, progress: Callable[[int, int], None]) -> dict[str, CostTable]:
-        """Measures the table of every kind anew, writes and returns it. Takes a minute or two."""
-        parts = self.target, self.drafter, self.prompt, repeats, progress
+    def measured(self, repeats: int, progress: Callable[[int, int], None], every: bool = False) -> dict[str, CostTable]:
+        """Measures the table of every kind anew, writes and returns it (see Costs.measured)."""
+        parts = self.target, self.drafter, self.prompt, repeats, progress, every
         return {kind: costs.measured(*parts) for kind, costs in self.costs.items()}
 
     def learn(self, depth: Depth) -> None:

@@ -49,7 +49,7 @@ def load(path: Path, format: int, key: Mapping[str, Any]) -> dict[str, Any] | No
     if not isinstance(data, dict):
         raise ValueError("it is nothing that was kept here")
     if data.get("format") != format or data.get("key") != dict(key):
-        raise ValueError("it is another pair's or another machine's")
+        raise ValueError("it is another pair's, another machine's or another version's")
     return data
 
 

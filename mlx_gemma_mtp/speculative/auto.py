@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from .choice import CONFIDENCE, GRAMMAR, LIMIT, PROBE, PURSE_KNOWN, Choice, Pause, Purse, choose, worthwhile
 from .correction import Correction, Prices
-from .costs import CostTable, Drafted, Verified
+from .costs import Cell, CostTable, Drafted, Verified, nearest
 from .history import KNOWN, LASTING, RECENT, Acceptance, History, Trust
 
 CONTEXT_STEP = 64
@@ -78,7 +77,7 @@ class Auto:
             self.purse = Purse(PURSE_KNOWN)
         self.correction, self._untimed = Correction(), 0
         self._observed = 0  # rows' rounds, since `accepted`
-        self._rounds: Counter[tuple[int, int, int]] = Counter()  # timed since `learned`, by (rows, context, drafts)
+        self._rounds: Counter[Cell] = Counter()  # timed since `learned`
         self._prices: dict[tuple[int, int, bool], Prices] = {}  # until the next time comes
 
     def on(self, table: CostTable) -> Auto:
@@ -94,7 +93,7 @@ class Auto:
     def choose(self, rows: int, context: int, histories: Sequence[History], useful: Sequence[int]) -> Choice:
         """Returns how many drafts each automatic row makes at most, and why.
 
-        rows: all rows of the batch. context: committed tokens of the longest row. histories, useful: of the automatic
+        rows: all rows of the batch. context: committed tokens of a row. histories, useful: of the automatic
         rows, what they kept so far and how many drafts their limits leave room for.
         """
         prices = self.prices(rows, context)
@@ -113,7 +112,7 @@ class Auto:
     ) -> int:
         """Returns how many drafts of the automatic rows to verify.
 
-        choice: that of the drafts. rows: all rows of the batch. context: committed tokens of the longest row.
+        choice: that of the drafts. rows: all rows of the batch. context: committed tokens of a row.
         confidences: of each automatic row, those of its drafts; fewer where the source of drafts was not asked.
         allowed: of each, how many drafts its grammar left. useful: of each, how many its limit leaves room for.
         """
@@ -159,22 +158,21 @@ class Auto:
     def timed(self, rows: int, context: int, width: int, made: int, drafting: bool, seconds: float) -> float | None:
         """Takes in the time of a round, and returns the seconds of its verify at the machine's usual pace.
 
-        rows: how many. context: committed tokens of the longest. width: drafts verified. made: drafts made after it.
+        rows: how many. context: committed tokens of each. width: drafts verified. made: drafts made after it.
         drafting: whether drafts were made for this verify. Where it is plain all around, it returns None: nobody asks.
         """
         if self.frozen:
             return None
-        before = self.correction
+        before, place = self.correction, (rows, nearest(_step(context)))
         self.correction = before.after(self.table, rows, _step(context), width, made, seconds)
-        if not self.correction.says_the_same(before, (rows, width)):
+        if not self.correction.says_the_same(before, (*place, width)):
             self._prices.clear()
-        if (rows, 0) in before.rounds and (rows, 0) not in self.correction.rounds:
+        if (*place, 0) in before.rounds and (*place, 0) not in self.correction.rounds:
             self.pause = replace(self.pause, checks=0)  # plain rounds are to be timed anew
         self._untimed = 0
         if not made and not drafting:
             return None
-        nearest = min(self.table.contexts, key=lambda each: abs(math.log(each / context)))
-        self._rounds[rows, nearest, width] += 1
+        self._rounds[(*place, width)] += 1
         return seconds / self.correction.pace - made * self.prices(rows, context).draft
 
     def learned(self) -> tuple[Verified, Drafted]:
@@ -189,7 +187,7 @@ class Auto:
             prices, plain = self.prices(rows, context), self.table.verify_at(rows, context)[0]
             verified[rows, context, 0] = plain
             verified[rows, context, width] = plain * prices.verify(width) / prices.rounds[0]
-            drafted[rows] = plain * prices.draft / prices.rounds[0]
+            drafted[rows, context] = plain * prices.draft / prices.rounds[0]
             del self._rounds[rows, context, width]
         return verified, drafted
 
@@ -203,15 +201,13 @@ class Auto:
         return Acceptance(self.pool, self.trust)
 
     def prices(self, rows: int, context: int) -> Prices:
-        """Returns the current estimate of what rounds cost. rows: how many. context: committed tokens of the longest
-        row.
-        """
+        """Returns the current estimate of what rounds cost. rows: how many. context: committed tokens of a row."""
         trusted = self.frozen or (self._untimed >= UNTIMED and not self.correction.rounds)
         context = _step(context)
         if (rows, context, trusted) not in self._prices:
             if trusted:
                 rounds = self.table.rounds_at(rows, context)
-                found = Prices(rounds, self.table.draft_at(rows), rounds)
+                found = Prices(rounds, self.table.draft_at(rows, context), rounds)
             else:
                 found = self.correction.prices(self.table, rows, context)
             self._prices[rows, context, trusted] = found

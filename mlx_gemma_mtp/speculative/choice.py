@@ -154,7 +154,7 @@ def choose(
     drafts may still lose. partners: further rows in the batch, which pay for the round and emit one token, whatever is
     chosen here.
     """
-    most, seconds = min(MAX_DRAFTS, max(useful)), prices.rounds
+    most, seconds = min(MAX_DRAFTS, max(useful)), prices.rounds[: MAX_DRAFTS + 1]
     tokens = _tokens(tuple(histories), pool, tuple(min(room, MAX_DRAFTS) for room in useful))
     if partners:
         tokens = [emitted + partners for emitted in tokens]
@@ -165,7 +165,7 @@ def choose(
         return Choice(0, CHECK, rates[0])
     lengths = affordable(prices, pool, max(useful), purse, len(histories) / (len(histories) + partners))
     best = max(lengths, key=rates.__getitem__, default=0)
-    hopes = [emitted / cost for emitted, cost in zip(tokens, prices.hope, strict=True)]
+    hopes = [emitted / cost for emitted, cost in zip(tokens, prices.hope[: MAX_DRAFTS + 1], strict=True)]
     hope = max(lengths, key=hopes.__getitem__, default=0)
     if best and rates[best] > (1 + MARGIN) * rates[0]:
         every = max(CHECK_FROM, 2 * (rates[best] / rates[0] - 1) / PROBE_SHARE)

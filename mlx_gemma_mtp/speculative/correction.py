@@ -1,8 +1,9 @@
 """How far a table of costs is off: the times of the last rounds over what the table says of them.
 
 A table may be from a bad moment, of another number of rows, or of a shape that the machine has not. Only ratios between
-draft lengths matter, so a factor that all cells share does no harm. Each cell (rows, drafts) has the lower tercile of
-its last times; cells without times follow their neighbours.
+draft lengths matter, so a factor that all cells share does no harm. Each cell (rows, context, drafts) has the lower
+tercile of its last times; cells without times follow their neighbours. Of contexts there are those of CONTEXTS: a round
+counts for the nearest.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import median_low
 
-from .costs import MAX_DRAFTS, CostTable, spread
+from .costs import WIDEST, Cell, CostTable, Place, distance, nearest, spread
 
 KEEP = 9  # times of a cell
 SURE = 4  # times, from which a cell stands for itself
 OFF, OFF_MOST, OFF_OF = 1.35, 4, 5  # the pace has changed when 4 of 5 rounds are off by more than this
 LIKE = 1.25  # times within this factor may be equal but for noise
 PLAIN_FIRST = 3  # plain rounds that are timed before anything is compared with them
-NEAR = 1.0  # in powers of two: rows that are alike enough for a length that was tried there to count as tried here
+NEAR = 1.0  # places that are not farther apart are so alike that a length that was tried there counts as tried here
 DRAFT_WEIGHT = 1.0  # of what the table says of a draft, in timed drafts
 GUESS = 0.27  # of a plain round: what each draft costs at least where no length was timed
 DRAFT_GUESS = 0.1  # of a plain round, likewise
@@ -33,7 +34,7 @@ TRUST_HALF = 32  # rounds that are timed, after which it is half of that
 class Prices:
     """The estimated seconds of rounds with a given number of rows.
 
-    rounds[K]: a round that makes and verifies K = 0..MAX_DRAFTS drafts. draft: one draft. tried: the largest K that was
+    rounds[K]: a round that makes and verifies K = 0..WIDEST drafts. draft: one draft. tried: the largest K that was
     timed. hope[K]: an optimistic time, for K above tried. live: whether rounds are timed. anchored: whether enough
     plain rounds were timed to compare with.
     """
@@ -41,7 +42,7 @@ class Prices:
     rounds: tuple[float, ...]
     draft: float
     hope: tuple[float, ...]
-    tried: int = MAX_DRAFTS
+    tried: int = WIDEST
     live: bool = False
     anchored: bool = True
 
@@ -62,17 +63,17 @@ class Correction:
     """The ratios of the last measured times to the table's, oldest first.
 
     taken: rounds that were timed. Where earlier starts corrected the table, the first times say little against its
-    shape. rounds: by (rows, K), of rounds that make and verify K drafts. drafts: by rows, of one draft. pace: by how
-    much the machine is slower than it was at first; ratios are without it. plain_off, draft_off: by how much the last
-    rounds without and with drafts were off from their cells.
+    shape. rounds: by (rows, context, K), of rounds that make and verify K drafts. drafts: by (rows, context), of one
+    draft. pace: by how much the machine is slower than it was at first; ratios are without it. plain_off, draft_off: by
+    how much the last rounds without and with drafts were off from their cells.
 
     A cell does not change by itself, but a machine does: it is busy, or hot, or no longer. When most of the last plain
     rounds are off together, the pace has changed, and old times of rounds with drafts change with it. When rounds with
     drafts are, old plain times are forgotten, since a plain round can be timed at once.
     """
 
-    rounds: Mapping[tuple[int, int], tuple[float, ...]] = field(default_factory=dict)
-    drafts: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    rounds: Mapping[Cell, tuple[float, ...]] = field(default_factory=dict)
+    drafts: Mapping[Place, tuple[float, ...]] = field(default_factory=dict)
     pace: float = 1.0
     taken: int = 0
     plain_off: tuple[float, ...] = ()
@@ -83,42 +84,43 @@ class Correction:
 
         width: drafts that it verified. made: drafts that it made. seconds: its time.
         """
-        whole, draft, seconds = table.rounds_at(rows, context)[width], table.draft_at(rows), seconds / self.pace
-        plain = self.rounds.get((rows, 0))
+        whole, draft = table.rounds_at(rows, context)[width], table.draft_at(rows, context)
+        place, seconds = (rows, nearest(context)), seconds / self.pace
+        plain = self.rounds.get((*place, 0))
         if made and not width and plain:  # the difference to a plain round is the drafts'
             scale = middle(plain)
             ratio = (seconds - scale * whole) / (made * draft)
             ratio = max(DRAFT_LEAST * scale, min(ratio, scale * whole / draft))  # a draft is no dearer than a round
-            return replace(self, drafts={**self.drafts, rows: (*self.drafts.get(rows, ()), ratio)[-KEEP:]})
+            return replace(self, drafts={**self.drafts, place: (*self.drafts.get(place, ()), ratio)[-KEEP:]})
         ratio = (seconds + (width - made) * self.draft(table, rows, context)) / whole
         if ratio <= 0:
             return self
-        times = self.rounds.get((rows, width), ())
+        times = self.rounds.get((*place, width), ())
         off = (ratio / median_low(times),) if len(times) >= SURE else ()
-        rounds = {**self.rounds, (rows, width): (*times, ratio)[-KEEP:]}
+        rounds = {**self.rounds, (*place, width): (*times, ratio)[-KEEP:]}
         found = replace(self, rounds=rounds, taken=self.taken + 1)
-        return found._drafted(rows, off) if width else found._plain(rows, off)
+        return found._drafted(place, off) if width else found._plain(place, off)
 
-    def _plain(self, rows: int, off: tuple[float, ...]) -> Correction:
+    def _plain(self, place: Place, off: tuple[float, ...]) -> Correction:
         """Returns the correction after a plain round that was off by this factor."""
         plain_off = (*self.plain_off, *off)[-OFF_OF:]
         change = _common(plain_off)
         if change == 1:
             return replace(self, plain_off=plain_off)
-        times = self.rounds[rows, 0]
+        times = self.rounds[(*place, 0)]
         times = (*times[:-OFF_OF], *(each / change for each in times[-OFF_OF:]))
-        return replace(self, rounds={**self.rounds, (rows, 0): times}, pace=self.pace * change, plain_off=())
+        return replace(self, rounds={**self.rounds, (*place, 0): times}, pace=self.pace * change, plain_off=())
 
-    def _drafted(self, rows: int, off: tuple[float, ...]) -> Correction:
+    def _drafted(self, place: Place, off: tuple[float, ...]) -> Correction:
         """Returns the correction after a round with drafts that was off by this factor."""
         draft_off = (*self.draft_off, *off)[-OFF_OF:]
         if _common(draft_off) == 1:
             return replace(self, draft_off=draft_off)
-        rounds = {cell: times for cell, times in self.rounds.items() if cell != (rows, 0)}
+        rounds = {cell: times for cell, times in self.rounds.items() if cell != (*place, 0)}
         return replace(self, rounds=rounds, draft_off=())
 
-    def says_the_same(self, before: Correction, cell: tuple[int, int]) -> bool:
-        """Returns whether prices are what they were before the last time came. cell: (rows, drafts) of that time."""
+    def says_the_same(self, before: Correction, cell: Cell) -> bool:
+        """Returns whether prices are what they were before the last time came. cell: of that time."""
         old, new = before.rounds.get(cell, ()), self.rounds.get(cell, ())
         return self.drafts is before.drafts and len(old) == len(new) == KEEP and middle(old) == middle(new)
 
@@ -128,21 +130,23 @@ class Correction:
         A length that was not timed is taken to cost at least what a straight line through the timed lengths gives.
         Where no length was timed, each draft is taken to cost at least GUESS of a plain round.
         """
+        place = (rows, nearest(context))
         rounds = [
-            math.exp(f) * s for f, s in zip(self.factors(table, rows), table.rounds_at(rows, context), strict=True)
+            math.exp(f) * s for f, s in zip(self.factors(table, place), table.rounds_at(rows, context), strict=True)
         ]
-        more = [rounds[width] for count, width in self.rounds if count == rows and width]
+        more = [rounds[cell[2]] for cell in self.rounds if cell[:2] == place and cell[2]]
         if more and rounds[0] > LIKE * min(more):  # plain rounds were timed amid noise: less work cannot take longer
             rounds[0] = min(more)
-        near = [cell for cell in (*self.rounds, *table.learned) if _near(cell, rows)]
-        tried = max((width for _, width in near), default=0)
+        near = [cell for cell in self.rounds if distance(cell[:2], place) <= NEAR]
+        learned = table.learned_at(place, NEAR)
+        tried = max([learned, *(cell[2] for cell in near)])
         rounds = list(accumulate(rounds, max))
         slope = (rounds[tried] - rounds[0]) / tried if tried else GUESS * rounds[0]
-        line = [rounds[0] + slope * drafts for drafts in range(MAX_DRAFTS + 1)]
+        line = [rounds[0] + slope * drafts for drafts in range(WIDEST + 1)]
         hope = (*rounds[: tried + 1], *line[tried + 1 :])
         rounds = [*rounds[: tried + 1], *map(max, rounds[tried + 1 :], line[tried + 1 :])]
-        plain = sum(len(self.rounds.get(cell, ())) for cell in near if cell[1] == 0)
-        anchored = plain >= PLAIN_FIRST or _learned(table, rows)
+        plain = sum(len(self.rounds[cell]) for cell in near if cell[2] == 0)
+        anchored = plain >= PLAIN_FIRST or learned > 0
         return Prices(tuple(rounds), self.draft(table, rows, context), hope, tried, True, anchored)
 
     def draft(self, table: CostTable, rows: int, context: int) -> float:
@@ -150,26 +154,26 @@ class Correction:
 
         The table's time counts as at least DRAFT_GUESS of a plain round.
         """
-        draft, plain = table.draft_at(rows), self.rounds.get((rows, 0))
-        scale = middle(plain) if plain else math.exp(self.factors(table, rows)[0])
-        guess = (
-            draft if _learned(table, rows) else max(draft, DRAFT_GUESS * table.rounds_at(rows, context)[0])
-        ) * scale
-        times = self.drafts.get(rows, ())
-        known = median_low(times) * draft * len(times) if times else 0.0
-        return (known + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)
+        place, draft = (rows, nearest(context)), table.draft_at(rows, context)
+        plain = self.rounds.get((*place, 0))
+        scale = middle(plain) if plain else math.exp(self.factors(table, place)[0])
+        known = table.learned_at(place, NEAR)
+        guess = (draft if known else max(draft, DRAFT_GUESS * table.rounds_at(rows, context)[0])) * scale
+        times = self.drafts.get(place, ())
+        timed = median_low(times) * draft * len(times) if times else 0.0
+        return (timed + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)
 
-    def factors(self, table: CostTable, rows: int) -> list[float]:
+    def factors(self, table: CostTable, place: Place) -> list[float]:
         """Returns for each width the logarithm of measured over tabulated seconds.
 
-        Widths that were not timed with this number of rows follow the nearest number of rows, then their neighbours.
+        Widths that were not timed in this place follow the nearest place that has times, then their neighbours.
         """
-        own = self._logs(rows)
-        others = {count for count, _ in self.rounds if count != rows}
-        shape = [0.0] * (MAX_DRAFTS + 1)
+        own = self._logs(place)
+        others = {cell[:2] for cell in self.rounds if cell[:2] != place}
+        shape = [0.0] * (WIDEST + 1)
         if others:
-            nearest = self._logs(min(others, key=lambda count: (abs(math.log2(count / rows)), count)))
-            shape = spread({width: log for width, (log, _) in nearest.items()})
+            beside = self._logs(min(others, key=lambda other: (distance(other, place), other)))
+            shape = spread({width: log for width, (log, _) in beside.items()})
         if not own:
             return shape
         apart = {width: log - shape[width] for width, (log, _) in own.items()}
@@ -179,25 +183,15 @@ class Correction:
                 elsewhere = spread({w: log for w, log in apart.items() if w != width})[width]
                 steady[width] = (count**2 * apart[width] + elsewhere) / (count**2 + 1)
         found = [a + b for a, b in zip(shape, spread(steady), strict=True)]
-        weight = TRUST * 0.5 ** (self.taken / TRUST_HALF) if _learned(table, rows) else 0.0
+        weight = TRUST * 0.5 ** (self.taken / TRUST_HALF) if table.learned_at(place, NEAR) else 0.0
         common = sum(log * count for log, count in own.values()) / sum(count for _, count in own.values())
-        counts = [own[width][1] if width in own else 1 for width in range(MAX_DRAFTS + 1)]
+        counts = [own[width][1] if width in own else 1 for width in range(WIDEST + 1)]
         return [(log * count + weight * common) / (count + weight) for log, count in zip(found, counts, strict=True)]
 
-    def _logs(self, rows: int) -> dict[int, tuple[float, int]]:
+    def _logs(self, place: Place) -> dict[int, tuple[float, int]]:
         """Width -> the logarithm of its ratio, and the number of times behind it."""
-        cells = ((width, times) for (count, width), times in self.rounds.items() if count == rows)
+        cells = ((cell[2], times) for cell, times in self.rounds.items() if cell[:2] == place)
         return {width: (math.log(middle(times)), len(times)) for width, times in cells}
-
-
-def _near(cell: tuple[int, int], rows: int) -> bool:
-    """Whether a cell (rows, drafts) says something of this number of rows."""
-    return abs(math.log2(cell[0] / rows)) <= NEAR
-
-
-def _learned(table: CostTable, rows: int) -> bool:
-    """Whether earlier starts corrected the table near this number of rows."""
-    return any(_near(cell, rows) for cell in table.learned)
 
 
 def middle(times: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .auto import Auto, Part
 from .choice import FIXED, JOINED, Choice
 from .correction import Prices
-from .costs import MAX_DRAFTS, UNKNOWN, CostTable, Drafted, Verified
+from .costs import UNKNOWN, WIDEST, CostTable, Drafted, Verified
 from .history import Acceptance, History
 
 AUTO = "auto"  # what the user says for all of this
@@ -55,8 +55,9 @@ class Pass(NamedTuple):
     """A verify.
 
     chosen: the drafts it verifies. parts: by request, of the automatic rows. reasons: by request, of all rows. rows:
-    all of them. partners: rows of a fixed length. context: committed tokens of the longest row. width: drafts verified,
-    the most in any row. own: the most in any automatic row, if these were alone. steady: no row has just joined.
+    all of them. partners: rows of a fixed length. context: committed tokens of a row, on average. width: drafts
+    verified, the most in any row. own: the most in any automatic row, if these were alone. steady: no row has just
+    joined.
     """
 
     chosen: Chosen
@@ -107,7 +108,7 @@ class Depth:
     def draft(self, rows: Sequence[DraftRow], context: int) -> list[int]:
         """Returns how many drafts to make for each row.
 
-        rows: in any order, `useful` as of the verify of these drafts. context: committed tokens of the longest row. A
+        rows: in any order, `useful` as of the verify of these drafts. context: committed tokens of a row, on average. A
         batch begins anew where none of the rows was in the last verify or choice; then a table of costs may be
         measured, which takes about a second once.
         """
@@ -140,7 +141,7 @@ class Depth:
     ) -> int | None:
         """Returns how many drafts of each row to verify, at most; None for all that wait.
 
-        rows: in any order, `useful` as of this verify. context: committed tokens of the longest row. confidences: of
+        rows: in any order, `useful` as of this verify. context: committed tokens of a row, on average. confidences: of
         each row, those of its drafts. waiting: of each row, how many of its drafts its grammar left; 0 where it has
         just joined. led: requests whose drafts a grammar forces: that the drafter's are refused says nothing of other
         texts.
@@ -196,7 +197,7 @@ class Depth:
         """
         past, made = self._pass, self._chosen.most
         auto = past.chosen.auto
-        if auto is None or auto is not self._chosen.auto or not past.steady or max(past.width, made) > MAX_DRAFTS:
+        if auto is None or auto is not self._chosen.auto or not past.steady or max(past.width, made) > WIDEST:
             return
         alone = auto.timed(past.rows, past.context, past.width, made, past.chosen.most > 0, seconds)
         self._seconds = alone if past.width == past.own else None  # a partner's drafts are no loss of ours

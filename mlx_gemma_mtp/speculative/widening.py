@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 from .choice import MARGIN
 from .correction import Prices
+from .costs import WIDEST
 from .depth import AUTO, Depth, DraftRow
 from .drafting import FORCED
 from .history import expected
 from .mixture import Chain
-
-STEPS = 4  # of the last widths that were priced, by which wider ones are
 
 
 def verified(
@@ -28,7 +27,7 @@ def verified(
     """Returns how many drafts of each row the next verify has at most, None for all, and whether its time is one of a
     width that the drafter's drafts have: not where others made it wider, or took their place.
 
-    rows: as of this verify, in the order of the rest. context: committed tokens of the longest row. confidences: of
+    rows: as of this verify, in the order of the rest. context: committed tokens of a row, on average. confidences: of
     each row, those of the drafter's drafts. waiting: how many drafts of each row there are.
     """
     automatic = [row.drafts == AUTO for row in rows]
@@ -49,17 +48,6 @@ def verified(
     return most, most == width and not any(replaced)
 
 
-def seconds(prices: Prices, width: int) -> float:
-    """Returns the seconds of a round that verifies `width` drafts and makes none. Beyond the widths that have a price
-    it goes on as over the last of them.
-    """
-    last = len(prices.rounds) - 1
-    if width <= last:
-        return prices.verify(width)
-    slope = (prices.verify(last) - prices.verify(last - STEPS)) / STEPS
-    return prices.verify(last) + (width - last) * max(slope, 0.0)
-
-
 def wider(
     rates: Sequence[Sequence[float]], useful: Sequence[int], width: int, prices: Prices | None, drafts: int, others: int
 ) -> int:
@@ -69,12 +57,12 @@ def wider(
     its limit leaves room for. drafts: made in each round, whose time is spent. others: rows whose drafts are not asked.
     A width is taken where all rows together gain more than MARGIN by it, and none loses more than MARGIN.
     """
-    most = max(map(len, rates), default=0)
+    most = min(max(map(len, rates), default=0), WIDEST)
     if prices is None or most <= width:
         return width
     kept = [expected([*row, *[0.0] * (most - len(row))], room) for row, room in zip(rates, useful, strict=True)]
     kept += [[1.0] * (most + 1)] * others
-    took = [seconds(prices, w) + drafts * prices.draft for w in range(most + 1)]
+    took = [prices.verify(w) + drafts * prices.draft for w in range(most + 1)]
     best, gain = width, (1 + MARGIN) * sum(row[width] for row in kept) / took[width]
     for w in range(width + 1, most + 1):
         rate = sum(row[w] for row in kept) / took[w]

@@ -24,6 +24,15 @@ def test_a_text_is_emitted_whole_whoever_drafts():
         assert min(done) >= len(text.drafts) and min(ends) > 0
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_after_a_long_text_copies_lose_nothing(rows):
+    """Where each query reads all K/V anew, a wide verify is dear."""
+    [(_, table), *_] = replay.after_long_texts({"m4max-26b": TABLES["m4max-26b"]}).items()
+    for name, some in TEXTS.items():
+        plain, alone, _ = mixtures.ratios(some, table, rows, replay.LONG)
+        assert min(plain, alone) >= 0.97, name
+
+
 @pytest.mark.parametrize("machine", ["cpu-openblas", "m4max-26b"])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_copies_cost_nothing_where_there_are_none_and_pay_where_there_are(machine, rows):

@@ -328,7 +328,7 @@ def test_a_cache_folder_that_is_none_is_one_notice(tmp_path, monkeypatch, kind):
     notices = []
     costs = Costs("greedy", CostFile({}), notices.append)
     assert costs.kept() is None and notices == []
-    costs._write({(1, 1, 0): 1.0}, {1: 0.1})
+    costs._write({(1, 0, 0): 1.0}, {(1, 0): 0.1})
     assert len(notices) == 1 and "cannot be kept" in notices[0] and costs.where in notices[0]
     load(notice=notices.append).generate("def f(x):", generate.SamplingParams(max_tokens=4))
 

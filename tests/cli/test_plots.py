@@ -83,7 +83,7 @@ def drawn(monkeypatch, draw) -> Figure:
 def table(contexts: int) -> CostTable:
     places = [(rows, 1000 * context, width) for context in range(contexts) for rows in ROWS for width in range(8)]
     cells = {place: 1 + 0.1 * place[0] * (place[2] + 1) for place in places}
-    return CostTable.of(cells, dict.fromkeys(ROWS, 0.1))
+    return CostTable.of(cells, {(rows, 0): 0.1 for rows in ROWS})
 
 
 @pytest.mark.parametrize("tables", [1, 2])

@@ -330,7 +330,9 @@ def test_arguments_of_load_that_are_meant(ids):
     assert loaded.generate(ids, SHORT).finish_reason == "length" and loaded.prefill_chunk == 64
 
 
-@pytest.mark.parametrize("options", [{"repeats": 0}, {"repeats": True}, {"repeats": 2.0}, {"progress": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"repeats": 0}, {"repeats": True}, {"repeats": 2.0}, {"progress": 5}, {"full": 2}], ids=str
+)
 def test_arguments_of_calibrate(engine, options):
     named(lambda: engine.calibrate(**options), next(iter(options)))
 

@@ -7,10 +7,12 @@ import pytest
 from cost_tables import random_table, table
 
 from mlx_gemma_mtp import SamplingParams, calibrate, load
+from mlx_gemma_mtp.cache.spec import with_bits
 from mlx_gemma_mtp.checks import speedup
 from mlx_gemma_mtp.engine import calibration
 from mlx_gemma_mtp.engine.calibration import KINDS, Costs
 from mlx_gemma_mtp.files import hub
+from mlx_gemma_mtp.models import loading
 from mlx_gemma_mtp.ops import expert_paths, kernels
 from mlx_gemma_mtp.speculative.auto import Auto
 from mlx_gemma_mtp.speculative.choice import (
@@ -19,7 +21,7 @@ from mlx_gemma_mtp.speculative.choice import (
     OFF,
     REASONS,
 )
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, CostFile, CostTable
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, WIDEST, Attention, CostFile, CostTable
 
 SAMPLED = SamplingParams(max_tokens=40, temperature=1.0, top_k=64, top_p=0.95, ignore_eos=True, seed=3)
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, seed=0)
@@ -130,16 +132,17 @@ def test_costs_are_measured_kept_and_moved_by_use(tmp_path, engine, monkeypatch)
     first = costs.table(engine.target, engine.drafter, prompt)
     assert costs.file.path.exists() and costs.table(engine.target, engine.drafter, prompt) == first
     assert notices == []
-    context = first.contexts[0]
-    costs.learn({(1, context, 0): 1.0, (1, context, 5): 2.5}, {1: 0.25})  # overwrites, whatever there was
+    costs.learn({(1, 0, 0): 1.0, (1, 0, 5): 2.5}, {(1, 0): 0.25})  # overwrites, whatever there was
     verified, drafted, learned = costs.file.read()
-    assert (verified[1, context, 0], verified[1, context, 5], drafted[1]) == (1.0, 2.5, 0.25)
-    assert (1, context, 4) in verified and learned == {(1, context, 5)}  # what was not met stays
+    assert (verified[1, 0, 0], verified[1, 0, 5], drafted[1, 0]) == (1.0, 2.5, 0.25)
+    assert (1, 0, 4) in verified and learned == {(1, 0, 5)}  # what was not met stays
+    costs.learn({(1, 4096, 0): 2.0, (1, 4096, 5): 9.0}, {(1, 4096): 0.5})  # after a long text
+    assert costs.file.read()[0][1, 0, 5] == 2.5 and costs.kept().verify_at(1, 4096)[5] == pytest.approx(9.0)
     costs.file.path.unlink()
     costs.learn({}, {})
     assert not costs.file.path.exists()
-    costs.learn({(2, context, 0): 1.0, (2, context, 1): 1.5}, {2: 0.25})  # starts a file
-    assert costs.kept().rounds_at(2, context)[:2] == pytest.approx([1.0, 1.75]) and notices == []
+    costs.learn({(2, 0, 0): 1.0, (2, 0, 1): 1.5}, {(2, 0): 0.25})  # starts a file
+    assert costs.kept().rounds_at(2, 0)[:2] == pytest.approx([1.0, 1.75]) and notices == []
 
 
 class StubBench:
@@ -169,7 +172,8 @@ def test_a_slow_machine_is_measured_too(tmp_path, monkeypatch, milliseconds):
     table = costs.table(None, None, [5, 6, 7])
     assert len(notices) == (milliseconds > 75)  # what takes over a second says what it does
     verified, drafted, _ = costs.file.read()
-    assert {(1, 3, 0), (1, 3, 1)} <= set(verified) and set(drafted) == {1}
+    assert {(1, 0, 0), (1, 0, 1)} <= set(verified) and set(drafted) == {(1, 0)}
+    assert not notices or "calibrate" in notices[0]  # of long texts, which are estimated
     assert [each / table.verify_at(1, 3)[0] for each in table.rounds_at(1, 3)[:5]] == pytest.approx(
         [1, 1.6, 2.2, 2.8, 3.4]
     )
@@ -187,10 +191,49 @@ def test_no_first_pass_is_counted_where_there_is_another(monkeypatch):
 
     monkeypatch.setattr(calibration, "Bench", Cold)
     monkeypatch.setattr(StubBench, "step", 0.001)
-    timings = calibration.measure(None, None, [5], KINDS["greedy"], (1,), (1,), (0, 1), 2)
-    assert timings.alone == {(1, 1, 0): [0.001, 0.001], (1, 1, 1): [0.0015, 0.0015]}
-    few = calibration.measure(None, None, [5], KINDS["greedy"], (1,), (1,), (0, 1), 2, seconds=0.0)
-    assert few.alone == {(1, 1, 0): [0.01], (1, 1, 1): [0.015]}
+    once = (((1, 0), (0, 1)),)
+    timings = calibration.measure(None, None, [5], KINDS["greedy"], once, 2)
+    assert timings.alone == {(1, 0, 0): [0.001, 0.001], (1, 0, 1): [0.0015, 0.0015]}
+    few = calibration.measure(None, None, [5], KINDS["greedy"], once, 2, seconds=0.0)
+    assert few.alone == {(1, 0, 0): [0.01], (1, 0, 1): [0.015]}
+
+
+def test_each_place_has_its_own_times_and_a_wide_verify_is_of_copies():
+    """The drafter's time counts in rounds of its drafts alone: nobody makes copies."""
+    timings = calibration.Timings()
+    for context, step in ((0, 1.0), (4096, 2.0)):
+        for width in (0, 4, 15):
+            timings.add((1, context, width), step * (1 + 0.1 * width) + width * step / 4, step * (1 + 0.1 * width))
+    verified, drafted = timings.parts()
+    assert drafted == pytest.approx({(1, 0): 0.25, (1, 4096): 0.5})
+    assert verified[1, 4096, 4] == pytest.approx(2.8) and verified[1, 4096, 15] == pytest.approx(5.0)
+    timings.add((1, 0, 15), 0.5, 0.4)  # the drafter was fast for once
+    assert timings.parts()[0][1, 0, 15] == 0.4
+
+
+def test_the_grid_reaches_as_far_as_the_model_and_its_memory(engine, monkeypatch):
+    """By default one row stands for more after long texts; a wide verify is measured everywhere."""
+    parts = engine.target, engine.drafter, engine.target.config.kv
+    usual, full = dict(calibration.grid_of(*parts)), dict(calibration.grid_of(*parts, every=True))
+    assert [*usual] == [*((rows, 0) for rows in ROWS), (1, 4096)]  # its context is 8192
+    assert [*full] == [(rows, context) for context in (0, 4096) for rows in ROWS]
+    assert all(widths[0] == 0 and widths[-1] == WIDEST and {7, 8} <= {*widths} for widths in usual.values())
+    assert usual[1, 4096] == calibration.LONG_WIDTHS and full[8, 4096] == full[1, 0]
+    monkeypatch.setattr(calibration.memory, "total_bytes", lambda: 0)
+    assert [*dict(calibration.grid_of(*parts))] == [(rows, 0) for rows in ROWS]
+
+
+def test_attention_is_estimated_by_the_bytes_that_it_reads(engine, monkeypatch):
+    """A plain step of the target reads its weights; a query all K/V of the full layers; a draft those of its own."""
+    found = calibration.attention(engine.target, engine.drafter)
+    config, step = engine.target.config, loading.step_bytes(engine.target)
+    full = [layer for layer in config.layers if layer.kv.window is None]
+    assert found.context == 4096 and found.drafter > 0
+    assert found.target == pytest.approx(4096 * sum(layer.kv.slot_bytes(4) for layer in full) / step)
+    less = calibration.attention(engine.target, engine.drafter, with_bits(config.kv, 8))
+    assert less.target < 0.5 * found.target
+    monkeypatch.setattr(calibration, "CONTEXTS", (0,))
+    assert calibration.attention(engine.target, engine.drafter) is None
 
 
 def test_a_table_is_of_the_kernels_that_run(engine, monkeypatch):
@@ -233,7 +276,7 @@ def test_a_file_that_is_no_use_is_measured_anew(tmp_path, engine, broken):
     else:
         costs.file.path.parent.mkdir()
         costs.file.path.write_text("{" if broken == "corrupt" else json.dumps({"format": 1, "key": {"a": 2}}))
-    assert len(costs.table(engine.target, engine.drafter, prompt).verify_at(1, 50)) == MAX_DRAFTS + 1
+    assert len(costs.table(engine.target, engine.drafter, prompt).verify_at(1, 50)) == WIDEST + 1
     assert any(str(costs.file.path) in notice for notice in notices)  # another says where measuring takes long
     assert (costs.file.read() is not None) if broken != "unwritable" else not costs.file.path.exists()
 
@@ -242,7 +285,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     """On a small grid: measured, kept, shown again without measuring."""
     monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
     monkeypatch.setattr(calibration, "ROWS", (1,))
-    monkeypatch.setattr(calibration, "LONG", 64)
+    monkeypatch.setattr(calibration, "CONTEXTS", (0, 4096))
+    monkeypatch.setattr(calibration, "LONG_WIDTHS", (0, 8))
+    monkeypatch.setattr(calibration, "WIDE", (WIDEST,))
     assert calibrate.main(["--show"]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: nothing was measured before")
     assert calibrate.main(["--repeats", "1", "--json"]) == 0
@@ -251,10 +296,21 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         assert [each["rows"] for each in shown[kind]][: len(ROWS)] == list(ROWS)
         assert all(len(each["break_even"]) == MAX_DRAFTS for each in shown[kind])
         assert all(len(each["seconds"]) == MAX_DRAFTS + 1 and min(each["seconds"]) > 0 for each in shown[kind])
+        assert all(len(each["verify"]) == WIDEST + 1 and not each["estimated"] for each in shown[kind])
+        assert {each["context"] for each in shown[kind]} == {0, 4096}
     assert mx.metal.is_available() or "CPU" in shown["measured"]
     assert calibrate.main(["--show"]) == 0
     text = capsys.readouterr().out
     assert "greedy text" in text and "sampled text" in text and f"{1e3 * shown['greedy'][0]['seconds'][0]:8.2f}" in text
+
+
+def test_what_was_not_measured_is_marked():
+    cells = {(1, 0, width): 1 + 0.1 * width for width in (0, 1, 4)}
+    quick = CostTable.of(cells, {(1, 0): 0.1}, attention=Attention(0.25, 0.02, 32768))
+    lines = calibrate.text(quick).splitlines()
+    assert [line.split()[0] for line in lines[1::2]] == ["0"] * len(ROWS) + ["~32768"] * len(ROWS)
+    assert lines[0].split()[-3:] == ["+8", "+11", "+15"] and lines[1].split()[-1] == f"{2500:.2f}"
+    assert [each["estimated"] for each in calibrate.record(quick)] == [False] * len(ROWS) + [True] * len(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def seen(drafted: int, accepted: int, times: int = 40) -> History:
 def prices(costs: CostTable, rows: int = 1) -> Prices:
     """A table that is taken as it is."""
     rounds = tuple(costs.rounds_at(rows, 100))
-    return Prices(rounds, costs.draft_at(rows), rounds)
+    return Prices(rounds, costs.draft_at(rows, 100), rounds)
 
 
 RICH = Purse(100.0)
@@ -203,7 +203,7 @@ def run(depth: Depth, truth: CostTable, rounds: int, keep: float, late: float = 
     """(drafts, reason) of rounds of one row that keeps this share of its drafts, in a batch's order; late: what the
     clock says over the truth.
     """
-    verify, draft, found, rows = truth.verify_at(1, 100), truth.draft_at(1), [], [ROW._replace(useful=room)]
+    verify, draft, found, rows = truth.verify_at(1, 100), truth.draft_at(1, 100), [], [ROW._replace(useful=room)]
     [made] = depth.draft(rows, 100)
     for _ in range(rounds):
         width = depth.verify(rows, 100, [[0.9] * made], [made])
@@ -214,6 +214,50 @@ def run(depth: Depth, truth: CostTable, rounds: int, keep: float, late: float = 
     return found
 
 
+def test_after_a_long_text_fewer_drafts_pay():
+    """Attention makes a wide verify dear; between the contexts that were measured costs are linear."""
+    costs, made = table(0.02, 0.02, attention=1.0), []
+    for context in (100, 4096, 16384, 32768):
+        depth = by(costs, frozen=True)
+        depth.autos["greedy"] = auto = Auto(costs, frozen=True)
+        auto.pool, auto.purse = seen(7, 4), RICH
+        made += depth.draft([ROW], context)
+    assert made[0] >= 4 and made == sorted(made, reverse=True) and made[-1] < made[1] <= made[0]
+
+
+def test_what_a_round_took_counts_for_its_context():
+    """After a long text a flat table is off; a short one is none the wiser, and the file learns where it was."""
+    flat, truth = table(0.02, 0.05), table(0.02, 0.05, attention=1.0)
+    depth = by(flat)
+    for context in (100, 32768):
+        verify, draft = truth.verify_at(1, context), truth.draft_at(1, context)
+        depth.forget([0])
+        [made] = depth.draft([ROW], context)
+        for _ in range(80):
+            width = depth.verify([ROW], context, [[0.9] * made], [made])
+            [made] = depth.draft([ROW], context)
+            depth.timed(verify[width] + made * draft)
+            depth.observe({0: width})
+    auto = known(depth)
+    short, long = auto.prices(1, 100), auto.prices(1, 32768)
+    assert short.rounds[7] / short.rounds[0] == pytest.approx(truth.rounds_at(1, 100)[7], rel=0.05)
+    rounds = truth.rounds_at(1, 32768)
+    assert long.rounds[7] / long.rounds[0] == pytest.approx(rounds[7] / rounds[0], rel=0.2)  # one plain time alone
+    verified, drafted = depth.learned()["greedy"]
+    assert {cell[:2] for cell in verified} == set(drafted) == {(1, 0), (1, 32768)}
+
+
+def test_a_text_that_grows_goes_on_as_it_was_across_a_border():
+    """What was timed after a shorter text holds until there are times of its own."""
+    truth, wrong, seen = table(0.3, 0.2), table(0.02, 0.02), Correction()
+    for _ in range(9):
+        for width in (0, 1, 3):
+            seen = seen.after(wrong, 1, 2000, width, width, truth.rounds_at(1, 100)[width])
+    before, after = seen.prices(wrong, 1, 2000), seen.prices(wrong, 1, 2200)
+    assert after == before and after.anchored and after.tried == 3
+    assert not seen.prices(wrong, 1, 32768).anchored and seen.prices(wrong, 1, 32768).tried == 0
+
+
 def test_times_correct_the_table():
     """Every cell has the truth once it was timed, whatever the table says and whatever one outlier says."""
     truth, wrong, seen = table(0.3, 0.2), table(0.02, 0.02), Correction()
@@ -221,10 +265,12 @@ def test_times_correct_the_table():
         for width in (0, 1, 3):
             late = 10.0 if number == 4 else 1.0
             seen = seen.after(wrong, 1, 100, width, 0, truth.verify_at(1, 100)[width] * late)
-        seen = seen.after(wrong, 1, 100, 0, 1, truth.verify_at(1, 100)[0] + truth.draft_at(1))
+        seen = seen.after(wrong, 1, 100, 0, 1, truth.verify_at(1, 100)[0] + truth.draft_at(1, 100))
     found, right = seen.prices(wrong, 1, 100), truth.rounds_at(1, 100)
     assert [found.rounds[k] for k in (0, 1, 3)] == pytest.approx([right[k] for k in (0, 1, 3)], rel=0.06)
-    assert found.draft == pytest.approx(truth.draft_at(1), rel=0.1) and found.verify(1) == pytest.approx(1.3, rel=0.03)
+    assert found.draft == pytest.approx(truth.draft_at(1, 100), rel=0.1) and found.verify(1) == pytest.approx(
+        1.3, rel=0.03
+    )
     assert found.rounds[2] == pytest.approx(right[2], rel=0.1)  # between its neighbours
     assert found.rounds[7] == pytest.approx(right[7], rel=0.1) and found.tried == 3  # beyond them, on their line
     assert list(found.rounds) == sorted(found.rounds) and found.anchored and found.live
@@ -253,7 +299,9 @@ def test_the_machine_may_be_slower_than_the_table_throughout():
 def test_a_table_that_flatters_is_found_out():
     """A verify of many drafts no dearer than of one: by a frozen table drafting goes on, by times it stops."""
     truth = table(0.5, 0.3)
-    flat = CostTable.of({(r, 100, w): 1.0 + 0.05 * (w > 0) for r in ROWS for w in range(MAX_DRAFTS + 1)}, {1: 0.01})
+    flat = CostTable.of(
+        {(r, 100, w): 1.0 + 0.05 * (w > 0) for r in ROWS for w in range(MAX_DRAFTS + 1)}, {(1, 100): 0.01}
+    )
     assert sum(drafts for drafts, _ in run(by(flat), truth, 80, 0.4)[20:]) <= 12
     assert sum(drafts for drafts, _ in run(by(flat, frozen=True), truth, 80, 0.4)[20:]) > 40
 
@@ -402,10 +450,10 @@ def test_what_was_learned_stands_in_proportion_to_the_tables_plain_round():
     run(depth, truth, 100, 1.0, late=5.0)
     verified, drafted = depth.learned()["greedy"]
     lengths = {width for _, _, width in verified} - {0}
-    assert lengths and {cell[:2] for cell in verified} == {(1, 100)} and set(drafted) == {1}
-    assert verified[1, 100, 0] == 1.0
+    assert lengths and {cell[:2] for cell in verified} == set(drafted) == {(1, 0)}  # a short text
+    assert verified[1, 0, 0] == 1.0
     for width in lengths:
-        assert verified[1, 100, width] + width * drafted[1] == pytest.approx(truth.rounds_at(1, 100)[width], rel=0.1)
+        assert verified[1, 0, width] + width * drafted[1, 0] == pytest.approx(truth.rounds_at(1, 100)[width], rel=0.1)
     assert depth.learned() == {"greedy": ({}, {})} and LEARN == 16
 
 

@@ -6,9 +6,10 @@ import pytest
 from mlx_gemma_mtp.sampling.distribution import Distribution
 from mlx_gemma_mtp.speculative.copies import RowText
 from mlx_gemma_mtp.speculative.correction import Prices
+from mlx_gemma_mtp.speculative.costs import CostTable
 from mlx_gemma_mtp.speculative.drafting import COPY, FORCED, MTP, Drafting, Drafts
 from mlx_gemma_mtp.speculative.mixture import HOT, PLACES, Chain, Mixture, Rates, mixed, reason_of
-from mlx_gemma_mtp.speculative.widening import seconds, wider
+from mlx_gemma_mtp.speculative.widening import wider
 
 FILE = list(range(100, 160))
 START = [*FILE, 1, *FILE[:8]]  # the first 8 tokens of a file are said again
@@ -161,12 +162,18 @@ def prices(verify, draft=0.1) -> Prices:
     return Prices(rounds, draft, rounds)
 
 
-FLAT = prices([1 + 0.01 * i for i in range(8)])
-DEAR = prices([1 + 0.8 * i for i in range(8)])
+FLAT = prices([1 + 0.01 * i for i in range(16)])
+DEAR = prices([1 + 0.8 * i for i in range(16)])
+STEP = prices([1 + 0.01 * i + 3 * (i > 7) for i in range(16)])  # beyond eight queries a row another kernel
 
 
-def test_a_width_beyond_the_table_goes_on_as_over_its_end():
-    assert seconds(FLAT, 7) == pytest.approx(1.07) and seconds(FLAT, 15) == pytest.approx(1.15)
+def test_a_wide_verify_costs_what_was_measured():
+    """And where nothing was, it goes on as over the last widths that were."""
+    sure = [[0.95] * 15]
+    assert wider(sure, [15], 3, STEP, 3, 0) == 7 and wider(sure, [15], 3, FLAT, 3, 0) == 15
+    costs = CostTable.of({(1, 0, width): 1 + 0.1 * width for width in (0, 1, 4)}, {(1, 0): 0.1})
+    assert costs.verify_at(1, 0)[15] == pytest.approx(2.5)
+    assert wider([[0.95] * 20], [20], 3, FLAT, 3, 0) == 15
 
 
 def test_a_verify_is_as_wide_as_pays():
@@ -182,5 +189,5 @@ def test_no_partner_pays_for_a_rows_copies():
     """Where the batch's verify grows with its width, the others would lose; where it does not, the row gains."""
     rates = [[0.95] * 15] + [[0.6] * 3] * 7
     assert wider(rates, [15] * 8, 3, DEAR, 3, 0) == 3
-    assert wider(rates, [15] * 8, 3, prices([1 + 1e-4 * i for i in range(8)]), 3, 0) == 15
+    assert wider(rates, [15] * 8, 3, prices([1 + 1e-4 * i for i in range(16)]), 3, 0) == 15
     assert wider(rates[:1], [15], 3, DEAR, 3, 7) == 3  # partners of a fixed length, too

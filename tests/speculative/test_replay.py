@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import replay
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, Attention, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO
 
 TRACES = replay.read_traces()
@@ -36,6 +36,41 @@ def test_auto_is_never_wrong_for_long(machine, text):
     assert run.rate >= 0.95 * max(fixed)
     assert run.rate <= replay.oracle(trace, costs) * (1 + 1e-9)
     assert all(rounds <= 32 for rounds in replay.rounds_to_adapt(trace, run, costs))
+
+
+LONG = replay.after_long_texts(TABLES)
+
+
+@pytest.mark.parametrize("machine", LONG)
+@pytest.mark.parametrize("text", TRACES)
+def test_after_a_long_text_fewer_drafts_are_made_and_none_loses(machine, text):
+    """Attention makes a wide verify dear after 32,768 tokens."""
+    trace, costs = TRACES[text], LONG[machine]
+    short, long = (replay.replay(trace, costs, AUTO, context=context) for context in (replay.CONTEXT, replay.LONG))
+    verified = [sum(each.verified for each in run.rounds) / len(run.rounds) for run in (short, long)]
+    before, fixed = (replay.fixed_rates(trace, costs, context) for context in (replay.CONTEXT, replay.LONG))
+    assert long.rate >= 0.97 * fixed[0] and long.rate >= 0.95 * max(fixed)
+    assert verified[1] < verified[0]
+    assert fixed[-1] / fixed[0] < 0.91 * before[-1] / before[0]
+
+
+@pytest.mark.parametrize("machine", LONG)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_estimate_of_a_long_context_costs_little(machine, rows):
+    """A first start: one row, three widths and a short text were measured; attention is four times as dear as its
+    estimate, or a quarter.
+    """
+    truth = LONG[machine]
+    first = truth.contexts[0]
+    quick = {(1, 0, width): truth.verify_at(1, first)[width] for width in (0, 1, 4)}
+    draft = {(1, 0): truth.draft_at(1, first)}
+    share = truth.verify_at(1, replay.LONG)[0] / truth.verify_at(1, first)[0] - 1
+    for off in (0.25, 1.0, 4.0):
+        costs = CostTable.of(quick, draft, attention=Attention(share * off, 0.0, replay.LONG))
+        for text in ("code", "shuffled"):
+            found = replay.against_plain(TRACES[text], truth, AUTO, costs, rows, 300, seed=rows, start=replay.LONG)
+            plain, taken = (sum(part) for part in zip(*found[replay.START :], strict=True))
+            assert plain / taken >= 0.97, (off, text)
 
 
 @pytest.mark.parametrize("machine", TABLES)
