@@ -26,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 LLMPROBE, SCHEMATHESIS = "llmprobe@0.6.12", "schemathesis==4.32.5"
 FLAGS = ["--no-parent", "--num-draft-tokens", "3"]  # of a server that is started
 # MUST failures that are the bundled model's: a text, or a call's argument, that goes on until max_tokens is cut amid
-# its JSON, with the finish reason "length", as OpenAI's are.
-MODEL = {"chat-json-mode-parses", "chat-typed-args-json"}
+# its JSON, with the finish reason "length", as OpenAI's are; and a name that it was told, and cannot say.
+MODEL = {f"{route}-{what}" for route in ("chat", "responses") for what in ("json-mode-parses", "typed-args-json")}
+MODEL.add("responses-chain-remembers")
 CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"),
     "negative_data_rejection",

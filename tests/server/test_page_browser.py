@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
+from collections.abc import Awaitable
+from contextlib import suppress
 from types import SimpleNamespace
 
 import browser
@@ -29,14 +32,19 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def script(engine):
-    """A server whose replies are `script.text`, three tokens a round, `script.pause` seconds each."""
-    script = SimpleNamespace(text="", pause=0.0)
+    """A server whose replies are `script.text`, three tokens a round, `script.pause` seconds each; or one for
+    each thing that is put into `script.gate`.
+    """
+    script = SimpleNamespace(text="", pause=0.0, gate=None)
 
     def rounds(number: int) -> list[list[int]]:
         ids = ids_of(engine, script.text + END)
         return [ids[:1], *(ids[at : at + 3] for at in range(1, len(ids), 3))]
 
-    with serving(Scripted(engine, rounds, lambda: asyncio.sleep(script.pause))) as script.url:
+    def wait() -> Awaitable[object]:
+        return asyncio.sleep(script.pause) if script.gate is None else asyncio.to_thread(script.gate.get, timeout=300)
+
+    with serving(Scripted(engine, rounds, wait)) as script.url:
         yield script
 
 
@@ -63,12 +71,16 @@ def drafts(tab: browser.Tab, count: str) -> None:
     tab.run(f"document.getElementById('drafts').value = {json.dumps(count)}")
 
 
-def test_a_stream_is_seen_while_it_runs(tab, script):
-    script.text, script.pause = "one two three four five six seven eight nine ten " * 4, 0.05
+def test_a_stream_is_seen_while_it_runs(tab, script, monkeypatch):
+    """However slow the machine is: a round comes after each look."""
+    script.text = "one two three four five six seven eight nine ten " * 4
+    monkeypatch.setattr(script, "gate", queue.Queue(1))
     ready(tab, script.url)
     ask(tab, "Count.")
     seen, live = [0], set()
     while tab.run("messages.length < 2"):
+        with suppress(queue.Full):
+            script.gate.put_nowait(None)
         if (length := tab.run(f"document.querySelector('.assistant') ? {SAID}.length : 0")) > seen[-1]:
             seen.append(length)
             live.add(tab.text("#speed"))
