@@ -93,14 +93,15 @@ class CostTable:
         own = {rows: seconds for (rows, context), seconds in drafted.items() if context == first}
         drafts = _short_drafts(own, [line[0] for line in short])
         each = {(*place, 0): seconds for place, seconds in drafted.items()}
-        verify = [short, *(_longer(short, _added(short, verified, context)) for context in contexts[1:])]
-        draft = [drafts, *(_longer(drafts, _added(drafts, each, context)) for context in contexts[1:])]
+        added = [(_added(short, verified, context), _added(drafts, each, context)) for context in contexts[1:]]
         if estimated := attention is not None and contexts[-1] < attention.context:
-            step = short[0][0]
-            query, more = attention.target * step, attention.drafter * step
+            query, more = attention.target * short[0][0], attention.drafter * short[0][0]
             contexts.append(attention.context)
-            verify.append(_longer(short, {1: {0: query, WIDEST: (WIDEST + 1) * query}}))
-            draft.append(_longer(drafts, {1: {0: more}}))
+            added.append(({1: {0: query, WIDEST: (WIDEST + 1) * query}}, {1: {0: more}}))
+        verify, draft = [short], [drafts]
+        for of_verify, of_draft in added:
+            verify.append(_longer(short, of_verify, verify[-1]))
+            draft.append(_longer(drafts, of_draft, draft[-1]))
         return cls(tuple(contexts), tuple(verify), tuple(draft), frozenset(learned), estimated)
 
     def verify_at(self, rows: int, context: int) -> list[float]:
@@ -200,19 +201,19 @@ def _added(short: Plane, cells: Verified, context: int) -> Added:
     return added
 
 
-def _longer(short: Plane, added: Added) -> Plane:
-    """Returns the seconds of a longer context. Numbers of rows that were not measured there follow the nearest one, and
-    widths are on a line through those that were. A longer text is never cheaper.
+def _longer(short: Plane, added: Added, last: Plane) -> Plane:
+    """Returns the seconds of a longer context: no less than those of the last one, a shorter context. Numbers of rows
+    that were not measured follow the nearest one, and widths are on a line through those that were.
     """
     if not added:
-        return short
+        return last
     plane = []
-    for rows, line in zip(ROWS, short, strict=True):
+    for rows, line, least in zip(ROWS, short, last, strict=True):
         more = added[min(added, key=lambda count: (abs(math.log2(count / rows)), count))]
         widths = sorted(more)
         values = [more[width] for width in widths]
-        extra = (rows * max(_line(width, widths, values), 0.0) for width in range(len(line)))
-        plane.append(tuple(rising([seconds + each for seconds, each in zip(line, extra, strict=True)])))
+        found = [seconds + rows * _line(width, widths, values) for width, seconds in enumerate(line)]
+        plane.append(tuple(map(max, rising(found), least)))
     return tuple(plane)
 
 

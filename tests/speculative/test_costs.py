@@ -89,6 +89,8 @@ def test_a_long_context_is_estimated_until_it_is_measured():
     assert table.draft_at(1, 32768) == pytest.approx(0.2 + 0.2)
     some = short | {(1, 4096, 0): 2.1, (1, 4096, 1): 2.9}
     assert CostTable.of(some, {(1, 0): 0.2}, attention=Attention(0.5, 0.1, 32768)).contexts == (0, 4096, 32768)
+    dear = CostTable.of(some | {(1, 4096, 0): 9.0, (1, 4096, 1): 12.0}, {(1, 0): 0.2}, (), Attention(0.5, 0.1, 32768))
+    assert dear.verify_at(1, 32768)[:2] == dear.verify_at(1, 4096)[:2] == pytest.approx([9.0, 12.0])
     known = CostTable.of(some, {(1, 0): 0.2}, attention=Attention(0.5, 0.1, 4096))
     assert not known.estimated and known.contexts == (0, 4096)
 
