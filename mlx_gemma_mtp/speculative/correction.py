@@ -146,9 +146,10 @@ class Correction:
         return Prices(tuple(rounds), self.draft(table, rows, context), hope, tried, True, anchored)
 
     def draft(self, table: CostTable, rows: int, context: int) -> float:
-        """Returns the seconds of one draft: a weighted mean of the measured times and the table's.
+        """Returns the seconds of one draft: a weighted mean of the middle one of the measured times and the table's.
 
-        The table's time counts as at least DRAFT_GUESS of a plain round.
+        The table's time counts as at least DRAFT_GUESS of a plain round. It is one of those that the middle is taken
+        of: a single time that is far too long would make every verify look free, since a round's time is of both.
         """
         draft, plain = table.draft_at(rows), self.rounds.get((rows, 0))
         scale = middle(plain) if plain else math.exp(self.factors(table, rows)[0])
@@ -156,7 +157,7 @@ class Correction:
             draft if _learned(table, rows) else max(draft, DRAFT_GUESS * table.rounds_at(rows, context)[0])
         ) * scale
         times = self.drafts.get(rows, ())
-        known = median_low(times) * draft * len(times) if times else 0.0
+        known = median_low((*times, guess / draft)) * draft * len(times)
         return (known + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)
 
     def factors(self, table: CostTable, rows: int) -> list[float]:
