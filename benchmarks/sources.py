@@ -33,11 +33,11 @@ from mlx_gemma_mtp.speculative.mixture import Pool
 from mlx_gemma_mtp.speculative.prefill import batch
 
 from .schemas import schema_of
+from .texts import BINDING
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = range(700, 1700)  # bytes of a file that is edited
 ROWS, BLOCK, CHUNK, LONGEST = 4, 16, 256, 400
-PROMPTS = "Describe the function open().", "def area(width, height):"
 ASK = "Edit this file.\n\n```python\n{}```\n"
 
 
@@ -176,7 +176,7 @@ def of_schemas(engine: Engine, schemas: Sequence[dict], drafts: int) -> Measure:
     params = [SamplingParams(temperature=0.0, json_schema=each, top_k=-1, top_p=1.0, seed=0) for each in schemas]
 
     def measure(sources: str, reach: int, pool: Pool) -> Passes:
-        prompts = [PROMPTS[i % 2] for i in range(len(params))]
+        prompts = [BINDING[i % 2] for i in range(len(params))]
         requests = engine._intake.requests(prompts, params, Options())
         done = lambda row, text: len(text) >= LONGEST or not requests[row].end_tokens.isdisjoint(text)  # noqa: E731
         constraints, ids = [each.constraint for each in requests], [each.prompt for each in requests]

@@ -150,9 +150,10 @@ class Correction:
         return Prices(tuple(rounds), self.draft(table, rows, context), hope, tried, True, anchored)
 
     def draft(self, table: CostTable, rows: int, context: int) -> float:
-        """Returns the seconds of one draft: a weighted mean of the measured times and the table's.
+        """Returns the seconds of one draft: a weighted mean of the middle one of the measured times and the table's.
 
-        The table's time counts as at least DRAFT_GUESS of a plain round.
+        The table's time counts as at least DRAFT_GUESS of a plain round. It is one of those that the middle is taken
+        of: a single time that is far too long would make every verify look free, since a round's time is of both.
         """
         place, draft = (rows, nearest(context)), table.draft_at(rows, context)
         plain = self.rounds.get((*place, 0))
@@ -160,7 +161,7 @@ class Correction:
         known = table.learned_at(place, NEAR)
         guess = (draft if known else max(draft, DRAFT_GUESS * table.rounds_at(rows, context)[0])) * scale
         times = self.drafts.get(place, ())
-        timed = median_low(times) * draft * len(times) if times else 0.0
+        timed = median_low((*times, guess / draft)) * draft * len(times)
         return (timed + guess * DRAFT_WEIGHT) / (len(times) + DRAFT_WEIGHT)
 
     def factors(self, table: CostTable, place: Place) -> list[float]:

@@ -58,12 +58,14 @@ class Walk(NamedTuple):
     """A row's drafts as its constraint has them.
 
     drafts: those that it allows, forced ones among them. masks: of the next token and of the one after each draft.
-    refused: how many drafts were left out.
+    refused: how many drafts were left out. forced: the places of the drafts that are all that it allows, whoever else
+    has drafted them.
     """
 
     drafts: list[Draft]
     masks: list[np.ndarray | None]
     refused: int = 0
+    forced: frozenset[int] = frozenset()
 
 
 class Guide:
@@ -182,7 +184,7 @@ def _walk(
     if constraint is None:
         return Walk(list(drafts), [None] * (len(drafts) + 1))
     walk, left, asked = Walk([], [constraint.mask()]), list(drafts), more is None
-    ahead, refused = None, 0
+    ahead, refused, places = None, 0, set()
     while reach is None or len(walk.drafts) < reach:
         mask = walk.masks[-1]
         forced = None if reach is None or _idle(walk) else sole(mask)
@@ -191,6 +193,7 @@ def _walk(
         if forced is not None:
             if left and left[0][0] != forced:
                 refused, left = refused + len(left), []
+            places.add(len(walk.drafts))
             draft = (forced, left.pop(0)[1] if left else FORCED, 1.0)
         elif left and allows(mask, left[0][0]):
             draft = left.pop(0)
@@ -205,7 +208,7 @@ def _walk(
         except BaseException:
             walk.masks.append(only([], vocab))
             break
-    return walk._replace(refused=refused)
+    return walk._replace(refused=refused, forced=frozenset(places))
 
 
 def _idle(walk: Walk) -> bool:

@@ -21,7 +21,7 @@ from ..models.gemma4 import Gemma4
 from ..sampling.penalties import TokenCounts
 from ..sampling.rules import Rules
 from .copies import RowText
-from .drafting import DEFAULT_DRAFTING, FORCED, SOURCES, Drafting, Drafts, DraftState
+from .drafting import DEFAULT_DRAFTING, SOURCES, Drafting, Drafts, DraftState
 from .guide import Guide
 from .mixture import Chain, Mixture, Pool, mixed
 from .readback import Read, Round
@@ -285,12 +285,8 @@ class Speculation:
         self._made = drafted
         self.mixture.take(done.tokens)
         self.chains = self.mixture.chains(drafted, confidences, reach, own.q is not None)
-        forcing = own.q is None and FORCED in self.drafting.sources
         if inputs.guide is not None and own.q is None:
-            walks, look = inputs.guide.lead(
-                [chain.drafts for chain in self.chains], reach if forcing else None, self.mixture.more(reach)
-            )
-            self.chains = [Chain.of(walk.drafts, walk.refused) for walk in walks]
+            self.chains, look = self.mixture.led(inputs.guide, self.chains, reach)
         elif inputs.guide is not None:  # what was drawn is not cut
             look = inputs.guide.look([chain.tokens for chain in self.chains], cut=False)
         drafts = mixed(own, drafted, self.chains)

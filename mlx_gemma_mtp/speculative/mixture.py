@@ -6,6 +6,7 @@ at a copy costs nothing. So no source has to be tried again to learn whether it 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,8 +17,8 @@ import mlx.core as mx
 
 from ..sampling.distribution import Distribution
 from .copies import Copy, RowText, agreeing
-from .drafting import BESIDE, COPY, MTP, Drafting, Drafts
-from .guide import Draft, More
+from .drafting import BESIDE, COPY, FORCED, MTP, Drafting, Drafts
+from .guide import Draft, Guide, Look, More
 
 OWN, POOLED = 0.95, 0.99  # what a token leaves of the counts before it: of one row, of all
 WEIGHT = 3.0  # of what is assumed, in tokens
@@ -114,7 +115,8 @@ class _Row:
     """What is known of one row.
 
     text: its tokens. copies, drafter: how often theirs were kept. copy, drafts, kinds: what was proposed for the next
-    tokens, whether it is verified or not, and the kinds of these drafts. streak: rounds in which a copy was kept whole.
+    tokens, whether it is verified or not, and the kinds of these drafts. forced: the places where a guide leaves one
+    token, which says nothing of a source that has it, too. streak: rounds in which a copy was kept whole.
     """
 
     text: RowText
@@ -123,22 +125,27 @@ class _Row:
     copy: Copy | None = None
     drafts: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
+    forced: frozenset[int] = frozenset()
     streak: int = 0
 
     def learn(self, emitted: Sequence[int]) -> None:
         """Takes in what the row emitted after what was proposed."""
         same = agreeing(self.drafts, emitted)
-        for i in range(min(same + 1, len(self.drafts), len(emitted))):
+        for i in self._judged(same, self.drafts, emitted):
             self.drafter.add(self.kinds[i], i < same)
         copy, whole = self.copy, False
         if copy is not None and emitted:
             kept, after = agreeing(copy.tokens, emitted), self.agreed
-            for i in range(min(kept + 1, len(copy.tokens), len(emitted))):
+            for i in self._judged(kept, copy.tokens, emitted):
                 self.copies.add(kind(copy.length + i, i >= after > 0), i < kept)
             whole = kept == min(len(copy.tokens), len(emitted)) > 1
         self.streak = self.streak + 1 if whole else 0
         self.text.add(emitted, copy)
-        self.copy, self.drafts = None, []
+        self.copy, self.drafts, self.forced = None, [], frozenset()
+
+    def _judged(self, kept: int, drafts: Sequence[int], emitted: Sequence[int]) -> list[int]:
+        """The places of a source's drafts by which it is judged. kept: how many of the first ones were emitted."""
+        return [i for i in range(min(kept + 1, len(drafts), len(emitted))) if i not in self.forced]
 
     @property
     def agreed(self) -> int:
@@ -148,7 +155,9 @@ class _Row:
 
     def chances(self, copy: Copy, agreed: int = 0) -> list[float]:
         """The chance of each token of a copy. agreed: how many of the first ones the drafter said as well."""
-        return [self.copies.rate(kind(copy.length + i, i >= agreed > 0)) for i in range(len(copy.tokens))]
+        kinds = [kind(copy.length + i, i >= agreed > 0) for i in range(len(copy.tokens))]
+        rates = {each: self.copies.rate(each) for each in set(kinds)}
+        return [rates[each] for each in kinds]
 
     @property
     def hot(self) -> bool:
@@ -160,7 +169,7 @@ class Mixture:
     """Puts the drafts of a batch's rows together, of those sources that may draft."""
 
     def __init__(self, drafting: Drafting, pool: Pool | None = None):
-        self.copying, self.pool = drafting.copies, pool or Pool()
+        self.copying, self.forcing, self.pool = drafting.copies, FORCED in drafting.sources, pool or Pool()
         self.rows: list[_Row] = []
 
     def begin(self, texts: Sequence[RowText]) -> None:
@@ -199,8 +208,19 @@ class Mixture:
             chains.append(self._chain(i, list(tokens), sure, most, drawn))
         return chains
 
-    def more(self, reach: Sequence[int]) -> Callable[[int], More]:
-        """Returns for a row what its text has behind drafts, as far as it reaches."""
+    def led(self, guide: Guide, chains: Sequence[Chain], reach: Sequence[int]) -> tuple[list[Chain], Look]:
+        """Returns the drafts of each row as a guide has them, and what it says of them: with what it forces, if that
+        may draft, and without what it refuses.
+
+        chains: the rows' drafts. reach: how many a row may have.
+        """
+        walks, look = guide.lead([chain.drafts for chain in chains], reach if self.forcing else None, self._more(reach))
+        for row, walk in zip(self.rows, walks, strict=True):
+            row.forced = walk.forced
+        return [Chain.of(walk.drafts, walk.refused) for walk in walks], look
+
+    def _more(self, reach: Sequence[int]) -> Callable[[int], More]:
+        """What the text of a row has behind drafts, as far as the row reaches."""
 
         def of_row(row: int) -> More:
             def behind(drafts: list[Draft]) -> list[Draft]:
@@ -255,8 +275,7 @@ def kind(length: int, agreed: bool) -> int:
     """Returns the kind of a copied token. length: of the match before it. agreed: whether the drafter said all drafts
     before it.
     """
-    place = sum(length >= least for least in LENGTHS[1:])
-    return place + len(LENGTHS) * agreed
+    return bisect_right(LENGTHS, length) - 1 + len(LENGTHS) * agreed
 
 
 def expected(rates: Sequence[float]) -> float:

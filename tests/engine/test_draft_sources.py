@@ -70,15 +70,28 @@ def test_no_two_threads_encode_at_once(engine, monkeypatch, way):
     assert locked and all(locked)
 
 
+EDIT = [f"Say again:\n{CODE}", *(f"What is {i}?" for i in range(7))], [AGAIN, *[FREE] * 7]
+
+
 def test_partners_of_an_edit_lose_nothing(engine):
-    """Seven free rows take as many passes as without the editor's drafts, at most. Whether the editor takes fewer is a
-    matter of what a wider verify of eight rows costs here.
-    """
-    prompts, params = [f"Say again:\n{CODE}", *(f"What is {i}?" for i in range(7))], [AGAIN, *[FREE] * 7]
-    plain = engine.generate(prompts, params, num_draft_tokens=0)
-    found = engine.generate(prompts, params, num_draft_tokens="auto")
+    """Seven free rows take as many passes as without the editor's drafts, at most, where a wide verify is dear."""
+    plain, found = (engine.generate(*EDIT, num_draft_tokens=drafts) for drafts in (0, "auto"))
     assert [each.tokens for each in found] == [each.tokens for each in plain]
     assert all(a.stats.rounds <= b.stats.rounds for a, b in zip(found, plain, strict=True))
+
+
+def test_an_editor_among_seven_gains_where_a_wide_verify_pays():
+    """It takes half of the passes that the drafter alone leaves it, and no other row takes more."""
+    found = []
+    with mock.patch.object(Tables, "__call__", lambda self, kind, idle: table(verify=0.002, draft=0.1)):
+        for sources in ("mtp", "mtp,copy", "mtp,copy,forced"):
+            with load(dtype="float32", learning=False, draft_sources=sources) as engine:
+                found.append(engine.generate(*EDIT, num_draft_tokens="auto"))
+    alone, *others = found
+    for each in others:
+        assert [result.tokens for result in each] == [result.tokens for result in alone]
+        passes, before = ([result.stats.rounds for result in results] for results in (each, alone))
+        assert 2 * passes[0] <= before[0] and all(a <= b for a, b in zip(passes[1:], before[1:], strict=True))
 
 
 def test_equal_calls_have_equal_rounds_where_costs_are_frozen(engine):

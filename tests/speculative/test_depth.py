@@ -289,6 +289,18 @@ def test_one_time_alone_is_half_believed():
     assert seen.prices(costs, 1, 100).rounds[1] == pytest.approx(costs.rounds_at(1, 100)[1])  # of two the less
 
 
+def test_a_single_time_of_drafts_that_is_far_too_long_makes_no_verify_free():
+    """Others' drafts are priced by the verify alone; of two such times the less is believed."""
+    costs, seen = table(0.1, 0.1), Correction()
+    for _ in range(3):
+        seen = seen.after(costs, 1, 100, 0, 0, 1.0)
+    seen = seen.after(costs, 1, 100, 0, 1, 1.55)
+    found = seen.prices(costs, 1, 100)
+    assert found.draft == pytest.approx(0.1) and found.verify(7) >= costs.verify_at(1, 100)[7]
+    seen = seen.after(costs, 1, 100, 0, 1, 1.55)
+    assert seen.prices(costs, 1, 100).draft == pytest.approx(0.4)
+
+
 def test_the_machine_may_be_slower_than_the_table_throughout():
     """Only ratios matter: ten times the table's seconds, the same choices."""
     costs = table(0.1, 0.1)

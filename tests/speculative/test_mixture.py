@@ -8,6 +8,7 @@ from mlx_gemma_mtp.speculative.copies import RowText
 from mlx_gemma_mtp.speculative.correction import Prices
 from mlx_gemma_mtp.speculative.costs import CostTable
 from mlx_gemma_mtp.speculative.drafting import COPY, FORCED, MTP, Drafting, Drafts
+from mlx_gemma_mtp.speculative.guide import Guide, only
 from mlx_gemma_mtp.speculative.mixture import HOT, PLACES, Chain, Mixture, Rates, mixed, reason_of
 from mlx_gemma_mtp.speculative.widening import wider
 
@@ -94,6 +95,36 @@ def test_the_drafter_is_not_asked_while_copies_are_kept_whole():
     chain(made, [])
     made.take([[3]])
     assert not made.hot([0])
+
+
+class Forcing:
+    """A Constraint that leaves one token alone in every place but the third."""
+
+    def __init__(self, tokens, at=0):
+        self.tokens, self.at = tokens, at
+
+    def copy(self):
+        return Forcing(self.tokens, self.at)
+
+    def mask(self):
+        return None if self.at == 2 else only([self.tokens[self.at]], 200)
+
+    def advance(self, token):
+        self.at += 1
+
+
+def test_what_a_grammar_forces_says_nothing_of_who_drafted_it():
+    """Both sources say all six tokens, and each is judged by the one that was free."""
+    made, ahead = mixture(sources="mtp,copy,forced"), FILE[8:14]
+    chains = made.chains([ahead], [[0.95] * 6], [6])
+    found, look = made.led(Guide([Forcing(ahead)], 200), chains, [6])
+    assert found[0].tokens == ahead and look.counts == [6]
+    made.take([ahead])
+    assert sum(made.pool.copies.tried) == sum(made.pool.copies.kept) == 1
+    assert sum(made.pool.drafter.tried) == sum(made.pool.drafter.kept) == 1
+    chain(made, FILE[14:16], confidences=[0.9, 0.9])  # the next round has no grammar
+    made.take([FILE[14:17]])
+    assert sum(made.pool.drafter.kept) > 2.9 < sum(made.pool.copies.kept)
 
 
 def test_rows_move_with_what_is_known_of_them():
