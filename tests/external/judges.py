@@ -33,7 +33,7 @@ CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"),
     "negative_data_rejection",
 )
-OPERATIONS = 4  # routes with bodies, among which the cases are shared
+OPERATIONS = 5  # routes with bodies, among which the cases are shared
 
 
 @contextmanager
