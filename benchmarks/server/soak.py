@@ -152,7 +152,7 @@ async def client(port: int, some: Sequence[Good], seen: Seen, end: float, seed: 
                 seen.others[f"oversized: {status}"] += 1
             else:
                 await _rudely(port, rude.draw(r), seen)
-        except (OSError, asyncio.IncompleteReadError) as error:
+        except (OSError, asyncio.IncompleteReadError, LookupError) as error:  # LookupError: there was no answer
             seen.others[type(error).__name__] += 1
 
 
