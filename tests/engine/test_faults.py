@@ -227,7 +227,7 @@ def trials(pair: str, seeds: Sequence[int]) -> None:
     assert threading.active_count() == threads
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", ["bundled", pytest.param("e2b", marks=pytest.mark.slow)])
 def test_every_fault_once(pair):
     trials(pair, range(len(FAULTS)))
 

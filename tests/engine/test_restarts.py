@@ -27,7 +27,7 @@ def prompt(tokens: list[int], salt: str | None = None, temperature: float = 0.0)
     return {"tokens": tokens, "salt": salt, "temperature": temperature}
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", ["demo", pytest.param("e2b", marks=pytest.mark.slow)])
 def test_a_restart_serves_what_was_known(tmp_path, pair):
     asked = [prompt(IDS), prompt(IDS[:600] + [7] * 50, temperature=1.0), prompt(IDS, "salt"), prompt(IDS[:300])]
     cold = in_a_process(PAIRS[pair], None, [prompt(**each) for each in asked])
