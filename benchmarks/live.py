@@ -28,14 +28,16 @@ from tqdm import tqdm
 from benchmarks.texts import ENDING, Asked, tasks, texts
 from mlx_gemma_mtp import UserError
 from mlx_gemma_mtp.machine import blas
+from mlx_gemma_mtp.sampling.params import MTP
 from mlx_gemma_mtp.speculative.costs import ROWS, CostFile
+from mlx_gemma_mtp.speculative.depth import AUTO
 
 if TYPE_CHECKING:
     from mlx_gemma_mtp.engine.engine import Engine
 
 BAR = 0.97
-PLAIN, AUTO, ALONE = "plain", "auto", "the drafter alone"
-FORCED, MTP = "forced", "mtp"
+PLAIN, ALONE = "plain", "the drafter alone"
+FORCED = "forced"  # speculative/drafting.py imports MLX
 EDIT = "edit"
 
 
@@ -93,7 +95,7 @@ def edits(count: int) -> list[Asked]:
     from benchmarks import sources
 
     return [
-        Asked(sources.ASK.format(before), True, replace(ENDING, regex=re.escape(f"```python\n{after}```")))
+        Asked(sources.ASK.format(before), True, replace(ENDING, regex=re.escape(sources.REPLY.format(after))))
         for _, before, after in sources.edits(count)
     ]
 
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    free = {name: [Asked(*each) for each in some] for name, some in texts(args.texts).items()}
+    free = texts(args.texts)
     names = None if args.classes is None else args.classes.split(",")
     known = [*free, *(() if args.draft_sources is None else (*tasks(1), EDIT))]
     if wrong := [name for name in names or () if name not in known]:

@@ -113,11 +113,10 @@ def texts(engine: Any, count: int, tokens: int, names: Sequence[str]) -> Iterato
     from mlx_gemma_mtp.engine.intake import Options
 
     from . import sources
-    from .texts import GREEDY, Asked, tasks
+    from .texts import GREEDY, tasks
     from .texts import texts as classes
 
-    free = {name: [Asked(*each) for each in some] for name, some in classes(count).items()}
-    for name, some in (free | tasks(count)).items():
+    for name, some in (classes(count) | tasks(count)).items():
         for prompt, chat, params, options in some if name in names else ():
             params, options = replace(params, max_tokens=tokens), {**options, "chat_template": chat}
             [request] = engine._intake.requests([prompt], params, Options(**options))
@@ -125,7 +124,7 @@ def texts(engine: Any, count: int, tokens: int, names: Sequence[str]) -> Iterato
             end = [] if result.end_token is None else [result.end_token] * MAX_DRAFTS
             yield name, request.prompt, result.tokens + end, params, request.constraint
     for _, before, after in sources.edits(count) if "edit" in names else ():
-        reply = engine.text.tokenizer.encode(f"```python\n{after}```", add_special_tokens=False)
+        reply = engine.text.spelled(sources.REPLY.format(after))
         yield "edit", engine.text.encode(sources.ASK.format(before)), reply[:tokens], GREEDY, None
 
 
@@ -190,8 +189,8 @@ class Costs:
 class Rows:
     """Rows of recorded texts and their drafts, mixed as the loop mixes them.
 
-    live: which of the texts go on. at: the place of the newest token of each text. made: how many drafts the drafter
-    makes for each row. built: drafts of the verify that is built before the host knows them; None where none is.
+    live: which of the texts go on. at: the place of the newest token of each text. chains: the drafts of those that go
+    on. built: drafts of the verify that is built before the host knows them; None where none is.
     """
 
     def __init__(self, some: Sequence[Recorded], sources: Sequence[str], reach: int, pool: Pool | None):

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = range(700, 1700)  # bytes of a file that is edited
 ROWS, BLOCK, CHUNK, LONGEST = 4, 16, 256, 400
 ASK = "Edit this file.\n\n```python\n{}```\n"
+REPLY = "```python\n{}```"  # an edit as it is made
 
 
 @dataclass
@@ -158,9 +159,9 @@ Measure = Callable[[str, int, Pool], Passes]  # with these sources, up to so man
 
 def of_edits(engine: Engine, made: Sequence[tuple[str, str, str]], drafts: int) -> Measure:
     """Returns what measures these edits."""
-    vocab, encode = engine.target.config.vocab_size, engine.text.tokenizer.encode
+    vocab = engine.target.config.vocab_size
     prompts = [engine.text.encode(ASK.format(before)) for _, before, _ in made]
-    texts = [encode(f"```python\n{after}```", add_special_tokens=False) for _, _, after in made]
+    texts = [engine.text.spelled(REPLY.format(after)) for _, _, after in made]
     greedy = [SamplingParams(temperature=0.0, top_k=-1, top_p=1.0, seed=0)] * len(made)
 
     def measure(sources: str, reach: int, pool: Pool) -> Passes:

@@ -40,8 +40,8 @@ class Asked(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-def texts(count: int) -> dict[str, list[tuple[str, bool, SamplingParams]]]:
-    """Prompts of each class: the text, whether the chat template goes round it, and how its answer is sampled."""
+def texts(count: int) -> dict[str, list[Asked]]:
+    """Requests of each class of free text."""
     prompts = [each["prompt"] for each in json.loads(PROMPTS.read_text())]
     code = [p for p in prompts if p.startswith("Write") or p.startswith("def ")][:count]
     prose = [p for p in prompts if p.startswith("What") or p.startswith("Explain")][:count]
@@ -49,9 +49,9 @@ def texts(count: int) -> dict[str, list[tuple[str, bool, SamplingParams]]]:
     random.Random(0).shuffle(words)
     shuffled = [" ".join(words[i * 40 : (i + 1) * 40]) for i in range(count)]
     return {
-        "code": [(p, True, GREEDY) for p in code],
-        "prose": [(p, True, SAMPLED) for p in prose],
-        "shuffled": [(p, False, WILD) for p in shuffled],
+        "code": [Asked(p, True, GREEDY) for p in code],
+        "prose": [Asked(p, True, SAMPLED) for p in prose],
+        "shuffled": [Asked(p, False, WILD) for p in shuffled],
     }
 
 

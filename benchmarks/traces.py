@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     arrays: dict[str, np.ndarray] = {}
     for name, some in texts(args.texts).items():
         traces = []
-        for prompt, chat, params in tqdm(some, desc=name, disable=None):
+        for prompt, chat, params, _ in tqdm(some, desc=name, disable=None):
             limited = SamplingParams(**{**vars(params), "max_tokens": args.max_tokens})
             traces.append(trace(engine, prompt, chat, limited))
         arrays[f"{name}_accepted"] = np.concatenate([accepted for accepted, _ in traces])

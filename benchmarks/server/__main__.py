@@ -60,7 +60,7 @@ def peers_part(args: argparse.Namespace, note: Callable[[str], None]) -> Found:
         finally:
             for way in some:
                 way.server.close()
-    found = peers.judged(left, lambda reply: text.fast_tokenizer.encode(reply, add_special_tokens=False))
+    found = peers.judged(left, text.spelled)
     shown = [
         Shown(f"{line['server']}: tokens/s", str(Interval(*line["tokens_per_s"])),
               f"{line['equal_texts']} of {args.clients} texts equal")

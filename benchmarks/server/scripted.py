@@ -74,7 +74,7 @@ def scripted(engine: Engine, seconds: float, text: str) -> Any:
     """An engine that answers everything with a text, over and over, a part of it each round."""
     made = Engine.__new__(Engine)
     made.__dict__ |= vars(engine)
-    tokens = engine.text.fast_tokenizer.encode(text, add_special_tokens=False)
+    tokens = engine.text.spelled(text)
     made._worker = Worker()
     made._worker.drive(lambda: Script(seconds, tokens))
     return made

@@ -152,19 +152,19 @@ class Bench:
         return chained, alone
 
 
-def grid_of(target: Gemma4, drafter: Drafter, specs: Sequence[KVSpec], every: bool = False) -> Grid:
+def grid_of(target: Gemma4, drafter: Drafter, specs: Sequence[KVSpec], full: bool = False) -> Grid:
     """Returns what a calibration measures: all rows after a short text, one row after those long ones of CONTEXTS that
     the model and its memory reach.
 
-    every: all rows and widths after the long texts, too.
+    full: all rows and widths after the long texts, too.
     """
     drafts, found = (*range(MAX_DRAFTS + 1), *WIDE), []
     free = memory.total_bytes() - model_bytes(target) - model_bytes(drafter)
     for context in CONTEXTS:
-        for rows in ROWS if every or not context else ROWS[:1]:
+        for rows in ROWS if full or not context else ROWS[:1]:
             taken = rows * row_bytes(specs, context, WIDEST + 1, target.dtype.size)
             if context < target.config.context and (not context or COPIES * taken <= free):
-                found.append(((rows, context), LONG_WIDTHS if context and not every else drafts))
+                found.append(((rows, context), LONG_WIDTHS if context and not full else drafts))
     return found
 
 
@@ -279,12 +279,12 @@ class Costs:
         prompt: Sequence[int],
         repeats: int,
         progress: Callable[[int, int], None],
-        every: bool = False,
+        full: bool = False,
     ) -> CostTable:
-        """Measures the whole grid now, writes it, and returns its table. Takes a minute or two, or, with `every` cell,
-        much longer.
+        """Measures the whole grid now, writes it, and returns its table. Takes a minute or two, or, with `full`, much
+        longer.
         """
-        cells = grid_of(target, drafter, self.specs or target.config.kv, every)
+        cells = grid_of(target, drafter, self.specs or target.config.kv, full)
         how = {"progress": progress, "drafting": self.drafting, "specs": self.specs}
         verified, drafted = measure(target, drafter, prompt, KINDS[self.kind], cells, repeats, **how).parts()
         known = verified, drafted, {cell for cell in verified if cell[2]}  # as sure as what use has corrected

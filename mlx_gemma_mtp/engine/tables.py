@@ -28,9 +28,9 @@ class Tables:
         costs = self.costs[kind]
         return costs.table(self.target, self.drafter, self.prompt) if idle else costs.kept()
 
-    def measured(self, repeats: int, progress: Callable[[int, int], None], every: bool = False) -> dict[str, CostTable]:
+    def measured(self, repeats: int, progress: Callable[[int, int], None], full: bool = False) -> dict[str, CostTable]:
         """Measures the table of every kind anew, writes and returns it (see Costs.measured)."""
-        parts = self.target, self.drafter, self.prompt, repeats, progress, every
+        parts = self.target, self.drafter, self.prompt, repeats, progress, full
         return {kind: costs.measured(*parts) for kind, costs in self.costs.items()}
 
     def learn(self, depth: Depth) -> None:

@@ -214,7 +214,7 @@ def test_each_place_has_its_own_times_and_a_wide_verify_is_of_copies():
 def test_the_grid_reaches_as_far_as_the_model_and_its_memory(engine, monkeypatch):
     """By default one row stands for more after long texts; a wide verify is measured everywhere."""
     parts = engine.target, engine.drafter, engine.target.config.kv
-    usual, full = dict(calibration.grid_of(*parts)), dict(calibration.grid_of(*parts, every=True))
+    usual, full = dict(calibration.grid_of(*parts)), dict(calibration.grid_of(*parts, full=True))
     assert [*usual] == [*((rows, 0) for rows in ROWS), (1, 4096)]  # its context is 8192
     assert [*full] == [(rows, context) for context in (0, 4096) for rows in ROWS]
     assert all(widths[0] == 0 and widths[-1] == WIDEST and {7, 8} <= {*widths} for widths in usual.values())
