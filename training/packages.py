@@ -22,6 +22,7 @@ from training import corpus, following
 from training.cli import command
 
 LICENCES = ("MIT", "BSD", "Apache", "PSF")
+OTHERS = ("GPL", "MPL")  # beside one of these, they are not the whole licence
 # Code of others inside a package has its own licence; tests and tables teach nothing.
 SKIPPED = re.compile(
     r"(^|/)(_?vendor(ed)?|packages|_?tests?|testing|conf/locale|migrations|locale-data|_unicode\w*|.*\.data)/"
@@ -37,7 +38,7 @@ def licence(wheel: zipfile.ZipFile, name: str) -> dict[str, str]:
     told = email.message_from_string(wheel.read(file).decode())
     classifiers = [line.split(" :: ")[-1] for line in told.get_all("Classifier", []) if line.startswith("License")]
     text = told["License-Expression"] or (told["License"] or "").split("\n")[0][:60] or " / ".join(classifiers)
-    if not any(word in text for word in LICENCES):
+    if not any(word in text for word in LICENCES) or any(word in text for word in OTHERS):
         raise UserError(
             f"{name} is under {text or 'no licence that it names'!r}, expected one of {LICENCES}; leave it out"
         )
