@@ -1,4 +1,4 @@
-"""Record what transformers says about the trained pair into tests/data (needs extra `parity`).
+"""Record what transformers says about a trained pair into tests/data (needs extra `parity`).
 
     python tests/record_fixtures.py FOLDER        # FOLDER holds target/, drafter/ and prompts.json
 
@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from hf_oracle import Assisted, assisted, draft_steps, greedy, load_pair, target_logits
+from trained import DATA
 from transformers import AutoTokenizer
 
-DATA = Path(__file__).parent / "data"
 END = (1, 6)
 DRAFTS, MAX_TOKENS, CONTINUATION, LAST, STEPS = 4, 128, 160, 4, 4
 CHECK_AT = (0, 1, 2, 31, 63, 95, 110, 127, 143, 159)  # new tokens (from 0) whose logits are kept

@@ -1,4 +1,4 @@
-"""Records which experts the bundled target chooses: python tests/record_routings.py -> tests/data/routings.npz.
+"""Records which experts a trained target chooses: python tests/record_routings.py -> tests/data/routings.npz.
 
 `experts`: uint8 [layers, tokens, top_k], of the first recorded greedy continuation (greedy.npz): 128 consecutive tokens
 that the model wrote itself, as the passes of a verify see them.
@@ -6,22 +6,19 @@ that the model wrote itself, as the passes of a verify see them.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
+from trained import DATA, MOE
 
 from mlx_gemma_mtp.cache.cache import Cache
-from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.models import moe
 from mlx_gemma_mtp.models.loading import load_target
 
-DATA = Path(__file__).parent / "data"
 TOKENS = 128
 
 
 def main() -> None:
-    target = load_target(hub.DEMO / "target", mx.float32)
+    target = load_target(MOE / "target", mx.float32)
     with np.load(DATA / "greedy.npz") as recorded:
         prompt = recorded["prompts"][: recorded["prompts_lengths"][0]]
         tokens = mx.array(np.concatenate([prompt, recorded["tokens"][0][:TOKENS]]))[None]

@@ -18,6 +18,7 @@ from cost_tables import table
 from held_out import PROMPTS
 from hypothesis import strategies as st
 from near_ties import NEAR
+from trained import OF_MOE
 
 from mlx_gemma_mtp import SamplingParams, load
 from mlx_gemma_mtp.checks.equality import _logits as reference_logits
@@ -97,9 +98,9 @@ _pairs: dict[Engine, str] = {}
 
 @cache
 def engine_of(pair: str) -> Engine:
-    """The engine of a name in PAIRS or QUANTISED, loaded once."""
+    """The engine of "moe" or of a name in PAIRS or QUANTISED, loaded once."""
     options = {"num_draft_tokens": 4, "dtype": "float32", "prefill_chunk": CHUNK, "learning": False}
-    engine = load(**(PAIRS | QUANTISED)[pair], **options)
+    engine = load(**(PAIRS | QUANTISED | {"moe": OF_MOE})[pair], **options)
     _pairs[engine] = pair
     return engine
 

@@ -124,7 +124,8 @@ def test_wheel_metadata(wheel):
     assert "mlx-gemma-mtp-generate = mlx_gemma_mtp.generate:main" in scripts
     assert "mlx-gemma-mtp-chat = mlx_gemma_mtp.chat:main" in scripts
     assert any(n.endswith("licenses/LICENSE") for n in names)
-    assert any(n.endswith("PSF-LICENSE.txt") and "licenses/" in n for n in names)
+    for notice in ("PSF-LICENSE.txt", "THIRD-PARTY.txt"):
+        assert any(n.endswith(notice) and "licenses/" in n for n in names)
 
 
 def test_converter_runs_from_the_unpacked_wheel(wheel, tmp_path):

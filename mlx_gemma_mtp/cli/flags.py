@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
 
 BUNDLED = (
-    "This is the small bundled model, a demonstration trained on Python code; it knows nothing. "
+    "This is the small bundled model, a demonstration trained on Python code; much of what it says is wrong. "
     "For a real one: python -m {command} --model FOLDER (see README.md: a real model)."
 )
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.prompt_following import PROMPTS, follows, table
+from benchmarks.prompt_following import PROMPTS, follows, measure, table
 
 CODE = "def ping(host):\n    return connect(host).ok"
 
@@ -17,6 +17,23 @@ def test_the_prompts_are_sixty_of_five_kinds_with_one_property_each():
     )
     assert all(len({"defines", "code", "says", "any"} & set(entry)) == 1 for entry in entries)
     assert len({entry["prompt"] for entry in entries}) == 60
+
+
+def test_the_bundled_pair_follows_what_a_newcomer_says_first():
+    asked = [
+        {"prompt": "def fibonacci(n):", "defines": "fibonacci"},
+        {"prompt": "Hello! Who are you?", "any": ["model", "assistant"]},
+        {"prompt": "What is a list?", "says": ["list"]},
+        {"prompt": "Rename `a` to `left` in this code.\n```python\ndef add(a, b):\n    return a + b\n```",
+         "code": "def add(left, b):\n    return left + b"},
+    ]  # fmt: skip
+    assert [entry["reply"] for entry in measure(asked, None, None) if not entry["good"]] == []
+
+
+@pytest.mark.slow
+def test_the_bundled_pair_follows_seven_prompts_of_ten():
+    judged = measure(json.loads(PROMPTS.read_text()), None, None)
+    assert sum(entry["good"] for entry in judged) >= 42, table(judged)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from mlx_gemma_mtp import chat
 
 MODULE = "mlx_gemma_mtp.chat"
 ENDLESS = ("--ignore-eos", "--max-tokens", "6000", "--temp", "0")
-SHORT = ("--max-tokens", "12", "--temp", "0")
+SHORT = ("--ignore-eos", "--max-tokens", "12", "--temp", "0")
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 CTRL_C, CTRL_D, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\r", "\x1b\r", "\x1b[A"
 SAID = "def add(a, b):"

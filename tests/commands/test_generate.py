@@ -138,7 +138,7 @@ def test_messages_tools_and_thoughts(capsys, tmp_path):
     file.write_text(json.dumps(CALLED))
     tools = tmp_path / "tools.json"
     tools.write_text(TOOLS)
-    settings = ("--thinking", "--thinking-budget", 4, "--max-tokens", 12, "--temp", 0)
+    settings = ("--thinking", "--thinking-budget", 4, "--max-tokens", 12, "--temp", 0, "--ignore-eos")
     argv = ("--messages", file, "--tools", tools, *settings)
     code, out, _ = run(capsys, *argv, "--json")
     record = json.loads(out)

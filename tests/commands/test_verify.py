@@ -14,13 +14,17 @@ from mlx_gemma_mtp.machine import device
 from mlx_gemma_mtp.sampling.distribution import accept
 from mlx_gemma_mtp.speculative import rounds
 
+HARD = [
+    "What does the Python function `platform.machine` do?",
+    "What does the Python function `platform.processor` do?",
+]
 QUICK = ["--max-tokens", "12", "--rows", "2", "--num-draft-tokens", "3", "--samples", "24"]
 
 
 @pytest.fixture
 def prompt_file(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("What is a list?\n\ndef fibonacci(n):\n")
+    path.write_text("\n\n".join(HARD) + "\n")
     return str(path)
 
 

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 from cost_tables import table
+from trained import OF_MOE
 
 pytest.importorskip("llguidance")
 
@@ -25,7 +26,7 @@ def known_costs():
 
 @pytest.fixture(scope="module")
 def engine(known_costs):
-    with load(dtype="float32", learning=False, draft_sources="mtp,copy,forced") as engine:
+    with load(**OF_MOE, dtype="float32", learning=False, draft_sources="mtp,copy,forced") as engine:
         yield engine
 
 
@@ -35,7 +36,7 @@ def rounds(results) -> int:
 
 @pytest.mark.parametrize("sources, name", [("mtp,copy", "copy"), ("mtp,forced", "forced")])
 def test_a_text_that_the_prompt_holds_takes_few_passes(sources, name):
-    with load(dtype="float32", learning=False, draft_sources=sources) as engine:
+    with load(**OF_MOE, dtype="float32", learning=False, draft_sources=sources) as engine:
         plain, found = (engine.generate([f"Say again:\n{CODE}"], [AGAIN], num_draft_tokens=k) for k in (0, "auto"))
     assert found[0].tokens == plain[0].tokens and found[0].error is None
     counts = found[0].stats.sources[name]
@@ -45,7 +46,7 @@ def test_a_text_that_the_prompt_holds_takes_few_passes(sources, name):
 
 def test_a_prediction_is_copied_from():
     """The prompt holds nothing of it."""
-    with load(dtype="float32", learning=False, draft_sources="mtp,copy") as engine:
+    with load(**OF_MOE, dtype="float32", learning=False, draft_sources="mtp,copy") as engine:
         without = list(engine.stream("Write it.", AGAIN))[-1].result
         result = list(engine.stream("Write it.", AGAIN, prediction=CODE))[-1].result
         with pytest.raises(UserError, match=r"^prediction is 3, expected text"):
@@ -85,7 +86,7 @@ def test_an_editor_among_seven_gains_where_a_wide_verify_pays():
     found = []
     with mock.patch.object(Tables, "__call__", lambda self, kind, idle: table(verify=0.002, draft=0.1)):
         for sources in ("mtp", "mtp,copy", "mtp,copy,forced"):
-            with load(dtype="float32", learning=False, draft_sources=sources) as engine:
+            with load(**OF_MOE, dtype="float32", learning=False, draft_sources=sources) as engine:
                 found.append(engine.generate(*EDIT, num_draft_tokens="auto"))
     alone, *others = found
     for each in others:

@@ -1,4 +1,4 @@
-"""Calls bound by grammars, on the bundled pair: forced, strict, beside text and thoughts; with drafts as without.
+"""Calls bound by grammars, on a trained pair: forced, strict, beside text and thoughts; with drafts as without.
 
 The pair knows nothing of tools, so every call that it makes is a grammar's. Needs extra `grammar`.
 """
@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from alike import alike
+from trained import OF_MOE
 
 pytest.importorskip("llguidance")
 
@@ -33,7 +34,7 @@ TOOLS = [READ, MOVE]
 
 @pytest.fixture(scope="module")
 def engine():
-    return load(num_draft_tokens=4)
+    return load(**OF_MOE, num_draft_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_drafts_are_kept_within_calls(engine):
 
 def test_drafts_that_rejection_accepts_follow_the_grammar_too():
     params = [SamplingParams(max_tokens=200, temperature=1.0, seed=seed) for seed in range(3)]
-    engine = load(num_draft_tokens=3, accept="rejection")
+    engine = load(**OF_MOE, num_draft_tokens=3, accept="rejection")
     for result in engine.generate(ASKED, params, tools=TOOLS, tool_choice="required"):
         check(result)
 

@@ -67,7 +67,7 @@ PLAIN = replace(FREE, max_tokens=250)
 @pytest.fixture(scope="module")
 def looping() -> list[int]:
     """A greedy reply that begins to repeat itself; all of its tokens."""
-    engine = engine_of("bundled")
+    engine = engine_of("moe")
     tokens = engine.generate(prompt_of(engine, 0, 65), PLAIN, num_draft_tokens=0).tokens
     assert LENGTH < defined_end(tokens, LENGTH) < defined_end(tokens, LONG) < PLAIN.max_tokens
     return tokens
@@ -77,7 +77,7 @@ def looping() -> list[int]:
 @pytest.mark.parametrize("length", [LENGTH, LONG])
 def test_a_reply_ends_where_it_repeats(looping, length, drafts):
     """Also amid the tokens that a round accepts; what that round has after it is dropped, as behind a stop string."""
-    engine = engine_of("bundled")
+    engine = engine_of("moe")
     ids, params = prompt_of(engine, 0, 65), replace(PLAIN, stop_repetition=length)
     chunks = list(engine.stream(ids, params, num_draft_tokens=drafts))
     result = chunks[-1].result
@@ -90,7 +90,7 @@ def test_a_reply_ends_where_it_repeats(looping, length, drafts):
 
 
 def test_a_reply_that_does_not_repeat_is_left_alone(looping):
-    engine, params = engine_of("bundled"), replace(SAMPLED, max_tokens=60, stop_repetition=20)
+    engine, params = engine_of("moe"), replace(SAMPLED, max_tokens=60, stop_repetition=20)
     plain = engine.generate(prompt_of(engine, 0, 65), replace(params, stop_repetition=None))
     watched = engine.generate(prompt_of(engine, 0, 65), params)
     assert (watched.tokens, watched.finish_reason) == (plain.tokens, "length")

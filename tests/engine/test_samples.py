@@ -12,7 +12,7 @@ from schedules import SAMPLED, engine_of
 from mlx_gemma_mtp import UserError
 from mlx_gemma_mtp.sampling.params import MAX_SEED
 
-PARAMS = replace(SAMPLED, max_tokens=10)
+PARAMS = replace(SAMPLED, max_tokens=24)
 PROMPTS = ["def f(x):", "class A:"]
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from alike import alike
+from trained import OF_MOE
 
 from mlx_gemma_mtp import SamplingParams, UserError, load
 from mlx_gemma_mtp.engine.arguments import tools_of
@@ -35,7 +36,7 @@ SHORT = SamplingParams(max_tokens=16, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def engine():
-    return load(num_draft_tokens=4)
+    return load(**OF_MOE, num_draft_tokens=4)
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,19 @@
-"""The trained pair against numbers recorded from transformers (record_fixtures.py): float32, no torch needed."""
-
-from pathlib import Path
+"""A trained pair against numbers recorded from transformers (record_fixtures.py): float32, no torch needed."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from trained import DATA, MOE
 
 from mlx_gemma_mtp import SamplingParams, load
 
-DATA = Path(__file__).parents[1] / "data"
 CLOSE = 1e-4  # absolute, on logits up to 30
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return load(num_draft_tokens=4, dtype="float32")
+    return load(MOE / "target", MOE / "drafter", num_draft_tokens=4, dtype="float32")
 
 
 @pytest.fixture(scope="module")

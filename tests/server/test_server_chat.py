@@ -145,14 +145,16 @@ def test_the_streaming_helper_makes_the_whole_answer(client):
 
 
 def test_choices_have_seeds_that_follow_each_other(client, engine):
-    expected = [own(engine, temperature=1.0, seed=seed).text for seed in (5, 6, 7)]
-    whole = client.chat.completions.create(**SHORT, temperature=1.0, seed=5, n=3)
+    asked = [{"role": "user", "content": "What does the Python function `platform.machine` do?"}]
+    expected = [own(engine, asked, temperature=1.0, seed=seed).text for seed in (5, 6, 7)]
+    given = SHORT | {"messages": asked, "temperature": 1.0, "seed": 5, "n": 3}
+    whole = client.chat.completions.create(**given)
     assert [choice.message.content for choice in whole.choices] == expected
     texts = ["", "", ""]
-    for chunk in client.chat.completions.create(**SHORT, temperature=1.0, seed=5, n=3, stream=True):
+    for chunk in client.chat.completions.create(**given, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert texts == expected and len(set(texts)) > 1
-    assert whole.usage.prompt_tokens == engine.generate(ASKED, SamplingParams(max_tokens=1)).stats.prompt_tokens
+    assert whole.usage.prompt_tokens == engine.generate(asked, SamplingParams(max_tokens=1)).stats.prompt_tokens
 
 
 def test_without_a_seed_choices_differ(client):
