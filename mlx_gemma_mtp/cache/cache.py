@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
+from ..machine import device
 from ..ops.fused import number, numbers
 from .kv import Arrays, LayerKV
 from .saved import Saved
@@ -147,9 +148,10 @@ class Cache:
         mx.eval(layers)
         return Saved(tokens, tuple(layers))
 
-    def span(self, tokens: int) -> Span:
+    def span(self, tokens: int, known: bool = False) -> Span:
         """Returns the view of one forward that writes `tokens` tokens past the committed ones of all rows. Rows that
-        have outgrown their class move to the next one, for which it waits for the device.
+        have outgrown their class move to the next one, for which it waits for the device. known: the length bound of
+        the one row is its length, as in a prefill.
         """
         assert tokens <= self.block, f"a write of {tokens} tokens into a cache made for blocks of {self.block}"
         opened = self._room is not None and self.rows > 0
@@ -157,7 +159,7 @@ class Cache:
         if self.outgrown:
             self._grow()
         self._written = [max(old, new + tokens) for old, new in zip(self._written, self.length_bound, strict=True)]
-        return Span(self, tokens)
+        return Span(self, tokens, known=known)
 
     def trim(self) -> None:
         """Gives back the memory of unused places and of classes without rows."""
@@ -306,9 +308,10 @@ class Span:
 
     is_prefill = False
 
-    def __init__(self, cache: Cache, tokens: int, query_offset: int = 0, last: bool = False):
+    def __init__(self, cache: Cache, tokens: int, query_offset: int = 0, last: bool = False, known: bool = False):
         assert -cache.lookback <= query_offset <= 0, "the rings hold the window of no query before that"
         self.cache, self.tokens, self.lengths = cache, tokens, cache.lengths
+        self._start = cache.length_bound[0] if known and not device.traits().fused_attention else None
         steps = number(tokens - 1 if last else query_offset) if last or not tokens else numbers(tokens)
         self.positions = self.lengths[:, None] + steps  # [B, T]
         self._rings = [self._view(cache.rings)]
@@ -336,4 +339,4 @@ class Span:
 
     def _view(self, shelf: Shelf) -> View:
         used = shelf.longest(self.cache.length_bound) + self.tokens
-        return View(shelf, self.lengths, self.positions, self.tokens, used)
+        return View(shelf, self.lengths, self.positions, self.tokens, used, self._start)

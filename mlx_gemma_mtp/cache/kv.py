@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..ops.attention import attention, quantized_attention
+from ..ops.attention import Quantized, attention, quantized_attention
+from ..ops.exponentials import exponentials
 from .spec import KVSpec
 
 Arrays = tuple[mx.array, ...]  # of one layer, or of some of its rows: rows along axis 0, positions along axis 2
@@ -77,6 +78,12 @@ class LayerKV:
         """
         return attention(queries, *self._read(rows, slots), mask)
 
+    def attend_block(self, first: int, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
+        """Returns the attention of many queries of one row, [1, heads, T, head_dim], over `slots` slots from slot
+        `first` on; behind the last one comes the first. mask: from `band`.
+        """
+        return attention(queries, *self._read(1, slots, first), mask, exponentials)
+
     def resize(self, rows: int, slots: int | None = None) -> None:
         """Keeps the first `rows` rows, or adds empty ones, and adds slots at the end up to `slots` of them.
 
@@ -119,12 +126,16 @@ class LayerKV:
             mx.put_along_axis(other, there, new[1], axis=2),
         )
 
-    def _read(self, rows: int, slots: int) -> Arrays:
-        """Returns the first `slots` slots of the first `rows` rows."""
-        if rows < self.rows or slots < self.slots:
-            one, other = self.arrays
-            return one[:rows, :, :slots], other[:rows, :, :slots]
-        return self.arrays
+    def _read(self, rows: int, slots: int, first: int = 0) -> Arrays:
+        """Returns `slots` slots of the first `rows` rows, from slot `first` on, round the end."""
+        if rows == self.rows and slots == self.slots and not first:
+            return self.arrays
+        one, other = self.arrays
+        end = first + slots
+        if end <= self.slots:
+            return one[:rows, :, first:end], other[:rows, :, first:end]
+        parts = slice(first, None), slice(end - self.slots)
+        return tuple(mx.concatenate([each[:rows, :, part] for part in parts], axis=2) for each in self.arrays)
 
 
 class QuantizedKV(LayerKV):
@@ -142,10 +153,18 @@ class QuantizedKV(LayerKV):
 
     def attend(self, rows: int, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
         """Returns what `LayerKV.attend` does, over the numbers that the words stand for."""
-        words, scales = self._read(rows, slots)
+        return quantized_attention(queries, *self._packed(rows, slots), mask, self.spec.group, self.spec.bits)
+
+    def attend_block(self, first: int, slots: int, queries: mx.array, mask: mx.array) -> mx.array:
+        """Returns what `LayerKV.attend_block` does, over the numbers that the words stand for."""
+        packed = self._packed(1, slots, first)
+        return quantized_attention(queries, *packed, mask, self.spec.group, self.spec.bits, exponentials)
+
+    def _packed(self, rows: int, slots: int, first: int = 0) -> tuple[Quantized, Quantized]:
+        """Returns words, scales and biases of keys and of values; which of them as in `_read`."""
+        words, scales = self._read(rows, slots, first)
         (keys, values), parts = mx.split(words, 2, axis=1), mx.split(scales, 4, axis=1)
-        keys, values = (keys, *parts[0::2]), (values, *parts[1::2])
-        return quantized_attention(queries, keys, values, mask, self.spec.group, self.spec.bits)
+        return (keys, *parts[0::2]), (values, *parts[1::2])
 
 
 def layer_kv(spec: KVSpec, slots: int, dtype: mx.Dtype) -> LayerKV:

@@ -23,7 +23,7 @@ class PackedSpan:
     def __init__(self, caches: Sequence[Cache], counts: Sequence[int]):
         assert all(cache.rows == 1 for cache in caches) and min(counts) > 0, "a piece of each of several single rows"
         self.caches, self.counts, self.ends = caches, counts, list(accumulate(counts))
-        self.spans = [cache.span(count) for cache, count in zip(caches, counts, strict=True)]
+        self.spans = [cache.span(count, known=True) for cache, count in zip(caches, counts, strict=True)]
         self.positions = _joined([span.positions.swapaxes(0, 1) for span in self.spans])
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:

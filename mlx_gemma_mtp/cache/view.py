@@ -7,7 +7,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ..ops import fused
-from ..ops.attention import attention_mask, slots_read
+from ..ops.attention import attention_mask, band, queries_at_once, slots_read
 from ..ops.fused import number, numbers
 from .kv import LayerKV
 from .shelf import Shelf
@@ -36,12 +36,21 @@ class View:
     """One forward's view of the rows of one shelf: it writes `tokens` new positions T of each, or none.
 
     lengths: [B] of all rows of the batch. positions: int32 [B, T], absolute, of their queries. used: no query sees a
-    slot from here on. Masks and slot numbers depend on the window and the number of slots alone, so that layers of one
-    kind share them.
+    slot from here on. start: the first of the positions, where there is one row, the host knows it, and nothing is
+    fused: then queries are attended to in blocks. Masks and slot numbers depend on the window and the number of slots
+    alone, so that layers of one kind share them.
     """
 
-    def __init__(self, shelf: Shelf, lengths: mx.array, positions: mx.array, tokens: int, used: int):
-        self.shelf, self.tokens, self.used = shelf, tokens, used
+    def __init__(
+        self,
+        shelf: Shelf,
+        lengths: mx.array,
+        positions: mx.array,
+        tokens: int,
+        used: int,
+        start: int | None = None,
+    ):
+        self.shelf, self.tokens, self.used, self.start = shelf, tokens, used, start
         if shelf.gather is not None:
             lengths, positions = mx.take(lengths, shelf.gather), mx.take(positions, shelf.gather, axis=0)
         self.lengths, self.positions = lengths, positions
@@ -63,9 +72,28 @@ class View:
         kv, gather = self.shelf.layers[layer], self.shelf.gather
         if gather is not None:
             queries = mx.take(queries, gather, axis=0)
+        if self.start is not None:
+            return self._in_blocks(kv, queries)
         read = slots_read(kv.slots, self.used)
         mask = self._mask(self.shelf.alike[layer], kv, read, queries.shape[1])
         return kv.attend(len(self.shelf.rows), read, queries, mask)
+
+    def _in_blocks(self, kv: LayerKV, queries: mx.array) -> mx.array:
+        """Returns the attention of the one row's queries, block by block; each reads what its first query sees and what
+        comes after it.
+        """
+        (_, heads, tokens, _), window, attended = queries.shape, kv.spec.window, []
+        step = queries_at_once(heads, self.used, window)
+        for at in range(0, tokens, step):
+            block, begin = queries[:, :, at : at + step], self.start + at
+            count, low = block.shape[2], max(0, begin + 1 - window) if window else 0
+            read = slots_read(kv.slots, begin + count - low)
+            seen = 0 if window else begin  # by all of them
+            mask = band(count, read - seen, begin - low - seen, window, heads // kv.spec.kv_heads)
+            if attended:  # MLX goes through a graph in breadth: without this it would hold the scores of all blocks
+                block = mx.depends(block, attended[-1])
+            attended.append(kv.attend_block(low % kv.slots, read, block, mask))
+        return attended[0] if len(attended) == 1 else mx.concatenate(attended, axis=2)
 
     def _slot(self, first: int, kv: LayerKV) -> tuple[mx.array, ...]:
         if first not in self._slots:

@@ -110,13 +110,13 @@ class Keeping:
 
     def reply(self, held: Held, loop: Speculation, row: int) -> None:
         """Keeps a reply that ended with its prompt: between a round and the next launch. What a verify accepted after
-        its end is left out.
+        its end is left out. One that spares the next turn less than a quarter of a step of the grid is not kept.
         """
         request = held.request
         if not self.prefixes.limit or request.finish_reason not in STOPPED:
             return
         tokens = min(loop.cache.length_bound[row], held.context)
-        if tokens < max(self.chunk, held.kept + self.grid):
+        if tokens < max(self.chunk, held.kept + self.grid // 4):
             return
         whole = (request.prompt + request.tokens)[:tokens]
         if self.prefixes.makes_room(whole, request.salt, self.memory.saved(tokens), Kind.REPLY):

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 from ..cache.spec import KVSpec, capacity, ring_slots
 from ..machine.device import Traits
+from ..ops.attention import queries_at_once
 from .config import LayerSpec, TargetConfig
 
 FUSED = (64, 80, 128)  # widths of heads that MLX's fused attention on Metal takes for more tokens than a verify's
 FLOAT32 = 4
+BLOCK_STEPS = 6  # the mask, the scores, and what ops/exponentials.py makes of them
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Transients:
         last = len(self.config.kv) - 1
         whole, rest = self.config.layers[:last], self.config.layers[last:]
         projected = self._projected(rest[0], tokens)
-        return _ahead(self._through(whole, tokens, context) + projected + self._through(rest, 1, context))
+        blocks = not self.traits.fused_attention
+        return _ahead(
+            self._through(whole, tokens, context, blocks=blocks) + projected + self._through(rest, 1, context)
+        )
 
     def verify(self, rows: int, width: int, context: int) -> int:
         """Returns the most bytes of a verify of `rows` rows of `width` tokens each, its logits and draws included.
@@ -55,12 +60,17 @@ class Transients:
         """
         return tokens * self.config.vocab_size * (self.item_size + 3 * FLOAT32)
 
-    def _through(self, layers: tuple[LayerSpec, ...], tokens: int, context: int, rows: int = 1) -> int:
-        """Returns what `tokens` tokens of so many rows take on their way through these layers."""
+    def _through(
+        self, layers: tuple[LayerSpec, ...], tokens: int, context: int, rows: int = 1, blocks: bool = False
+    ) -> int:
+        """Returns what `tokens` tokens of so many rows take on their way through these layers. blocks: their queries
+        are attended to block by block.
+        """
         kinds = {(layer.kv, layer.heads): layer for layer in layers}.values()
-        kept = self._stream(tokens) + sum(self._tables(layer, tokens, context) for layer in kinds)
+        kept = self._stream(tokens) + sum(self._tables(layer, tokens, context, blocks) for layer in kinds)
         work = [
-            max(self._attention(layer, tokens, context, rows), self._feedforward(layer, tokens)) for layer in layers
+            max(self._attention(layer, tokens, context, rows, blocks), self._feedforward(layer, tokens))
+            for layer in layers
         ]
         return kept + max(work, default=0)
 
@@ -71,20 +81,20 @@ class Transients:
         per_layer = 3 * len(self.config.layers) * self.config.per_layer_size
         return tokens * (4 * self.config.hidden_size + per_layer) * self.item_size
 
-    def _tables(self, layer: LayerSpec, tokens: int, context: int) -> int:
+    def _tables(self, layer: LayerSpec, tokens: int, context: int, blocks: bool) -> int:
         """Returns what all layers of a kind share: cosines and sines, and the mask: a bool for each slot, where nothing
-        is fused one number for each head, too.
+        is fused one number for each head, too. The masks of blocks are counted with their scores.
         """
-        seen = tokens * self._slots(layer, context)
+        seen = 0 if blocks else tokens * self._slots(layer, context)
         if self.traits.fused_attention:
             return seen
         return seen * (1 + FLOAT32 * (1 + layer.heads)) + 2 * tokens * layer.kv.head_dim * FLOAT32
 
-    def _attention(self, layer: LayerSpec, tokens: int, context: int, rows: int) -> int:
+    def _attention(self, layer: LayerSpec, tokens: int, context: int, rows: int, blocks: bool) -> int:
         """Returns queries, keys and values, the scores, what the heads bring, and copies of what is read packed."""
         brought = 3 * tokens * layer.heads * layer.kv.head_dim * self.item_size
         copied = rows * self._copied(layer, context)
-        return self._projected(layer, tokens) + self._scores(layer, tokens, context) + brought + copied
+        return self._projected(layer, tokens) + self._scores(layer, tokens, context, blocks) + brought + copied
 
     def _projected(self, layer: LayerSpec, tokens: int) -> int:
         """Returns queries, keys and values: projected, normed, with their halves swapped, turned, and the slots that
@@ -93,11 +103,19 @@ class Transients:
         heads = layer.heads + 2 * layer.kv.kv_heads
         return 5 * tokens * heads * layer.kv.head_dim * self.item_size
 
-    def _scores(self, layer: LayerSpec, tokens: int, context: int) -> int:
-        """Returns the scores [heads, tokens, slots] and their softmax; nothing where attention is fused."""
+    def _scores(self, layer: LayerSpec, tokens: int, context: int, blocks: bool) -> int:
+        """Returns the scores [heads, tokens, slots] and their softmax; of a block what its steps hold, too; nothing
+        where attention is fused.
+        """
         if self.traits.fused_attention and layer.kv.head_dim in FUSED and self.specs[layer.kv_layer].bits is None:
             return 0
         size = self.item_size if self.traits.float32_sums else FLOAT32
+        if blocks:
+            slots, window = self._slots(layer, context), layer.kv.window
+            queries = min(tokens, queries_at_once(layer.heads, slots, window))
+            slots = min(slots, window + queries) if window else slots
+            blocks_held = 2 if queries < tokens else 1  # the next one is dispatched before its turn
+            return blocks_held * BLOCK_STEPS * layer.heads * queries * slots * size
         return 2 * layer.heads * tokens * self._slots(layer, context) * size
 
     def _copied(self, layer: LayerSpec, context: int) -> int:

@@ -1,5 +1,7 @@
 """One forward over pieces of several prompts: each reads its own cache alone, as if there were no other."""
 
+from unittest.mock import patch
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_history import HEADS, History
 
+from mlx_gemma_mtp.cache import view
 from mlx_gemma_mtp.cache.cache import Cache
 from mlx_gemma_mtp.cache.packed import LastTokens, PackedSpan
 from mlx_gemma_mtp.cache.spec import KVSpec
+from mlx_gemma_mtp.machine import blas
 
 SPECS = (KVSpec(2, 4, 5), KVSpec(1, 4, None))
 
@@ -18,12 +22,19 @@ def opened(length: int, block: int = 6) -> Cache:
     return Cache(SPECS, block, mx.float32).open(length)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
     pieces=st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=1, max_size=6),
+    at_once=st.sampled_from([2, 16]),
 )
-def test_pieces_see_what_brute_force_says(seed, pieces):
+def test_pieces_see_what_brute_force_says(seed, pieces, at_once):
+    """at_once: how many queries are attended to in a block, where nothing is fused."""
+    with patch.object(view, "queries_at_once", lambda *_: at_once):
+        check(seed, pieces)
+
+
+def check(seed, pieces):
     """pieces: of each forward, for each of three prompts; 0: it takes no part. Every third token's position is asked
     about by brute force, and of each piece the last one alone.
     """
@@ -66,3 +77,27 @@ def test_only_single_rows_are_packed():
         PackedSpan([cache], [3])
     with pytest.raises(AssertionError, match="several single rows"):
         PackedSpan([opened(9), opened(9)], [3, 0])
+
+
+def test_a_prompt_has_the_bits_of_its_pieces():
+    """With MLX's own BLAS, which adds in one order: in one forward as in many, in rings that lie otherwise."""
+    rng = np.random.default_rng(3)
+    new = [mx.array(rng.standard_normal((3, 64, HEADS, 1, 4)).astype(np.float32)) for _ in SPECS]
+    found = []
+    for block, sizes in ((64, [64]), (40, [40, 24]), (7, [7, 1, 1, 6, 7, 7, 7, 7, 7, 7, 7])):
+        cache, at, parts = opened(64, block), 0, ([], [])
+        for size in sizes:
+            span = PackedSpan([cache], [size])
+            for i, (queries, keys, values) in enumerate(new):
+                heads = SPECS[i].kv_heads
+                span.write(i, *(each[at : at + size, :heads] for each in (keys, values)))
+                parts[i].append(span.attend(i, queries[at : at + size]))
+            cache.commit(mx.array([size]), [size])
+            at += size
+        found.append([np.concatenate([np.array(each) for each in part]) for part in parts])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            if blas.is_reference():
+                np.testing.assert_array_equal(one, two)
+            else:
+                np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)

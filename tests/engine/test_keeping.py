@@ -111,6 +111,14 @@ def test_hits_of_every_kind(pair, settings):
         assert other.result.stats.cached_tokens == grid(length - 1) and len(ids) == length
 
 
+@pytest.mark.parametrize(("limit", "found"), [(8, 97 + 7), (4, 97 + 3), (3, 96)])
+def test_a_short_reply_is_kept_where_it_spares_a_quarter_of_a_step(limit, found):
+    """An agent's call of a tool is short. Its last token has no K/V."""
+    driven, asked = Driven(), Asked(prompt=(0, 97), limit=limit)
+    driven.run(asked)
+    assert cached(driven.run(replace(asked, limit=LONGEST, turns=1))) == [found]
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_system_message_is_shared(pair):
     """Turns are found in the ids. Whoever comes later with another question goes on from where the message ends."""
