@@ -102,10 +102,10 @@ def begun(
         width = depth.verify(rows, context, sure, [made] * count)
         width = made if width is None else width
         kept = [min(width, int(text.accepted[place])) for place, text in zip(places, texts, strict=True)]
-        seconds = truth.verify_at(count, context)[width] + made * truth.draft_at(count, context)
-        took += seconds
+        verify, draft = truth.verify_at(count, context)[width], truth.draft_at(count, context)
+        took += verify + made * draft
         made = max(depth.draft(rows, context))
-        depth.timed(clock.observe(seconds, draws, rounds))
+        depth.timed(clock.observe(verify + made * draft, draws, rounds))  # of the drafts that are made after it
         depth.observe(dict(enumerate(kept)))
         at = [place + each + 1 for place, each in zip(at, kept, strict=True)]
     depth.forget(range(count))

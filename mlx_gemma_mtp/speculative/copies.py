@@ -69,19 +69,18 @@ class RowText:
         text, count = self.tokens, self._count
         if most < 1 or count + len(behind) <= LEAST:
             return None
-        last = np.concatenate([text[-MOST:], np.array(behind, np.int32)])[-MOST:].tolist()
-        ends = np.flatnonzero(text[LEAST - 1 : count - (not len(behind))] == last[-1]) + LEAST - 1
-        found, length = ends, 1
-        while length < min(len(last), MOST) and len(found):
-            ends, length = found, length + 1
-            found = ends[(ends >= length - 1)]
-            found = found[text[found - length + 1] == last[-length]]
-        if len(found):
-            ends = found
-        else:
-            length -= 1
-        if length < LEAST or not len(ends) or last[-1] == NOWHERE:
+        last = [*text[max(count - MOST, 0) :].tolist(), *behind][-MOST:]
+        stop = count - (not len(behind))
+        ends = np.flatnonzero((text[1:stop] == last[-1]) & (text[: stop - 1] == last[-2])) + 1  # in most rounds none
+        if not len(ends) or last[-1] == NOWHERE:
             return self._resumed(most) if not len(behind) else None
+        length = LEAST
+        while length < len(last):
+            found = ends[ends >= length]
+            found = found[text[found - length] == last[-length - 1]]
+            if not len(found):
+                break
+            ends, length = found, length + 1
         start = int(ends[-1]) + 1
         if self._next is not None:
             start = int(ends[np.argmin(np.abs(ends + 1 - self._next))]) + 1
