@@ -423,7 +423,8 @@ def listening():
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.6])
 def test_ctrl_c_during_the_start_is_quiet(delay):
     """Once the model is being loaded, a library imported and the models run for the first time."""
-    argv = [sys.executable, "-m", "mlx_gemma_mtp", "generate", "--prompt", "x"]
+    endless = ("--ignore-eos", "--max-tokens", "4000")
+    argv = [sys.executable, "-m", "mlx_gemma_mtp", "generate", "--prompt", "x", *endless]
     environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     for line in process.stderr:
