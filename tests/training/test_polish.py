@@ -115,16 +115,17 @@ def test_queries_that_go_on_move_to_the_front():
 
 
 def test_a_drafter_learns_replies(pair):
+    """More of its drafts are right. (The loss says less: where more are right, more steps are in it.)"""
     target, drafter = pair[0], dense.Drafter(dense.Sizes())
     drafter.load_state_dict(pair[1].state_dict())
     seen = polish.see(target, ROWS[:2])
-    optimizer, values = polish.MuonAdam(drafter, polish.MUON, polish.ADAM), []
-    for _ in range(6):
-        value = polish.loss(target, drafter, polish.Batch.of([polish.pick(row, None) for row in seen]))
-        value.backward()
+    before = polish.measure(target, drafter, seen)
+    optimizer = polish.MuonAdam(drafter, polish.MUON, polish.ADAM)
+    for _ in range(12):
+        polish.loss(target, drafter, polish.Batch.of([polish.pick(row, None) for row in seen])).backward()
         optimizer.step(1.0)
-        values.append(value.item())
-    assert values[-1] < 0.9 * values[0]
+    after = polish.measure(target, drafter, seen)
+    assert after[0] > before[0] + 0.1 and after[-1] > before[-1] + 0.1, (before, after)
 
 
 def test_a_run_ends_in_time_and_writes_both_weights(tmp_path, pair):
