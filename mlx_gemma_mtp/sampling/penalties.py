@@ -166,7 +166,9 @@ def scattered(tokens: mx.array, values: mx.array, vocab: int) -> mx.array:
 
     tokens: int32 [B, 1, N], each once, NONE in empty places, whose values are 0; values: [B, T, N].
     """
-    rows, positions, _ = values.shape
+    rows, positions, count = values.shape
+    if not rows * positions * count:  # MLX scatters nothing into nothing with an error
+        return mx.zeros((rows, positions, vocab), values.dtype)
     index = mx.maximum(tokens, 0) + numbers(rows * positions).reshape(rows, positions, 1) * vocab
     flat = mx.zeros((rows * positions * vocab,), values.dtype)
     return flat.at[index.reshape(-1)].add(values.reshape(-1)).reshape(rows, positions, vocab)

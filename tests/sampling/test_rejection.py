@@ -70,6 +70,7 @@ def test_probabilities_of_tokens_are_the_same_by_every_way():
         p = Distribution.of(logits, Rules.of([params] * 2, 50))
         want = np.array([[probabilities(row, params) for row in rows] for rows in np.array(logits)])
         np.testing.assert_allclose(p.at(None, 50), want, atol=1e-6)
+        assert p.first(0).at(None, 50).shape == (2, 0, 50) and p.first(0).at(ids[:, :0], 50).shape == (2, 0, 8)
         for some in (ids, ids[..., :1]):
             np.testing.assert_allclose(p.at(some, 50), np.take_along_axis(want, np.array(some), -1), atol=1e-6)
 
