@@ -59,8 +59,14 @@ def modules(wheel: zipfile.ZipFile) -> Iterator[corpus.Module]:
 
 def collect(wheels: list[Path]) -> tuple[list[corpus.Module], list[dict[str, str]]]:
     """The library's modules and those of the wheels, and who wrote them under which licence."""
-    found = list(corpus.modules(corpus.library()))
-    names = [{"name": "CPython standard library", "version": sys.version.split()[0], "licence": "PSF-2.0"}]
+    found, names = of_wheels(wheels)
+    library = {"name": "CPython standard library", "version": sys.version.split()[0], "licence": "PSF-2.0"}
+    return [*corpus.modules(corpus.library()), *found], [library, *names]
+
+
+def of_wheels(wheels: list[Path]) -> tuple[list[corpus.Module], list[dict[str, str]]]:
+    """The modules of the wheels, and who wrote them under which licence. Raises UserError for any but `LICENCES`."""
+    found, names = [], []
     for path in wheels:
         with zipfile.ZipFile(path) as wheel:
             names.append(licence(wheel, path.name))

@@ -11,8 +11,8 @@ other tokens of replies; a later step only where all steps before it were right.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +21,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from training import bundled
 from training.cli import command, positive, rate
 from training.dense import BLOCK, Drafter, KeyValue, Sizes, Target, rotations
+from training.minutes import FIRST_CHOICE, ROUND, Clock, Writer
 from training.optimizer import MuonAdam, rate_scale
 from training.unseen import read
 
-ROUND = 4  # draft steps
-FIRST_CHOICE = 0.5  # of the loss is for the target's first choice, the rest for its distribution
 INSIDE = 0.25  # weight of a query at which no round begins, and the share of them that is computed
 NEW = 0.4  # the share of a new row's queries that is computed
 MUON, ADAM = 0.003, 3e-4
@@ -271,61 +269,48 @@ def main(argv: list[str] | None = None) -> None:
     bundled.fill(target, args.pair / "target")
     bundled.fill(drafter, args.pair / "drafter")
     target.requires_grad_(False)
-    save(args.out, "target", target.state_dict())
-    polish(target, drafter, args)
+    with tempfile.TemporaryDirectory() as work:
+        writer = Writer(args.out, Path(work), Clock(args.begin, args.seconds))
+        writer.weights("target", target)
+        polish(target, drafter, args.replies, writer, args.rate)
 
 
-def polish(target: Target, drafter: Drafter, args: argparse.Namespace) -> None:
+def polish(target: Target, drafter: Drafter, replies: Path, writer: Writer, rates: float) -> None:
     """Epochs until the time is over; replies that came meanwhile are taken up before each."""
-    optimizer, mean, noise = (
-        MuonAdam(drafter, MUON * args.rate, ADAM * args.rate),
-        Mean(drafter),
-        np.random.default_rng(0),
-    )
+    optimizer, mean = MuonAdam(drafter, MUON * rates, ADAM * rates), Mean(drafter)
+    clock, noise = writer.clock, np.random.default_rng(0)
     learned: list[Seen] = []
     held: list[Seen] = []
     taken = steps = epoch = 0
 
-    def log(**record: object) -> None:
-        line = json.dumps({"seconds": round(time.time() - args.begin, 1), **record})
-        print(line, flush=True)
-        with (args.out / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
+    def told(figures: list[float]) -> list[float]:
+        return [round(figure, 4) for figure in figures]
 
-    share = lambda: min(1.0, (time.time() - args.begin) / args.seconds)  # noqa: E731
-    while not epoch or share() < 1.0:
-        rows = read(args.replies)
+    while not epoch or not clock.over:
+        rows = read(replies)
         fresh = rows[taken:]
         held += seen_rows(target, [row for i, row in enumerate(fresh, taken) if i % HELD == 0])
         learned += seen_rows(target, [row for i, row in enumerate(fresh, taken) if i % HELD])
         taken = len(rows)
-        kept = measure(target, mean.model(drafter.sizes), held)
-        log(
-            epoch=epoch, rows=len(learned), tokens=sum(row.queries for row in learned), held=[round(x, 4) for x in kept]
-        )
-        save(args.out, "drafter", mean.weights)
+        smooth, tokens = mean.model(drafter.sizes), sum(row.queries for row in learned)
+        writer.log(epoch=epoch, rows=len(learned), tokens=tokens, held=told(measure(target, smooth, held)))
+        writer.weights("drafter", smooth)
         recent: list[Seen] = []
         for batch in batches(learned, noise):
             loss(target, drafter, batch).backward()
-            optimizer.step(rate_scale(share(), 1.0, cool=0.7))
+            optimizer.step(rate_scale(clock.share(0.0, clock.end), 1.0, cool=0.7))
             mean.add(drafter)
             recent += batch.rows
             steps += 1
             if steps % LOG == 0:
-                log(step=steps, kept=[round(x, 4) for x in rounds(recent)])
+                writer.log(step=steps, kept=told(rounds(recent)))
                 recent = []
-            if share() >= 1.0:
+            if clock.over:
                 break
         epoch += 1
-    log(epoch=epoch, done=True, held=[round(x, 4) for x in measure(target, mean.model(drafter.sizes), held)])
-    save(args.out, "drafter", mean.weights)
-
-
-def save(out: Path, name: str, weights: dict[str, torch.Tensor]) -> None:
-    """Writes bfloat16 weights, as `training.adopt` reads them."""
-    new = out / f".{name}.new"
-    save_file({key: value.to(torch.bfloat16).contiguous() for key, value in weights.items()}, new, {"format": "pt"})
-    new.replace(out / f"{name}.safetensors")
+    smooth = mean.model(drafter.sizes)
+    writer.log(epoch=epoch, done=True, held=told(measure(target, smooth, held)))
+    writer.weights("drafter", smooth)
 
 
 if __name__ == "__main__":

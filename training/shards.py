@@ -51,12 +51,17 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def asking(tokenizer: Tokenizer, user: str) -> list[int]:
+    """The tokens of a question up to the model's turn, as the pair's chat template has them, without <bos>."""
+    return encode(tokenizer, f"<|turn>user\n{user}<turn|>\n<|turn>model\n")
+
+
 def talk(tokenizer: Tokenizer, source: following.Source, rng: random.Random) -> tuple[list[int], list[int], list[int]]:
     """One talk: its tokens, 1 where a token is the reply's (its end is), and the first question's tokens."""
     tokens, marks, asked = [BOS], [0], []
     for _ in range(rng.choice(TURNS)):
         pair = source.pair(rng)
-        question = encode(tokenizer, f"<|turn>user\n{pair.user}<turn|>\n<|turn>model\n")
+        question = asking(tokenizer, pair.user)
         reply = encode(tokenizer, f"{pair.model}<turn|>\n")
         tokens, marks = tokens + question + reply, marks + [0] * len(question) + [1] * (len(reply) - 1) + [0]
         asked = asked or [BOS, *question]

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,6 @@ LONGEST = 1000  # characters of a question
 SEED = 7
 ANY = 0.2  # of the questions are of any kind
 HARD = 6, 2, 2  # of the others: to write, to continue, to explain
-
-
-def modules(wheels: list[Path]) -> tuple[list[corpus.Module], list[dict[str, str]]]:
-    """The modules of wheels, and who wrote them. Raises UserError for a licence that is not in `packages.LICENCES`."""
-    found, names = [], []
-    for path in wheels:
-        with zipfile.ZipFile(path) as wheel:
-            names.append(packages.licence(wheel, path.name))
-            found += packages.modules(wheel)
-    return found, names
 
 
 def questions(found: list[corpus.Module], forbidden: frozenset[str], count: int) -> list[str]:
@@ -68,11 +57,6 @@ def read(folder: Path) -> list[tuple[list[int], int]]:
     return found
 
 
-def spelled(tokenizer: Tokenizer, user: str) -> list[int]:
-    """The tokens of a question up to the model's turn, as the pair's chat template has them."""
-    return [shards.BOS, *shards.encode(tokenizer, f"<|turn>user\n{user}<turn|>\n<|turn>model\n")]
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.unseen", description="Replies to unseen questions.")
@@ -83,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=positive, default=12_000, help="questions")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    found, _ = modules(sorted(args.wheels.glob("*.whl")))
+    found, _ = packages.of_wheels(sorted(args.wheels.glob("*.whl")))
     asked = questions(found, shards.forbidden(args.held), args.count)
     tokenizer = Tokenizer.from_file(str(args.pair / "target" / "tokenizer.json"))
     engine = load(args.pair / "target", args.pair / "drafter", num_draft_tokens=3)
@@ -96,8 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         part = asked[start : start + BATCH]
         made: list[dict[str, Any]] = []
         for user, result in zip(part, engine.generate(part, params), strict=True):
+            asking = [shards.BOS, *shards.asking(tokenizer, user)]
             end = [] if result.end_token is None else [result.end_token]
-            made.append({"user": user, "asked": spelled(tokenizer, user), "reply": [*result.tokens, *end]})
+            made.append({"user": user, "asked": asking, "reply": [*result.tokens, *end]})
         new = file.with_suffix(".new")
         new.write_text(json.dumps(made))
         os.replace(new, file)

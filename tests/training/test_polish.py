@@ -14,7 +14,7 @@ from test_packages import wheel
 
 from mlx_gemma_mtp.errors import UserError
 from mlx_gemma_mtp.files import hub
-from training import bundled, dense, polish, unseen
+from training import bundled, dense, packages, polish, unseen
 
 pytestmark = pytest.mark.parity
 ROWS = [([2, 5, 40, 6, *range(60, 60 + size)], 4) for size in (3, 40, 161)]
@@ -146,7 +146,7 @@ def test_a_run_ends_in_time_and_writes_both_weights(tmp_path, pair):
 
 def test_questions_are_about_the_wheels_and_none_is_forbidden(tmp_path):
     path = wheel(tmp_path, "MIT", {"rows/io.py": CODE * 2})
-    found, names = unseen.modules([path])
+    found, names = packages.of_wheels([path])
     assert names == [{"name": "Rows", "version": "1.2", "licence": "MIT"}] and [m.path for m in found] == ["rows/io.py"]
     asked = unseen.questions(found, frozenset(), 60)
     assert len(set(asked)) == 60 and sum("load_rows" in each or "save_rows" in each for each in asked) > 20
@@ -157,7 +157,7 @@ def test_questions_are_about_the_wheels_and_none_is_forbidden(tmp_path):
 @pytest.mark.parametrize("licence", ["LGPL-3.0", "MPL-2.0 AND MIT", "MIT OR GPL-2.0"])
 def test_a_licence_that_does_not_permit_it_is_refused(tmp_path, licence):
     with pytest.raises(UserError, match=licence):
-        unseen.modules([wheel(tmp_path, licence, {"rows/io.py": CODE})])
+        packages.of_wheels([wheel(tmp_path, licence, {"rows/io.py": CODE})])
 
 
 def test_replies_are_those_of_the_target(tmp_path):
