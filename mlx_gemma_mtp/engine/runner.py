@@ -219,8 +219,6 @@ class Runner:
         caches, tokens, now = [], [], self.clock()
         for piece in pieces:
             held = self.held[piece.id]
-            if held.staged is None:
-                self._open(held)
             held.began = held.began or now
             caches.append(held.staged)
             tokens.append(held.tokens[piece.start : piece.stop])
@@ -334,8 +332,8 @@ class Runner:
             held = self.held[id]
             held.found = held.saved = held.staged = held.hidden = None
         self.keeping.give_back(self.scheduler.spare, pressure)
-        for held in self.held.values():
-            if held.found is not None:
+        for piece in plan.pieces:
+            if (held := self.held[piece.id]).staged is None:
                 self._open(held)
         for id in plan.save:
             self.held[id].saved = self._loop.save(self.rows.index(id))

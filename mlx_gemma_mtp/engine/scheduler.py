@@ -126,7 +126,7 @@ class Scheduler:
             self._give_back()
         live = self._arrange()
         begins = bool(live) and not stay and not any(entry.text for entry in live)
-        pieces = self._pack(budget)
+        pieces = () if begins else self._pack(budget)  # first tokens that can be drawn wait for no forward
         left, unused = self._left(live, batch_bytes)
         self.spare = max(0, (left - unused if unused <= left else left) - self._wide(pieces))
         return Plan(
@@ -385,13 +385,15 @@ class Scheduler:
         """Returns the prompt tokens of a round, at most a chunk of each prompt.
 
         Of every TURN rounds one goes to what is due first, so that a long prompt comes to its end; the others to the
-        highest priority, and there to the shortest remaining prompt.
+        highest priority, and there to the shortest remaining prompt. Once half of a chunk is taken nobody else joins
+        it: a forward of so many tokens costs hardly more a token, and the first ones would wait for the others'.
         """
         staged = [entry for entry in self.entries.at(Stage.STAGED) if entry.remaining and not entry.paused]
         if not staged:
             return ()
         self._rounds += 1
         left, pieces = self._budget(budget, staged), []
+        half = min(left, self.chunk) // 2
         for entry in sorted(staged, key=shortest if self._rounds % TURN else order):
             start = entry.fed
             stop = min(entry.tokens, start + self.chunk - start % self.chunk)
@@ -400,6 +402,8 @@ class Scheduler:
             if stop > start:
                 pieces.append(Piece(entry.job.id, start, stop, self._kept(entry, start, stop)))
                 left -= stop - start
+            if left <= half:
+                break
         return tuple(pieces)
 
     def _kept(self, entry: Entry, start: int, stop: int) -> tuple[int, ...]:

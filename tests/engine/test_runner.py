@@ -185,8 +185,8 @@ def test_what_a_row_kept_in_its_last_round_is_learned():
     assert sum(learned) == sum(steady) >= 12
 
 
-def test_a_chunk_beside_the_first_tokens_is_known_to_fall_into_the_next_round():
-    """The round in which a batch begins has no verify, but what it prefills counts."""
+def test_the_round_in_which_a_batch_begins_tells_the_budget_nothing():
+    """It has no verify, and prefills nothing: another prompt's chunk falls into the rounds after it."""
     told = []
 
     class Listening(Budget):
@@ -196,6 +196,8 @@ def test_a_chunk_beside_the_first_tokens_is_known_to_fall_into_the_next_round():
 
     driven = drive(Asked(prompt=(0, 9)), Asked(prompt=(1, 400), limit=4))
     driven.runner.budget = Listening(CHUNK, CHUNK // 4, CHUNK)
-    turns(driven, 4)
-    rows, timed, tokens, waited = next(each for each in told if each[0])
-    assert (rows, timed, waited) == (1, False, False) and tokens > 0
+    turns(driven, 5)
+    (begun, beside, *_) = (each for each in told if each[0])
+    assert begun == (1, False, 0, False)
+    assert beside[:2] == (1, True) and beside[2] > 0 and not beside[3]
+

@@ -321,7 +321,8 @@ def test_one_that_comes_while_others_decode_joins_with_its_first_token():
     run.submit(Job(1, 3, 50))
     run.round()
     run.submit(Job(2, 10, 50))
-    assert run.round() == Plan(places=(1,), begins=True, pieces=(Piece(2, 0, 8),))
+    assert run.round() == Plan(places=(1,), begins=True)
+    assert run.round() == Plan(places=(1,), pieces=(Piece(2, 0, 8),))
     assert run.round() == Plan(places=(1,), pieces=(Piece(2, 8, 10),), firsts=(2,))
     assert run.round() == Plan(places=(1, 2))
 
@@ -335,14 +336,31 @@ def test_prompts_that_are_ready_together_begin_together():
     assert set(plan.places) == {0, 1, 2} and plan.begins and plan.firsts == ()
 
 
-def test_what_was_prefilled_in_the_round_that_begins_is_drawn_in_the_next():
-    """Its hidden state waits for a round: one that begins draws for its own rows alone."""
+def test_a_first_token_that_can_be_drawn_waits_for_no_prompt():
+    """The round that begins prefills nothing, whoever waits."""
     run = model(3)
     run.submit(Job(1, 3, 50))
     run.round()
     run.submit(Job(2, 4, 50))
-    assert run.round() == Plan(places=(1,), begins=True, pieces=(Piece(2, 0, 4),))
-    assert run.round() == Plan(places=(1,), firsts=(2,))
+    assert run.round() == Plan(places=(1,), begins=True)
+    assert run.round() == Plan(places=(1,), pieces=(Piece(2, 0, 4),), firsts=(2,))
+
+
+def test_a_forward_that_has_half_a_chunk_takes_no_other_prompt():
+    """Two prompts of a chunk and a half have their first tokens one after the other: the second waits for the first,
+    and the first for nobody. Less than half of a chunk is filled up.
+    """
+    run = model(2)
+    for id in (1, 2):
+        run.submit(Job(id, 12, 50))
+    assert run.round(CHUNK) == Plan(pieces=(Piece(1, 0, 8),))
+    assert run.round(CHUNK) == Plan(pieces=(Piece(1, 8, 12),))
+    assert run.round(CHUNK) == Plan(places=(1,), begins=True)
+    assert run.round(CHUNK) == Plan(places=(1,), pieces=(Piece(2, 0, 8),))
+    run = model(3)
+    for id in (1, 2, 3):
+        run.submit(Job(id, 3, 50))
+    assert run.round(CHUNK) == Plan(pieces=(Piece(1, 0, 3), Piece(2, 0, 3)))
 
 
 @pytest.mark.parametrize("grid", [8, 4, 2, 1])
@@ -644,6 +662,7 @@ def test_the_budget_is_kept_on_the_grid():
     run.submit(Job(1, 21, 50))
     assert run.round(1).pieces == (Piece(0, 0, 4),)
     assert run.round(7).pieces == (Piece(0, 4, 5), Piece(1, 0, 4))
+    assert run.round(7).begins
     assert run.round(11).pieces == (Piece(1, 4, 8),)  # never across a border of chunks
     assert run.round().pieces == (Piece(1, 8, 16),)
     assert run.round(3).pieces == (Piece(1, 16, 20),)
