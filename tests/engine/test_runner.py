@@ -200,4 +200,3 @@ def test_the_round_in_which_a_batch_begins_tells_the_budget_nothing():
     (begun, beside, *_) = (each for each in told if each[0])
     assert begun == (1, False, 0, False)
     assert beside[:2] == (1, True) and beside[2] > 0 and not beside[3]
-
