@@ -1,6 +1,7 @@
 """What command lines share.
 
-Importing this package from a command line sets what Ctrl-C does until the command runs (see `guarded`).
+Importing this package from a command line sets what Ctrl-C does until the command runs, and once it has run (see
+`guarded`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import sys
 
 
 def _leave(signum: int, frame: object) -> None:
-    os._exit(130)  # nothing was written yet
+    os._exit(130)  # nothing was written yet, or all that there was
 
 
 def leave_quietly() -> None:
-    """Lets Ctrl-C end a process that still imports its modules with exit code 130 instead of a traceback.
+    """Lets Ctrl-C end a process that still imports its modules, or has done its work, with exit code 130 and no traceback.
 
     Does so for `python -m mlx_gemma_mtp.COMMAND` alone, and not where Ctrl-C is ignored (nohup).
     """

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ..errors import UserError, clipped, shown
 from ..files.files import is_stream, whole
 from ..machine import blas
-from . import raise_again
+from . import leave_quietly, raise_again
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -79,6 +79,8 @@ def guarded(call: Callable[[], int]) -> int:
         if str(stop):
             tell(f"error: {stop}")
         return 130
+    finally:
+        leave_quietly()
 
 
 def open_streams() -> None:

@@ -450,3 +450,16 @@ def test_ctrl_c_while_modules_are_imported_is_quiet():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.usefixtures("listening")
+def test_ctrl_c_once_the_work_is_done_is_quiet():
+    code = (
+        "import atexit, os, runpy, signal, sys\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['generate', '--version']\n"
+        "runpy.run_module('mlx_gemma_mtp.generate', run_name='__main__', alter_sys=True)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, b"") and done.stdout.startswith(b"mlx_gemma_mtp ")
