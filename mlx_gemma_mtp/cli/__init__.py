@@ -16,7 +16,7 @@ def _leave(signum: int, frame: object) -> None:
 
 
 def leave_quietly() -> None:
-    """Lets Ctrl-C end a process that still imports its modules, or has done its work, with exit code 130 and no traceback.
+    """Lets Ctrl-C end a process that still imports its modules, or has done its work, with exit code 130, quietly.
 
     Does so for `python -m mlx_gemma_mtp.COMMAND` alone, and not where Ctrl-C is ignored (nohup).
     """
