@@ -398,13 +398,13 @@ class Runner:
             deliver(self._all_given())
             return self.lengths.count()
         self._launched = self.clock()
-        plain = not any(self._loop.waiting)
-        if plain:
+        certain = self._loop.certain
+        if certain:
             self._loop.launch(meanwhile=lambda: deliver(self._all_given()))
         self.lengths.count()
         if not self._plan.begins:  # the first tokens have no verify
             width = self.lengths.verify(self._loop, self._held_rows())
-            if not plain:
+            if not certain:
                 self._loop.launch(width, lambda: deliver(self._all_given()))
 
     def _held_rows(self) -> list[Held]:

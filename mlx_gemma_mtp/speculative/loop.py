@@ -106,6 +106,13 @@ class Speculation:
         """How many drafts of each row wait to be verified: those of all sources, without what the guide cut."""
         return self.inputs.drafts.of_each
 
+    @property
+    def certain(self) -> bool:
+        """Whether all drafts that wait are verified, whatever is known: they are the drafter's alone, and nobody doubts
+        more than the first of them.
+        """
+        return not any(chain.beside for chain in self.chains) and not (self.confident and max(self.waiting) > 1)
+
     def needs_no_drafter(self, num_draft: Sequence[int]) -> bool:
         """Returns whether the rows that would have drafts need none of the drafter's: there is none, or copies of their
         texts are kept again and again.
@@ -253,7 +260,7 @@ class Speculation:
             self._go_on_with(self.inputs)
         self._listed += max(read.kept) + 1
         self._settle(read, first)
-        done = replace(read.round(), firsts=None if first is None else first.round())
+        done = read.round() if first is None else replace(read.round(), firsts=first.round())
         sure = _confidences(confidences, drafts.of_each) if self.confident else [[]] * now.rows
         self._mix(done, drafted_next, sure, num_draft if reach is None else reach)
         return done
@@ -281,7 +288,8 @@ class Speculation:
     ) -> None:
         """Puts the next round's drafts together: the drafter's, copies, and what the guide forces and leaves."""
         own, inputs = self.inputs.drafts, self.inputs
-        drafted = [row[:count] for row, count in zip(drafted, own.of_each, strict=True)]
+        if own.counts is not None:
+            drafted = [row[:count] for row, count in zip(drafted, own.counts, strict=True)]
         self._made = drafted
         self.mixture.take(done.tokens)
         self.chains = self.mixture.chains(drafted, confidences, reach, own.q is not None)
@@ -294,7 +302,7 @@ class Speculation:
             for row, reason in look.failures.items():
                 done.errors[row] = reason
             self._go_on_with(replace(inputs, drafts=drafts, mask=look.mask))
-        else:
+        elif drafts is not own:
             self.inputs = replace(inputs, drafts=drafts)
 
     def _readback(self, *arrays: mx.array) -> list[list]:
