@@ -63,6 +63,7 @@ class Scheduler:
         self._known: Callable[[int], Known] = _nothing
         self._rounds = 0  # that prefilled
         self._ahead: Plan | None = None  # of the next round, unless anything happens but that rows emit tokens
+        self._deadline: float | None = None  # the first one then
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a request, which waits from now on. Raises UserError for one that could never fit, and where the queue
@@ -146,14 +147,15 @@ class Scheduler:
 
     def foresee(self, now: float, batch_bytes: int = 0) -> None:
         """Plans the next round ahead, as far as the rows go on as they are. now, batch_bytes: see `plan`."""
-        self._ahead = self._go_on(now, batch_bytes, self.block)
+        self._ahead, self._deadline = self._go_on(now, batch_bytes, self.block), self.next_deadline()
 
     def ahead(self, now: float) -> Plan | None:
         """Returns the plan that `foresee` made, which takes the place of the next `plan`. It is None where that is to
         be asked: where anything has happened since but that rows emitted a round's tokens, or somebody is late.
         """
         plan, self._ahead = self._ahead, None
-        return None if plan is None or any(row.late(now) for row in self.entries.at(Stage.LIVE)) else plan
+        late = self._deadline is not None and self._deadline <= now
+        return None if late else plan
 
     def prefilled(self, id: int, tokens: int) -> None:
         """Says that the first `tokens` tokens of a staged request have K/V: its piece's `stop`. A requeued one, which

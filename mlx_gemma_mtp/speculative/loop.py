@@ -112,7 +112,9 @@ class Speculation:
         """Whether all drafts that wait are verified, whatever is known: they are the drafter's alone, and nobody doubts
         more than the first of them.
         """
-        return not any(chain.beside for chain in self.chains) and not (self.confident and max(self.waiting) > 1)
+        if self.confident and max(self.waiting) > 1:
+            return False
+        return not any(chain.beside for chain in self.chains)
 
     @property
     def running(self) -> bool:
