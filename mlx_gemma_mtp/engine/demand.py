@@ -44,5 +44,5 @@ class Demand:
         if prompts:
             total += self.memory.chunk(min(self.chunk, max(prompts)), max(prompts))
         if rows:
-            total += self.memory.verify(len(rows), max(entry.tokens for entry in rows))
+            total += self.memory.verify(len(rows), max(entry.tokens for entry in rows) + advance)
         return total

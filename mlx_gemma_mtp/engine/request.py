@@ -150,6 +150,14 @@ class Request:
         """How many tokens the request may still generate."""
         return self.limit - len(self.tokens)
 
+    def goes_on(self, emitted: Sequence[int]) -> bool:
+        """Returns whether the request surely goes on behind these tokens of a round. It is asked before `take`: where
+        that alone can tell, the answer is False.
+        """
+        told = self.error is None and self.finish_reason is None and not self.stream.stopped
+        told = told and not self.params.stop and self.repetition is None
+        return told and 0 < len(emitted) < self.remaining and self.end_tokens.isdisjoint(emitted)
+
     def take(
         self,
         emitted: Sequence[int],

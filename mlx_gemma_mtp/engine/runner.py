@@ -51,7 +51,8 @@ class Runner:
     """Rounds of all requests of an engine: the rows of the batch, and the prompts that are prefilled beside it.
 
     A call of `round` reads back what runs, hands its tokens to the requests, asks for the next plan, arranges the rows
-    by it, and dispatches their verify; while that runs, it makes text of the tokens and has it delivered.
+    by it, and dispatches their verify; while that runs, it makes text of the tokens and has it delivered. In most
+    rounds the rows go on as they are, by a plan that was made ahead: then the verify begins right behind the readback.
     """
 
     def __init__(
@@ -101,10 +102,11 @@ class Runner:
         self.totals, self._pool = Totals(), Pool()
         self._loop = self._new_loop()
         self._plan = Plan()
+        self._ahead: Plan | None = None  # of the next verify, where that may begin before anything is taken in
         self._given: list[Item] = []  # what the round gave so far
         self._changed: dict[int, Request] = {}  # requests whose tokens of this round are not in `_given` yet
-        # When the last verify was dispatched, when `round` returned after that, and the last readback.
-        self._launched = self._returned = self._last = 0.0
+        # When the last verify began, when `round` returned after that, and the last readback.
+        self._launched = self._returned = self._last = self._read_at = 0.0
         self._rounds = count(1)
 
     # What the worker asks.
@@ -146,9 +148,13 @@ class Runner:
         deliver: is called with what the round gives, amid the dispatch of the next verify: readers whom it wakes have
         the interpreter then, while MLX works without it.
         """
+        self._ahead = None
         self._read()
-        level, budget = self.pressure(), self.budget.tokens(len(self.rows)) if self.scheduler.prompts else None
-        plan = self._plan = self.scheduler.plan(self.clock(), budget, level, self._loop.cache.bytes, self._known)
+        level, plan = self.pressure(), self._ahead
+        if plan is None:
+            budget = self.budget.tokens(len(self.rows)) if self.scheduler.prompts else None
+            plan = self.scheduler.plan(self.clock(), budget, level, self._loop.cache.bytes, self._known)
+        self._plan = plan
         for id, reason in plan.ended:
             self._end(id, reason)
         self._arrange(plan, level)
@@ -269,11 +275,11 @@ class Runner:
         counts, reach = self.lengths.draft(self._loop, self._held_rows())
         syncs = self._loop.host_syncs
         extra = staged if hidden is None else [hidden, *staged]
-        done = self._loop.step(counts, firsts, extra, reach)
-        now, before = self.clock(), self.totals
+        done = self._loop.step(counts, firsts, extra, reach, self._goes_on)
+        now, before = self._read_at, self.totals
         emitted = sum(map(len, done.tokens)) + (0 if done.firsts is None else len(done.firsts.tokens))
         self.totals += Totals(now - self._last, emitted, 1, len(self.rows), self._loop.host_syncs - syncs)
-        seconds, self._last = now - self._launched, now
+        seconds, self._last, self._launched = now - self._launched, now, now
         timed = 0.0 if plan.begins else seconds  # the first tokens have no verify: that is no round of so many rows
         clean = self.budget.took(len(self.rows), timed, _tokens(plan.pieces), firsts is not None)
         clean = clean and away < SLOW_CALLER * seconds  # else the round is hidden behind the caller's own work
@@ -286,6 +292,18 @@ class Runner:
         self._take(self.rows, done, self.scheduler.emitted)
         if drawn:
             self._take(drawn, done.firsts, lambda id, tokens: self._drawn(id))
+
+    def _goes_on(self, done: Round) -> bool:
+        """Returns whether all rows go on as they are behind what a round gave them; by which plan, is kept."""
+        self._read_at = self.clock()
+        plan = self.scheduler.ahead(self._read_at)
+        if plan is None or done.firsts is not None or any(done.errors):
+            return False
+        rows = zip(self.rows, done.tokens, strict=True)
+        if not all(self.held[id].request.goes_on(tokens) for id, tokens in rows):
+            return False
+        self._ahead = plan
+        return True
 
     def _firsts(self, ids: Sequence[int]) -> Firsts | None:
         """Returns what the first tokens of these staged prompts are drawn from."""
@@ -389,21 +407,29 @@ class Runner:
         return rules, counts, guide([request.constraint for request in requests], vocab)
 
     def _launch(self, deliver: Callable[[list[Item]], None]) -> None:
-        """Counts the last round, dispatches the next verify (first of all, where nothing is to be chosen), and has what
-        the round gave delivered while it runs.
+        """Dispatches the next verify, has what the round gave delivered, and counts it: before the dispatch where that
+        decides how wide the verify is, else while the device computes.
         """
         if not self.rows:
             deliver(self._all_given())
             return self.lengths.count()
-        self._launched = self.clock()
-        plain = not any(self._loop.waiting)
-        if plain:
-            self._loop.launch(meanwhile=lambda: deliver(self._all_given()))
+        if not self._loop.running:
+            self._launched = self.clock()
+        chosen = self._loop.running or self._loop.certain
+        width = None if chosen else self._width()
+
+        def meanwhile() -> None:
+            deliver(self._all_given())
+            if chosen:
+                self._width()
+            self.scheduler.foresee(self.clock(), self._loop.cache.bytes)
+
+        self._loop.launch(width, meanwhile)
+
+    def _width(self) -> int | None:
+        """Counts the last round, and returns how many drafts of each row the next verify has at most, None for all."""
         self.lengths.count()
-        if not self._plan.begins:  # the first tokens have no verify
-            width = self.lengths.verify(self._loop, self._held_rows())
-            if not plain:
-                self._loop.launch(width, lambda: deliver(self._all_given()))
+        return None if self._plan.begins else self.lengths.verify(self._loop, self._held_rows())
 
     def _held_rows(self) -> list[Held]:
         """Returns what is held of the batch's rows, in their order."""

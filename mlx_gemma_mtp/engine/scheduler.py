@@ -62,6 +62,8 @@ class Scheduler:
         self.spare = 0  # bytes beside all that the last plan needs: what is kept for others may take them
         self._known: Callable[[int], Known] = _nothing
         self._rounds = 0  # that prefilled
+        self._ahead: Plan | None = None  # of the next round, unless anything happens but that rows emit tokens
+        self._deadline: float | None = None  # the first one then
 
     def submit(self, job: Job, now: float) -> None:
         """Takes a request, which waits from now on. Raises UserError for one that could never fit, and where the queue
@@ -75,9 +77,11 @@ class Scheduler:
                 "send this one again later, or load with a larger max_waiting"
             )
         self.entries.add(Entry(job, now, kept=job.cached))
+        self._ahead = None
 
     def cancel(self, id: int, reason: str = "cancelled") -> None:
         """Lets a request leave with the next plan. Nothing happens to one that is gone."""
+        self._ahead = None
         if entry := self.entries.find(id):
             entry.leaving = reason
 
@@ -85,6 +89,7 @@ class Scheduler:
         """Passes a request over from the next plan on: its reader does not read. A row of it is saved. Nothing happens
         to one that is gone.
         """
+        self._ahead = None
         if entry := self.entries.find(id):
             entry.paused = True
 
@@ -110,7 +115,7 @@ class Scheduler:
         function of its length. known: says what is kept for a request; it is asked for each that is staged, of which
         nothing else is held then.
         """
-        self._known = known
+        self._known, self._ahead = known, None
         if (alone := self._go_on(now, batch_bytes)) is not None:
             return alone
         ended = self._end(now)
@@ -140,6 +145,18 @@ class Scheduler:
             firsts=self._firsts(pieces) if live and not begins else (),
         )
 
+    def foresee(self, now: float, batch_bytes: int = 0) -> None:
+        """Plans the next round ahead, as far as the rows go on as they are. now, batch_bytes: see `plan`."""
+        self._ahead, self._deadline = self._go_on(now, batch_bytes, self.block), self.next_deadline()
+
+    def ahead(self, now: float) -> Plan | None:
+        """Returns the plan that `foresee` made, which takes the place of the next `plan`. It is None where that is to
+        be asked: where anything has happened since but that rows emitted a round's tokens, or somebody is late.
+        """
+        plan, self._ahead = self._ahead, None
+        late = self._deadline is not None and self._deadline <= now
+        return None if late else plan
+
     def prefilled(self, id: int, tokens: int) -> None:
         """Says that the first `tokens` tokens of a staged request have K/V: its piece's `stop`. A requeued one, which
         has its first token, is ready with the last of them.
@@ -168,6 +185,7 @@ class Scheduler:
         """Says that a request is done, in whatever stage. A row of it is a hole until the next plan. Nothing happens
         to one that is gone.
         """
+        self._ahead = None
         self.entries.remove(id)
 
     def has(self, id: int) -> bool:
@@ -205,22 +223,24 @@ class Scheduler:
         deadlines = [entry.job.deadline for entry in self.entries]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
-    def _go_on(self, now: float, batch_bytes: int) -> Plan | None:
+    def _go_on(self, now: float, batch_bytes: int, advance: int = 0) -> Plan | None:
         """Returns the plan of a round in which the rows go on as they are, which is nearly every round; None where
-        anything else is to be looked at.
+        anything else is to be looked at. advance: tokens that each row may have emitted by then.
         """
         rows = self.entries.at(Stage.LIVE)
         if len(rows) != len(self.entries) or any(row.paused or row.leaving or row.late(now) for row in rows):
             return None
-        left, unused = self._left(rows, batch_bytes)
+        left, unused = self._left(rows, batch_bytes, advance)
         if unused > left or sorted(row.place for row in rows) != list(range(len(rows))):
             return None
         self.spare = left - unused
         return Plan(places=tuple(row.job.id for row in sorted(rows, key=lambda row: row.place)))
 
-    def _left(self, rows: Sequence[Entry], batch_bytes: int) -> tuple[int, int]:
-        """Returns the bytes that the limit leaves beside all requests, and those that the batch holds for nobody."""
-        left = self.memory.limit - self.demand.total()
+    def _left(self, rows: Sequence[Entry], batch_bytes: int, advance: int = 0) -> tuple[int, int]:
+        """Returns the bytes that the limit leaves beside all requests, with room for `advance` more tokens of each row,
+        and those that the batch holds for nobody.
+        """
+        left = self.memory.limit - self.demand.total(advance)
         return left, max(0, batch_bytes - sum(map(self.demand.row, rows)))
 
     # The moves of a request that a plan makes.

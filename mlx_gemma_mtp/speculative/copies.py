@@ -1,16 +1,16 @@
 """Drafts that stand in the text already: what followed the longest earlier occurrence of a row's last tokens.
 
-The host searches: it knows the tokens once a round is read, and a search takes a hundredth of a millisecond. A verify
-that was built before is dropped where copies change its drafts, and kept where there are none. The same search on the
-device takes twenty times as long in every round (benchmarks/RESULTS.md).
+The host searches: it knows the tokens once a round is read, while the device waits. So nothing is scanned then: the
+places of every two tokens are listed as these come. A verify that was built before is dropped where copies change its
+drafts, and kept where there are none. A search on the device takes longer in every round (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
-
-import numpy as np
 
 LEAST, MOST = 2, 16  # tokens of a match
 NOWHERE = -1  # no token: between the texts of a row
@@ -30,28 +30,28 @@ class Copy(NamedTuple):
 
 
 class RowText:
-    """All tokens of one row: a prediction of its reply, where the request has one, its prompt, and its reply so far."""
+    """All tokens of one row: a prediction of its reply, where the request has one, its prompt, and its reply so far.
+
+    tokens: NOWHERE stands behind a prediction.
+    """
 
     def __init__(self, tokens: Sequence[int] = (), prediction: Sequence[int] = ()):
         """tokens: the prompt and the reply so far. prediction: what the reply is expected to be like."""
         lead = [*prediction, NOWHERE] if len(prediction) else []
-        self._tokens = np.array([*lead, *tokens], np.int32)
-        self._count = len(self._tokens)
+        self.tokens = [*lead, *tokens]
+        self._ends: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # of two tokens, the places of the last
+        for end, pair in enumerate(pairwise(self.tokens), 1):
+            self._ends[pair].append(end)
         self._next = 0 if lead else None  # where the last copy would go on
         self._away = 0  # tokens since that was right
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """The tokens, int32 [count], NOWHERE behind a prediction."""
-        return self._tokens[: self._count]
-
     def add(self, tokens: Sequence[int], copy: Copy | None = None) -> None:
         """Takes in what the row emitted. copy: what was found before it, whose place is followed."""
-        end = self._count + len(tokens)
-        if end > len(self._tokens):
-            self._tokens = np.concatenate([self.tokens, np.zeros(max(end, 1024), np.int32)])
-        self._tokens[self._count : end] = tokens
-        self._count = end
+        text = self.tokens
+        for token in tokens:
+            if text:
+                self._ends[text[-1], token].append(len(text))
+            text.append(token)
         if copy is not None and tokens and tokens[0] == copy.tokens[0]:
             equal = agreeing(copy.tokens, tokens)
             self._next, self._away = copy.start + len(tokens), len(tokens) - equal
@@ -66,35 +66,37 @@ class RowText:
         Of equal matches it is the one nearest to where the last copy goes on, or the latest where there was none.
         behind: tokens that are expected after the text, and are taken for a part of it.
         """
-        text, count = self.tokens, self._count
+        text, count = self.tokens, len(self.tokens)
         if most < 1 or count + len(behind) <= LEAST:
             return None
-        last = [*text[max(count - MOST, 0) :].tolist(), *behind][-MOST:]
-        stop = count - (not len(behind))
-        ends = np.flatnonzero((text[1:stop] == last[-1]) & (text[: stop - 1] == last[-2])) + 1  # in most rounds none
-        if not len(ends) or last[-1] == NOWHERE:
-            return self._resumed(most) if not len(behind) else None
+        last = [*text[-MOST:], *behind][-MOST:]
+        ends = self._ends.get((last[-2], last[-1]), [])
+        if not behind:
+            ends = ends[:-1]  # the last one is the text's own end
+        if not ends:
+            return None if behind else self._resumed(most)
+        near = self._next
+        if near is not None and MOST <= near <= ends[-1] + 1 and text[near - MOST : near] == last:
+            return self._from(near, most, MOST, behind)  # no other match is longer, or as near
         length = LEAST
         while length < len(last):
-            found = ends[ends >= length]
-            found = found[text[found - length] == last[-length - 1]]
-            if not len(found):
+            said = last[-length - 1]
+            longer = [end for end in ends if end >= length and text[end - length] == said]
+            if not longer:
                 break
-            ends, length = found, length + 1
-        start = int(ends[-1]) + 1
-        if self._next is not None:
-            start = int(ends[np.argmin(np.abs(ends + 1 - self._next))]) + 1
-        return self._from(start, most, length, behind)
+            ends, length = longer, length + 1
+        end = ends[-1] if near is None else min(ends, key=lambda end: abs(end + 1 - near))
+        return self._from(end + 1, most, length, behind)
 
     def _resumed(self, most: int) -> Copy | None:
         """The continuation of a copy that was left, as if each token since then stood for one of its own."""
-        if self._next is None or not 0 <= self._next < self._count - 1:
+        if self._next is None or not 0 <= self._next < len(self.tokens) - 1:
             return None
         return self._from(self._next, most, 0)
 
     def _from(self, start: int, most: int, length: int, behind: Sequence[int] = ()) -> Copy | None:
         """The tokens from a place on; where they come to the end of the text, the text repeats itself."""
-        tokens = self.tokens[start : start + most].tolist()
+        tokens = self.tokens[start : start + most]
         if len(tokens) < most:
             tokens += list(behind)[: most - len(tokens)]
         period = len(tokens)

@@ -2,7 +2,8 @@
 
 Order of a round: VERIFY runs while ACCEPT, COMMIT and the next DRAFT are queued behind it and the next VERIFY is built;
 one readback fetches what was emitted; then the next VERIFY is dispatched. So every read of the cache has finished when
-a verify writes it, and the write is in place. Rows leave and join between the readback and that dispatch.
+a verify writes it, and the write is in place. Rows leave and join between the readback and that dispatch; where the
+caller knows that none does, the verify begins as soon as the round is read.
 """
 
 from __future__ import annotations
@@ -106,6 +107,20 @@ class Speculation:
         """How many drafts of each row wait to be verified: those of all sources, without what the guide cut."""
         return self.inputs.drafts.of_each
 
+    @property
+    def certain(self) -> bool:
+        """Whether all drafts that wait are verified, whatever is known: they are the drafter's alone, and nobody doubts
+        more than the first of them.
+        """
+        if self.confident and max(self.waiting) > 1:
+            return False
+        return not any(chain.beside for chain in self.chains)
+
+    @property
+    def running(self) -> bool:
+        """Whether the next verify has begun: then the rows stay as they are."""
+        return isinstance(self._verify, Verify) and self._verify.begun
+
     def needs_no_drafter(self, num_draft: Sequence[int]) -> bool:
         """Returns whether the rows that would have drafts need none of the drafter's: there is none, or copies of their
         texts are kept again and again.
@@ -180,14 +195,20 @@ class Speculation:
         return self.cache.save(row, slack, tokens)
 
     def launch(self, width: int | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Dispatches the next verify, so that it runs while the caller uses the last round. `step` does it if nobody
-        did.
+        """Dispatches the next verify, or the rest of it, so that it runs while the caller uses the last round. `step`
+        does it if nobody did.
 
         width: how many of a row's drafts to verify at most, the first ones; None for all. meanwhile: is called once,
         when the device has something to do.
         """
         if self._verify is not None and self._verify.dispatched:
             return meanwhile()
+        if not self.running:
+            self._build(width)
+        self._verify.dispatch(meanwhile)
+
+    def _build(self, width: int | None = None) -> None:
+        """Builds the next verify, of `width` drafts of a row at most, where it is not the one that is built."""
         counts = [each if width is None else min(each, width) for each in self.waiting]
         if (
             self._verify is None
@@ -197,7 +218,6 @@ class Speculation:
         else:  # what other sources added is cut again
             self.inputs = self._verify.inputs
         self._verify = self._verify or Verify(self.target, self.cache, self.inputs)
-        self._verify.dispatch(meanwhile)
 
     def step(
         self,
@@ -205,12 +225,15 @@ class Speculation:
         firsts: Firsts | None = None,
         extra: Sequence[mx.array] = (),
         reach: Sequence[int] | None = None,
+        goes_on: Callable[[Round], bool] = lambda done: False,
     ) -> Round:
         """Runs one round: it verifies the drafts that wait, and makes others for the next round.
 
         num_draft: how many the drafter makes for each row. firsts: staged prompts whose first tokens come with this
         round. extra: arrays that are dispatched behind the drafts, and not read: the chunks of prompts. reach: how many
-        drafts of all sources a row may have; None for as many as the drafter makes.
+        drafts of all sources a row may have; None for as many as the drafter makes. goes_on: is called with the round
+        once it is read. It says whether no row leaves or joins: then the next verify begins before this returns, unless
+        its width is to be chosen.
         """
         # VERIFY: runs from here on, if not since `launch`; all that follows is queued behind it.
         self.launch()
@@ -253,9 +276,12 @@ class Speculation:
             self._go_on_with(self.inputs)
         self._listed += max(read.kept) + 1
         self._settle(read, first)
-        done = replace(read.round(), firsts=None if first is None else first.round())
+        done = read.round() if first is None else replace(read.round(), firsts=first.round())
         sure = _confidences(confidences, drafts.of_each) if self.confident else [[]] * now.rows
         self._mix(done, drafted_next, sure, num_draft if reach is None else reach)
+        if goes_on(done) and self.certain:
+            self._build()
+            self._verify.begin()
         return done
 
     def _go_on_with(self, inputs: Inputs) -> None:
@@ -281,7 +307,8 @@ class Speculation:
     ) -> None:
         """Puts the next round's drafts together: the drafter's, copies, and what the guide forces and leaves."""
         own, inputs = self.inputs.drafts, self.inputs
-        drafted = [row[:count] for row, count in zip(drafted, own.of_each, strict=True)]
+        if own.counts is not None:
+            drafted = [row[:count] for row, count in zip(drafted, own.counts, strict=True)]
         self._made = drafted
         self.mixture.take(done.tokens)
         self.chains = self.mixture.chains(drafted, confidences, reach, own.q is not None)
@@ -294,7 +321,7 @@ class Speculation:
             for row, reason in look.failures.items():
                 done.errors[row] = reason
             self._go_on_with(replace(inputs, drafts=drafts, mask=look.mask))
-        else:
+        elif drafts is not own:
             self.inputs = replace(inputs, drafts=drafts)
 
     def _readback(self, *arrays: mx.array) -> list[list]:

@@ -7,9 +7,9 @@ at a copy costs nothing. So no source has to be tried again to learn whether it 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from operator import mul
 from typing import NamedTuple
 
@@ -65,6 +65,11 @@ class Chain(NamedTuple):
     def drafts(self) -> list[Draft]:
         """The drafts one by one."""
         return list(zip(self.tokens, self.sources, self.rates, strict=True))
+
+    @property
+    def beside(self) -> bool:
+        """Whether any draft is another source's than the drafter's."""
+        return any(source in BESIDE for source in self.sources)
 
     @property
     def own(self) -> int:
@@ -130,9 +135,10 @@ class _Row:
 
     def learn(self, emitted: Sequence[int]) -> None:
         """Takes in what the row emitted after what was proposed."""
-        same = agreeing(self.drafts, emitted)
-        for i in self._judged(same, self.drafts, emitted):
-            self.drafter.add(self.kinds[i], i < same)
+        if self.drafts:
+            same = agreeing(self.drafts, emitted)
+            for i in self._judged(same, self.drafts, emitted):
+                self.drafter.add(self.kinds[i], i < same)
         copy, whole = self.copy, False
         if copy is not None and emitted:
             kept, after = agreeing(copy.tokens, emitted), self.agreed
@@ -153,11 +159,24 @@ class _Row:
         whole = self.copy is not None and agreeing(self.copy.tokens, self.drafts) == len(self.drafts)
         return len(self.drafts) if whole else 0
 
-    def chances(self, copy: Copy, agreed: int = 0) -> list[float]:
-        """The chance of each token of a copy. agreed: how many of the first ones the drafter said as well."""
-        kinds = [kind(copy.length + i, i >= agreed > 0) for i in range(len(copy.tokens))]
-        rates = {each: self.copies.rate(each) for each in set(kinds)}
-        return [rates[each] for each in kinds]
+    def chances(self, copy: Copy, start: int = 0) -> Iterator[float]:
+        """The chance of each token of a copy. start: how many the drafter said as well, which are left out."""
+        before, rate = -1, 0.0
+        for i in range(start, len(copy.tokens)):
+            each = kind(copy.length + i, start > 0)
+            if each != before:  # tokens of a kind follow each other
+                before, rate = each, self.copies.rate(each)
+            yield rate
+
+    def likely(self, copy: Copy, start: int = 0) -> Chain:
+        """The first tokens of a copy, as far as it may be worth to build a verify of them. start: see `chances`."""
+        rates, reached = [], 1.0
+        for rate in self.chances(copy, start):
+            reached *= rate
+            if reached < (REACHED if rates else LIKELY):
+                break
+            rates.append(rate)
+        return Chain(copy.tokens[start : start + len(rates)], [COPY] * len(rates), rates)
 
     @property
     def hot(self) -> bool:
@@ -228,7 +247,8 @@ class Mixture:
                 copy = self.rows[row].text.find(most, [token for token, _, _ in drafts]) if self.copying else None
                 if copy is None:
                     return []
-                return Chain(copy.tokens, [COPY] * len(copy.tokens), self.rows[row].chances(copy)).drafts
+                chances = self.rows[row].chances(copy)
+                return [(token, COPY, chance) for token, chance in zip(copy.tokens, chances, strict=True)]
 
             return behind
 
@@ -241,7 +261,10 @@ class Mixture:
         if not self.copying:
             return Chain(drafts, [MTP] * len(drafts), list(sure or [DRAFTED] * len(drafts)))
         row = self.rows[index]
-        row.drafts, row.copy = drafts, row.text.find(most)
+        copy = row.copy = row.text.find(most)
+        row.drafts = drafts
+        if not drafts:
+            return Chain.none() if copy is None else row.likely(copy)
         told = None if drawn else sure
         row.kinds = [
             min(i, PLACES - 1) if told is None else PLACES + min(int(told[i] * BINS), BINS - 1)
@@ -249,26 +272,14 @@ class Mixture:
         ]
         judged = [row.drafter.rate(each) for each in row.kinds]
         own = Chain(drafts, [MTP] * len(drafts), judged if sure is None else list(sure[: len(drafts)]))
-        copy = row.copy
         if copy is None:
             return own
-        alone = row.chances(copy)
-        if not drafts or expected(alone[: len(drafts)]) > BETTER * expected(judged):
-            return _likely(Chain(copy.tokens, [COPY] * len(copy.tokens), alone))
+        if expected(islice(row.chances(copy), len(drafts))) > BETTER * expected(judged):
+            return row.likely(copy)
         if not (agreed := row.agreed):
             return own
-        more = len(copy.tokens) - agreed
-        chances = row.chances(copy, agreed)[agreed:]
-        behind = _likely(Chain(copy.tokens[agreed:], [COPY] * more, chances))
+        behind = row.likely(copy, agreed)
         return Chain(drafts + behind.tokens, own.sources + behind.sources, own.rates + behind.rates)
-
-
-def _likely(chain: Chain) -> Chain:
-    """Returns the first drafts of a copy, as far as it may be worth to build a verify of them."""
-    if not chain.rates or chain.rates[0] < LIKELY:
-        return Chain.none()
-    count = sum(reached >= REACHED for reached in accumulate(chain.rates, mul))
-    return Chain(chain.tokens[:count], chain.sources[:count], chain.rates[:count])
 
 
 def kind(length: int, agreed: bool) -> int:
@@ -278,7 +289,7 @@ def kind(length: int, agreed: bool) -> int:
     return bisect_right(LENGTHS, length) - 1 + len(LENGTHS) * agreed
 
 
-def expected(rates: Sequence[float]) -> float:
+def expected(rates: Iterable[float]) -> float:
     """Returns how many drafts are kept on average."""
     return sum(accumulate(rates, mul))
 
@@ -295,20 +306,20 @@ def leading(sources: Sequence[str]) -> int:
     return next((i for i, source in enumerate(sources) if source in BESIDE), len(sources))
 
 
-def mixed(own: Drafts, drafted: Sequence[Sequence[int]], chains: Sequence[Chain]) -> Drafts:
+def mixed(own: Drafts, drafted: Sequence[list[int]], chains: Sequence[Chain]) -> Drafts:
     """Returns the drafts of these chains; `own` where they are the drafter's, and nothing was refused.
 
     own, drafted: the drafter's drafts, and their tokens as the host read them.
     """
-    refused = tuple(chain.refused for chain in chains)
-    same = all(list(row) == chain.tokens for row, chain in zip(drafted, chains, strict=True))
-    if same and not any(refused) and all(chain.own == len(chain.tokens) for chain in chains):
+    rows = zip(drafted, chains, strict=True)
+    if all(chain.tokens == row and not chain.beside and not chain.refused for row, chain in rows):
         return own
+    refused = tuple(chain.refused for chain in chains)
     counts = [len(chain.tokens) for chain in chains]
     sources = tuple(tuple(chain.sources) for chain in chains)
     if not max(counts):
         return Drafts.none(len(chains))._replace(refused=refused)
-    if all(list(row[: len(chain.tokens)]) == chain.tokens for row, chain in zip(drafted, chains, strict=True)):
+    if all(row[: len(chain.tokens)] == chain.tokens for row, chain in zip(drafted, chains, strict=True)):
         return own._replace(sources=sources, refused=refused).counted(counts)
     width = max(counts)
     tokens = mx.array([chain.tokens + [0] * (width - len(chain.tokens)) for chain in chains], mx.int32)

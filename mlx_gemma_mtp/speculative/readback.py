@@ -114,7 +114,10 @@ def sound(tokens: Sequence[int], sums: Sequence[float], peaks: Sequence[float]) 
     K/V stay in the row's slots, and attention multiplies what it does not see by 0, which leaves NaN as it is. Then the
     row ends, though plain decoding would have gone on.
     """
-    for i in range(len(tokens)):
+    count = len(tokens)
+    if math.isfinite(sum(sums[:count])) and -math.inf not in peaks[:count]:
+        return list(tokens), None
+    for i in range(count):
         if not math.isfinite(sums[i]):
             return list(tokens[:i]), NOT_FINITE
         if peaks and peaks[i] == -math.inf:

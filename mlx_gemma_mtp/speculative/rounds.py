@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..cache.cache import Cache
+from ..cache.kv import Arrays
 from ..machine import device
 from ..models.gemma4 import Gemma4
 from ..ops.topk import total
@@ -127,6 +128,7 @@ class Verify:
     """The target's forward over a round's newest tokens and drafts. It is built first, and then dispatched or dropped.
 
     inputs: the round's. hidden: [B, K + 1, H]. positions: [B, K + 1], of the tokens that the hidden states predict.
+    begun, dispatched: whether any of it, and all of it, is on its way.
     """
 
     def __init__(self, target: Gemma4, cache: Cache, inputs: Inputs):
@@ -137,30 +139,42 @@ class Verify:
         self._cache, self._before = cache, cache.buffers  # while these handles are kept, a write is a copy
         self.inputs, self.positions = inputs, span.positions + 1
         self.hidden = target(tokens, span)
-        self.dispatched = False
+        self.begun = self.dispatched = False
+
+    def begin(self) -> None:
+        """Gives the device something to do: the forward, or half of it where MLX walks a whole graph before its first
+        operation begins. Its writes are in place, since the last handles of the old buffers go.
+        """
+        self._before.clear()
+        self.begun = True
+        if device.traits().walks_first:
+            layers = self._cache.buffers
+            self._layer_by_layer(layers[: len(layers) // 2])
+        else:
+            mx.async_eval(self.hidden)
 
     def dispatch(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Lets the forward run. Its writes are in place, since the last handles of the old buffers go.
+        """Lets the forward run: what of it does not yet.
 
         meanwhile: is called once, when the device has something to do.
         """
-        self._before.clear()
-        if device.traits().walks_first:  # layer by layer: MLX walks a whole graph before its first operation begins
+        if not self.begun:
+            self.begin()
+        meanwhile()  # MLX lets so much work wait that half of it covers this, and the other half what comes next
+        if device.traits().walks_first:
             layers = self._cache.buffers
-            for buffers in layers[: len(layers) // 2]:
-                mx.async_eval(*buffers)
-            meanwhile()  # MLX lets so much work wait that half of it covers this, and the other half what comes next
-            for buffers in layers[len(layers) // 2 :]:
-                mx.async_eval(*buffers)
+            self._layer_by_layer(layers[len(layers) // 2 :])
             mx.async_eval(self.hidden)
-        else:
-            mx.async_eval(self.hidden)
-            meanwhile()
         self.dispatched = True
+
+    @staticmethod
+    def _layer_by_layer(layers: Sequence[Arrays]) -> None:
+        for buffers in layers:
+            mx.async_eval(*buffers)
 
     def drop(self) -> None:
         """Gives the cache back as it was before this forward was built."""
-        assert not self.dispatched, "a forward that was dispatched has written"
+        assert not self.begun, "a forward that was dispatched has written"
         self._cache.buffers = self._before
 
 

@@ -43,6 +43,30 @@ def rounds(asked: Request, tokens: list[int], places: list[int]) -> list:
     return [*chunks, asked.chunk()]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    places=st.lists(st.integers(1, 130), max_size=40),
+    limit=st.integers(1, 140),
+    end=st.sampled_from([None, END]),
+    stop=st.sampled_from([(), ("Wait",)]),
+    repeats=st.sampled_from([None, 4]),
+)
+def test_who_surely_goes_on_does(places, limit, end, stop, repeats):
+    """Whatever ends a request ends none of which it was said before that it goes on."""
+    asked = request(limit, stop, stop_repetition=repeats)
+    tokens = BYTES.encode(REPLY) + ([] if end is None else [end])
+    ends, before, said = sorted({place for place in places if place < len(tokens)} | {len(tokens)}), 0, 0
+    for place in ends:
+        goes_on = asked.goes_on(tokens[before:place])
+        asked.take(tokens[before:place], None)
+        assert not goes_on or (asked.finish_reason is None and asked.error is None)
+        asked.chunk()
+        before, said = place, said + goes_on
+        if asked.finish_reason:
+            break
+    assert said >= (len(ends) - 1 if before == len(tokens) < limit and not stop and repeats is None else 0)
+
+
 def whole(reply: str, end: int | None = END, **options) -> Result:
     tokens = BYTES.encode(reply) + ([] if end is None else [end])
     return rounds(request(**options), tokens, [])[-1].result

@@ -8,13 +8,16 @@ import pytest
 from schedules import CHUNK, Asked, Drive, Outcome, Schedule, check, engine_of
 
 from mlx_gemma_mtp.cache.cache import Cache
+from mlx_gemma_mtp.engine.lengths import Lengths
 from mlx_gemma_mtp.engine.plan import Plan
+from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.scheduler import Scheduler
 from mlx_gemma_mtp.machine.power import Awake
 from mlx_gemma_mtp.machine.pressure import CRITICAL, NORMAL
 from mlx_gemma_mtp.speculative.budget import Budget
 from mlx_gemma_mtp.speculative.depth import Depth
 from mlx_gemma_mtp.speculative.loop import Speculation
+from mlx_gemma_mtp.speculative.rounds import Verify
 
 
 class Broke(Exception):
@@ -200,3 +203,32 @@ def test_the_round_in_which_a_batch_begins_tells_the_budget_nothing():
     (begun, beside, *_) = (each for each in told if each[0])
     assert begun == (1, False, 0, False)
     assert beside[:2] == (1, True) and beside[2] > 0 and not beside[3]
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_the_next_verify_begins_before_anything_is_taken_in(drafts):
+    """In every round of rows that go on: neither the plan nor what is counted is waited for."""
+    asked = [Asked(prompt=(i, 9), limit=20, drafts=drafts) for i in range(2)]
+    driven, events = drive(*asked), []
+
+    def told(owner: type, name: str):
+        usual = getattr(owner, name)
+        return mock.patch.object(owner, name, lambda *args, **kw: (events.append(name), usual(*args, **kw))[1])
+
+    with told(Verify, "begin"), told(Request, "take"), told(Lengths, "verify"), told(Scheduler, "plan"):
+        one, other = driven.run()
+    rounds = "".join({"begin": "b", "take": "t", "verify": "v", "plan": "p"}[each] for each in events)
+    verified = max(one.result.stats.rounds, other.result.stats.rounds)
+    assert rounds.count("b") == verified
+    early = rounds.count("btt") + rounds.count("btv")
+    assert early >= verified - 3, rounds  # all but those in which one comes or ends
+    assert rounds.count("p") <= 4 + verified - early
+
+
+def test_rows_that_may_end_are_taken_in_first():
+    """A text that a stop string may end is looked at before the next verify begins."""
+    began = []
+    usual = Request.goes_on
+    with mock.patch.object(Request, "goes_on", lambda *args: began.append(usual(*args)) or began[-1]):
+        drive(Asked(prompt=(0, 9), limit=6, drafts=0)).run()
+    assert began == [True] * 5 + [False]

@@ -74,6 +74,7 @@ class Model:
     computed: dict[int, int] = field(default_factory=dict)  # tokens that were prefilled, by request, done or not
     now: float = 0.0
     rounds: int = 0
+    ahead: int = 0  # rounds whose plan was made ahead
 
     def submit(self, job: Job, length: int | None = None, keep: tuple[int, ...] = ()) -> None:
         self.scheduler.submit(job, self.now)
@@ -105,12 +106,16 @@ class Model:
     def round(self, budget: int | None = None, pressure: int = NORMAL, emit: int = 1) -> Plan:
         """Does a round in which every row emits `emit` tokens."""
         before = {id: kept.where for id, kept in self.requests.items()}
+        ahead = self.scheduler.ahead(self.now)
         plan = self.scheduler.plan(self.now, budget, pressure, known=self.known)
+        assert ahead is None or ahead == plan
+        self.ahead += ahead is not None
         self._leave(plan)
         self._arrange(plan)
         self._prefill(plan, budget)
         self._check_memory(plan)
         self._check_stages(plan, pressure, before)
+        self.scheduler.foresee(self.now)
         self.rounds += 1
         self.now += ROUND_S
         self._finish(plan, emit)
@@ -547,6 +552,7 @@ def test_the_last_row_is_never_taken():
     """However little memory is left."""
     run = decoding(PLENTY, 0, 0)
     run.scheduler.demand.memory = run.memory = replace(run.memory, limit=110)
+    run.scheduler.ahead(0.0)  # the plan that was made with more
     for _ in range(3):
         assert len(run.round().places) == 1
 
@@ -861,3 +867,38 @@ def test_what_is_left_is_told():
     scheduler.submit(Job(1, 8, 20), 0.0)
     scheduler.plan(0.0, batch_bytes=30)
     assert scheduler.spare == alone - 30 - memory.staged(8) - (memory.chunk(16, 8) - memory.chunk(8, 8))
+
+
+def test_rounds_are_planned_ahead_while_nothing_happens():
+    """All of a text's rounds but the one in which it joins, and the one in which it ends."""
+    run = model()
+    run.submit(Job(0, 4, 20))
+    assert run.run() == 21 and run.ahead == 19
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda scheduler: scheduler.submit(Job(7, 4, 4), 0.0),
+        lambda scheduler: scheduler.cancel(0),
+        lambda scheduler: scheduler.paused(0),
+        lambda scheduler: scheduler.finished(1),
+        lambda scheduler: scheduler.ahead(0.0),
+    ],
+)
+def test_a_plan_that_was_made_ahead_is_dropped_where_anything_happens(happens):
+    run = decoding(PLENTY, 0, 0)
+    run.scheduler.foresee(0.0)
+    happens(run.scheduler)
+    assert run.scheduler.ahead(0.0) is None
+
+
+def test_a_plan_that_was_made_ahead_ends_nobody_too_late():
+    run = model()
+    run.submit(Job(0, 4, 20, deadline=5.0))
+    run.round()
+    run.round()
+    run.scheduler.foresee(0.0)
+    assert run.scheduler.ahead(5.0) is None
+    run.scheduler.foresee(0.0)
+    assert run.scheduler.ahead(4.9) is not None

@@ -52,7 +52,7 @@ def test_random_texts_have_what_a_slow_search_finds():
         text = RowText(whole[:cut])
         for token in whole[cut:]:
             text.add([token])
-        assert text.tokens.tolist() == whole
+        assert text.tokens == whole
         found, most = text.find(5), 5
         assert (None if found is None else (found.tokens, found.length)) == slowly(whole, most), whole
 
@@ -94,7 +94,7 @@ def test_tokens_that_are_expected_count_as_text():
     text = RowText([1, 2, 3, 4, 5, 9])
     assert text.find(2) is None and text.find(2, [2, 3]).tokens == [4, 5]
     assert text.find(4, [9, 9]) is None
-    assert text.tokens.tolist() == [1, 2, 3, 4, 5, 9]
+    assert text.tokens == [1, 2, 3, 4, 5, 9]
 
 
 def test_a_long_text_grows():
@@ -107,3 +107,28 @@ def test_a_long_text_grows():
 
 def test_texts_agree_as_far_as_they_do():
     assert [agreeing(*pair) for pair in (([], [1]), ([1, 2], [1, 3]), ([1, 2], [1, 2, 3]))] == [0, 1, 2]
+
+
+class Counted(list):
+    """A list that counts the elements that are read of it."""
+
+    read = 0
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        self.read += len(found) if isinstance(place, slice) else 1
+        return found
+
+    def __iter__(self):
+        self.read += len(self)
+        return super().__iter__()
+
+
+def test_a_search_reads_no_more_than_what_ends_alike():
+    """Between the readback and the next dispatch nothing is scanned, however long the text is."""
+    text = RowText([*range(8000), 5, 5000, 5001])
+    text.tokens = Counted(text.tokens)
+    assert text.find(3).tokens == [5002, 5003, 5004] and text.tokens.read < 3 * MOST
+    text.add([9000])
+    text.tokens.read = 0
+    assert text.find(3) is None and text.tokens.read <= MOST

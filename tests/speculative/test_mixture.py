@@ -131,9 +131,9 @@ def test_rows_move_with_what_is_known_of_them():
     made = Mixture(Drafting(sources=(MTP, COPY, FORCED)))
     made.begin([RowText([1]), RowText(START)])
     made.arrange([1, RowText([2])])
-    assert made.rows[0].text.tokens.tolist() == START and chain_of_rows(made) == [FILE[8:11], []]
+    assert made.rows[0].text.tokens == START and chain_of_rows(made) == [FILE[8:11], []]
     made.take([[FILE[8]], [3]])
-    assert made.rows[1].text.tokens.tolist() == [2, 3]
+    assert made.rows[1].text.tokens == [2, 3]
 
 
 def chain_of_rows(made: Mixture) -> list[list[int]]:
