@@ -413,7 +413,7 @@ class Scheduler:
             return ()
         self._rounds += 1
         left, pieces = self._budget(budget, staged), []
-        half = min(left, self.chunk) // 2
+        taken, half = 0, self.chunk // 2
         for entry in sorted(staged, key=shortest if self._rounds % TURN else order):
             start = entry.fed
             stop = min(entry.tokens, start + self.chunk - start % self.chunk)
@@ -421,8 +421,8 @@ class Scheduler:
                 stop = (start + left) // self.grid * self.grid  # what was kept may end anywhere
             if stop > start:
                 pieces.append(Piece(entry.job.id, start, stop, self._kept(entry, start, stop)))
-                left -= stop - start
-            if left <= half:
+                left, taken = left - (stop - start), taken + stop - start
+            if taken >= half and left < self.chunk:
                 break
         return tuple(pieces)
 

@@ -353,7 +353,7 @@ def test_a_first_token_that_can_be_drawn_waits_for_no_prompt():
 
 def test_a_forward_that_has_half_a_chunk_takes_no_other_prompt():
     """Two prompts of a chunk and a half have their first tokens one after the other: the second waits for the first,
-    and the first for nobody. Less than half of a chunk is filled up.
+    and the first for nobody. Less than half of a chunk is filled up, and so is a small budget.
     """
     run = model(2)
     for id in (1, 2):
@@ -366,6 +366,14 @@ def test_a_forward_that_has_half_a_chunk_takes_no_other_prompt():
     for id in (1, 2, 3):
         run.submit(Job(id, 3, 50))
     assert run.round(CHUNK) == Plan(pieces=(Piece(1, 0, 3), Piece(2, 0, 3)))
+    run = model(3, grid=2)
+    for id in (1, 2):
+        run.submit(Job(id, 3, 50))
+    assert run.round(4) == Plan(pieces=(Piece(1, 0, 3),))  # a step of the grid is two tokens
+    run = model(3, grid=1)
+    for id in (1, 2):
+        run.submit(Job(id, 3, 50))
+    assert run.round(4) == Plan(pieces=(Piece(1, 0, 3), Piece(2, 0, 1)))
 
 
 @pytest.mark.parametrize("grid", [8, 4, 2, 1])
