@@ -16,12 +16,12 @@ from .stats import Totals
 class Held:
     """What the runner holds of a request.
 
-    found: K/V of its first tokens, which were kept from others, until it is staged. kept: how many of its tokens are
-    kept for others. ends: those of them that nobody but its own conversation may come back to. staged: its K/V while
-    its prompt is prefilled, a cache of one row. saved: its K/V while it waits for a row. hidden: [H], the target's
-    hidden state at its prompt's last token, until its first token is drawn. submitted, began, prefilled: when it came,
-    and when its prefill began and ended. since: what all rows had done when it became one of them, None while it is
-    none; shared: what they did while it was one before.
+    found: K/V of its first tokens, which were kept from others, until its first piece comes. kept: how many of its
+    tokens are kept for others. ends: those of them that nobody but its own conversation may come back to. staged: its
+    K/V while its prompt is prefilled, a cache of one row. saved: its K/V while it waits for a row. hidden: [H], the
+    target's hidden state at its prompt's last token, until its first token is drawn. submitted, began, prefilled: when
+    it came, and when its prefill began and ended. since: what all rows had done when it became one of them, None while
+    it is none; shared: what they did while it was one before.
     """
 
     request: Request

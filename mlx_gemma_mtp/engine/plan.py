@@ -60,7 +60,7 @@ class Plan:
     places: the requests of the batch's rows in order. Those that had a row and stay keep it or move; all others join. A
     hole goes to a joiner first, then to the last row.
     begins: whether no row stays and no request of `places` has its first token yet: the round draws it from the hidden
-    state of its prompt's last token. Otherwise every joiner has a newest token.
+    state of its prompt's last token, and prefills nothing. Otherwise every joiner has a newest token.
     pieces: what is prefilled in this round, in one forward.
     firsts: staged requests whose prompt is prefilled with this round's pieces, or was before: their first tokens are
     drawn in this round. Empty where `places` is, and where the batch begins: then a later plan draws them or lets them

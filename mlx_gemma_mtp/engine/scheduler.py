@@ -412,8 +412,8 @@ class Scheduler:
         if not staged:
             return ()
         self._rounds += 1
-        left, pieces = self._budget(budget, staged), []
-        taken, half = 0, self.chunk // 2
+        left = whole = self._budget(budget, staged)
+        pieces: list[Piece] = []
         for entry in sorted(staged, key=shortest if self._rounds % TURN else order):
             start = entry.fed
             stop = min(entry.tokens, start + self.chunk - start % self.chunk)
@@ -421,8 +421,8 @@ class Scheduler:
                 stop = (start + left) // self.grid * self.grid  # what was kept may end anywhere
             if stop > start:
                 pieces.append(Piece(entry.job.id, start, stop, self._kept(entry, start, stop)))
-                left, taken = left - (stop - start), taken + stop - start
-            if taken >= half and left < self.chunk:
+                left -= stop - start
+            if left < self.chunk and whole - left >= self.chunk // 2:
                 break
         return tuple(pieces)
 

@@ -38,7 +38,7 @@ def verified(
     ]
     led = [row.id for row, chain in zip(rows, chains, strict=True) if chain.sources[:1] == [FORCED]]
     width = depth.verify(rows, context, confidences, own, led)
-    beside = any(chain.own < len(chain.tokens) for chain in chains)
+    beside = any(chain.beside for chain in chains)
     known = depth.prices(len(rows), context) if beside else None
     if width is None or known is None:
         return width, True

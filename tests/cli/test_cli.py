@@ -52,10 +52,14 @@ def one_line(err: str, *parts: str) -> None:
         assert part in lines[0]
 
 
-def child(*argv: str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+def python(*argv: str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
     environment = os.environ | {"MLX_GEMMA_MTP_BLAS": "off", "PYTHONPATH": str(ROOT)} | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | options
-    return subprocess.run([sys.executable, "-m", "mlx_gemma_mtp", *argv], env=environment, timeout=120, **pipes)
+    return subprocess.run([sys.executable, *argv], env=environment, timeout=120, **pipes)
+
+
+def child(*argv: str, **options) -> subprocess.CompletedProcess:
+    return python("-m", "mlx_gemma_mtp", *argv, **options)
 
 
 def test_every_command_has_its_module():
@@ -447,8 +451,7 @@ def test_ctrl_c_while_modules_are_imported_is_quiet():
         "sys.meta_path.insert(0, Interrupted)\n"
         "sys.argv = ['generate']; runpy.run_module('mlx_gemma_mtp.generate', run_name='__main__', alter_sys=True)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
+    done = python("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
@@ -460,6 +463,5 @@ def test_ctrl_c_once_the_work_is_done_is_quiet():
         "sys.argv = ['generate', '--version']\n"
         "runpy.run_module('mlx_gemma_mtp.generate', run_name='__main__', alter_sys=True)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120)
+    done = python("-c", code)
     assert (done.returncode, done.stderr) == (130, b"") and done.stdout.startswith(b"mlx_gemma_mtp ")

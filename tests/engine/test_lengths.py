@@ -6,6 +6,7 @@ import pytest
 
 from mlx_gemma_mtp.engine.lengths import Lengths
 from mlx_gemma_mtp.speculative.depth import AUTO, Depth
+from mlx_gemma_mtp.speculative.mixture import Chain
 
 
 class Told(Depth):
@@ -35,7 +36,7 @@ def test_a_batch_is_as_long_as_its_texts_are_on_average(contexts, told):
     ]
     lengths = Lengths(depth := Told(), 16, drafting=True)
     lengths.draft(loop, held)
-    loop.chains = [SimpleNamespace(replaced=False, own=0, sources=[], tokens=[], rates=[])] * len(held)
+    loop.chains = [Chain.none()] * len(held)
     loop.confidences, loop.waiting = [[]] * len(held), [0] * len(held)
     lengths.verify(loop, held)
     assert depth.contexts == [told, told]

@@ -154,6 +154,7 @@ class Model:
             assert places.index(id) == self.rows.index(id) or self.rows.index(id) >= len(places)
         undrawn = [id for id in joiners if not self.requests[id].text]
         assert plan.begins == bool(undrawn) and (not undrawn or (undrawn == joiners and not stay))
+        assert not (plan.begins and plan.pieces)
         for id in joiners:
             kept = self.requests[id]
             assert kept.where in ("staged", "saved") and kept.fed == kept.tokens, "its K/V are not complete"

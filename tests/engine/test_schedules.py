@@ -266,6 +266,7 @@ def test_a_short_request_does_not_wait_for_a_long_prompt():
         outcomes = drive.run()
     *streams, long, short = outcomes
     assert short.first - short.asked.at <= 3 + 1 and short.first < long.first
+    assert all(each.rounds <= 100 + 5 for each in streams)  # their prompts are four forwards, two in each
     assert all(each.last - each.first <= 100 for each in streams)  # a token a round, but for that of joining
 
 
