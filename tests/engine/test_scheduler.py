@@ -172,7 +172,7 @@ class Model:
             kept = self.requests[piece.id]
             assert kept.where in ("nowhere", "staged") and piece.id not in self.paused
             assert piece.start == kept.fed < piece.stop <= kept.tokens
-            assert (piece.stop - 1) // CHUNK == piece.start // CHUNK, "it crosses a border of chunks"
+            assert piece.stop - piece.start <= CHUNK
             assert piece.stop % grid == 0 or piece.stop == kept.tokens
             assert list(piece.keep) == sorted({each for each in piece.keep if piece.start < each <= piece.stop})
             kept.where, kept.fed, kept.began = "staged", piece.stop, True
@@ -678,10 +678,18 @@ def test_the_budget_is_kept_on_the_grid():
     assert run.round(1).pieces == (Piece(0, 0, 4),)
     assert run.round(7).pieces == (Piece(0, 4, 5), Piece(1, 0, 4))
     assert run.round(7).begins
-    assert run.round(11).pieces == (Piece(1, 4, 8),)  # never across a border of chunks
-    assert run.round().pieces == (Piece(1, 8, 16),)
+    assert run.round(6).pieces == (Piece(1, 4, 8),)
+    assert run.round(11).pieces == (Piece(1, 8, 16),)  # a chunk, however large the budget is
     assert run.round(3).pieces == (Piece(1, 16, 20),)
     assert run.round(3).pieces == (Piece(1, 20, 21),)
+
+
+def test_what_is_left_of_a_chunk_is_one_piece_wherever_it_begins():
+    """A turn goes on from what was kept: as many tokens, in no more forwards than one that begins on the grid."""
+    run = model(2, grid=4)
+    run.submit(Job(0, 19, 5, keys=keys(19, 0, grid=4), cached=12))
+    run.prefixes = {run.requests[0].job.keys[2]}
+    assert run.round().pieces == (Piece(0, 12, 19),)
 
 
 def test_without_rows_a_chunk_of_each_row_is_prefilled():
@@ -788,6 +796,14 @@ def test_nobody_waits_for_a_common_beginning_of_a_chunk():
     run = model(4)
     sharing(run, 4, prompt=20, common=8)
     assert {piece.id for piece in run.round().pieces} == {0, 1, 2, 3}
+
+
+def test_a_common_beginning_that_is_worth_it_is_waited_for_though_a_chunk_is_longer():
+    run = model(4, grid=2, worth=4)
+    sharing(run, 4, prompt=20, common=8)
+    assert {piece.id for piece in run.round().pieces} == {0}
+    run.run()
+    assert run.computed == {0: 20} | dict.fromkeys(range(1, 4), 12)
 
 
 @pytest.mark.parametrize("fate", ["cancelled", "paused", "forgotten", "late"])
