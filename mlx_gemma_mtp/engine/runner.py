@@ -385,10 +385,8 @@ class Runner:
 
     def _joiner(self, held: Held) -> Joiner:
         """Returns a request's K/V for a row of the batch. The runner has none of it any more."""
-        hidden = held.hidden
-        if held.saved is None:
-            self._save_staged(held)
-        saved, held.saved = held.saved, None
+        hidden, saved = held.hidden, held.saved or held.staged.leave()
+        held.saved = held.staged = held.hidden = None
         held.becomes_row(self.totals)
         request = held.request
         newest = request.tokens[-1] if request.tokens else None
