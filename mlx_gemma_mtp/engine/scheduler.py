@@ -46,10 +46,10 @@ class Scheduler:
     """Says for each round who is prefilled, joins and leaves. It computes nothing: the runner does what a plan says,
     then tells what came of it (`prefilled`, `drawn`, `emitted`, `finished`), then asks for the next plan.
 
-    max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt. block: tokens of the longest verify. grid:
-    a divisor of chunk; pieces end at its multiples, or with the prompt. worth: tokens beyond which it is worth waiting
-    for a prompt that begins with the same ones; None for a chunk. max_waiting: requests beyond the free rows that may
-    wait before `submit` refuses another.
+    max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt. block: tokens of the longest verify.
+    grid: a divisor of chunk; pieces end at its multiples, or with the prompt. worth: tokens beyond which it is worth
+    waiting for a prompt that begins with the same ones; None for a chunk. max_waiting: requests beyond the free rows
+    that may wait before `submit` refuses another.
     """
 
     def __init__(
@@ -411,7 +411,8 @@ class Scheduler:
         return [rows[place] for place in range(len(live))]
 
     def _pack(self, budget: int | None) -> tuple[Piece, ...]:
-        """Returns the prompt tokens of a round, at most a chunk of each prompt.
+        """Returns the prompt tokens of a round, at most a chunk of each prompt. A prompt's last tokens that would be
+        left, less than a step of the grid, come with it where a chunk has room: they would cost a forward of their own.
 
         Of every TURN rounds one goes to what is due first, so that a long prompt comes to its end; the others to the
         highest priority, and there to the shortest remaining prompt. Once half of a chunk is taken nobody else joins
@@ -425,12 +426,12 @@ class Scheduler:
         pieces: list[Piece] = []
         for entry in sorted(staged, key=shortest if self._rounds % TURN else order):
             start, stop, most = entry.fed, entry.tokens, min(left, self.chunk)
-            if stop - start > most:
+            if stop - start > max(most, min(left + self.grid - 1, self.chunk - (whole - left))):
                 stop = (start + most) // self.grid * self.grid  # what was kept may end anywhere
             if stop > start:
                 pieces.append(Piece(entry.job.id, start, stop, self._kept(entry, start, stop)))
                 left -= stop - start
-            if left < self.chunk and whole - left >= self.chunk // 2:
+            if left <= 0 or (left < self.chunk and whole - left >= self.chunk // 2):
                 break
         return tuple(pieces)
 

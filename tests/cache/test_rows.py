@@ -169,8 +169,8 @@ def test_who_leaves_takes_what_would_be_saved(length, bits):
         mx.eval(cache.buffers, cache.lengths)
     saved, left = cache.save(0), cache.leave()
     assert saved.tokens == left.tokens == length
-    for kept, given in zip(saved.layers, left.layers, strict=True):
-        for one, other in zip(kept, given, strict=True):
+    for kept, moved in zip(saved.layers, left.layers, strict=True):
+        for one, other in zip(kept, moved, strict=True):
             np.testing.assert_array_equal(np.array(one), np.array(other))
 
 

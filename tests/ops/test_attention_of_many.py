@@ -13,7 +13,8 @@ from mlx_gemma_mtp.ops.exponentials import exponentials
 @pytest.mark.parametrize("window", [None, 24])
 def test_blocks_attend_to_what_they_see(slots, window):
     rng, queries, heads, dim = np.random.default_rng(slots), 12, 4, 16
-    q, k, v = (rng.normal(size=(1, n, t, dim)).astype(np.float32) for n, t in ((heads, queries), (2, slots), (2, slots)))
+    sizes = (heads, queries), (2, slots), (2, slots)
+    q, k, v = (rng.normal(size=(1, *size, dim)).astype(np.float32) for size in sizes)
     begin = slots - queries
     seen = begin if window is None else 0
     mask = band(queries, slots - seen, begin - seen, window, heads // 2)
