@@ -148,6 +148,17 @@ class Cache:
         mx.eval(layers)
         return Saved(tokens, tuple(layers))
 
+    def leave(self) -> Saved:
+        """Returns what `save(0)` does, of a cache of one row that is never used again: nothing is copied that lies in
+        order, and nothing evaluated.
+        """
+        assert self.rows == 1, "others would be left"
+        tokens, layers = self.length_bound[0], []
+        for sliding, i in self.homes:
+            kv = self.rings.layers[i] if sliding else self._shelves[self.classes[0]].layers[i]
+            layers.append(kv.lying(0, tokens - self._held(kv, 0, tokens, 0) if sliding else 0, tokens))
+        return Saved(tokens, tuple(layers))
+
     def span(self, tokens: int, known: bool = False) -> Span:
         """Returns the view of one forward that writes `tokens` tokens past the committed ones of all rows. Rows that
         have outgrown their class move to the next one, for which it waits for the device. known: the length bound of

@@ -107,6 +107,13 @@ class LayerKV:
         parts = (begin, min(end, self.slots)), (0, max(end - self.slots, 0))  # the second, often empty, makes a copy
         return tuple(mx.concatenate([old[row : row + 1, :, a:b] for a, b in parts], axis=2) for old in self.arrays)
 
+    def lying(self, row: int, first: int, stop: int) -> Arrays:
+        """Returns what `saved` does, as views where these positions lie in order."""
+        begin, end = first % self.slots, first % self.slots + stop - first
+        if end > self.slots:
+            return self.saved(row, first, stop)
+        return tuple(old[row : row + 1, :, begin:end] for old in self.arrays)
+
     def assign(self, row: int, arrays: Arrays, first: int = 0) -> None:
         """Makes a row of what was copied or saved of positions first and after, [1, heads, m, width] each, m <= slots.
         All other slots become empty, since what nobody sees must still be finite.

@@ -38,14 +38,14 @@ class Keeping:
     rounded down to the grid; and a reply with its prompt, to its last token that has K/V. A copy of these is a window
     of each sliding layer, however short the prefix; so what lies in one piece is one copy, which may be begun with.
 
-    limit: bytes, 0 keeps nothing. specs, lookback: of the caches. memory: where the bytes of the run go. chunk, grid:
-    of the scheduler.
+    limit: bytes, 0 keeps nothing. specs, lookback: of the caches. memory: where the bytes of the run go. worth, grid:
+    of the scheduler; nothing shorter than `worth` is kept.
     """
 
-    def __init__(self, limit: int, specs: Sequence[KVSpec], lookback: int, memory: Memory, chunk: int, grid: int):
+    def __init__(self, limit: int, specs: Sequence[KVSpec], lookback: int, memory: Memory, worth: int, grid: int):
         windows = [None if spec.window is None else spec.window - 1 + lookback for spec in specs]
         self.prefixes = Prefixes(limit, grid, windows)
-        self.memory, self.chunk, self.grid = memory, chunk, grid
+        self.memory, self.worth, self.grid = memory, worth, grid
 
     def keys(self, request: Request) -> tuple[int, ...]:
         """Returns what stands for the beginnings of a prompt (see Job). Those of two salts differ."""
@@ -79,20 +79,20 @@ class Keeping:
         return Known(held.kept, self._borders(held))
 
     def _borders(self, held: Held) -> tuple[int, ...]:
-        """Returns what is to be kept of a prompt: numbers of tokens on the grid, a chunk at least."""
+        """Returns what is to be kept of a prompt: numbers of tokens on the grid, what is worth it."""
         request, cut = held.request, self.grid
         if request.tokens or not self.prefixes.limit:
             return ()
         end, parting = (len(request.prompt) - 1) // cut * cut, self.prefixes.common(request.prompt, request.salt)
-        lasting = {parting} if parting > held.kept + self.chunk else set()
+        lasting = {parting} if parting > held.kept + self.worth else set()
         ends = {end}
         if len(request.borders) > 2:  # more than one turn and the head of the reply
             lasting.add(request.borders[1] // cut * cut)
             turn = request.borders[-2] // cut * cut  # the last one, which may be said anew
-            if end - turn < self.chunk:  # else it would be a copy of its own
+            if end - turn < self.worth:  # else it would be a copy of its own
                 ends.add(turn)
         held.ends = ends - lasting
-        return tuple(sorted(each for each in ends | lasting if each > held.kept and each >= self.chunk))
+        return tuple(sorted(each for each in ends | lasting if each > held.kept and each >= self.worth))
 
     def prompt(self, held: Held, piece: Piece) -> None:
         """Keeps what the plan wants of a prompt whose piece was prefilled and read: the longest beginning, with what
@@ -116,7 +116,7 @@ class Keeping:
         if not self.prefixes.limit or request.finish_reason not in STOPPED:
             return
         tokens = min(loop.cache.length_bound[row], held.context)
-        if tokens < max(self.chunk, held.kept + self.grid // 4):
+        if tokens < max(self.worth, held.kept + self.grid // 4):
             return
         whole = (request.prompt + request.tokens)[:tokens]
         if self.prefixes.makes_room(whole, request.salt, self.memory.saved(tokens), Kind.REPLY):

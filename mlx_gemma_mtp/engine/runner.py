@@ -44,6 +44,7 @@ from .tables import Tables
 # Rounds from one time to the next that MLX gives its unused buffers back on a GPU: prompts come in ever new sizes, so
 # that else they pile up to its limit.
 CLEAR_EVERY = 256
+WORTH = 256  # first tokens of a prompt: fewer are computed as soon as others' are kept or waited for
 SLOW_CALLER = 0.05  # of a round: a caller that takes longer to deliver spoils the round's time
 
 
@@ -87,6 +88,7 @@ class Runner:
             self._memory(block),
             block=block,
             grid=_grid(chunk),
+            worth=min(chunk, WORTH),
             max_waiting=settings.max_waiting,
         )
         self.budget = budget or Budget(chunk, _grid(chunk))
@@ -383,10 +385,8 @@ class Runner:
 
     def _joiner(self, held: Held) -> Joiner:
         """Returns a request's K/V for a row of the batch. The runner has none of it any more."""
-        hidden = held.hidden
-        if held.saved is None:
-            self._save_staged(held)
-        saved, held.saved = held.saved, None
+        hidden, saved = held.hidden, held.saved or held.staged.leave()
+        held.saved = held.staged = held.hidden = None
         held.becomes_row(self.totals)
         request = held.request
         newest = request.tokens[-1] if request.tokens else None
@@ -491,7 +491,7 @@ class Runner:
         if limit is None:
             limit = share(scheduler.memory, config, scheduler.chunk, scheduler.block)
         lookback = self.drafting.lookback
-        return Keeping(limit, self.specs, lookback, scheduler.memory, scheduler.chunk, scheduler.grid)
+        return Keeping(limit, self.specs, lookback, scheduler.memory, scheduler.worth, scheduler.grid)
 
     def _transient(self) -> int:
         """The bytes that a round frees again: those of a chunk and a verify of short texts."""
@@ -515,5 +515,8 @@ def _tokens(pieces: Iterable[Piece]) -> int:
 
 
 def _grid(chunk: int) -> int:
-    """The steps in which a budget is spent: a quarter of a chunk, where that divides it."""
-    return chunk // 4 if chunk % 4 == 0 else chunk
+    """The steps in which a budget is spent and prefixes are cut: a quarter of what is worth it, where that divides a
+    chunk.
+    """
+    step = min(chunk, WORTH) // 4
+    return step if step and chunk % step == 0 else chunk

@@ -46,18 +46,27 @@ class Scheduler:
     """Says for each round who is prefilled, joins and leaves. It computes nothing: the runner does what a plan says,
     then tells what came of it (`prefilled`, `drawn`, `emitted`, `finished`), then asks for the next plan.
 
-    max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt; pieces never cross a multiple of it.
-    block: tokens of the longest verify. grid: a divisor of chunk; pieces end at its multiples, or with the prompt.
-    max_waiting: requests beyond the free rows that may wait before `submit` refuses another.
+    max_rows: rows of the batch. chunk: prompt tokens a forward of one prompt. block: tokens of the longest verify.
+    grid: a divisor of chunk; pieces end at its multiples, or with the prompt. worth: tokens beyond which it is worth
+    waiting for a prompt that begins with the same ones; None for a chunk. max_waiting: requests beyond the free rows
+    that may wait before `submit` refuses another.
     """
 
     def __init__(
-        self, max_rows: int, chunk: int, memory: Memory, *, block: int, grid: int | None = None, max_waiting: int = 1024
+        self,
+        max_rows: int,
+        chunk: int,
+        memory: Memory,
+        *,
+        block: int,
+        grid: int | None = None,
+        worth: int | None = None,
+        max_waiting: int = 1024,
     ):
         grid = grid or chunk
         assert chunk % grid == 0, "pieces would not lie on the grid of chunks"
         self.max_rows, self.chunk, self.grid, self.block = max_rows, chunk, grid, block
-        self.max_waiting, self.entries = max_waiting, Entries()
+        self.worth, self.max_waiting, self.entries = worth or chunk, max_waiting, Entries()
         self.demand = Demand(memory, self.entries, chunk, block)
         self.spare = 0  # bytes beside all that the last plan needs: what is kept for others may take them
         self._known: Callable[[int], Known] = _nothing
@@ -342,7 +351,7 @@ class Scheduler:
 
     def _awaits(self, entry: Entry) -> bool:
         """Returns whether a request that waits goes on doing so: a staged prompt of no lower priority begins as its own
-        does, by more than a chunk beyond what is kept, and is not so far yet. Whoever has waited until then does not
+        does, by more than `worth` beyond what is kept, and is not so far yet. Whoever has waited until then does not
         wait again, be it kept or not.
         """
         leader = None if entry.leader is None else self.entries.find(entry.leader)
@@ -357,7 +366,7 @@ class Scheduler:
 
     def _worth(self, staged: Entry, entry: Entry) -> int:
         """Returns how many first tokens of a staged prompt are worth keeping for a request that waits, or 0."""
-        least = (entry.kept + self.chunk) // self.grid  # the key of the first border beyond
+        least = (entry.kept + self.worth) // self.grid  # the key of the first border beyond
         keys = staged.job.keys, entry.job.keys
         if min(map(len, keys)) <= least or keys[0][least] != keys[1][least]:
             return 0
@@ -402,7 +411,8 @@ class Scheduler:
         return [rows[place] for place in range(len(live))]
 
     def _pack(self, budget: int | None) -> tuple[Piece, ...]:
-        """Returns the prompt tokens of a round, at most a chunk of each prompt.
+        """Returns the prompt tokens of a round, at most a chunk of each prompt. A prompt's last tokens that would be
+        left, less than a step of the grid, come with it where a chunk has room: they would cost a forward of their own.
 
         Of every TURN rounds one goes to what is due first, so that a long prompt comes to its end; the others to the
         highest priority, and there to the shortest remaining prompt. Once half of a chunk is taken nobody else joins
@@ -415,14 +425,13 @@ class Scheduler:
         left = whole = self._budget(budget, staged)
         pieces: list[Piece] = []
         for entry in sorted(staged, key=shortest if self._rounds % TURN else order):
-            start = entry.fed
-            stop = min(entry.tokens, start + self.chunk - start % self.chunk)
-            if stop - start > left:
-                stop = (start + left) // self.grid * self.grid  # what was kept may end anywhere
+            start, stop, most = entry.fed, entry.tokens, min(left, self.chunk)
+            if stop - start > max(most, min(left + self.grid - 1, self.chunk - (whole - left))):
+                stop = (start + most) // self.grid * self.grid  # what was kept may end anywhere
             if stop > start:
                 pieces.append(Piece(entry.job.id, start, stop, self._kept(entry, start, stop)))
                 left -= stop - start
-            if left < self.chunk and whole - left >= self.chunk // 2:
+            if left <= 0 or (left < self.chunk and whole - left >= self.chunk // 2):
                 break
         return tuple(pieces)
 

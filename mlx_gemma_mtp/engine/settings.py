@@ -12,7 +12,7 @@ from ..sampling.params import MAX_ROWS
 from ..speculative.depth import AUTO
 from ..speculative.drafting import DEFAULT_DRAFTING, Drafting
 
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 512
 MAX_WAITING = 1024
 
 

@@ -118,6 +118,14 @@ def name() -> str:
 
 
 @cache
+def rounds_by_width() -> bool:
+    """Returns whether a row of a CPU's products has other bits among another number of rows, so that there is nothing
+    to keep for what comes after them. On a GPU that is asked product by product.
+    """
+    return kind() is Kind.CPU and not blas.is_reference()
+
+
+@cache
 def small_product() -> int:
     """Returns how many multiply-adds a product may have before the CPU's BLAS packs its matrices (see blas.py); 0 where
     it always does, and where a GPU multiplies.

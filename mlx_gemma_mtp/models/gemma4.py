@@ -12,7 +12,8 @@ import mlx.nn as nn
 
 from ..cache.cache import Span
 from ..cache.packed import LastTokens, PackedSpan
-from ..ops.fused import geglu, number
+from ..ops.elementwise import geglu
+from ..ops.fused import number
 from .config import LayerSpec, MoESpec, TargetConfig
 from .layers import MLP, Attention, RMSNorm, rms_norm, rooted, rotation
 from .linear import DerivedWeights, Embedding, Linear

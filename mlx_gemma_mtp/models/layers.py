@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..machine import device
-from ..ops import fused
+from ..ops import elementwise, fused
 from ..ops.fused import number
 from .config import LayerSpec, RopeSpec
 from .linear import DerivedWeights, Linear, Stack
@@ -25,7 +25,7 @@ def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | No
         y = mx.fast.rms_norm(x, None, eps)
         return y if weights is None else (y * weights).astype(x.dtype)
     size = x.shape[-1]
-    return fused.normed(x, _square_sum(x), size_eps, _rooted_ones(size) if weights is None else weights)
+    return elementwise.normed(x, _square_sum(x), size_eps, _rooted_ones(size) if weights is None else weights)
 
 
 def rooted(weights: mx.array) -> mx.array:
@@ -63,13 +63,13 @@ class RMSNorm(DerivedWeights):
         """Returns the norm of x, of its shape and type, whatever type the weight has."""
         if device.traits().fused_norms:
             return mx.fast.rms_norm(x, self.weight, self.eps).astype(x.dtype)
-        return fused.normed(x, _square_sum(x), self._size_eps, self._rooted)
+        return elementwise.normed(x, _square_sum(x), self._size_eps, self._rooted)
 
     def add(self, residual: mx.array, x: mx.array, scale: mx.array) -> mx.array:
         """Returns (residual + norm(x)) * scale in x's type: how a sub-layer's output joins the residual stream."""
         if device.traits().fused_norms:
             return ((residual + mx.fast.rms_norm(x, self.weight, self.eps)) * scale).astype(x.dtype)
-        return fused.normed_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
+        return elementwise.normed_sum(residual, x, _square_sum(x), self._size_eps, self._rooted, scale)
 
 
 class FastRotation:
@@ -210,4 +210,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(size, hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(fused.geglu(*mx.split(self.gate_up(x), 2, axis=-1)))
+        return self.down_proj(elementwise.geglu(*mx.split(self.gate_up(x), 2, axis=-1)))

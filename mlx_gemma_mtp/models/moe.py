@@ -15,7 +15,8 @@ import numpy as np
 
 from ..machine import device
 from ..ops import expert_paths
-from ..ops.fused import geglu, numbers
+from ..ops.elementwise import geglu
+from ..ops.fused import numbers
 from ..ops.kernels import down, gate_up, why_off
 from ..ops.kernels.grouping import Tiles, group, tiles
 from .config import MoESpec

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..machine import device
 from . import fused
+from .elementwise import MANY
 
 Exponentials = Callable[[mx.array, mx.array], mx.array]  # of scores less their largest
 Quantized = tuple[mx.array, mx.array, mx.array]  # packed words, scales, biases
@@ -66,15 +67,25 @@ def attention_reference(
         scores = mx.addmm(mask, grouped, keys.swapaxes(-1, -2))
     else:
         scores = masked(grouped @ keys.swapaxes(-1, -2), mask)
-    weights = exponentials(scores, scores.max(axis=-1, keepdims=True))
+    weights = exponentials(scores, _largest(scores))
     return ((weights @ values) / weights.sum(axis=-1, keepdims=True)).reshape(queries.shape)
 
 
 def masked(scores: mx.array, mask: mx.array) -> mx.array:
-    """Returns scores with the mask of the last keys, [..., n], added to theirs: [..., S]."""
+    """Returns scores with the mask of the last keys, [..., n], added to theirs: [..., S]. It is done in place."""
     if (seen := scores.shape[-1] - mask.shape[-1]) == 0:
         return scores + mask
-    return mx.concatenate([scores[..., :seen], scores[..., seen:] + mask], axis=-1)
+    return mx.slice_update(scores, scores[..., seen:] + mask, mx.array([seen]), (scores.ndim - 1,))
+
+
+def _largest(scores: mx.array) -> mx.array:
+    """Returns the largest of each row of scores, [..., 1]. MLX reduces the last axis number by number on a CPU, any
+    other in a vectorised loop.
+    """
+    slots = scores.shape[-1]
+    if scores.size >= MANY and slots % READ_STEP == 0:
+        scores = scores.reshape(*scores.shape[:-1], slots // READ_STEP, READ_STEP).max(axis=-2)
+    return scores.max(axis=-1, keepdims=True)
 
 
 @lru_cache(maxsize=64)
@@ -129,7 +140,7 @@ def quantized_attention(
         grouped = grouped.astype(mx.float32)
         scores = mx.quantized_matmul(grouped, *keys, transpose=True, group_size=group, bits=bits)
         scores = masked(scores, mask)
-        weights = exponentials(scores, scores.max(axis=-1, keepdims=True))
+        weights = exponentials(scores, _largest(scores))
         summed = mx.quantized_matmul(weights, *values, transpose=False, group_size=group, bits=bits)
         return (summed / weights.sum(axis=-1, keepdims=True)).astype(queries.dtype).reshape(queries.shape)
     scores = mx.quantized_matmul(grouped, *keys, transpose=True, group_size=group, bits=bits)

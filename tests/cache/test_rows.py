@@ -153,6 +153,27 @@ def test_a_beginning_is_restored_from_what_was_saved_besides():
         cache.arrange([saved.first(269)])
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("length", [1, 20, 48, 49, 96, 300])
+def test_who_leaves_takes_what_would_be_saved(length, bits):
+    """In whatever slots of the rings the window lies."""
+    specs = SPECS if bits is None else with_bits([KVSpec(2, 32, 40), KVSpec(1, 64, None)], bits, True)
+    cache, rng = Cache(specs, 9, mx.float32).open(length), np.random.default_rng(length)
+    for start in range(0, length, 9):
+        count = min(9, length - start)
+        span = cache.span(count, known=True)
+        for layer, spec in enumerate(specs):
+            new = mx.array(rng.standard_normal((1, spec.kv_heads, count, spec.head_dim)).astype(np.float32))
+            span.write(layer, new, -new)
+        cache.commit(mx.array([count]), [count])
+        mx.eval(cache.buffers, cache.lengths)
+    saved, left = cache.save(0), cache.leave()
+    assert saved.tokens == left.tokens == length
+    for kept, moved in zip(saved.layers, left.layers, strict=True):
+        for one, other in zip(kept, moved, strict=True):
+            np.testing.assert_array_equal(np.array(one), np.array(other))
+
+
 def test_what_a_ring_no_longer_holds_is_not_saved():
     """A verify wrote over the positions before the window: the slack is what is left."""
     history = batch([300])

@@ -163,16 +163,20 @@ class Model:
         assert not self.paused & set(places)
         self.rows = places
 
+    def _is_end(self, piece: Piece) -> bool:
+        return piece.stop == self.requests[piece.id].tokens
+
     def _prefill(self, plan: Plan, budget: int | None) -> None:
         grid, total = self.scheduler.grid, sum(piece.stop - piece.start for piece in plan.pieces)
         rows = self.scheduler.max_rows if not self.rows else 1
-        assert total <= max(CHUNK * rows if budget is None else budget, grid)
+        most = max(CHUNK * rows if budget is None else budget, grid)
+        assert total <= most or (total <= CHUNK and total < most + grid and self._is_end(plan.pieces[-1]))
         assert len({piece.id for piece in plan.pieces}) == len(plan.pieces)
         for piece in plan.pieces:
             kept = self.requests[piece.id]
             assert kept.where in ("nowhere", "staged") and piece.id not in self.paused
             assert piece.start == kept.fed < piece.stop <= kept.tokens
-            assert (piece.stop - 1) // CHUNK == piece.start // CHUNK, "it crosses a border of chunks"
+            assert piece.stop - piece.start <= CHUNK
             assert piece.stop % grid == 0 or piece.stop == kept.tokens
             assert list(piece.keep) == sorted({each for each in piece.keep if piece.start < each <= piece.stop})
             kept.where, kept.fed, kept.began = "staged", piece.stop, True
@@ -673,15 +677,30 @@ def test_parked_kv_go_for_a_request_that_waits():
 
 def test_the_budget_is_kept_on_the_grid():
     run = model(2, grid=4)
-    run.submit(Job(0, 5, 50))
-    run.submit(Job(1, 21, 50))
+    run.submit(Job(0, 9, 50))
+    run.submit(Job(1, 23, 50))
     assert run.round(1).pieces == (Piece(0, 0, 4),)
-    assert run.round(7).pieces == (Piece(0, 4, 5), Piece(1, 0, 4))
+    assert run.round(1).pieces == (Piece(0, 4, 9),)  # the last token is no forward of its own
     assert run.round(7).begins
-    assert run.round(11).pieces == (Piece(1, 4, 8),)  # never across a border of chunks
-    assert run.round().pieces == (Piece(1, 8, 16),)
-    assert run.round(3).pieces == (Piece(1, 16, 20),)
-    assert run.round(3).pieces == (Piece(1, 20, 21),)
+    assert run.round(7).pieces == (Piece(1, 0, 4),)
+    assert run.round(11).pieces == (Piece(1, 4, 12),)  # a chunk, however large the budget is
+    assert run.round(7).pieces == (Piece(1, 12, 16),)
+    assert run.round(3).pieces == (Piece(1, 16, 23),)
+
+
+def test_a_last_piece_is_no_longer_than_a_chunk():
+    run = model(2, grid=4)
+    run.submit(Job(0, 9, 50))
+    assert run.round(8).pieces == (Piece(0, 0, 8),)
+    assert run.round(8).pieces == (Piece(0, 8, 9),)
+
+
+def test_what_is_left_of_a_chunk_is_one_piece_wherever_it_begins():
+    """A turn goes on from what was kept: as many tokens, in no more forwards than one that begins on the grid."""
+    run = model(2, grid=4)
+    run.submit(Job(0, 19, 5, keys=keys(19, 0, grid=4), cached=12))
+    run.prefixes = {run.requests[0].job.keys[2]}
+    assert run.round().pieces == (Piece(0, 12, 19),)
 
 
 def test_without_rows_a_chunk_of_each_row_is_prefilled():
@@ -788,6 +807,14 @@ def test_nobody_waits_for_a_common_beginning_of_a_chunk():
     run = model(4)
     sharing(run, 4, prompt=20, common=8)
     assert {piece.id for piece in run.round().pieces} == {0, 1, 2, 3}
+
+
+def test_a_common_beginning_that_is_worth_it_is_waited_for_though_a_chunk_is_longer():
+    run = model(4, grid=2, worth=4)
+    sharing(run, 4, prompt=20, common=8)
+    assert {piece.id for piece in run.round().pieces} == {0}
+    run.run()
+    assert run.computed == {0: 20} | dict.fromkeys(range(1, 4), 12)
 
 
 @pytest.mark.parametrize("fate", ["cancelled", "paused", "forgotten", "late"])
