@@ -230,7 +230,7 @@ class Runner:
             held.began = held.began or now
             caches.append(held.staged)
             tokens.append(held.tokens[piece.start : piece.stop])
-        hidden = chunk(self.target, caches, tokens)
+        hidden = chunk(self.target, caches, tokens, at_once=not self.rows)  # else drafts come first
         for i, piece in enumerate(pieces):
             held = self.held[piece.id]
             if piece.stop == len(held.tokens):

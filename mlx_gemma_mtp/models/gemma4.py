@@ -175,19 +175,19 @@ class Gemma4(nn.Module):
         x, steps = self._begin(tokens.reshape(-1))  # products of two axes are fewer primitives
         return self.norm(self._through(steps, x, span)).reshape(*tokens.shape, -1)
 
-    def prefill(self, tokens: mx.array, span: PackedSpan) -> mx.array:
+    def prefill(self, tokens: mx.array, span: PackedSpan, at_once: bool = False) -> mx.array:
         """Writes K/V of pieces of prompts and returns the hidden states of each piece's last token, [B, hidden].
-        tokens: [N], packed.
+        tokens: [N], packed. at_once: the device begins while the rest is built, a layer after the other.
 
         No other token goes on once the last layer that owns K/V has written them: that is the last layer, but in E2B it
         comes before the middle.
         """
         x, steps = self._begin(tokens)
         writing, last = self.writers - 1, LastTokens(span)
-        x = self._through(steps[:writing], x, span)
-        x = self._through(steps[writing : writing + 1], x, span, last)
+        x = self._through(steps[:writing], x, span, at_once=at_once)
+        x = self._through(steps[writing : writing + 1], x, span, last, at_once)
         rest = [(layer, last.of(inputs)) for layer, inputs in steps[writing + 1 :]]
-        return self.norm(self._through(rest, x, last))
+        return self.norm(self._through(rest, x, last, at_once=at_once))
 
     def _begin(self, tokens: mx.array) -> tuple[mx.array, list[tuple[Block, tuple[mx.array, ...]]]]:
         """Returns the embeddings of tokens [N], [N, hidden], and the layers, each with its per-layer inputs."""
@@ -200,11 +200,14 @@ class Gemma4(nn.Module):
         x: mx.array,
         span: Span | PackedSpan | LastTokens,
         last: LastTokens | None = None,
+        at_once: bool = False,
     ) -> mx.array:
-        """Returns x [N, hidden] after these layers, each with its per-layer inputs."""
+        """Returns x [N, hidden] after these layers, each with its per-layer inputs. at_once: each is dispatched."""
         tables = self.ropes.tables(span.positions)
         for layer, inputs in steps:
             x = layer(x, span, tables[layer.kind], inputs, last)
+            if at_once:
+                mx.async_eval(x)
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -12,13 +12,15 @@ from ..cache.spec import KVSpec
 from ..models.gemma4 import Gemma4
 
 
-def chunk(target: Gemma4, caches: Sequence[Cache], pieces: Sequence[Sequence[int]]) -> mx.array:
+def chunk(target: Gemma4, caches: Sequence[Cache], pieces: Sequence[Sequence[int]], at_once: bool = False) -> mx.array:
     """Feeds each cache of one row the next piece of its prompt, and commits it. Returns the hidden states of each
-    piece's last token, [B, H]. Nothing is evaluated.
+    piece's last token, [B, H].
+
+    at_once: the device begins while the rest is built; else nothing is evaluated.
     """
     counts = [len(piece) for piece in pieces]
     tokens = mx.array([token for piece in pieces for token in piece])
-    hidden = target.prefill(tokens, PackedSpan(caches, counts))
+    hidden = target.prefill(tokens, PackedSpan(caches, counts), at_once)
     for cache, count in zip(caches, counts, strict=True):
         cache.commit(mx.array([count]), [count])
     return hidden
@@ -44,7 +46,7 @@ def prefill(
     for start in range(0, longest := max(map(len, prompts)), block):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
         fed = [caches[row] for row in rows]
-        states = chunk(target, fed, [prompts[row][start : start + block] for row in rows])
+        states = chunk(target, fed, [prompts[row][start : start + block] for row in rows], at_once=True)
         mx.eval(states, [cache.lengths for cache in fed])
         hidden |= zip(rows, states, strict=True)
         progress(min(start + block, longest))

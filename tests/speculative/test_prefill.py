@@ -1,5 +1,7 @@
 """Prompts in caches of their own: whatever the chunks and the company, states and K/V are those of each alone."""
 
+from unittest.mock import Mock
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -53,6 +55,23 @@ def test_pieces_at_any_time(kind):
             states[row], at[row] = hidden[place], at[row] + len(piece)
     for row, prompt in enumerate(prompts):
         np.testing.assert_allclose(np.array(states[row]), whole(model, prompt)[0], atol=3e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_device_may_begin_before_all_is_built(kind, monkeypatch):
+    """Each layer is on its way before the next one is built; states and K/V have the same bits, piece by piece."""
+    model, prompts, found = tiny.target(kind), [each for each in tiny.prompts(5) if len(each) > 2], {}
+    for at_once in (False, True):
+        caches, states = [Cache(model.config.kv, 16, mx.float32).open(len(prompt)) for prompt in prompts], []
+        for pieces in ([prompt[:2] for prompt in prompts], [prompt[2:18] for prompt in prompts]):
+            with monkeypatch.context() as patched:
+                patched.setattr(mx, "async_eval", counted := Mock(wraps=mx.async_eval))
+                states.append(chunk(model, caches, pieces, at_once))
+            assert counted.call_count == (len(model.layers) if at_once else 0)
+        kept = [array for cache in caches for arrays in cache.save(0).layers for array in arrays]
+        found[at_once] = [np.array(each) for each in [*states, *kept]]
+    for one, other in zip(found[False], found[True], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_prompts_of_one_batch_go_on():
