@@ -231,9 +231,18 @@ def _plain(prompt: Any) -> str | list[Any]:
         return [prompt]
     if isinstance(prompt, (np.ndarray, mx.array)) and prompt.ndim:
         return prompt.tolist()
+    if isinstance(prompt, (list, tuple)) and _are_ints(prompt):
+        return list(prompt)
     if isinstance(prompt, (Sequence, Iterator)) and not isinstance(prompt, (bytes, bytearray, memoryview)):
         return [each.item() if isinstance(each, (np.ndarray, mx.array)) and not each.ndim else each for each in prompt]
     raise UserError(f"a prompt is {shown(prompt)}, expected text, chat messages or token ids")
+
+
+def _are_ints(some: Sequence[Any]) -> bool:
+    """Returns whether these are Python's whole numbers and nothing else, in a step of the interpreter for each: a
+    prompt of an agent has tens of thousands of ids.
+    """
+    return set(map(type, some)) == {int}
 
 
 def _check_continues(messages: Sequence[Message]) -> None:
@@ -253,4 +262,6 @@ def _check_continues(messages: Sequence[Message]) -> None:
 def _ids(prompt: Sequence[Any], system_prompt: str | None) -> list[int]:
     if system_prompt:
         raise UserError("a system prompt comes with token ids, expected text or messages; put its ids before them")
+    if _are_ints(prompt):
+        return list(prompt)
     return [whole("a token id of the prompt", each, lambda _: True, "a whole number") for each in prompt]

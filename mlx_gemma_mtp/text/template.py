@@ -14,6 +14,7 @@ from ..errors import UserError, in_a_line, shown
 from ..files.safetensors import read_object
 from .control import CLOSE, OPEN
 from .messages import THOUGHT, Message
+from .spelt import Spelt
 from .tokenizer import TokenizerWrapper
 from .tokenizer_files import OLD_TEMPLATE
 
@@ -37,6 +38,7 @@ class Template:
         """folder: its chat_template.json is the template where the tokenizer's own files have none."""
         self.tokenizer = tokenizer
         self.lock = Lock()  # the tokenizer keeps whether it spells control strings out
+        self._known = Spelt()
         fast = tokenizer._tokenizer
         fast.chat_template = fast.chat_template or None  # no text, or an empty list, is no template
         if fast.chat_template is None and (folder / OLD_TEMPLATE).exists():
@@ -134,14 +136,19 @@ class Template:
         pieces = self._control.split(rendered)  # text, control string, text, ...
         texts = [text.replace(mark, "") for text in pieces[::2]]
         with self.lock:
-            fast = self.tokenizer._tokenizer
-            encoded = fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            encoded = [self._spelt(text, ids) for text, ids in zip(texts, encoded, strict=True)]
-            fast.backend_tokenizer.encode_special_tokens = False
-        ids = list(encoded[0])
+            encoded = self._known.of(texts, self._encoded)
+        ids = encoded[0]
         for control, text in zip(pieces[1::2], encoded[1:], strict=True):
             ids += [self.control[control], *text]
         return ids
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of texts, no control token among them."""
+        fast = self.tokenizer._tokenizer
+        encoded = fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = [self._spelt(text, ids) for text, ids in zip(texts, encoded, strict=True)]
+        fast.backend_tokenizer.encode_special_tokens = False
+        return encoded
 
     def _spelt(self, text: str, ids: list[int]) -> list[int]:
         """Returns the ids of a text, which are `ids` unless the vocabulary has a control string among its pieces."""

@@ -1,5 +1,8 @@
 """Text streams: whole characters, no half stop strings, and nothing lost."""
 
+import re
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,3 +96,16 @@ def test_bad_prompts_are_named(text, prompt, message):
 def test_a_system_prompt_without_a_template_is_refused(text):
     with pytest.raises(UserError, match="system prompt"):
         text.encode("hello", system_prompt="x", chat_template=False)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_ids_are_taken_as_they_are_and_never_the_callers_own_list(text, kind):
+    given = kind([5, 6, 7])
+    found = text.encode(given)
+    assert found == [5, 6, 7] and found is not given and {type(each) for each in found} == {int}
+
+
+@pytest.mark.parametrize("strange", [True, 6.0, "6", None, -1, 10**6])
+def test_one_strange_id_among_many_is_named(text, strange):
+    with pytest.raises(UserError, match=re.escape(repr(strange))):
+        text.encode([*range(4, 900), strange])
