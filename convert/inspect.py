@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .names import Entry, is_integer
 
 CONTEXTS = (4096, 32768, 131072)
-BLOCK = 256  # tokens written at a time, the prefill chunk
+BLOCK = 256  # slots of a ring beyond its window, about: 511 while a prompt is prefilled, 15 while its text is made
 KV_ITEM = 2  # bytes: keys and values in bfloat16
 CONVERTED = re.compile(r"-(mlx|bf16|[2-8]bit|mxfp4|mxfp8|nvfp4)$")
 

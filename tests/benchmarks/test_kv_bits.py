@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import kv_bits
 from mlx_gemma_mtp.cache.spec import row_bytes, with_bits
+from mlx_gemma_mtp.engine.settings import PREFILL_CHUNK
 from mlx_gemma_mtp.files import hub
 from mlx_gemma_mtp.models import loading
 
@@ -32,8 +33,9 @@ def test_float_and_four_bits(capsys, monkeypatch, tmp_path):
     assert 0 < few["mean"] < few["p99"] < 3 and 0 <= few["flips"] < 0.5
     assert all(1 <= rate <= 3 for row in (exact, few) for rate in row["tokens_per_round"].values())
     specs = loading.open_target(hub.DEMO / "target").config.kv
-    assert exact["here"] == row_bytes(specs, 300, 256, 4) and exact["on_metal"] == row_bytes(specs, 300, 256, 2)
-    assert few["on_metal"] == row_bytes(with_bits(specs, 4, True), 300, 256, 2)
+    assert exact["here"] == row_bytes(specs, 300, PREFILL_CHUNK, 4)
+    assert exact["on_metal"] == row_bytes(specs, 300, PREFILL_CHUNK, 2)
+    assert few["on_metal"] == row_bytes(with_bits(specs, 4, True), 300, PREFILL_CHUNK, 2)
     assert "| 4 bits, all layers |" in capsys.readouterr().out
 
 
