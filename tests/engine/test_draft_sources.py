@@ -67,7 +67,7 @@ def test_no_two_threads_encode_at_once(engine, monkeypatch, way):
         return encode(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "_encode_plus", watched)
-    engine.stream("<turn|>Hello", FREE, **way).close()
+    engine.stream(f"<turn|>Hello {way}", FREE, **way).close()  # a text that was not encoded before
     assert locked and all(locked)
 
 
