@@ -378,6 +378,28 @@ def test_prices_follow_a_slow_change():
     assert auto.prices(1, 128).rounds[2] == pytest.approx(auto.correction.prices(costs, 1, 128).rounds[2], rel=0.03)
 
 
+def test_times_that_say_what_was_expected_move_nothing():
+    """Each fit and each new estimate of prices takes time of the CPU."""
+    costs, seen = table(0.1, 0.1), Correction()
+    rounds = costs.rounds_at(1, 100)
+    for _ in range(20):
+        for width in (0, 2):
+            seen = seen.after(costs, 1, 100, width, width, rounds[width])
+    later = seen.after(costs, 1, 100, 2, 2, 1.01 * rounds[2])
+    assert later.factors is seen.factors and later.says_the_same(seen, (1, 0))
+    for _ in range(5):
+        later = later.after(costs, 1, 100, 2, 2, 1.2 * rounds[2])
+    assert later.factors is not seen.factors and not later.says_the_same(seen, (1, 0))
+
+
+def test_a_first_time_of_drafts_moves_prices_however_many_plain_times_there_are():
+    costs, seen = table(0.1, 0.1), Correction()
+    for _ in range(20):
+        seen = seen.after(costs, 1, 100, 0, 0, 1.0)
+    later = seen.after(costs, 1, 100, 0, 1, 1.5)
+    assert later.prices(costs, 1, 100).draft > 1.1 * seen.prices(costs, 1, 100).draft
+
+
 def test_a_single_time_of_drafts_that_is_far_too_long_makes_no_verify_free():
     """Others' drafts are priced by the verify alone; a single such time is hardly believed."""
     costs, seen = table(0.1, 0.1), Correction()
