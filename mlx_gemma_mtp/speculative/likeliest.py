@@ -13,11 +13,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from .costs import WIDEST
+
+if TYPE_CHECKING:
+    import numpy as np  # else where it is used: a command's help is told without it
 
 NOISE, DEGREES = 0.12, 3.0  # of the logarithm of a time: its scale, and how heavy its tails are
 DOUBT = 0.25  # likewise the scale, of the only time of its kind
@@ -51,6 +52,8 @@ def nearer(now: Factors, prior: Factors, times: Mapping[int, Sequence[Time]], kn
     prior: those that are likeliest without any time. times: of rounds, by the drafts that they verified. known: whether
     earlier starts corrected the table, so that the prior is closer.
     """
+    import numpy as np
+
     at, widths = np.array(now), np.repeat([*times], [*map(len, times.values())])
     factors = np.exp(at)
     verify, drafts = np.fromiter(chain(*chain(*times.values())), float).reshape(-1, 2).T
@@ -74,6 +77,8 @@ def nearer(now: Factors, prior: Factors, times: Mapping[int, Sequence[Time]], kn
 @lru_cache(maxsize=2)
 def _precision(known: bool) -> np.ndarray:
     """Returns the inverse of the covariance of the factors, [DRAFTS + 1, DRAFTS + 1]."""
+    import numpy as np
+
     widths = np.arange(WIDEST + 1)
     steep = widths / (widths + 1.0)
     alike = np.exp(-np.abs(widths[:, None] - widths) / REACH)
@@ -88,6 +93,8 @@ def _weights(kinds: np.ndarray, residuals: np.ndarray) -> np.ndarray:
     adds to a time. A single time is compared with what was expected, and doubted more: where it is an outlier, no other
     says so, and drafts that look dear are not made again.
     """
+    import numpy as np
+
     counts = np.bincount(kinds)
     terciles = residuals[np.lexsort((residuals, kinds))][np.cumsum(counts) - counts + (counts - 1) // 3]
     scale, usual = np.where(counts == 1, DOUBT, NOISE)[kinds], np.where(counts == 1, 0.0, terciles)[kinds]
