@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .choice import CONFIDENCE, GRAMMAR, LIMIT, PROBE, PURSE_KNOWN, Choice, Pause, Purse, choose, worthwhile
-from .correction import Correction, Prices
+from .correction import SURE, Correction, Prices
 from .costs import Cell, CostTable, Drafted, Verified, nearest
 from .history import KNOWN, LASTING, RECENT, Acceptance, History, Trust
 
 CONTEXT_STEP = 64
 UNTIMED = 8  # rounds that were not timed, after which the table is taken as it is
 OUTLIER = 2.0  # a round's time is not believed beyond this factor
-LEARN = 16  # rounds that are timed in a cell before the next start hears of it
+LEARN = 16  # rounds with drafts that are timed in a place before the next start hears of it
 
 
 class Part(NamedTuple):
@@ -75,10 +75,10 @@ class Auto:
         self.pool, self.trust, self.pause, self.purse = known.history, known.trust, Pause(), Purse()
         if table.learned and known.rounds:
             self.purse = Purse(PURSE_KNOWN)
-        self.correction, self._untimed = Correction(), 0
+        self.correction, self._priced, self._untimed = Correction(), Correction(), 0
         self._observed = 0  # rows' rounds, since `accepted`
         self._rounds: Counter[Cell] = Counter()  # timed since `learned`
-        self._prices: dict[tuple[int, int, bool], Prices] = {}  # until the next time comes
+        self._prices: dict[tuple[int, int, bool], Prices] = {}  # by `_priced`, which says the same as `correction`
 
     def on(self, table: CostTable) -> Auto:
         """Returns one that begins with this table, its own, and knows of acceptance what this one knows."""
@@ -165,9 +165,10 @@ class Auto:
             return None
         before, place = self.correction, (rows, nearest(_step(context)))
         self.correction = before.after(self.table, rows, _step(context), width, made, seconds)
-        if not self.correction.says_the_same(before, (*place, width)):
+        if not self.correction.says_the_same(self._priced, place):
             self._prices.clear()
-        if (*place, 0) in before.rounds and (*place, 0) not in self.correction.rounds:
+            self._priced = self.correction
+        if 0 in before.rounds.get(place, ()) and 0 not in self.correction.rounds[place]:
             self.pause = replace(self.pause, checks=0)  # plain rounds are to be timed anew
         self._untimed = 0
         if not made and not drafting:
@@ -183,12 +184,16 @@ class Auto:
         verified, drafted = {}, {}
         if self.borrowed:  # its times have no scale
             return verified, drafted
-        for rows, context, width in [cell for cell, rounds in self._rounds.items() if rounds >= LEARN and cell[2]]:
-            prices, plain = self.prices(rows, context), self.table.verify_at(rows, context)[0]
-            verified[rows, context, 0] = plain
-            verified[rows, context, width] = plain * prices.verify(width) / prices.rounds[0]
-            drafted[rows, context] = plain * prices.draft / prices.rounds[0]
-            del self._rounds[rows, context, width]
+        rounds = Counter()
+        for cell, count in self._rounds.items():
+            rounds[cell[:2]] += count if cell[2] else 0
+        for place in [place for place, count in rounds.items() if count >= LEARN]:
+            prices, plain = self.prices(*place), self.table.verify_at(*place)[0]
+            widths = [cell[2] for cell, count in self._rounds.items() if cell[:2] == place and count >= SURE]
+            scale = plain / prices.rounds[0]
+            verified |= {(*place, width): scale * prices.verify(width) for width in widths} | {(*place, 0): plain}
+            drafted[place] = scale * prices.draft
+            self._rounds = Counter({cell: count for cell, count in self._rounds.items() if cell[:2] != place})
         return verified, drafted
 
     def accepted(self) -> Acceptance | None:

@@ -36,12 +36,13 @@ PROBE_SHARE = 0.015  # of the time may go into probes and checks
 CHECK_FROM = 16  # rounds with drafts before plain decoding is timed again
 CHECK_SURE = 8  # checks, before which they come faster
 CHECK_MOST = 4  # plain rounds at the start, where their times do not come
-TRY_EVERY = 8  # rounds with drafts, after which more of them are tried where that may pay
+TRY_AFTER = 4  # rounds with drafts, after which more of them are tried where that may pay; doubled each time
 SHORT = 12  # tokens: a text that has fewer left tries nothing new
 PURSE_FIRST, PURSE_MOST, PURSE_LEAST = 0.8, 12.0, -0.3  # see Purse
 PURSE_KNOWN = 2.5  # at first, where earlier starts say what rounds cost and what is kept
 PURSE_OPEN = -0.1  # below which it stays shut, however well drafts are kept
 PURSE_ROUND = 0.015  # that each round adds
+HOPEFUL = 1.1  # times what is done, at best: more drafts that are worth a look
 MARGIN = 0.03  # drafts that gain less than this are not worth the doubt
 
 
@@ -69,14 +70,20 @@ class Pause:
     checks: int = 0
     checking: bool = False
 
+    @property
+    def tries(self) -> bool:
+        """Whether more drafts are to be tried, where that may pay."""
+        count = self.drafting + 1
+        return count >= TRY_AFTER and count & (count - 1) == 0
+
     def chosen(self, reason: str) -> Pause:
         """Returns the counts after a choice. reason: its code."""
         if reason == PROBE:
-            return replace(self, rounds=0, drafting=0)
+            return replace(self, rounds=0, drafting=self.drafting + (self.drafting > 0))
         if reason == OFF:
             return replace(self, rounds=self.rounds + 1, drafting=0)
         if reason == CHECK:
-            return replace(self, drafting=0, checks=self.checks + 1, checking=not self.checking)
+            return replace(self, drafting=0, checks=self.checks + 1, checking=self.drafting > 0)
         return Pause(drafting=self.drafting + 1, checks=self.checks)
 
     def probed(self, accepted: int) -> Pause:
@@ -169,15 +176,18 @@ def choose(
     hope = max(lengths, key=hopes.__getitem__, default=0)
     if best and rates[best] > (1 + MARGIN) * rates[0]:
         every = max(CHECK_FROM, 2 * (rates[best] / rates[0] - 1) / PROBE_SHARE)
-        if prices.live and pause.drafting >= every * min(pause.checks / CHECK_SURE, 1.0):
+        if prices.live and pause.drafting >= every * min((prices.plain + 1) / CHECK_SURE, 1.0):
             return Choice(0, CHECK, rates[0])
-        if hope > prices.tried and pause.drafting % TRY_EVERY == TRY_EVERY - 1 and hopes[hope] > rates[best]:
+        if hope > prices.tried and pause.tries and hopes[hope] > HOPEFUL * rates[best]:
             return Choice(hope, PROBE, rates[0])
         return Choice(best, BEST, rates[best])
     if hope and max(useful) >= SHORT:
         loss = seconds[hope] / seconds[0] - tokens[hope] / tokens[0]  # expected, in plain rounds
         every = min(pause.every, PROBE_FROM) if purse.left > PURSE_MOST / 2 else pause.every
-        if pause.rounds >= max(every, loss / PROBE_SHARE):
+        wait = max(every, loss / PROBE_SHARE)
+        if prices.live and hopes[hope] > (1 + MARGIN) * rates[0]:  # what was timed was little, or late
+            wait = PROBE_FROM if prices.tried else 0
+        if pause.rounds >= wait:
             return Choice(hope, PROBE, rates[0])
     return Choice(0, OFF, rates[0])
 

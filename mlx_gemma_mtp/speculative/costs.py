@@ -84,8 +84,9 @@ class CostTable:
         At the shortest context a missing cell is interpolated by its number of tokens, rows * (w + 1), which decides
         most of a verify's time, from the rows with the most measured widths. Beyond the largest number the last slope
         continues. By how much a number of rows is off from that where it was measured, it is taken to be off beside.
-        Where drafts were timed with a single number of rows, a draft's time is taken to grow with rows as a plain
-        step's does. What a longer context adds is taken to be in proportion to rows.
+        Where drafts were timed with a single number of rows, a draft's time is taken to grow with rows half as a
+        plain step's does, in powers: a drafter is dense, and its rows share the reading of its weights. What a longer
+        context adds is taken to be in proportion to rows.
         """
         contexts = sorted({context for _, context, _ in verified})
         short = _short_plane({(rows, w): s for (rows, at, w), s in verified.items() if at == contexts[0]})
@@ -187,7 +188,7 @@ def _short_drafts(drafted: Mapping[int, float], plain: Sequence[float]) -> Plane
     rows = sorted(drafted)
     draft = [_line(count, rows, [drafted[each] for each in rows]) for count in ROWS]
     if len(rows) == 1:
-        draft = [each * step / _line(rows[0], ROWS, plain) for each, step in zip(draft, plain, strict=True)]
+        draft = [each * math.sqrt(step / _line(rows[0], ROWS, plain)) for each, step in zip(draft, plain, strict=True)]
     return tuple((seconds,) for seconds in draft)
 
 

@@ -118,7 +118,7 @@ def test_what_is_missing_follows_from_the_number_of_tokens():
     assert table.verify_at(8, 64)[7] == pytest.approx(10 + 2 * 64)
     assert table.verify_at(1, 64)[15] == pytest.approx(10 + 2 * 16)
     assert table.draft_at(1, 64) == 0.5
-    assert table.draft_at(8, 64) == pytest.approx(0.5 * 26 / 12)  # as a plain step grows
+    assert table.draft_at(8, 64) == pytest.approx(0.5 * (26 / 12) ** 0.5)  # half as a plain step grows
 
 
 def test_a_number_of_rows_is_off_beside_as_it_was_measured():

@@ -199,16 +199,24 @@ def test_a_grammar_cuts_before_doubt_does():
     assert (first, second, third) == (1, 1, 1) and fourth == pytest.approx(0.01) and pool.kept[3] == 0
 
 
-def run(depth: Depth, truth: CostTable, rounds: int, keep: float, late: float = 1.0, room: int = FREE) -> list[tuple]:
+def run(
+    depth: Depth,
+    truth: CostTable,
+    rounds: int,
+    keep: float,
+    late: float = 1.0,
+    room: int = FREE,
+    outlier: int | None = None,
+) -> list[tuple]:
     """(drafts, reason) of rounds of one row that keeps this share of its drafts, in a batch's order; late: what the
-    clock says over the truth.
+    clock says over the truth. outlier: a round that takes 4.5 times as long as it should.
     """
     verify, draft, found, rows = truth.verify_at(1, 100), truth.draft_at(1, 100), [], [ROW._replace(useful=room)]
     [made] = depth.draft(rows, 100)
-    for _ in range(rounds):
+    for i in range(rounds):
         width = depth.verify(rows, 100, [[0.9] * made], [made])
         now, [made] = made, depth.draft(rows, 100)
-        depth.timed((verify[width] + made * draft) * late)
+        depth.timed((verify[width] + made * draft) * (4.5 if i == outlier else late))
         found.append((now, depth.reason(0)))
         depth.observe({0: int(width * keep)})
     return found
@@ -267,12 +275,10 @@ def test_times_correct_the_table():
             seen = seen.after(wrong, 1, 100, width, 0, truth.verify_at(1, 100)[width] * late)
         seen = seen.after(wrong, 1, 100, 0, 1, truth.verify_at(1, 100)[0] + truth.draft_at(1, 100))
     found, right = seen.prices(wrong, 1, 100), truth.rounds_at(1, 100)
-    assert [found.rounds[k] for k in (0, 1, 3)] == pytest.approx([right[k] for k in (0, 1, 3)], rel=0.06)
-    assert found.draft == pytest.approx(truth.draft_at(1, 100), rel=0.1) and found.verify(1) == pytest.approx(
-        1.3, rel=0.03
-    )
+    assert [found.rounds[k] for k in (0, 1, 3)] == pytest.approx([right[k] for k in (0, 1, 3)], rel=0.08)
+    assert 1.5 < found.draft / 0.1 < 2.1 and found.verify(1) == pytest.approx(1.3, rel=0.06)  # the table's is 0.1
     assert found.rounds[2] == pytest.approx(right[2], rel=0.1)  # between its neighbours
-    assert found.rounds[7] == pytest.approx(right[7], rel=0.1) and found.tried == 3  # beyond them, on their line
+    assert found.rounds[7] == pytest.approx(right[7], rel=0.15) and found.tried == 3  # beyond them, on their line
     assert list(found.rounds) == sorted(found.rounds) and found.anchored and found.live
     other = seen.prices(wrong, 8, 100)  # what one row says of the ratios holds for eight until they are timed
     assert other.rounds[3] / other.rounds[0] > 1.5 * wrong.rounds_at(8, 100)[3] / wrong.rounds_at(8, 100)[0]
@@ -283,22 +289,129 @@ def test_one_time_alone_is_half_believed():
     costs, seen = table(0.1, 0.1), Correction()
     for _ in range(9):
         seen = seen.after(costs, 1, 100, 0, 0, 1.0)
-    seen = seen.after(costs, 1, 100, 1, 1, 4 * costs.rounds_at(1, 100)[1])
-    assert seen.prices(costs, 1, 100).rounds[1] == pytest.approx(2 * costs.rounds_at(1, 100)[1])
-    seen = seen.after(costs, 1, 100, 1, 1, costs.rounds_at(1, 100)[1])
-    assert seen.prices(costs, 1, 100).rounds[1] == pytest.approx(costs.rounds_at(1, 100)[1])  # of two the less
+    right = costs.rounds_at(1, 100)[1]
+    seen = seen.after(costs, 1, 100, 1, 1, 4 * right)
+    assert 1.2 * right < seen.prices(costs, 1, 100).rounds[1] < 2.5 * right
+    for _ in range(3):
+        seen = seen.after(costs, 1, 100, 1, 1, right)
+    assert seen.prices(costs, 1, 100).rounds[1] == pytest.approx(right, rel=0.05)
+
+
+def test_outliers_among_the_few_times_of_one_kind_are_not_taken_for_the_truth():
+    """Plain rounds that make drafts and those that make none are kinds of their own: three of five may be late."""
+    costs, seen = table(0.1, 0.1), Correction()
+    for made, late in [(0, 1.0)] * 2 + [(1, 1.0)] * 4 + [(0, 3.8)] * 3:
+        seen = seen.after(costs, 1, 100, 0, made, late * (1.0 + 0.1 * made))
+    for _ in range(4):
+        seen = seen.after(costs, 1, 100, 1, 1, costs.rounds_at(1, 100)[1])
+    assert seen.prices(costs, 1, 100).rounds[1] / seen.prices(costs, 1, 100).rounds[0] > 1.1
+
+
+def test_a_table_that_is_far_off_is_not_taken_for_noise():
+    """Times that agree with each other are believed, however far they are from what the table says."""
+    for factor in (0.8, 2.0, 4.0):
+        costs, seen = table(0.1, 0.1), Correction()
+        for _ in range(6):
+            for width, off in ((0, 1.0), (2, factor)):
+                seen = seen.after(costs, 1, 100, width, width, off * costs.rounds_at(1, 100)[width])
+        found = seen.prices(costs, 1, 100)
+        assert found.rounds[2] / found.rounds[0] == pytest.approx(factor * 1.4, rel=0.15), factor
+
+
+def test_the_time_of_a_round_tells_its_verify_from_the_drafts_made_after_it():
+    """Where both change from round to round, each finds its own time; noise makes neither free."""
+    truth, draws, seen = table(0.05, 0.3), np.random.default_rng(0), Correction()
+    wrong = table(0.2, 0.15)
+    for width, made in [(0, 0), (0, 3), (3, 3), (3, 1), (1, 3), (3, 0)] * 8:
+        seconds = truth.verify_at(1, 100)[width] + made * truth.draft_at(1, 100)
+        seen = seen.after(wrong, 1, 100, width, made, seconds * np.exp(0.1 * draws.standard_normal()))
+    found = seen.prices(wrong, 1, 100)
+    assert found.draft / found.rounds[0] == pytest.approx(0.3, rel=0.2)
+    assert found.verify(3) / found.rounds[0] == pytest.approx(1.15, rel=0.15)
+
+
+def test_where_more_drafts_cost_less_than_the_first_one_does_none_is_stuck_at_one():
+    """Experts: the first draft wakes many, each further one few. A line through the first makes no second look good."""
+    steep = CostTable.of(
+        {(r, 0, w): 1 + 0.72 * (w > 0) + 0.25 * max(0, w - 1) for r in ROWS for w in range(MAX_DRAFTS + 1)},
+        {(r, 0): 0.1 for r in ROWS},
+    )
+    assert min(drafts for drafts, why in run(by(table(0.7, 0.1)), steep, 80, 1.0)[50:] if why == BEST) >= 5
+
+
+def test_a_look_at_more_drafts_does_not_keep_plain_rounds_from_being_timed():
+    pause = Pause()
+    for reason in (BEST, BEST, BEST, PROBE, BEST):
+        pause = pause.chosen(reason)
+    assert pause.drafting == 5 and pause.chosen(CHECK).drafting == 0
+
+
+@pytest.mark.parametrize("outlier", range(9))
+def test_one_late_round_at_the_start_stops_no_drafts_that_pay(outlier):
+    """The fourth round is the first that makes drafts: the only one that tells what a draft takes."""
+    truth = table(0.02, 0.3)
+    made = [drafts for drafts, _ in run(by(truth), truth, 60, 1.0, outlier=outlier)]
+    assert sum(drafts > 0 for drafts in made) > 45 and min(made[30:34]) >= 3
+
+
+def test_an_outlier_as_the_only_time_of_drafts_makes_no_draft_dearer_than_a_plain_round():
+    """And later times that say nothing of drafts make nothing of it either."""
+    costs, seen = table(0.02, 0.3), Correction()
+    for late, rounds in ((1.0, 4), (4.5, 1)):
+        for _ in range(rounds):
+            seen = seen.after(costs, 1, 100, 0, int(late > 1), late * (1 + 0.3 * (late > 1)))
+    assert seen.prices(costs, 1, 100).draft < 0.6
+    for width in (1, 0, 0, 0, 0, 0, 0):
+        seen = seen.after(costs, 1, 100, width, 0, costs.verify_at(1, 100)[width])
+        found = seen.prices(costs, 1, 100)
+        assert found.draft < 0.6 * found.rounds[0]
+
+
+def test_prices_follow_a_slow_change():
+    """They are computed anew only where times say something else; many steps that say nearly the same are one."""
+    costs = table(0.1, 0.1)
+    auto = Auto(costs)
+    for i in range(200):
+        for width in (0, 2):
+            seconds = costs.rounds_at(1, 128)[width] * (1.001**i if width else 1.0)
+            auto.timed(1, 128, width, width, True, seconds)
+    assert auto.prices(1, 128).rounds[2] == pytest.approx(auto.correction.prices(costs, 1, 128).rounds[2], rel=0.03)
+
+
+def test_times_that_say_what_was_expected_move_nothing():
+    """Each fit and each new estimate of prices takes time of the CPU."""
+    costs, seen = table(0.1, 0.1), Correction()
+    rounds = costs.rounds_at(1, 100)
+    for _ in range(20):
+        for width in (0, 2):
+            seen = seen.after(costs, 1, 100, width, width, rounds[width])
+    later = seen.after(costs, 1, 100, 2, 2, 1.01 * rounds[2])
+    assert later.factors is seen.factors and later.says_the_same(seen, (1, 0))
+    for _ in range(5):
+        later = later.after(costs, 1, 100, 2, 2, 1.2 * rounds[2])
+    assert later.factors is not seen.factors and not later.says_the_same(seen, (1, 0))
+
+
+def test_a_first_time_of_drafts_moves_prices_however_many_plain_times_there_are():
+    costs, seen = table(0.1, 0.1), Correction()
+    for _ in range(20):
+        seen = seen.after(costs, 1, 100, 0, 0, 1.0)
+    later = seen.after(costs, 1, 100, 0, 1, 1.5)
+    assert later.prices(costs, 1, 100).draft > 1.1 * seen.prices(costs, 1, 100).draft
 
 
 def test_a_single_time_of_drafts_that_is_far_too_long_makes_no_verify_free():
-    """Others' drafts are priced by the verify alone; of two such times the less is believed."""
+    """Others' drafts are priced by the verify alone; a single such time is hardly believed."""
     costs, seen = table(0.1, 0.1), Correction()
     for _ in range(3):
         seen = seen.after(costs, 1, 100, 0, 0, 1.0)
     seen = seen.after(costs, 1, 100, 0, 1, 1.55)
     found = seen.prices(costs, 1, 100)
-    assert found.draft == pytest.approx(0.1) and found.verify(7) >= costs.verify_at(1, 100)[7]
-    seen = seen.after(costs, 1, 100, 0, 1, 1.55)
-    assert seen.prices(costs, 1, 100).draft == pytest.approx(0.4)
+    assert 0.1 < found.draft < 0.2 and found.verify(7) >= 0.9 * costs.verify_at(1, 100)[7]
+    for _ in range(4):
+        for made, seconds in ((0, 1.0), (1, 1.55)):
+            seen = seen.after(costs, 1, 100, 0, made, seconds)
+    assert seen.prices(costs, 1, 100).draft > 0.35
 
 
 def test_the_machine_may_be_slower_than_the_table_throughout():
@@ -351,11 +464,12 @@ def test_a_machine_that_changes_pace_takes_the_other_lengths_with_it():
     for _ in range(9):
         seen = seen.after(costs, 1, 100, 0, 0, 2 * right[0])
     after = seen.prices(costs, 1, 100)
-    assert seen.pace == pytest.approx(2.0)
-    assert after.rounds[1] / after.rounds[0] == pytest.approx(before.rounds[1] / before.rounds[0])
+    assert seen.pace == pytest.approx(2.0, rel=0.05)
+    assert after.rounds[1] / after.rounds[0] == pytest.approx(before.rounds[1] / before.rounds[0], rel=0.05)
     for _ in range(9):
         seen = seen.after(costs, 1, 100, 0, 0, right[0])
-    assert seen.pace == pytest.approx(1.0) and seen.prices(costs, 1, 100).rounds == pytest.approx(before.rounds)
+    assert seen.pace == pytest.approx(1.0, rel=0.05)
+    assert seen.prices(costs, 1, 100).rounds == pytest.approx(before.rounds, rel=0.05)
 
 
 def test_a_few_late_rounds_are_no_change_of_pace():
