@@ -10,7 +10,7 @@ row does not make the others long. While all rows are of one class, a forward ga
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import mlx.core as mx
 
@@ -137,10 +137,8 @@ class Cache:
         """
         length = self.length_bound[row]
         tokens = length if tokens is None else tokens
-        shelf = self._shelves[self.classes[row]]
         layers = []
-        for sliding, i in self.homes:
-            kv, place = (self.rings.layers[i], row) if sliding else (shelf.layers[i], shelf.rows.index(row))
+        for sliding, kv, place in self._places_of(row):
             first = tokens - self._held(kv, row, tokens, slack) if sliding else 0
             held = tokens == length or first >= self._written[row] - kv.slots  # of all tokens the ring law says so
             assert held, f"the window of {tokens} tokens is written over"
@@ -154,9 +152,8 @@ class Cache:
         """
         assert self.rows == 1, "others would be left"
         tokens, layers = self.length_bound[0], []
-        for sliding, i in self.homes:
-            kv = self.rings.layers[i] if sliding else self._shelves[self.classes[0]].layers[i]
-            layers.append(kv.lying(0, tokens - self._held(kv, 0, tokens, 0) if sliding else 0, tokens))
+        for sliding, kv, place in self._places_of(0):
+            layers.append(kv.lying(place, tokens - self._held(kv, 0, tokens, 0) if sliding else 0, tokens))
         return Saved(tokens, tuple(layers))
 
     def span(self, tokens: int, known: bool = False) -> Span:
@@ -276,6 +273,13 @@ class Cache:
             seen = saved.tokens if spec.window is None else min(saved.tokens, spec.window - 1 + self.lookback)
             assert first.shape[2] >= seen, f"{first.shape[2]} positions of {saved.tokens} tokens, expected {seen}"
         assert self._room is None or saved.tokens <= self._room, f"{saved.tokens} tokens where {self._room} have room"
+
+    def _places_of(self, row: int) -> Iterator[tuple[bool, LayerKV, int]]:
+        """Yields for each layer whether it slides, its K/V, and a row's place there."""
+        shelf = self._shelves[self.classes[row]]
+        place = shelf.rows.index(row)
+        for sliding, i in self.homes:
+            yield (True, self.rings.layers[i], row) if sliding else (False, shelf.layers[i], place)
 
     def _held(self, kv: LayerKV, row: int, tokens: int, slack: int) -> int:
         """Returns how many of a row's last positions are saved of a ring. What was written last may lie in the slots of

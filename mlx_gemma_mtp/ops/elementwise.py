@@ -7,14 +7,12 @@ a row costs them nothing but memory; of few numbers it is the primitives that co
 
 from __future__ import annotations
 
-import math
-
 import mlx.core as mx
 
 from ..machine import device
 from . import fused
 from .exponentials import exponentials
-from .fused import compiled, number
+from .fused import compiled, gelu_exponent, number
 
 MANY = 1 << 14  # numbers, from which on a pass over memory costs less than a chain
 LARGEST = 80.0  # e^80 + 1 is far from float32's end, and a gate whose e^-2z is larger passes nothing
@@ -42,16 +40,14 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """
     if gate.size < MANY or not device.rounds_by_width():
         return fused.geglu(gate, up)
-    x, z = mx.contiguous(gate.astype(mx.float32)), number(0.0)
-    powers = exponentials(_exponent(x), z)
+    x = mx.contiguous(gate.astype(mx.float32))
+    powers = exponentials(_exponent(x), number(0.0))
     return _gated(x, mx.contiguous(up), powers).astype(gate.dtype)
 
 
 @compiled
 def _exponent(x: mx.array) -> mx.array:
-    """Returns the -2z of fused.geglu."""
-    slope = -2 * math.sqrt(2 / math.pi)
-    return mx.minimum((mx.square(x) * (0.044715 * slope) + slope) * x, LARGEST)
+    return mx.minimum(gelu_exponent(x), LARGEST)
 
 
 @compiled

@@ -51,13 +51,17 @@ def _exp(x: mx.array) -> mx.array:
     return mx.exp(x) if device.traits().cheap_exponentials else mx.power(2.0, x * (1 / math.log(2)))
 
 
+def gelu_exponent(x: mx.array) -> mx.array:
+    """Returns the -2z of gelu_tanh(x) = x / 2 (1 + tanh(z)) = x / (1 + e^-2z), z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    slope = -2 * math.sqrt(2 / math.pi)
+    return (mx.square(x) * (0.044715 * slope) + slope) * x
+
+
 @compiled
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """Returns gelu_tanh(gate) * up, computed in float32."""
-    # gelu_tanh(x) = x / 2 (1 + tanh(z)) = x / (1 + e^-2z), z = sqrt(2 / pi) (x + 0.044715 x^3)
-    slope = -2 * math.sqrt(2 / math.pi)
     x = gate.astype(mx.float32)
-    return ((x * up) / (1 + _exp((mx.square(x) * (0.044715 * slope) + slope) * x))).astype(gate.dtype)
+    return ((x * up) / (1 + _exp(gelu_exponent(x)))).astype(gate.dtype)
 
 
 @compiled
