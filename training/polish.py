@@ -17,10 +17,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from training import bundled
@@ -37,6 +38,7 @@ QUERIES, KEYS = 1500, 20_000  # of a batch, at most
 HELD = 16  # every so-many-th question is held out
 LOG = 10  # steps between log lines
 AVERAGE = 0.99  # of the weights' running mean, a step
+Model = TypeVar("Model", Target, Drafter)
 
 
 @dataclass
@@ -231,16 +233,16 @@ def rounds(rows: list[Seen]) -> list[float]:
 class Mean:
     """The running mean of a model's weights."""
 
-    def __init__(self, model: Drafter):
+    def __init__(self, model: nn.Module):
         self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
     @torch.no_grad()
-    def add(self, model: Drafter) -> None:
+    def add(self, model: nn.Module) -> None:
         for name, weight in model.state_dict().items():
             self.weights[name].lerp_(weight, 1 - AVERAGE)
 
-    def model(self, sizes: Sizes) -> Drafter:
-        made = Drafter(sizes)
+    def model(self, sizes: Sizes, kind: type[Model] = Drafter) -> Model:
+        made = kind(sizes)
         made.load_state_dict(self.weights)
         return made
 

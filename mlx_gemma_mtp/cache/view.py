@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ..ops import fused
+from ..ops import fused, lanes
 from ..ops.attention import attention_mask, band, queries_at_once, slots_read
 from ..ops.fused import number, numbers
 from .kv import LayerKV
@@ -83,16 +83,17 @@ class View:
         comes after it.
         """
         (_, heads, tokens, _), window, attended = queries.shape, kv.spec.window, []
-        step = queries_at_once(heads, self.used, window)
+        step, first, ways = queries_at_once(heads, self.used, window), lanes.turn(), lanes.number()
         for at in range(0, tokens, step):
             block, begin = queries[:, :, at : at + step], self.start + at
             count, low = block.shape[2], max(0, begin + 1 - window) if window else 0
             read = slots_read(kv.slots, begin + count - low)
             seen = 0 if window else begin  # by all of them
             mask = band(count, read - seen, begin - low - seen, window, heads // kv.spec.kv_heads)
-            if attended:  # MLX goes through a graph in breadth: without this it would hold the scores of all blocks
-                block = mx.depends(block, attended[-1])
-            attended.append(kv.attend_block(low % kv.slots, read, block, mask))
+            with lanes.lane(first + len(attended)):
+                if len(attended) >= ways:  # MLX goes in breadth: without this it would hold the scores of all blocks
+                    block = mx.depends(block, attended[-ways])
+                attended.append(kv.attend_block(low % kv.slots, read, block, mask))
         return attended[0] if len(attended) == 1 else mx.concatenate(attended, axis=2)
 
     def _slot(self, first: int, kv: LayerKV) -> tuple[mx.array, ...]:

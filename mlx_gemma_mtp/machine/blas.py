@@ -80,6 +80,17 @@ def small_product() -> int:
     return 1_000_000 if core() in (b"SkylakeX", b"Cooperlake", b"SapphireRapids") else 0
 
 
+@cache
+def threads() -> int:
+    """Returns how many threads share a product of the BLAS in use; 0 where that is not known."""
+    if is_reference():
+        return 1
+    try:
+        return int(ctypes.CDLL(None).openblas_get_num_threads())
+    except AttributeError:
+        return 0
+
+
 def name() -> str:
     """Returns the name of the BLAS in use: a library in front of MLX's own (by `preload`, LD_PRELOAD), or that."""
     if not sys.platform.startswith("linux"):

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..cache.cache import Span
 from ..cache.packed import LastTokens, PackedSpan
+from ..ops import lanes
 from ..ops.elementwise import geglu
 from ..ops.fused import number
 from .config import LayerSpec, MoESpec, TargetConfig
@@ -68,7 +69,9 @@ class Block(DerivedWeights):
         if last is not None:
             span, (x, queries, *inputs) = last, last.of((x, queries, *inputs))
         attended = span.attend(self.kv_layer, queries)
-        return (self.post_attention if eager else self._post_attention)(x, attended, *inputs)
+        if eager:
+            return self.post_attention(x, attended, *inputs, beside=x.shape[0] >= lanes.FEWEST)
+        return self._post_attention(x, attended, *inputs)
 
     def pre_attention(self, x: mx.array, tables: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
         """Returns the queries, and where the layer owns them keys and values, each [B, heads, T, head_dim]. x: [N,
@@ -76,16 +79,16 @@ class Block(DerivedWeights):
         """
         return self.self_attn.project(self.input_layernorm(x), tables)
 
-    def post_attention(self, x: mx.array, attended: mx.array, *inputs: mx.array) -> mx.array:
+    def post_attention(self, x: mx.array, attended: mx.array, *inputs: mx.array, beside: bool = False) -> mx.array:
         """Returns the residual stream of the next layer, [N, hidden].
 
         x: [N, hidden]; attended: [B, heads, T, head_dim], what attention brought; inputs: the per-layer input, where
-        the model has one.
+        the model has one. beside: what can be is computed side by side.
         """
         x = self.post_attention_layernorm.add(x, self.self_attn.join(attended), self._one)
-        return self.finish(x, self.feedforward(x), *inputs)
+        return self.finish(x, self.feedforward(x, beside), *inputs)
 
-    def feedforward(self, x: mx.array) -> mx.array:
+    def feedforward(self, x: mx.array, beside: bool) -> mx.array:
         """Returns what the MLP adds to the residual stream, before its norm. x: [N, hidden]."""
         return self.mlp(self.pre_feedforward_layernorm(x))
 
@@ -116,10 +119,11 @@ class MoEBlock(Block):
         self._norms = rooted(stacked)[:, None]  # [3, 1, hidden]
         self._size_eps = number(stacked.shape[-1] * self.eps)
 
-    def feedforward(self, x: mx.array) -> mx.array:
+    def feedforward(self, x: mx.array, beside: bool) -> mx.array:
         normed = rms_norm(x, self.eps, self._size_eps, self._norms)  # [3, N, hidden], each with its own weight
         to_mlp, to_experts, to_router = mx.split(normed.reshape(-1, x.shape[-1]), 3, axis=0)
-        dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
+        with lanes.lane(beside):
+            dense = self.post_feedforward_layernorm_1(self.mlp(to_mlp))
         chosen = self.experts(to_experts, *self.router(to_router))
         return self.post_feedforward_layernorm_2.add(dense, chosen, self._one)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..cache.spec import KVSpec, capacity, ring_slots
 from ..machine.device import Traits
+from ..ops import lanes
 from ..ops.attention import queries_at_once
 from .config import LayerSpec, TargetConfig
 
@@ -114,7 +115,9 @@ class Transients:
             slots, window = self._slots(layer, context), layer.kv.window
             queries = min(tokens, queries_at_once(layer.heads, slots, window))
             slots = min(slots, window + queries) if window else slots
-            blocks_held = 2 if queries < tokens else 1  # the next one is dispatched before its turn
+            blocks_held = min(
+                -(-tokens // queries), 2 * lanes.number()
+            )  # of a lane the next one is there before its turn
             return blocks_held * BLOCK_STEPS * layer.heads * queries * slots * size
         return 2 * layer.heads * tokens * self._slots(layer, context) * size
 

@@ -32,14 +32,6 @@ def save_rows(path, rows):
 '''
 
 
-@pytest.fixture(scope="module")
-def pair():
-    target, drafter = dense.Target(dense.Sizes()), dense.Drafter(dense.Sizes())
-    bundled.fill(target, hub.DEMO / "target")
-    bundled.fill(drafter, hub.DEMO / "drafter")
-    return target.requires_grad_(False), drafter
-
-
 @torch.no_grad()
 def drafted(target, drafter, tokens, out, at):
     """Each draft step's scores at one query, over keys before it, and the target's, whose forward is `out`: pairs."""
