@@ -5,7 +5,8 @@
 Where a draft is refused, the target often hardly prefers its own choice. Here it learns the geometric mean of what it
 gave and what its drafter expects there, p^(1 - LEAN) * q^LEAN, with both as they were at first (a teacher that stays);
 the drafter goes on learning what the target gives now, and a share of its gradient reaches the states, keys and values
-that it reads. Text is the target's own replies; with `--shards` (raw-*.npz of `training.shards`) modules, too.
+that it reads. Text is the target's own replies; with `--shards` (raw-*.npz of `training.shards`) modules, too. What is
+written is a mean of the weights that came of it and, by KEEP, of those at first: it keeps more of what the target knew.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ LEAN = 0.4  # the drafter's share in the teacher
 REACH = 0.3  # share of the drafter's gradient that the target gets
 TARGET_RATES, DRAFTER_RATES = (0.003, 3e-4), (0.003, 3e-4)  # Muon's and Adam's: both have been annealed before
 ROUTER = 1e-3
+KEEP = 0.2  # the share of the weights at first in those that are written
 TOKENS = 3000  # of a batch, with padding
 WINDOW, MODULES = 400, 0.12  # tokens of a window of modules; how many are read a row of replies
 HELD = polish.HELD
@@ -117,7 +119,8 @@ def grouped(rows: list[Row], noise: np.random.Generator) -> Iterator[list[Row]]:
     """Rows of like length together, TOKENS at most, in random order."""
     groups: list[list[Row]] = [[]]
     for row in sorted(rows, key=lambda row: len(row.tokens) + noise.random() * 20):
-        if groups[-1] and (len(groups[-1]) + 1) * len(row.tokens) > TOKENS:
+        longest = max(len(each.tokens) for each in [*groups[-1], row])
+        if groups[-1] and (len(groups[-1]) + 1) * longest > TOKENS:
             groups.append([])
         groups[-1].append(row)
     for place in noise.permutation(len(groups)):
@@ -142,12 +145,20 @@ def measure(target: Target, drafter: Drafter, rows: list[Row]) -> list[float]:
     return [round(figure, 4) for figure in polish.measure(target, drafter, views)]
 
 
+@torch.no_grad()
+def blend(model: torch.nn.Module, first: torch.nn.Module) -> None:
+    """Moves a model's weights by KEEP to those at first."""
+    for weight, old in zip(model.state_dict().values(), first.state_dict().values(), strict=True):
+        weight.lerp_(old, KEEP)
+
+
 def agree(
     target: Target, drafter: Drafter, rows: list[Row], shards: Path | None, writer: Writer, rates: float, lean: float
 ) -> None:
-    """Epochs until the time is over."""
-    teacher = copy.deepcopy(target).requires_grad_(False), copy.deepcopy(drafter).requires_grad_(False)
+    """Epochs until the time is over; what is written keeps KEEP of the weights at first."""
     models: dict[str, Target | Drafter] = {"target": target, "drafter": drafter}
+    first = {name: copy.deepcopy(model).requires_grad_(False) for name, model in models.items()}
+    teacher = first["target"], first["drafter"]
     optimizers = [
         MuonAdam(target, TARGET_RATES[0] * rates, TARGET_RATES[1] * rates, router=ROUTER * rates),
         MuonAdam(drafter, DRAFTER_RATES[0] * rates, DRAFTER_RATES[1] * rates),
@@ -160,6 +171,8 @@ def agree(
 
     def write() -> None:
         smooth = {name: mean.model(target.sizes, type(models[name])) for name, mean in means.items()}
+        for name, model in smooth.items():
+            blend(model, first[name])
         writer.log(step=steps, held=measure(smooth["target"], smooth["drafter"], held))
         for name, model in smooth.items():
             writer.weights(name, model)

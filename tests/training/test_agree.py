@@ -101,6 +101,17 @@ def test_rows_of_like_length_stand_together_and_each_stands_once():
         assert longest * len(group) <= agree.TOKENS and longest - min(len(row.tokens) for row in group) < 100
 
 
+def test_what_is_written_keeps_a_share_of_the_weights_at_first(pair):
+    made, first = copy.deepcopy(pair[1]), pair[1]
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight += 1.0
+    agree.blend(made, first)
+    for weight, old in zip(made.state_dict().values(), first.state_dict().values(), strict=True):
+        moved = 0.0 if weight.numel() == 1 else 1 - agree.KEEP  # a layer's scalar is no parameter
+        assert torch.allclose(weight, old + moved, atol=1e-5)
+
+
 def test_a_run_ends_in_time_and_writes_both_weights(tmp_path, pair):
     replies, shards = tmp_path / "replies", tmp_path / "shards"
     replies.mkdir()
