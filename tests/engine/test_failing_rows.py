@@ -108,7 +108,11 @@ def test_a_limit_of_the_matcher_is_no_end(engine, alone, drafts, monkeypatch):
             return usual(tokenizer, grammar, limits=limits)
 
     monkeypatch.setattr(llguidance, "LLMatcher", Limited)
-    schema = {"type": "object", "properties": {"n": {"type": "string", "maxLength": 60}}, "required": ["n"]}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "string", "minLength": 50, "maxLength": 60}},
+        "required": ["n"],
+    }
     result = among_good_ones(engine, alone, SamplingParams(temperature=0.0, json_schema=schema), 1, drafts)
     assert result.finish_reason == "error" and "too many states" in result.error and "\n" not in result.error
     with pytest.raises(ValueError):

@@ -95,9 +95,9 @@ def test_tokens_that_came_with_others_count_alone():
     feedforward = type(model.layers[0]).feedforward
 
     class Counting(type(model.layers[0])):
-        def feedforward(self, x: mx.array) -> mx.array:
+        def feedforward(self, x: mx.array, beside: bool) -> mx.array:
             seen.append(x.shape[0])
-            return feedforward(self, x)
+            return feedforward(self, x, beside)
 
     for layer in model.layers:
         layer.__class__ = Counting
