@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
     p.add_argument("--draft-model", default="auto", metavar="PATH|auto", help="its drafter (default: auto)")
     p.add_argument("--blas", choices=("openblas", "stock"), default="openblas", help="on Linux (default: openblas)")
+    p.add_argument("--peers-threads", type=int, default=1, metavar="N", help="of OpenBLAS for the peers; this package's "
+                   "server has one, and takes a second core by streams of its own (default: 1)")  # fmt: skip
     p.add_argument("--agents", type=decode.numbers, default=[1, 4, 8, 16], help="at once (default: 1,4,8,16)")
     p.add_argument("--turns", type=int, default=4, help="of each agent (default: 4)")
     p.add_argument("--system", type=int, default=6000, metavar="CHARACTERS", help="that are shared (default: 6000)")
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from benchmarks import terminal
 
-    for name in ("repeats", "turns", "max_tokens", "system", "turn"):
+    for name in ("repeats", "turns", "max_tokens", "system", "turn", "peers_threads"):
         if (value := getattr(args, name)) < (2 if name == "turns" else 1):
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected at least {2 if name == 'turns' else 1}")
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
@@ -69,7 +71,8 @@ def measured(args: argparse.Namespace, note: Any) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="agents-") as folder:
         args.hf_path = args.hf_draft_path = None
         _, pair = decode.folders_for(args, ["mlx-vlm"], Path(folder))
-        some = peers.started(peers.ways(pair, args.mlx_vlm_drafts, max(args.agents)), args.blas, note)
+        asked = peers.ways(pair, args.mlx_vlm_drafts, max(args.agents), args.peers_threads)
+        some = peers.started(asked, args.blas, note)
         try:
             for count in args.agents:
                 trace = agents.Trace(count, args.turns, args.system, args.turn)

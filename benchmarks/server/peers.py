@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.server.processes import Readers, Serving
+from benchmarks.server.processes import THREADS, Readers, Serving
 from benchmarks.serving.intervals import of_median
 from benchmarks.workers import OURS, Failed
 from mlx_gemma_mtp.files.hub import Pair
@@ -51,8 +51,8 @@ class Way:
         return readers.read(self.server.url, CHAT, bodies)
 
 
-def ways(pair: Pair, drafts: Sequence[int], clients: int) -> list[Way]:
-    """Every server, with each number of drafts that it is asked for."""
+def ways(pair: Pair, drafts: Sequence[int], clients: int, threads: int = 1) -> list[Way]:
+    """Every server, with each number of drafts that it is asked for. threads: of the peers' OpenBLAS."""
     target, drafter = str(pair.target), str(pair.drafter)
     ours = [
         "mlx_gemma_mtp.serve",
@@ -68,7 +68,8 @@ def ways(pair: Pair, drafts: Sequence[int], clients: int) -> list[Way]:
     lm += ["--decode-concurrency", str(clients), "--prompt-concurrency", str(clients)]
     beginnings = str(BEGINNINGS * clients + BEGINNINGS)
     lm += ["--prompt-cache-size", beginnings]
-    kept = {"APC_ENABLED": "1", "APC_DISK_ENABLED": "0", "APC_CHECKPOINT_ENTRIES": beginnings}
+    cores = {THREADS: str(threads)}
+    kept = cores | {"APC_ENABLED": "1", "APC_DISK_ENABLED": "0", "APC_CHECKPOINT_ENTRIES": beginnings}
     vlm = ["mlx_vlm.server", "--model", target, "--host", "127.0.0.1"]
     with_drafts = [
         Way(f"mlx-vlm, {count} drafts",
@@ -77,7 +78,7 @@ def ways(pair: Pair, drafts: Sequence[int], clients: int) -> list[Way]:
     ]  # fmt: skip
     return [
         Way(f"{OURS}, drafts {AUTO}", [*ours, "--num-draft-tokens", AUTO], ""),
-        Way("mlx-lm", lm, "default_model"),
+        Way("mlx-lm", lm, "default_model", cores),
         Way("mlx-vlm", vlm, target, kept),
         *with_drafts,
     ]  # fmt: skip

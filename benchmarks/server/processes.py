@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.machine import OPENBLAS, ROOT
 from benchmarks.workers import Failed, Gone
 
+THREADS = "OPENBLAS_NUM_THREADS"
 PATIENCE = 600.0  # seconds that a server has to answer for the first time
 
 
@@ -57,8 +58,8 @@ class Serving:
     def __init__(self, command: Sequence[str], blas: str = "stock", environment: Mapping[str, str] | None = None):
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"} | (environment or {})
-        environment |= {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        usual = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"} | {THREADS: "1"}
+        environment = usual | (environment or {}) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["MLX_GEMMA_MTP_BLAS"] = "off"  # the one before it is for all servers
         if blas == "openblas":
             environment["LD_PRELOAD"] = OPENBLAS

@@ -63,6 +63,8 @@ def test_peers_keep_beginnings_for_every_client():
     assert len(vlm) == 2 and all(way.environment["APC_ENABLED"] == "1" for way in vlm)
     assert all(int(way.environment["APC_CHECKPOINT_ENTRIES"]) >= 3 * 16 for way in vlm)
     assert not ours.environment
+    ours, *others = peers.ways(Pair(Path("t"), Path("d"), None), [2], 16, threads=2)
+    assert not ours.environment and {way.environment["OPENBLAS_NUM_THREADS"] for way in others} == {"2"}
 
 
 def test_bad_counts_are_named(capsys):
