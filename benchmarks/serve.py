@@ -29,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="a converted folder or a hub id (default: the small bundled pair)")
     p.add_argument("--draft-model", default="auto", metavar="PATH|auto", help="its drafter (default: auto)")
     p.add_argument("--blas", choices=("openblas", "stock"), default="openblas", help="on Linux (default: openblas)")
-    p.add_argument("--peers-threads", type=int, default=1, metavar="N", help="of OpenBLAS for the peers; this package's "
-                   "server has one, and takes a second core by streams of its own (default: 1)")  # fmt: skip
+    p.add_argument("--peers-threads", type=int, default=1, metavar="N", help="of the peers' OpenBLAS; ours has one "
+                   "and takes a second core by streams (default: 1)")  # fmt: skip
     p.add_argument("--agents", type=decode.numbers, default=[1, 4, 8, 16], help="at once (default: 1,4,8,16)")
     p.add_argument("--turns", type=int, default=4, help="of each agent (default: 4)")
     p.add_argument("--system", type=int, default=6000, metavar="CHARACTERS", help="that are shared (default: 6000)")
