@@ -126,6 +126,14 @@ def rounds_by_width() -> bool:
 
 
 @cache
+def streams_take_cores() -> bool:
+    """Returns whether a second stream takes a core that lies idle: on a CPU with two at least, where a product takes
+    one alone. On a GPU, and where a product takes all cores, streams share what there is.
+    """
+    return kind() is Kind.CPU and blas.threads() == 1 and len(os.sched_getaffinity(0)) > 1
+
+
+@cache
 def small_product() -> int:
     """Returns how many multiply-adds a product may have before the CPU's BLAS packs its matrices (see blas.py); 0 where
     it always does, and where a GPU multiplies.

@@ -7,14 +7,13 @@ the tokens, all the way, gain less: they double the operations, each of which co
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import count
 
 import mlx.core as mx
 
-from ..machine import blas, device
+from ..machine import device
 
 FEWEST = 96  # tokens from which on work that is done side by side pays for the waits
 _begun = count()
@@ -22,12 +21,8 @@ _begun = count()
 
 @cache
 def _second() -> mx.ThreadLocalStream | None:
-    """The stream beside the default one, of each thread its own. None where it gains nothing: on a GPU, where a product
-    takes all cores already, and on one core.
-    """
-    if device.kind() is not device.Kind.CPU or blas.threads() != 1 or len(os.sched_getaffinity(0)) < 2:
-        return None
-    return mx.new_thread_local_stream(mx.cpu)
+    """The stream beside the default one, of each thread its own; None where it would take no core of its own."""
+    return mx.new_thread_local_stream(mx.cpu) if device.streams_take_cores() else None
 
 
 def number() -> int:

@@ -123,7 +123,10 @@ class Auto:
             or any(len(sure) < left for sure, left in zip(confidences, allowed, strict=True))
         ):
             return most
-        return worthwhile(self.prices(rows, context), self.trust, confidences, useful, choice.rate)
+        prices = self.prices(rows, context)
+        if choice.reason == PROBE:  # cut by what more drafts cost at worst it would tell nothing of them
+            prices = replace(prices, rounds=prices.hope)
+        return worthwhile(prices, self.trust, confidences, useful, choice.rate)
 
     def observe(self, part: Part, kept: int, own: History) -> History:
         """Takes in how many drafts a row kept, and returns what it kept so far. own: what it kept before."""

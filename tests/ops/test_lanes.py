@@ -20,12 +20,17 @@ def lanes_of(monkeypatch):
     """Sets how many cores there are, and asks anew whether two lanes gain something."""
 
     def cores(number: int) -> int:
-        monkeypatch.setattr(lanes.os, "sched_getaffinity", lambda _: set(range(number)), raising=False)
-        lanes._second.cache_clear()
+        monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: set(range(number)), raising=False)
+        forget()
         return lanes.number()
 
+    def forget() -> None:
+        device.streams_take_cores.cache_clear()
+        lanes._second.cache_clear()
+
     yield cores
-    lanes._second.cache_clear()
+    monkeypatch.undo()
+    forget()
 
 
 def test_one_core_a_gpu_and_a_blas_of_many_threads_have_one_lane(lanes_of, monkeypatch):
