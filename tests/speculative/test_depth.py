@@ -21,6 +21,7 @@ from mlx_gemma_mtp.speculative.choice import (
     PURSE_ROUND,
     REASONS,
     SHORT,
+    Choice,
     Pause,
     Purse,
     break_even,
@@ -152,6 +153,15 @@ def test_doubtful_drafts_are_cut():
     for _ in range(200):  # a drafter that is always sure and mostly wrong is not believed
         trust = trust.after([0.95], 0)
     assert worthwhile(prices(costs), trust, [[0.95, 0.95]], [FREE], 1.0) == 1
+
+
+def test_a_probe_of_more_drafts_is_not_cut_by_what_they_cost_at_worst(monkeypatch):
+    """Else what it is to find out would never be timed."""
+    auto, few = Auto(table(0.3, 0.05)), 1
+    worst, hope = (1.0, 1.8, *(1.8 + 0.9 * k for k in range(1, 15))), (1.0, 1.8, *(1.8 + 0.3 * k for k in range(1, 15)))
+    monkeypatch.setattr(auto, "prices", lambda rows, context: Prices(worst, 0.05, hope, few, True))
+    width = lambda reason: auto.width(Choice(3, reason, 1.0), 1, 0, [[0.9, 0.9, 0.9]], [3], [FREE])  # noqa: E731
+    assert (width(BEST), width(PROBE)) == (few, 3)
 
 
 def test_drafts_behind_a_refused_one_say_nothing_of_confidence():
