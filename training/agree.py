@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training import bundled, polish
+from training import polish
 from training.cli import command, positive, rate
 from training.dense import Drafter, Out, Sizes, Target
 from training.minutes import QUESTION, Clock, Writer
@@ -177,7 +177,7 @@ def agree(
         for name, model in smooth.items():
             writer.weights(name, model)
 
-    while not clock.over:
+    while not steps or not clock.over:
         windows = modules(shards, round(len(learned) * MODULES), noise) if shards else []
         for batch in grouped(learned + windows, noise):
             value, apart = loss(target, drafter, teacher, batch, noise, lean)
@@ -212,10 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lean", type=rate, default=LEAN, help="the drafter's share in what the target learns")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = Sizes()
-    target, drafter = Target(sizes), Drafter(sizes)
-    bundled.fill(target, args.pair / "target")
-    bundled.fill(drafter, args.pair / "drafter")
+    target, drafter = polish.opened(args.pair)
     rows = [Row(tokens, start) for tokens, start in read(args.replies) if start + 1 < len(tokens)]
     with tempfile.TemporaryDirectory() as work:
         writer = Writer(args.out, Path(work), Clock(args.begin, args.seconds))

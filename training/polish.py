@@ -253,6 +253,14 @@ def seen_rows(target: Target, rows: list[tuple[list[int], int]], size: int = 16)
     return [each for i in range(0, len(rows), size) for each in see(target, rows[i : i + size])]
 
 
+def opened(pair: Path) -> tuple[Target, Drafter]:
+    """The models of a folder with target/ and drafter/, of the bundled pair's sizes."""
+    target, drafter = Target(Sizes()), Drafter(Sizes())
+    bundled.fill(target, pair / "target")
+    bundled.fill(drafter, pair / "drafter")
+    return target, drafter
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -266,10 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=rate, default=1.0, help="of the learning rates")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = Sizes()
-    target, drafter = Target(sizes), Drafter(sizes)
-    bundled.fill(target, args.pair / "target")
-    bundled.fill(drafter, args.pair / "drafter")
+    target, drafter = opened(args.pair)
     target.requires_grad_(False)
     with tempfile.TemporaryDirectory() as work:
         writer = Writer(args.out, Path(work), Clock(args.begin, args.seconds))
