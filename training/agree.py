@@ -27,17 +27,15 @@ from training.cli import command, positive, rate
 from training.dense import Drafter, Out, Sizes, Target
 from training.minutes import QUESTION, Clock, Writer
 from training.optimizer import MuonAdam, rate_scale
-from training.polish import Batch, Mean, Seen, pick
+from training.polish import ADAM, HELD, MUON, Batch, Mean, Seen, pick
+from training.together import softened
 from training.unseen import read
 
 LEAN = 0.4  # the drafter's share in the teacher
-REACH = 0.3  # share of the drafter's gradient that the target gets
-TARGET_RATES, DRAFTER_RATES = (0.003, 3e-4), (0.003, 3e-4)  # Muon's and Adam's: both have been annealed before
 ROUTER = 1e-3
 KEEP = 0.2  # the share of the weights at first in those that are written
 TOKENS = 3000  # of a batch, with padding
 WINDOW, MODULES = 400, 0.12  # tokens of a window of modules; how many are read a row of replies
-HELD = polish.HELD
 LOG, SAVE = 10, 300  # steps between log lines; seconds between weights
 
 
@@ -60,17 +58,12 @@ def padded(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, weights
 
 
-def last(sizes: Sizes) -> dict[bool, int]:
-    """The last layer of each kind, whose keys and values a drafter reads."""
-    return {kind: max(i for i, each in enumerate(sizes.layers) if each is kind) for kind in (True, False)}
-
-
 @torch.no_grad()
 def wanted(target: Target, drafter: Drafter, tokens: torch.Tensor, lean: float) -> torch.Tensor:
     """The teacher's distribution after each token but the last, [B, T - 1, V]. After the first no draft is expected."""
     out = target(tokens)
     logs = target.logits(out.hidden[:, :-1]).log_softmax(-1)
-    shared = {kind: tuple(x[:, :, :-1] for x in out.kept[layer]) for kind, layer in last(target.sizes).items()}
+    shared = {kind: tuple(x[:, :, :-1] for x in out.kept[layer]) for kind, layer in target.sizes.read.items()}
     hidden, _ = drafter(target.embed(tokens[:, 1:]), out.hidden[:, :-1], shared)
     expected = drafter.logits(hidden[:, :-1]).log_softmax(-1)
     logs[:, 1:] = (1 - lean) * logs[:, 1:] + lean * expected
@@ -78,13 +71,9 @@ def wanted(target: Target, drafter: Drafter, tokens: torch.Tensor, lean: float) 
 
 
 def seen(out: Out, sizes: Sizes, rows: list[Row], tokens: torch.Tensor) -> list[Seen]:
-    """What the drafter reads of a forward that was just done, with REACH of the gradient."""
-
-    def soft(x: torch.Tensor) -> torch.Tensor:
-        return REACH * x + (1 - REACH) * x.detach()
-
-    hidden = soft(out.hidden)
-    kept = {kind: tuple(soft(x) for x in out.kept[layer]) for kind, layer in last(sizes).items()}
+    """What the drafter reads of a forward that was just done, with `together.REACH` of the gradient."""
+    hidden = softened(out.hidden)
+    kept = {kind: tuple(softened(x) for x in out.kept[layer]) for kind, layer in sizes.read.items()}
     found = []
     for place, row in enumerate(rows):
         size = len(row.tokens)
@@ -160,8 +149,8 @@ def agree(
     first = {name: copy.deepcopy(model).requires_grad_(False) for name, model in models.items()}
     teacher = first["target"], first["drafter"]
     optimizers = [
-        MuonAdam(target, TARGET_RATES[0] * rates, TARGET_RATES[1] * rates, router=ROUTER * rates),
-        MuonAdam(drafter, DRAFTER_RATES[0] * rates, DRAFTER_RATES[1] * rates),
+        MuonAdam(target, MUON * rates, ADAM * rates, router=ROUTER * rates),
+        MuonAdam(drafter, MUON * rates, ADAM * rates),
     ]
     means = {name: Mean(model) for name, model in models.items()}
     clock, noise = writer.clock, np.random.default_rng(0)

@@ -39,6 +39,11 @@ class Sizes:
     drafter_dense: int = 640
     drafter_layers: tuple[bool, ...] = (True, True, True, False)
 
+    @property
+    def read(self) -> dict[bool, int]:
+        """The last layer of each kind, whose keys and values a drafter reads; by whether it slides."""
+        return {kind: max(i for i, each in enumerate(self.layers) if each is kind) for kind in (True, False)}
+
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # [B, heads, T, d], rotated
 

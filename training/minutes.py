@@ -343,12 +343,8 @@ def guesses(
             wanted.scatter_add_(-1, choices[..., None], torch.full_like(wanted[..., :1], FIRST_CHOICE))
             del logits
             embedded = target.embed(tokens)
-        sliding, full = (
-            max(i for i, kind in enumerate(target.sizes.layers) if kind is wanted) for wanted in (True, False)
-        )
         kept: dict[bool, KeyValue] = {
-            True: tuple(x[:, :, :length] for x in out.kept[sliding]),
-            False: tuple(x[:, :, :length] for x in out.kept[full]),
+            kind: tuple(x[:, :, :length] for x in out.kept[layer]) for kind, layer in target.sizes.read.items()
         }
         weights = weights[:, 2 : 2 + length] + QUESTION  # the first step drafts token t + 1, t from 1
         total = weights.sum()

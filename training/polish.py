@@ -75,11 +75,13 @@ def see(target: Target, rows: list[tuple[list[int], int]]) -> list[Seen]:
     for row, (tokens, _) in enumerate(rows):
         padded[row, : len(tokens)] = torch.tensor(tokens)
     out = target(padded)
-    layers = {kind: max(i for i, each in enumerate(target.sizes.layers) if each is kind) for kind in (True, False)}
     found = []
     for row, (tokens, start) in enumerate(rows):
         size = len(tokens)
-        kept = {kind: tuple(x[row, :, :size].half().clone() for x in out.kept[layer]) for kind, layer in layers.items()}
+        kept = {
+            kind: tuple(x[row, :, :size].half().clone() for x in out.kept[layer])
+            for kind, layer in target.sizes.read.items()
+        }
         found.append(Seen(padded[row, :size].clone(), out.hidden[row, :size].half().clone(), kept, start))
     return found
 

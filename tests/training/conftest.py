@@ -9,9 +9,7 @@ from mlx_gemma_mtp.files import hub
 def pair():
     """The target, frozen, and the drafter. Tests train copies."""
     pytest.importorskip("torch")
-    from training import bundled, dense
+    from training import polish
 
-    target, drafter = dense.Target(dense.Sizes()), dense.Drafter(dense.Sizes())
-    bundled.fill(target, hub.DEMO / "target")
-    bundled.fill(drafter, hub.DEMO / "drafter")
+    target, drafter = polish.opened(hub.DEMO)
     return target.requires_grad_(False), drafter

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mlx_gemma_mtp.files import hub
-from training import agree, polish
+from training import agree, polish, together
 
 pytestmark = pytest.mark.parity
 ROWS = [([2, 5, 40, 6, *range(60, 60 + size)], 4) for size in (40, 3, 161)]
@@ -62,16 +62,16 @@ def test_whoever_leans_on_itself_is_not_apart(pair):
 def test_the_drafter_reaches_what_it_reads_of_the_target(pair):
     """With a share of its gradient: the target's share of it is REACH of what it would be."""
     grads = []
-    for reach in (agree.REACH, 1.0):
+    for reach in (together.REACH, 1.0):
         target, drafter, _ = learning(pair)
         tokens, _ = agree.padded(rows()[:1])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(agree, "REACH", reach)
+            patch.setattr(together, "REACH", reach)
             seen = agree.seen(target(tokens), target.sizes, rows()[:1], tokens)
         polish.loss(target, drafter, polish.Batch.of([polish.pick(seen[0], None)])).backward()
         grads.append(target.model.layers[0].mlp.down_proj.weight.grad)
     assert grads[0].abs().max() > 0
-    assert torch.allclose(grads[0], grads[1] * agree.REACH, rtol=1e-3, atol=1e-7)
+    assert torch.allclose(grads[0], grads[1] * together.REACH, rtol=1e-3, atol=1e-7)
 
 
 def test_both_learn_to_agree(pair):
