@@ -1,8 +1,10 @@
 """Which BLAS multiplies float32 matrices on Linux.
 
 MLX's Linux wheel brings the reference BLAS, which is 3 to 9 times slower than OpenBLAS on the products of 4 to 32 rows
-that MTP makes. A command line (never the import of the package) puts an installed OpenBLAS before it, once a child
-process has shown that MLX then still multiplies correctly. MLX_GEMMA_MTP_BLAS: `off`, or the path of a library.
+that MTP makes. A command line (never the import of the package) puts an OpenBLAS before it, once a child process has
+shown that MLX then still multiplies correctly: an installed one, else the one in NumPy's wheel. That one has other
+names and 64-bit sizes, so g++, which MLX needs on a CPU anyway, makes a bridge to it at each start, in a twentieth of a
+second. MLX_GEMMA_MTP_BLAS: `off`, or the path of a library.
 """
 
 from __future__ import annotations
@@ -11,21 +13,41 @@ import ctypes
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 
 VARIABLE = "MLX_GEMMA_MTP_BLAS"
 DEFAULT = "libopenblas.so.0"
+NUMPYS = "numpy.libs/libscipy_openblas64_*.so"  # beside the package
 _PROBE = """
 import ctypes, sys
-ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL).cblas_sgemm
+for each in sys.argv[1:]:
+    library = ctypes.CDLL(each, mode=ctypes.RTLD_GLOBAL)
+library.cblas_sgemm
 import mlx.core as mx, numpy as np
 r = np.random.default_rng(0)
 for m, k, n in ((1, 64, 48), (5, 200, 130), (33, 64, 257)):
     a, b = r.standard_normal((m, k), dtype=np.float32), r.standard_normal((n, k), dtype=np.float32)
     ours = np.array(mx.matmul(mx.array(a), mx.array(b).T, stream=mx.cpu))
     assert np.abs(ours - a @ b.T).max() < 1e-3
+"""
+_BRIDGE = "bridge_to_openblas.so"
+_SOURCE = """
+typedef long long wide;
+extern "C" void scipy_cblas_sgemm64_(
+    int, int, int, wide, wide, wide, float, const float*, wide, const float*, wide, float, float*, wide);
+extern "C" void cblas_sgemm(
+    int order, int ta, int tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb,
+    float beta, float* c, int ldc) {
+  scipy_cblas_sgemm64_(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
 """
 
 
@@ -38,15 +60,46 @@ def preload() -> None:
     if not sys.platform.startswith("linux") or choice == "off" or "mlx.core" in sys.modules:
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    library = choice or DEFAULT
-    probe = subprocess.run([sys.executable, "-c", _PROBE, library], capture_output=True, text=True)
-    if probe.returncode == 0:
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    elif choice:
-        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+    reason = _put_first(choice or DEFAULT)
+    if reason and choice:
         raise UserError(
             f"{VARIABLE}={choice} is no usable BLAS ({reason}); expected 'off' or the path of an OpenBLAS library"
         )
+    if reason:
+        with _numpys() as libraries:
+            if libraries:
+                _put_first(*libraries)
+
+
+def _put_first(*libraries: str) -> str | None:
+    """Loads libraries, of which the last multiplies, if MLX then multiplies correctly. Returns why not; None if so."""
+    probe = subprocess.run([sys.executable, "-c", _PROBE, *libraries], capture_output=True, text=True)
+    if probe.returncode:
+        return (probe.stderr.strip().splitlines() or ["no message"])[-1]
+    for each in libraries:
+        ctypes.CDLL(each, mode=ctypes.RTLD_GLOBAL)
+    return None
+
+
+@contextmanager
+def _numpys() -> Iterator[list[str]]:
+    """The OpenBLAS in NumPy's wheel and the bridge to it, which may go once it is loaded; nothing where one of them
+    cannot be had.
+    """
+    spec = find_spec("numpy")  # which does not import it
+    found = sorted(Path(spec.origin).parents[1].glob(NUMPYS)) if spec and spec.origin else []
+    if not found:
+        yield []
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        bridge = os.path.join(folder, _BRIDGE)
+        command = ["g++", "-x", "c++", "-O1", "-shared", "-fPIC", "-nostdlib", "-o", bridge, "-"]
+        try:
+            subprocess.run(command, input=_SOURCE, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError):
+            yield []
+        else:
+            yield [str(found[0]), bridge]
 
 
 class _DlInfo(ctypes.Structure):
@@ -70,11 +123,7 @@ def small_product() -> int:
 
     OpenBLAS does without on x86-64 with AVX-512 (sgemm_small_matrix_permit of its SkylakeX kernels and their heirs).
     """
-    if not sys.platform.startswith("linux") or "openblas" not in name():
-        return 0
-    try:
-        core = ctypes.CDLL(None).openblas_get_corename
-    except AttributeError:
+    if not sys.platform.startswith("linux") or (core := _openblas("get_corename")) is None:
         return 0
     core.restype = ctypes.c_char_p
     return 1_000_000 if core() in (b"SkylakeX", b"Cooperlake", b"SapphireRapids") else 0
@@ -85,21 +134,33 @@ def threads() -> int:
     """Returns how many threads share a product of the BLAS in use; 0 where that is not known."""
     if is_reference():
         return 1
-    try:
-        return int(ctypes.CDLL(None).openblas_get_num_threads())
-    except AttributeError:
-        return 0
+    count = _openblas("get_num_threads")
+    return 0 if count is None else int(count())
+
+
+def _openblas(name: str) -> Any:
+    """Returns a function of the OpenBLAS in use, by its name without the prefix; None where another BLAS is."""
+    return _function(f"openblas_{name}") or _function(f"scipy_openblas_{name}64_")
+
+
+def _function(name: str) -> Any:
+    """Returns what programs find by a name before they look into MLX's own libraries; None where nothing is."""
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def name() -> str:
     """Returns the name of the BLAS in use: a library in front of MLX's own (by `preload`, LD_PRELOAD), or that."""
     if not sys.platform.startswith("linux"):
         return "Accelerate" if sys.platform == "darwin" else "MLX's own"
-    everything = ctypes.CDLL(None)
-    try:
-        address = ctypes.cast(everything.cblas_sgemm, ctypes.c_void_p)
-    except AttributeError:
+    if (product := _function("cblas_sgemm")) is None:
         return "reference (MLX's own)"
+    if (file := _file_of(product)) == _BRIDGE:
+        return _file_of(_function("scipy_cblas_sgemm64_"))
+    return file
+
+
+def _file_of(function: Any) -> str:
+    """Returns the name of the library file that a function is in."""
     info = _DlInfo()
-    everything.dladdr(address, ctypes.byref(info))
+    ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info))
     return os.path.basename((info.file or b"unknown").decode())

@@ -2,11 +2,15 @@
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from mlx_gemma_mtp.machine import blas
 
 ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone")
@@ -55,12 +59,44 @@ def test_a_library_without_products_is_refused():
     assert "is no usable BLAS" in run(code, MLX_GEMMA_MTP_BLAS="libc.so.6")
 
 
+ALONE = "from mlx_gemma_mtp.machine import blas; blas.DEFAULT = 'libnothing.so.0'; "  # no OpenBLAS is installed
+
+
+def numpys() -> bool:
+    """Whether NumPy is a wheel that has an OpenBLAS, and a bridge to it can be made."""
+    return any(Path(np.__file__).parents[1].glob(blas.NUMPYS)) and shutil.which("g++") is not None
+
+
 @linux
-def test_without_openblas_nothing_happens(monkeypatch):
-    code = "from mlx_gemma_mtp.machine import blas; blas.DEFAULT = 'libnothing.so.0'; blas.preload(); " + NAME.format(
-        "0"
-    )
-    assert run(code).startswith("reference")
+@pytest.mark.skipif(not numpys(), reason="no g++, or a NumPy without an OpenBLAS of its own")
+def test_where_none_is_installed_numpys_openblas_multiplies(tmp_path):
+    says = "print(blas.name(), blas.threads(), blas.is_reference()); import os; print(os.listdir(os.environ['TMPDIR']))"
+    product = "a = mx.ones((3, 5)) * 2; b = mx.ones((5, 7)) * 3; print(((a @ b) == 30).all().item())"
+    said = run(f"{ALONE} blas.preload(); import mlx.core as mx; {says}; {product}", TMPDIR=str(tmp_path)).splitlines()
+    assert said[0].startswith("libscipy_openblas64_") and said[0].endswith(" 1 False")
+    assert said[1:] == ["[]", "True"]
+
+
+@linux
+def test_without_any_openblas_nothing_happens():
+    none = f"{ALONE} blas.NUMPYS = 'nothing*'; blas.preload(); "
+    assert run(none + NAME.format("0")).startswith("reference")
+
+
+@linux
+@pytest.mark.parametrize("fault", ["no g++", "another library"])
+def test_a_bridge_that_does_not_carry_is_left_out(fault, tmp_path):
+    if fault == "no g++":
+        broken, environment = "", {"PATH": str(tmp_path)}
+    else:  # which has no products
+        package = tmp_path / "numpy.libs"
+        package.mkdir()
+        (package / "libscipy_openblas64_x.so").write_bytes(b"no library")
+        broken, environment = (
+            f"blas.find_spec = lambda name: type('', (), {{'origin': {str(tmp_path / 'numpy/i')!r}}})",
+            {},
+        )
+    assert run(f"{ALONE} {broken or 0}; blas.preload(); {NAME.format('0')}", **environment).startswith("reference")
 
 
 @linux
