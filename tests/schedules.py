@@ -111,7 +111,8 @@ class Asked:
     else.
 
     prompt: (which text, how many tokens of it). tail: so many tokens of the next text behind them. turns: so many times
-    the text that this gives alone follows, and SAID tokens of the next text. salt: of its prefixes. timeout, cancelled:
+    the text that this gives alone follows, and SAID tokens of the next text. spelt: so many tokens at the end of the
+    last of these texts come back as others. salt: of its prefixes. timeout, cancelled:
     rounds until it is over, None for never. pause: (rounds until its reader stops, rounds until it reads again), None
     for a reader that always reads.
     """
@@ -124,6 +125,7 @@ class Asked:
     priority: int = 0
     tail: int = 0
     turns: int = 0
+    spelt: int = 0
     salt: str | None = None
     timeout: int | None = None
     cancelled: int | None = None
@@ -132,7 +134,7 @@ class Asked:
     @property
     def alone(self) -> Asked:
         """The same request by itself, without drafts, to its end."""
-        return Asked(prompt=self.prompt, settings=self.settings, tail=self.tail, turns=self.turns)
+        return Asked(prompt=self.prompt, settings=self.settings, tail=self.tail, turns=self.turns, spelt=self.spelt)
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,9 @@ def ids_of(engine: Engine, asked: Asked) -> list[int]:
     ids = prompt_of(engine, which, length) + prompt_of(engine, which + 1, asked.tail)
     if not asked.turns:
         return ids
-    before = replace(asked, turns=asked.turns - 1).alone
+    before = replace(asked, turns=asked.turns - 1, spelt=0).alone
     text = alone(_pairs[engine], before).tokens
+    text = [*text[: len(text) - asked.spelt], *(each ^ 1 for each in text[len(text) - asked.spelt :])]
     return ids_of(engine, before) + text + prompt_of(engine, which + asked.turns, SAID)
 
 

@@ -17,6 +17,9 @@ from .prefix import Kind, Prefixes
 from .request import Request
 
 LONG = 32768  # tokens of the text that the default share leaves room for
+SPELT = (
+    16  # tokens at a reply's end that may come back in another spelling: no tokenizer cuts a text as a model says it
+)
 STOPPED = {"stop", "length", "repetition", "tool_calls", "cancelled", "timeout"}  # after these a conversation may go on
 
 
@@ -110,7 +113,8 @@ class Keeping:
 
     def reply(self, held: Held, loop: Speculation, row: int) -> None:
         """Keeps a reply that ended with its prompt: between a round and the next launch. What a verify accepted after
-        its end is left out. One that spares the next turn less than a quarter of a step of the grid is not kept.
+        its end is left out. One that spares the next turn less than a quarter of a step of the grid is not kept. Of its
+        last tokens some may be left out by whoever goes on from it, as far as sliding layers still hold their windows.
         """
         request = held.request
         if not self.prefixes.limit or request.finish_reason not in STOPPED:
@@ -119,8 +123,10 @@ class Keeping:
         if tokens < max(self.worth, held.kept + self.grid // 4):
             return
         whole = (request.prompt + request.tokens)[:tokens]
-        if self.prefixes.makes_room(whole, request.salt, self.memory.saved(tokens), Kind.REPLY):
-            self.prefixes.keep(whole, loop.save(row, 0, tokens), request.salt, Kind.REPLY)
+        slack, prompt = min(SPELT, len(request.tokens)), len(request.prompt)
+        if self.prefixes.makes_room(whole, request.salt, self.memory.saved(tokens, slack), Kind.REPLY):
+            saved = loop.save(row, slack, tokens)
+            self.prefixes.keep(whole, saved, request.salt, Kind.REPLY, decoded=prompt)
 
     def give_back(self, spare: int, pressure: int) -> None:
         """Gives prefixes back as far as memory is needed.

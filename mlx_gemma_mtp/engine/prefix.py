@@ -29,7 +29,8 @@ class Kind(Enum):
 @dataclass(eq=False)
 class Entry:
     """A prefix that is kept. tokens: int32 [n], what `saved` holds K/V of. size: its bytes. least: the fewest tokens
-    that may be used by themselves: with fewer, sliding layers would miss some of the window.
+    that may be used by themselves: with fewer, sliding layers would miss some of the window. decoded: the first ones
+    were prefilled, and those after so many decoded, one by one.
     """
 
     tokens: np.ndarray
@@ -38,6 +39,7 @@ class Entry:
     salt: str | None
     kind: Kind
     least: int
+    decoded: int
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Prefixes:
 
     Everything but `known` is the worker's thread's. What was found may be used after it has gone from here.
 
-    limit: bytes that all may take. bytes: of all. grid: tokens that a prefix which is only begun with is rounded down
+    limit: bytes that all may take. bytes: of all. grid: tokens that a prompt which is only begun with is rounded down
     to, so that what follows it is computed in the pieces of a prompt that is read from its first token. windows: for
     each layer that owns K/V how many positions before it a token sees, None for all. on_keep: called with a prefix that
     is kept anew.
@@ -123,18 +125,21 @@ class Prefixes:
         salt: str | None = None,
         kind: Kind = Kind.BORDER,
         told: bool = True,
+        decoded: int | None = None,
     ) -> bool:
         """Keeps a prefix, where `makes_room` says so. Returns whether it does.
 
         saved: contiguous arrays of its own, evaluated, of exactly these tokens. told: whether `on_keep` is to know.
+        decoded: as of Entry; None where all were prefilled.
         """
         assert len(tokens) == saved.tokens, f"K/V of {saved.tokens} tokens for {len(tokens)}"
         if not self.makes_room(tokens, salt, saved.bytes, kind):
             return False
-        new = Entry(_array(tokens), saved, saved.bytes, salt, kind, self._least(saved))
+        prefilled = len(tokens) if decoded is None else decoded
+        new = Entry(_array(tokens), saved, saved.bytes, salt, kind, self._least(saved), prefilled)
         first: list[Entry] = []
         if kind is Kind.PROMPT:  # the conversation goes on from here
-            first = [entry for entry in self._beginnings(new.tokens, salt) if entry.kind is not Kind.BORDER]
+            first = [entry for entry, common in self._common(new.tokens, salt) if self._outgrown(entry, common)]
         self._order([*first, *(entry for entry in self._entries if entry not in first), new])
         self.counts.kept += 1
         if told and self.on_keep is not None:
@@ -170,6 +175,12 @@ class Prefixes:
         """Returns the prefixes that tokens begin with, or are."""
         return [entry for entry, each in self._common(tokens, salt) if each == len(entry.tokens)]
 
+    def _outgrown(self, entry: Entry, common: int) -> bool:
+        """Whether a conversation that has so many of a prefix's tokens has gone on from it."""
+        if entry.kind is Kind.BORDER:
+            return False
+        return common == len(entry.tokens) or entry.decoded < common == self._usable(entry, common)
+
     def _alike(self, tokens: Sequence[int], salt: str | None) -> list[tuple[Entry, int]]:
         """Returns with how many tokens of each prefix a prompt begins, but for its last token."""
         return self._common(_array(tokens)[:-1], salt)
@@ -178,10 +189,11 @@ class Prefixes:
         return [(entry, _common(entry.tokens, tokens)) for entry in self._entries if entry.salt == salt]
 
     def _usable(self, entry: Entry, common: int) -> int:
-        """Returns how many tokens of a prefix may be used where so many are those of a prompt."""
-        if common == len(entry.tokens):
-            return common
-        whole = common // self.grid * self.grid
+        """Returns how many tokens of a prefix may be used where so many are those of a prompt: what was prefilled up to
+        the grid, what was decoded up to any token.
+        """
+        exact = common > entry.decoded or common == len(entry.tokens)
+        whole = common if exact else common // self.grid * self.grid
         return whole if whole >= entry.least else 0
 
     def _least(self, saved: Saved) -> int:

@@ -120,6 +120,18 @@ def test_a_short_reply_is_kept_where_it_spares_a_quarter_of_a_step(limit, found)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("length", [97, 420])
+def test_a_reply_that_comes_back_in_another_spelling_is_gone_on_from(pair, length):
+    """A text is cut into other tokens than the model said it in: at its end, where a limit cut it off, most of all."""
+    driven, asked = Driven(pair), Asked(prompt=(0, length), drafts=3)
+    driven.run(asked)
+    for spelt in (2, 5):
+        found = cached(driven.run(replace(asked, turns=1, spelt=spelt)))
+        assert found == [length + LONGEST - spelt]
+    assert cached(driven.run(replace(asked, turns=1, spelt=LONGEST))) == [grid(length)]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
 def test_a_system_message_is_shared(pair):
     """Turns are found in the ids. Whoever comes later with another question goes on from where the message ends."""
     engine = engine_of(pair)

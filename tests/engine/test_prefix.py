@@ -73,6 +73,35 @@ def test_the_longest_usable_prefix_is_found(held, slack, common, found):
         )
 
 
+@pytest.mark.parametrize(
+    ("decoded", "slack", "common", "found"),
+    [
+        (13, 4, 20, 20),
+        (13, 4, 19, 19),  # what was decoded has no grid
+        (13, 4, 17, 17),
+        (13, 4, 15, 0),  # no slack goes so far
+        (18, 4, 17, 16),  # within the prompt it is rounded down
+        (13, 0, 19, 0),
+    ],
+)
+def test_a_reply_that_comes_back_in_another_spelling_is_found_up_to_it(decoded, slack, common, found):
+    made = prefixes()
+    made.keep(text(20), saved_of(text(20), slack), kind=Kind.REPLY, decoded=decoded)
+    prompt = text(common) + text(5, 1)
+    assert made.known(prompt) == found
+    got = made.find(prompt)
+    assert (got.tokens if got else 0) == found
+
+
+def test_a_turn_that_spells_a_reply_otherwise_lets_it_go_first():
+    made = prefixes(2 * size(40) + size(20, 4))
+    kept(made, text(24, 7))
+    made.keep(text(20), saved_of(text(20), 4), kind=Kind.REPLY, decoded=13)
+    kept(made, text(18) + text(14, 1), kind=Kind.PROMPT)  # goes on from 18 of its tokens
+    kept(made, text(40, 5))
+    assert made.known([*text(24, 7), 1]) == 24 and made.known([*text(20), 1]) == 0
+
+
 def test_a_token_is_left_to_be_computed():
     """Of the same prompt once more, whatever is kept."""
     made = prefixes()
@@ -200,7 +229,8 @@ def test_random_prefixes_hold_what_they_say(seed):
         tokens = [0] * r.choice([0, 4, 9, 17]) + tokens
         salt, act = r.choice([None, "a"]), r.random()
         if act < 0.4:
-            kept(made, tokens, salt, r.choice(list(Kind)), r.randrange(6))
+            slack, decoded = r.randrange(6), r.choice([None, r.randrange(20)])
+            made.keep(tokens, saved_of(tokens, slack), salt, r.choice(list(Kind)), decoded=decoded)
         elif act < 0.5:
             made.resize(r.choice([0, size(20), 3 * size(20), PLENTY]))
         else:
