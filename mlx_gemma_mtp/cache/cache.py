@@ -84,8 +84,8 @@ class Cache:
 
     def open(self, tokens: int, saved: Saved | None = None) -> Cache:
         """Returns this cache with one row, which holds `tokens` tokens and never more: an empty one, or one that goes
-        on from `saved`, copied and evaluated. Its buffers never grow, and its rings are no larger than these tokens
-        need.
+        on from `saved`, whose copies are on their way. Its buffers never grow, and its rings are no larger than these
+        tokens need.
         """
         assert not self._shelves, "a cache is opened once, before anything else"
         full, sliding = capacity(tokens), [layer.spec for layer in self.rings.layers]
@@ -93,7 +93,7 @@ class Cache:
         self._room, self.rings = tokens, Shelf(sliding, slots, self.dtype)
         self.arrange([Saved.empty(self.specs, self.dtype) if saved is None else saved])
         if saved is not None:
-            mx.eval(self.buffers, self.lengths)
+            mx.async_eval(self.buffers, self.lengths)
         return self
 
     def arrange(self, places: Sequence[int | Saved]) -> None:
@@ -128,8 +128,8 @@ class Cache:
         self._known = list(bounds)
 
     def save(self, row: int, slack: int = 0, tokens: int | None = None) -> Saved:
-        """Returns copies of a row's committed tokens, evaluated. No verify may be built, and the row's length bound is
-        its length, as it is once the host has read the round.
+        """Returns copies of a row's committed tokens, on their way. No verify may be built, and the row's length bound
+        is its length, as it is once the host has read the round.
 
         slack: how many positions before the window sliding layers save besides, as far as they still hold them, so that
         a beginning that is so many tokens shorter can be restored (`Saved.first`). tokens: of the first ones alone, so
@@ -143,7 +143,7 @@ class Cache:
             held = tokens == length or first >= self._written[row] - kv.slots  # of all tokens the ring law says so
             assert held, f"the window of {tokens} tokens is written over"
             layers.append(kv.saved(place, first, tokens))
-        mx.eval(layers)
+        mx.async_eval(layers)
         return Saved(tokens, tuple(layers))
 
     def leave(self) -> Saved:

@@ -129,8 +129,8 @@ class Prefixes:
     ) -> bool:
         """Keeps a prefix, where `makes_room` says so. Returns whether it does.
 
-        saved: contiguous arrays of its own, evaluated, of exactly these tokens. told: whether `on_keep` is to know.
-        decoded: as of Entry; None where all were prefilled.
+        saved: contiguous arrays of its own, evaluated or on their way, of exactly these tokens. told: whether `on_keep`
+        is to know. decoded: as of Entry; None where all were prefilled.
         """
         assert len(tokens) == saved.tokens, f"K/V of {saved.tokens} tokens for {len(tokens)}"
         if not self.makes_room(tokens, salt, saved.bytes, kind):
