@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, Cell, CostTable, Place, updated
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, WIDEST, Cell, CostTable, Place, updated
 from mlx_gemma_mtp.speculative.depth import AUTO, GREEDY, Depth, DraftRow
 from mlx_gemma_mtp.speculative.history import LASTING, Acceptance
 
@@ -27,7 +27,7 @@ from .replay import DATA, FREE, NOISY, Clock, Trace, by, read_table
 
 TOKENS = 128  # of each row
 HEAD = 64  # tokens of a prompt
-QUICK = (0, 1, 4)  # widths that a first start measures
+QUICK = (0, 1, 4, WIDEST)  # widths that a first start measures
 BEFORE = 3  # texts of each row in the process before a second start
 
 Cells = tuple[dict[Cell, float], dict[Place, float]]  # costs.Verified and costs.Drafted
@@ -50,7 +50,8 @@ def quick(truth: CostTable, clock: Clock, draws: np.random.Generator) -> Cells:
     whole = {width: least(truth.rounds_at(1, first)[width]) for width in QUICK}
     alone = {width: least(truth.verify_at(1, first)[width]) for width in QUICK}
     draft = max(float(np.median([(whole[w] - alone[w]) / w for w in QUICK if w])), 1e-3 * min(whole.values()))
-    return {(1, 0, w): max(s - w * draft, 1e-3 * s) for w, s in whole.items()}, {(1, 0): draft}
+    verified = {w: alone[w] if w > MAX_DRAFTS else max(s - w * draft, 1e-3 * s) for w, s in whole.items()}
+    return {(1, 0, w): seconds for w, seconds in verified.items()}, {(1, 0): draft}
 
 
 def left(cells: Cells, texts: Sequence[Trace], rows: int, truth: CostTable, seed: int) -> Depth:

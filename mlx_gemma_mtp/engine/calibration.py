@@ -48,8 +48,8 @@ from ..speculative.drafting import DEFAULT_DRAFTING, MTP, Drafting
 from ..speculative.loop import Speculation
 from ..speculative.prefill import prefill
 
-QUICK_SECONDS = 0.7  # what rounds of a first start may take; a slow machine takes the time of a dozen rounds
-QUICK = (((1, 0), (0, 1, 4)),)  # what a first start measures: see `Grid`
+QUICK_SECONDS = 0.7  # of rounds, after which a first start times no others; a slow machine takes a dozen rounds
+QUICK = (((1, 0), (0, 1, 4, WIDEST)),)  # what a first start measures: see `Grid`; the widest says what more rows cost
 SLOW = 0.3  # seconds of the first width, from which the whole takes long enough to be announced
 # Rounds are timed after this text.
 TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
@@ -138,13 +138,14 @@ class Bench:
     def rounds(self, width: int) -> tuple[float, float]:
         """Returns the seconds of a round that verifies `width` drafts and makes as many, and of one that makes none.
 
-        Each is timed after a round of its kind, since in use the weights are in the processor's caches.
+        Each is timed after a round of its kind, since in use the weights are in the processor's caches. Of what copies
+        alone make so wide the first does not count (see Timings.parts), so nothing comes before it.
         """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
         self.cache.length_bound = [self.context] * self.rows
         loop = Speculation(self.target, self.drafter, self.cache, self.drafting.alone, confident=True)
         loop.begin(self.hidden, self.rules)
-        for _ in range(2):
+        for _ in range(2 if width <= MAX_DRAFTS else 1):
             loop.step([width] * self.rows)
         chained, alone = _seconds(loop, width), _seconds(loop, 0)
         loop.launch()  # what was built must not stay behind as a copy of the cache
