@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..errors import UserError
 
 VARIABLE = "MLX_GEMMA_MTP_BLAS"
 DEFAULT = "libopenblas.so.0"
+PATIENCE = 30  # seconds for g++
 NUMPYS = "numpy.libs/libscipy_openblas64_*.so"  # beside the package
 _PROBE = """
 import ctypes, sys
@@ -86,20 +87,17 @@ def _numpys() -> Iterator[list[str]]:
     """The OpenBLAS in NumPy's wheel and the bridge to it, which may go once it is loaded; nothing where one of them
     cannot be had.
     """
-    spec = find_spec("numpy")  # which does not import it
+    spec, libraries = find_spec("numpy"), []  # which does not import it
     found = sorted(Path(spec.origin).parents[1].glob(NUMPYS)) if spec and spec.origin else []
-    if not found:
-        yield []
-        return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        bridge = os.path.join(folder, _BRIDGE)
-        command = ["g++", "-x", "c++", "-O1", "-shared", "-fPIC", "-nostdlib", "-o", bridge, "-"]
-        try:
-            subprocess.run(command, input=_SOURCE, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError):
-            yield []
-        else:
-            yield [str(found[0]), bridge]
+    with ExitStack() as stack:
+        with suppress(OSError, subprocess.SubprocessError):
+            if found:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+                bridge = os.path.join(folder, _BRIDGE)
+                command = ["g++", "-x", "c++", "-O1", "-shared", "-fPIC", "-nostdlib", "-o", bridge, "-"]
+                subprocess.run(command, input=_SOURCE, check=True, capture_output=True, text=True, timeout=PATIENCE)
+                libraries = [str(found[0]), bridge]
+        yield libraries
 
 
 class _DlInfo(ctypes.Structure):

@@ -84,10 +84,12 @@ def test_without_any_openblas_nothing_happens():
 
 
 @linux
-@pytest.mark.parametrize("fault", ["no g++", "another library"])
+@pytest.mark.parametrize("fault", ["no g++", "no folder", "another library"])
 def test_a_bridge_that_does_not_carry_is_left_out(fault, tmp_path):
     if fault == "no g++":
         broken, environment = "", {"PATH": str(tmp_path)}
+    elif fault == "no folder":  # for temporary files can be written
+        broken, environment = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nothing']", {}
     else:  # which has no products
         package = tmp_path / "numpy.libs"
         package.mkdir()
