@@ -17,9 +17,7 @@ from .prefix import Kind, Prefixes
 from .request import Request
 
 LONG = 32768  # tokens of the text that the default share leaves room for
-SPELT = (
-    16  # tokens at a reply's end that may come back in another spelling: no tokenizer cuts a text as a model says it
-)
+SPELT = 16  # tokens at a reply's end that may come back as others: a model need not say a text as it is encoded
 STOPPED = {"stop", "length", "repetition", "tool_calls", "cancelled", "timeout"}  # after these a conversation may go on
 
 
