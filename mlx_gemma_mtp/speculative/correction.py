@@ -28,7 +28,6 @@ NEAR = 1.0  # places that are not farther apart are so alike that a length that 
 GUESS = 0.27  # of a plain round: what each draft costs at least where no length was timed
 DRAFT_GUESS = 0.1  # of a plain round, likewise
 HOPE = 0.4  # of what drafts cost so far: what more of them may cost at best
-LEAST = 0.8  # likewise, at least, where the table measured passes of so many tokens
 
 Times = Mapping[int, tuple[Time, ...]]  # of rounds, by the drafts that they verified, oldest first
 
@@ -167,9 +166,8 @@ class Correction:
     def prices(self, table: CostTable, rows: int, context: int) -> Prices:
         """Returns the table's seconds for a number of rows and a context, corrected by the last times.
 
-        A length that was not timed is taken to cost at least what a straight line through the timed lengths gives, or
-        LEAST of its slope where the table measured a pass of so many tokens. Where no length was timed, each draft is
-        taken to cost at least GUESS of a plain round.
+        A length that was not timed is taken to cost at least what a straight line through the timed lengths gives.
+        Where no length was timed, each draft is taken to cost at least GUESS of a plain round.
         """
         place = (rows, nearest(context))
         whole, own = table.rounds_at(rows, context), table.draft_at(rows, context)
@@ -187,9 +185,7 @@ class Correction:
         known, last = rounds[: tried + 1], rounds[tried]
         slope = (last - rounds[0]) / tried if tried else GUESS * rounds[0]
         further = [slope * more for more in range(1, WIDEST + 1 - tried)]
-        measured = table.tokens // rows - 1 if tried else 0  # drafts of a pass of so many tokens
-        least = [each * (LEAST if width <= measured else 1.0) for width, each in enumerate(further, tried + 1)]
-        beyond = accumulate(map(max, rounds[tried + 1 :], (last + each for each in least)), max)
+        beyond = [max(seconds, last + each) for seconds, each in zip(rounds[tried + 1 :], further, strict=True)]
         hope = (*known, *(last + HOPE * each for each in further))
         plain = KEEP if learned else sum(len(times.get(0, ())) for times in near)
         return Prices((*known, *beyond), draft, hope, tried, True, plain)

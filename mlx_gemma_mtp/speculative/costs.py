@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -60,7 +60,7 @@ class CostTable:
 
     verify[c][r][w]: a round of ROWS[r] rows that have contexts[c] committed tokens each, which verifies w = 0..WIDEST
     drafts and makes none. draft[c][r][0]: one draft. learned: cells that use has corrected. estimated: whether the
-    longest context was not measured. tokens: of the widest pass that was measured; 0 where none was.
+    longest context was not measured.
     """
 
     contexts: tuple[int, ...]
@@ -68,7 +68,6 @@ class CostTable:
     draft: tuple[Plane, ...]
     learned: frozenset[Cell] = frozenset()
     estimated: bool = False
-    tokens: int = 0
 
     @classmethod
     def of(
@@ -104,8 +103,7 @@ class CostTable:
         for of_verify, of_draft in added:
             verify.append(_longer(short, of_verify, verify[-1]))
             draft.append(_longer(drafts, of_draft, draft[-1]))
-        tokens = max(rows * (width + 1) for rows, context, width in verified if context == min(contexts))
-        return cls(tuple(contexts), tuple(verify), tuple(draft), frozenset(learned), estimated, tokens)
+        return cls(tuple(contexts), tuple(verify), tuple(draft), frozenset(learned), estimated)
 
     def verify_at(self, rows: int, context: int) -> list[float]:
         """Returns the seconds of verifying w = 0..WIDEST drafts.
@@ -269,13 +267,10 @@ def updated(
 
 # Where nothing is known yet, in plain steps: what fits a dense model on a Mac without being optimistic. After 32,768
 # tokens each query reads a quarter of what a step reads.
-UNKNOWN = replace(
-    CostTable.of(
-        {(rows, 0, width): 1 + 0.15 * (rows * (width + 1) - 1) for rows in ROWS for width in range(WIDEST + 1)},
-        {(rows, 0): 0.12 for rows in ROWS},
-        attention=Attention(0.25, 0.02, CONTEXTS[-1]),
-    ),
-    tokens=0,
+UNKNOWN = CostTable.of(
+    {(rows, 0, width): 1 + 0.15 * (rows * (width + 1) - 1) for rows in ROWS for width in range(WIDEST + 1)},
+    {(rows, 0): 0.12 for rows in ROWS},
+    attention=Attention(0.25, 0.02, CONTEXTS[-1]),
 )
 
 

@@ -80,14 +80,6 @@ def test_a_longer_text_costs_what_attention_adds():
     assert cheaper.verify_at(1, 4096) == cheaper.verify_at(1, 100)  # noise
 
 
-def test_a_table_knows_how_wide_a_pass_was_measured():
-    """Of the shortest context, whose times are no guess there."""
-    quick = {(1, 0, width): 1.0 + width for width in (0, 1, 4, 15)}
-    assert CostTable.of(quick, {(1, 0): 0.2}, attention=Attention(0.5, 0.1, 32768)).tokens == 16
-    assert CostTable.of(quick | {(4, 0, 7): 9.0, (8, 4096, 15): 99.0}, {(1, 0): 0.2}).tokens == 32
-    assert UNKNOWN.tokens == 0 and UNKNOWN.estimated
-
-
 def test_a_wide_pass_that_was_measured_says_what_rows_cost():
     """Times between one row's first tokens and its sixteenth stand between them for more rows, too."""
     quick = {(1, 0, 0): 1.0, (1, 0, 1): 1.3, (1, 0, 4): 2.6, (1, 0, 15): 4.8}

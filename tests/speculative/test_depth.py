@@ -1,7 +1,5 @@
 """The draft length: chosen from literal tables of costs and histories of what was kept."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from cost_tables import table
@@ -30,7 +28,7 @@ from mlx_gemma_mtp.speculative.choice import (
     choose,
     worthwhile,
 )
-from mlx_gemma_mtp.speculative.correction import LEAST, Correction, Prices
+from mlx_gemma_mtp.speculative.correction import Correction, Prices
 from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO, Depth, DraftRow
 from mlx_gemma_mtp.speculative.history import History, Trust, expected
@@ -290,11 +288,7 @@ def test_times_correct_the_table():
     assert [found.rounds[k] for k in (0, 1, 3)] == pytest.approx([right[k] for k in (0, 1, 3)], rel=0.08)
     assert 1.5 < found.draft / 0.1 < 2.1 and found.verify(1) == pytest.approx(1.3, rel=0.06)  # the table's is 0.1
     assert found.rounds[2] == pytest.approx(right[2], rel=0.1)  # between its neighbours
-    line = found.rounds[3] + 4 * (found.rounds[3] - found.rounds[0]) / 3  # beyond them
-    unmeasured = seen.prices(replace(wrong, tokens=0), 1, 100)
-    assert found.tried == 3 and unmeasured.rounds[7] == pytest.approx(line, rel=1e-6)
-    assert line == pytest.approx(right[7], rel=0.15) and found.rounds[3] + LEAST * (line - found.rounds[3]) < line
-    assert found.rounds[7] == pytest.approx(found.rounds[3] + LEAST * (line - found.rounds[3]))  # it was measured once
+    assert found.rounds[7] == pytest.approx(right[7], rel=0.15) and found.tried == 3  # beyond them, on their line
     assert list(found.rounds) == sorted(found.rounds) and found.anchored and found.live
     other = seen.prices(wrong, 8, 100)  # what one row says of the ratios holds for eight until they are timed
     assert other.rounds[3] / other.rounds[0] > 1.5 * wrong.rounds_at(8, 100)[3] / wrong.rounds_at(8, 100)[0]
