@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, WIDEST, Cell, CostTable, Place, updated
+from mlx_gemma_mtp.engine import calibration
+from mlx_gemma_mtp.engine.calibration import Timings
+from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, Cell, CostTable, Place, updated
 from mlx_gemma_mtp.speculative.depth import AUTO, GREEDY, Depth, DraftRow
 from mlx_gemma_mtp.speculative.history import LASTING, Acceptance
 
@@ -27,7 +29,7 @@ from .replay import DATA, FREE, NOISY, Clock, Trace, by, read_table
 
 TOKENS = 128  # of each row
 HEAD = 64  # tokens of a prompt
-QUICK = (0, 1, 4, WIDEST)  # widths that a first start measures
+QUICK = calibration.QUICK[0][1]  # widths that a first start measures
 BEFORE = 3  # texts of each row in the process before a second start
 
 Cells = tuple[dict[Cell, float], dict[Place, float]]  # costs.Verified and costs.Drafted
@@ -45,13 +47,11 @@ def read_texts(path: Path) -> dict[str, list[Trace]]:
 
 def quick(truth: CostTable, clock: Clock, draws: np.random.Generator) -> Cells:
     """Returns what the short measurement of a first start makes of a machine: the best of three noisy times a width."""
-    first = truth.contexts[0]
-    least = lambda seconds: min(clock.observe(seconds, draws, i) for i in range(3))  # noqa: E731
-    whole = {width: least(truth.rounds_at(1, first)[width]) for width in QUICK}
-    alone = {width: least(truth.verify_at(1, first)[width]) for width in QUICK}
-    draft = max(float(np.median([(whole[w] - alone[w]) / w for w in QUICK if w])), 1e-3 * min(whole.values()))
-    verified = {w: alone[w] if w > MAX_DRAFTS else max(s - w * draft, 1e-3 * s) for w, s in whole.items()}
-    return {(1, 0, w): seconds for w, seconds in verified.items()}, {(1, 0): draft}
+    first, timings = truth.contexts[0], Timings()
+    observed = lambda seconds: [clock.observe(seconds, draws, i) for i in range(3)]  # noqa: E731
+    for times, whole in (timings.chained, truth.rounds_at(1, first)), (timings.alone, truth.verify_at(1, first)):
+        times.update({(1, 0, width): observed(whole[width]) for width in QUICK})
+    return timings.parts()
 
 
 def left(cells: Cells, texts: Sequence[Trace], rows: int, truth: CostTable, seed: int) -> Depth:

@@ -112,9 +112,8 @@ class Asked:
 
     prompt: (which text, how many tokens of it). tail: so many tokens of the next text behind them. turns: so many times
     the text that this gives alone follows, and SAID tokens of the next text. spelt: so many tokens at the end of the
-    last of these texts come back as others. salt: of its prefixes. timeout, cancelled:
-    rounds until it is over, None for never. pause: (rounds until its reader stops, rounds until it reads again), None
-    for a reader that always reads.
+    last of these texts come back as others. salt: of its prefixes. timeout, cancelled: rounds until it is over, None
+    for never. pause: (rounds until its reader stops, rounds until it reads again), None for a reader that always reads.
     """
 
     at: int = 0

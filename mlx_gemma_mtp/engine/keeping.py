@@ -121,10 +121,10 @@ class Keeping:
         if tokens < max(self.worth, held.kept + self.grid // 4):
             return
         whole = (request.prompt + request.tokens)[:tokens]
-        slack, prompt = min(SPELT, len(request.tokens)), len(request.prompt)
+        slack = min(SPELT, len(request.tokens))
         if self.prefixes.makes_room(whole, request.salt, self.memory.saved(tokens, slack), Kind.REPLY):
             saved = loop.save(row, slack, tokens)
-            self.prefixes.keep(whole, saved, request.salt, Kind.REPLY, decoded=prompt)
+            self.prefixes.keep(whole, saved, request.salt, Kind.REPLY, prefilled=len(request.prompt))
 
     def give_back(self, spare: int, pressure: int) -> None:
         """Gives prefixes back as far as memory is needed.

@@ -29,8 +29,8 @@ class Kind(Enum):
 @dataclass(eq=False)
 class Entry:
     """A prefix that is kept. tokens: int32 [n], what `saved` holds K/V of. size: its bytes. least: the fewest tokens
-    that may be used by themselves: with fewer, sliding layers would miss some of the window. decoded: the first ones
-    were prefilled, and those after so many decoded, one by one.
+    that may be used by themselves: with fewer, sliding layers would miss some of the window. prefilled: so many of the
+    first ones were; the others were decoded.
     """
 
     tokens: np.ndarray
@@ -39,7 +39,13 @@ class Entry:
     salt: str | None
     kind: Kind
     least: int
-    decoded: int
+    prefilled: int
+
+    def exact(self, common: int) -> bool:
+        """Whether a text that has so many tokens of these may go on behind the last of them, wherever the grid is: they
+        are all, or it was decoded.
+        """
+        return common > self.prefilled or common == len(self.tokens)
 
 
 @dataclass
@@ -125,17 +131,17 @@ class Prefixes:
         salt: str | None = None,
         kind: Kind = Kind.BORDER,
         told: bool = True,
-        decoded: int | None = None,
+        prefilled: int | None = None,
     ) -> bool:
         """Keeps a prefix, where `makes_room` says so. Returns whether it does.
 
         saved: contiguous arrays of its own, evaluated or on their way, of exactly these tokens. told: whether `on_keep`
-        is to know. decoded: as of Entry; None where all were prefilled.
+        is to know. prefilled: how many of the tokens were; None for all.
         """
         assert len(tokens) == saved.tokens, f"K/V of {saved.tokens} tokens for {len(tokens)}"
         if not self.makes_room(tokens, salt, saved.bytes, kind):
             return False
-        prefilled = len(tokens) if decoded is None else decoded
+        prefilled = len(tokens) if prefilled is None else prefilled
         new = Entry(_array(tokens), saved, saved.bytes, salt, kind, self._least(saved), prefilled)
         first: list[Entry] = []
         if kind is Kind.PROMPT:  # the conversation goes on from here
@@ -177,9 +183,7 @@ class Prefixes:
 
     def _outgrown(self, entry: Entry, common: int) -> bool:
         """Whether a conversation that has so many of a prefix's tokens has gone on from it."""
-        if entry.kind is Kind.BORDER:
-            return False
-        return common == len(entry.tokens) or entry.decoded < common == self._usable(entry, common)
+        return entry.kind is not Kind.BORDER and entry.exact(common) and self._usable(entry, common) > 0
 
     def _alike(self, tokens: Sequence[int], salt: str | None) -> list[tuple[Entry, int]]:
         """Returns with how many tokens of each prefix a prompt begins, but for its last token."""
@@ -192,8 +196,7 @@ class Prefixes:
         """Returns how many tokens of a prefix may be used where so many are those of a prompt: what was prefilled up to
         the grid, what was decoded up to any token.
         """
-        exact = common > entry.decoded or common == len(entry.tokens)
-        whole = common if exact else common // self.grid * self.grid
+        whole = common if entry.exact(common) else common // self.grid * self.grid
         return whole if whole >= entry.least else 0
 
     def _least(self, saved: Saved) -> int:

@@ -38,8 +38,15 @@ def text(length: int, which: int = 0) -> list[int]:
     return [1000 * which + i for i in range(length)]
 
 
-def kept(made: Prefixes, tokens: list[int], salt: str | None = None, kind: Kind = Kind.BORDER, slack: int = 0) -> bool:
-    return made.keep(tokens, saved_of(tokens, slack), salt, kind)
+def kept(
+    made: Prefixes,
+    tokens: list[int],
+    salt: str | None = None,
+    kind: Kind = Kind.BORDER,
+    slack: int = 0,
+    prefilled: int | None = None,
+) -> bool:
+    return made.keep(tokens, saved_of(tokens, slack), salt, kind, prefilled=prefilled)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +81,7 @@ def test_the_longest_usable_prefix_is_found(held, slack, common, found):
 
 
 @pytest.mark.parametrize(
-    ("decoded", "slack", "common", "found"),
+    ("prefilled", "slack", "common", "found"),
     [
         (13, 4, 20, 20),
         (13, 4, 19, 19),  # what was decoded has no grid
@@ -84,9 +91,9 @@ def test_the_longest_usable_prefix_is_found(held, slack, common, found):
         (13, 0, 19, 0),
     ],
 )
-def test_a_reply_that_comes_back_in_another_spelling_is_found_up_to_it(decoded, slack, common, found):
+def test_a_reply_that_comes_back_in_another_spelling_is_found_up_to_it(prefilled, slack, common, found):
     made = prefixes()
-    made.keep(text(20), saved_of(text(20), slack), kind=Kind.REPLY, decoded=decoded)
+    kept(made, text(20), kind=Kind.REPLY, slack=slack, prefilled=prefilled)
     prompt = text(common) + text(5, 1)
     assert made.known(prompt) == found
     got = made.find(prompt)
@@ -96,7 +103,7 @@ def test_a_reply_that_comes_back_in_another_spelling_is_found_up_to_it(decoded, 
 def test_a_turn_that_spells_a_reply_otherwise_lets_it_go_first():
     made = prefixes(2 * size(40) + size(20, 4))
     kept(made, text(24, 7))
-    made.keep(text(20), saved_of(text(20), 4), kind=Kind.REPLY, decoded=13)
+    kept(made, text(20), kind=Kind.REPLY, slack=4, prefilled=13)
     kept(made, text(18) + text(14, 1), kind=Kind.PROMPT)  # goes on from 18 of its tokens
     kept(made, text(40, 5))
     assert made.known([*text(24, 7), 1]) == 24 and made.known([*text(20), 1]) == 0
@@ -229,8 +236,8 @@ def test_random_prefixes_hold_what_they_say(seed):
         tokens = [0] * r.choice([0, 4, 9, 17]) + tokens
         salt, act = r.choice([None, "a"]), r.random()
         if act < 0.4:
-            slack, decoded = r.randrange(6), r.choice([None, r.randrange(20)])
-            made.keep(tokens, saved_of(tokens, slack), salt, r.choice(list(Kind)), decoded=decoded)
+            slack, prefilled = r.randrange(6), r.choice([None, r.randrange(20)])
+            kept(made, tokens, salt, r.choice(list(Kind)), slack, prefilled)
         elif act < 0.5:
             made.resize(r.choice([0, size(20), 3 * size(20), PLENTY]))
         else:

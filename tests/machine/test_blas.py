@@ -86,19 +86,17 @@ def test_without_any_openblas_nothing_happens():
 @linux
 @pytest.mark.parametrize("fault", ["no g++", "no folder", "another library"])
 def test_a_bridge_that_does_not_carry_is_left_out(fault, tmp_path):
+    broken, environment = "0", {}
     if fault == "no g++":
-        broken, environment = "", {"PATH": str(tmp_path)}
+        environment = {"PATH": str(tmp_path)}
     elif fault == "no folder":  # for temporary files can be written
-        broken, environment = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nothing']", {}
+        broken = "import tempfile; tempfile._candidate_tempdir_list = lambda: ['/nothing']"
     else:  # which has no products
         package = tmp_path / "numpy.libs"
         package.mkdir()
         (package / "libscipy_openblas64_x.so").write_bytes(b"no library")
-        broken, environment = (
-            f"blas.find_spec = lambda name: type('', (), {{'origin': {str(tmp_path / 'numpy/i')!r}}})",
-            {},
-        )
-    assert run(f"{ALONE} {broken or 0}; blas.preload(); {NAME.format('0')}", **environment).startswith("reference")
+        broken = f"blas.find_spec = lambda name: type('', (), {{'origin': {str(tmp_path / 'numpy/i')!r}}})"
+    assert run(f"{ALONE} {broken}; blas.preload(); {NAME.format('0')}", **environment).startswith("reference")
 
 
 @linux
