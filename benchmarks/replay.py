@@ -206,7 +206,7 @@ def against_plain(
 
 def by(table: CostTable) -> Depth:
     """Returns a chooser of its own, by this table."""
-    return Depth(lambda kind, idle: table)
+    return Depth(lambda kind, rows: table)
 
 
 def oracle(trace: Trace, table: CostTable, context: int = CONTEXT) -> float:

@@ -3,7 +3,8 @@
 Compared is the time of the first 128 tokens of each row with that of the best fixed length and of plain decoding, for
 1, 2, 4 and 8 rows, over several beginnings, on one half of the recorded texts (constants were chosen on half 0):
 
-  first       an unknown pair: a short measurement of one row, and nothing known of acceptance
+  first       an unknown pair: a short measurement of so many rows, as long as it takes on this machine, and nothing
+              known of acceptance
   second      what a process left that wrote three texts a row, of the other half of the texts
   calibrated  the acceptance of the other half, and costs by `calibrate`
 """
@@ -12,16 +13,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_gemma_mtp.engine import calibration
-from mlx_gemma_mtp.engine.calibration import Timings
-from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, Cell, CostTable, Place, updated
+from mlx_gemma_mtp.engine.calibration import QUICK_REPEATS, QUICK_SECONDS, timed
+from mlx_gemma_mtp.speculative.costs import (
+    MAX_DRAFTS,
+    ROWS,
+    Cell,
+    CostTable,
+    Drafted,
+    Place,
+    Verified,
+    updated,
+)
 from mlx_gemma_mtp.speculative.depth import AUTO, GREEDY, Depth, DraftRow
 from mlx_gemma_mtp.speculative.history import LASTING, Acceptance
 
@@ -29,7 +40,6 @@ from .replay import DATA, FREE, NOISY, Clock, Trace, by, read_table
 
 TOKENS = 128  # of each row
 HEAD = 64  # tokens of a prompt
-QUICK = calibration.QUICK[0][1]  # widths that a first start measures
 BEFORE = 3  # texts of each row in the process before a second start
 
 Cells = tuple[dict[Cell, float], dict[Place, float]]  # costs.Verified and costs.Drafted
@@ -45,23 +55,40 @@ def read_texts(path: Path) -> dict[str, list[Trace]]:
     return found
 
 
-def quick(truth: CostTable, clock: Clock, draws: np.random.Generator) -> Cells:
-    """Returns what the short measurement of a first start makes of a machine: the best of three noisy times a width."""
-    first, timings = truth.contexts[0], Timings()
-    observed = lambda seconds: [clock.observe(seconds, draws, i) for i in range(3)]  # noqa: E731
-    for times, whole in (timings.chained, truth.rounds_at(1, first)), (timings.alone, truth.verify_at(1, first)):
-        times.update({(1, 0, width): observed(whole[width]) for width in QUICK})
-    return timings.parts()
+class Machine:
+    """What `calibration.Bench` is to a pair: rounds of so many rows take what `truth` says, as a clock sees them."""
+
+    def __init__(self, truth: CostTable, clock: Clock, draws: np.random.Generator, rows: int, context: int):
+        self.truth, self.place, self.done = truth, (rows, context), 0
+        self.observed = partial(clock.observe, draws=draws)
+
+    def rounds(self, width: int) -> tuple[list[float], list[float]]:
+        whole, alone = self.truth.rounds_at(*self.place)[width], self.truth.verify_at(*self.place)[width]
+        seconds = [whole] * (2 if width <= MAX_DRAFTS else 1) + [alone]
+        self.done += len(seconds)
+        *chained, last = (self.observed(each, rounds=self.done) for each in seconds)
+        return chained, [last]
+
+
+def quick(truth: CostTable, rows: int, clock: Clock, draws: np.random.Generator) -> Cells:
+    """Returns what the short measurement of a first start makes of a machine."""
+    bench = partial(Machine, truth, clock, draws)
+    return timed(bench, calibration.quick(rows), QUICK_REPEATS, QUICK_SECONDS).parts()
+
+
+def begins(verified: Verified, drafted: Drafted, learned: Iterable[Cell] = ()) -> CostTable:
+    """Returns the table of a start that finds this in the file of its pair."""
+    return CostTable.of(verified, drafted, learned, timed=verified)
 
 
 def left(cells: Cells, texts: Sequence[Trace], rows: int, truth: CostTable, seed: int) -> Depth:
     """Returns how a start begins after a process that wrote some of these texts. cells: what that began with."""
-    depth = by(CostTable.of(*cells))
+    depth = by(begins(*cells))
     for i, batch in enumerate(batches(texts, rows, BEFORE, seed)):
         begun(batch, truth, depth, AUTO, seed=seed + i)
     verified, drafted = depth.learned()[GREEDY]
-    table = CostTable.of(*updated(*cells, verified, drafted), [cell for cell in verified if cell[2]])
-    return Depth(lambda kind, idle: table, priors=depth.accepted())
+    table = begins(*updated(*cells, verified, drafted), [cell for cell in verified if cell[2]])
+    return Depth(lambda kind, rows: table, priors=depth.accepted())
 
 
 def calibrated(texts: Sequence[Trace], truth: CostTable) -> Depth:
@@ -70,8 +97,9 @@ def calibrated(texts: Sequence[Trace], truth: CostTable) -> Depth:
     for text in texts:
         for kept, sure in zip(text.accepted.tolist(), text.confidences.astype(float).tolist(), strict=True):
             known = known.after(sure, kept, LASTING)
-    table = replace(truth, learned=frozenset((rows, 0, width) for rows in ROWS for width in range(1, MAX_DRAFTS + 1)))
-    return Depth(lambda kind, idle: table, priors={GREEDY: known})
+    cells = frozenset((rows, 0, width) for rows in ROWS for width in range(1, MAX_DRAFTS + 1))
+    table = replace(truth, learned=cells, timed=cells)
+    return Depth(lambda kind, rows: table, priors={GREEDY: known})
 
 
 def begun(
@@ -133,8 +161,8 @@ def line(truth: CostTable, texts: Sequence[Trace], others: Sequence[Trace], rows
     fixed = [sum(begun(batch, truth, by(truth), drafts) for batch in some) for drafts in range(MAX_DRAFTS + 1)]
     took = dict.fromkeys(("first", "second", "calibrated"), 0.0)
     for i, batch in enumerate(some):
-        cells = quick(truth, NOISY, np.random.default_rng(100 + i))
-        starts = by(CostTable.of(*cells)), left(cells, others, rows, truth, 77 * i + 1), calibrated(others, truth)
+        cells = quick(truth, rows, NOISY, np.random.default_rng(100 + i))
+        starts = by(begins(*cells)), left(cells, others, rows, truth, 77 * i + 1), calibrated(others, truth)
         for name, depth in zip(took, starts, strict=True):
             took[name] += begun(batch, truth, depth, AUTO, seed=i)
     shares = {name: (min(fixed) / seconds, fixed[0] / seconds) for name, seconds in took.items()}

@@ -215,7 +215,7 @@ def request_of(engine: Engine, asked: Asked, now: float = 0.0) -> Request:
 def runner_of(engine: Engine, clock: Callable[[], float], schedule: Schedule) -> Runner:
     """A runner of the engine's models, without a thread. Costs and budget are constants: no clock chooses anything."""
     rejection = engine.settings.drafting.rejection
-    depth = Depth(lambda kind, idle: table(0.02, 0.1), rejection, frozen=True)
+    depth = Depth(lambda kind, rows: table(0.02, 0.1), rejection, frozen=True)
     settings = replace(engine.settings, max_rows=schedule.rows, prefix_memory=schedule.prefixes)
     make = lambda settings: Runner(  # noqa: E731
         engine.target, engine.drafter, None, depth, settings,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean
 from typing import Any
 
 import mlx.core as mx
@@ -42,14 +42,16 @@ from ..speculative.costs import (
     Drafted,
     Place,
     Verified,
+    distance,
     updated,
 )
 from ..speculative.drafting import DEFAULT_DRAFTING, MTP, Drafting
 from ..speculative.loop import Speculation
 from ..speculative.prefill import prefill
 
-QUICK_SECONDS = 0.7  # of rounds, after which a first start times no others; a slow machine takes a dozen rounds
-QUICK = (((1, 0), (0, 1, 4, WIDEST)),)  # what a first start measures: see `Grid`; the widest says what more rows cost
+QUICK_SECONDS = 2.0  # of rounds, after which a first start times no others; a slow machine takes a dozen rounds
+QUICK_REPEATS = 4
+QUICK = (0, 1, 4)  # drafts that a first start verifies; in one row WIDEST, too, which says what more rows cost
 SLOW = 0.3  # seconds of the first width, from which the whole takes long enough to be announced
 # Rounds are timed after this text.
 TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
@@ -76,35 +78,44 @@ class Timings:
     chained: dict[Cell, list[float]] = field(default_factory=dict)
     alone: dict[Cell, list[float]] = field(default_factory=dict)
 
-    def add(self, cell: Cell, chained: float, alone: float) -> None:
-        """Adds one more repeat of a cell, in seconds."""
-        self.chained.setdefault(cell, []).append(chained)
-        self.alone.setdefault(cell, []).append(alone)
-
-    def warm(self) -> Timings:
-        """Returns the timings without each cell's first repeat, where the cell has another."""
-        chained, alone = ({cell: s[1:] or s for cell, s in part.items()} for part in (self.chained, self.alone))
-        return Timings(chained, alone)
+    def add(self, cell: Cell, chained: Sequence[float], alone: Sequence[float]) -> None:
+        """Adds one more repeat of a cell, in seconds. A round without drafts is of both kinds."""
+        if cell[2] == 0:
+            chained = alone = (*chained, *alone)
+        self.chained.setdefault(cell, []).extend(chained)
+        self.alone.setdefault(cell, []).extend(alone)
 
     def parts(self) -> tuple[dict[Cell, float], dict[Place, float]]:
         """Splits the times into the seconds of each verify (costs.Verified) and of one draft (costs.Drafted).
 
-        Both parts add up to the chained rounds, as far as the drafter makes so many drafts: wider verifies are of
+        A verify is what both kinds of rounds say of it, as far as the drafter makes so many drafts: wider ones are of
         copies, which cost nothing to make. No part is below a thousandth of the fastest round, however noisy the times
         are.
         """
-        rounds, alone = (
-            {cell: min(s) for cell, s in part.items()} for part in (self.chained, self.alone)
-        )  # noise only adds
+        rounds, alone = ({cell: _usual(s) for cell, s in part.items()} for part in (self.chained, self.alone))
         floor, each = min(rounds.values()) * 1e-3, {}
         for cell in rounds:
             if width := cell[2]:
-                each.setdefault(cell[:2], []).append((rounds[cell] - alone[cell]) / width)
-        drafted = {place: max(median(seconds), floor) for place, seconds in each.items()}
-        verified = {
-            cell: alone[cell] if cell[2] > MAX_DRAFTS else s - cell[2] * drafted[cell[:2]] for cell, s in rounds.items()
-        }
-        return {cell: max(seconds, floor) for cell, seconds in verified.items()}, drafted
+                each.setdefault(cell[:2], []).append((width, rounds[cell] - alone[cell]))
+        drafted = {place: max(_slope(some), floor) for place, some in each.items()}
+        verified = {}
+        for cell, seconds in alone.items():
+            if cell[2] <= MAX_DRAFTS:
+                seconds = (seconds + rounds[cell] - cell[2] * drafted.get(cell[:2], 0.0)) / 2
+            verified[cell] = max(seconds, floor)
+        return verified, drafted
+
+
+def _usual(seconds: Sequence[float]) -> float:
+    """Returns the geometric mean of the fastest two thirds: noise mostly adds, and what is far off was something else,
+    such as a kernel's compilation.
+    """
+    return geometric_mean(sorted(seconds)[: max(1, 2 * len(seconds) // 3)])
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float:
+    """Returns the slope of the line from the origin that is nearest to these points."""
+    return sum(x * y for x, y in points) / sum(x * x for x, _ in points)
 
 
 class Bench:
@@ -135,19 +146,19 @@ class Bench:
         self.hidden = mx.repeat(hidden, rows, axis=0)
         self.rules = Rules.of([params] * rows, target.config.vocab_size)
 
-    def rounds(self, width: int) -> tuple[float, float]:
-        """Returns the seconds of a round that verifies `width` drafts and makes as many, and of one that makes none.
+    def rounds(self, width: int) -> tuple[list[float], list[float]]:
+        """Returns the seconds of rounds that verify `width` drafts and make as many, and of rounds that make none.
 
-        Each is timed after a round of its kind, since in use the weights are in the processor's caches. Of what copies
-        alone make so wide the first does not count (see Timings.parts), so nothing comes before it.
+        They are timed after another round, since in use the weights are in the processor's caches. Of what copies alone
+        make so wide the first ones do not count (see Timings.parts), so there is one.
         """
         self.cache.lengths = mx.full((self.rows,), self.context, mx.int32)
         self.cache.length_bound = [self.context] * self.rows
         loop = Speculation(self.target, self.drafter, self.cache, self.drafting.alone, confident=True)
         loop.begin(self.hidden, self.rules)
-        for _ in range(2 if width <= MAX_DRAFTS else 1):
-            loop.step([width] * self.rows)
-        chained, alone = _seconds(loop, width), _seconds(loop, 0)
+        loop.step([width] * self.rows)
+        chained = [_seconds(loop, width) for _ in range(2 if width <= MAX_DRAFTS else 1)]
+        alone = [_seconds(loop, 0)]
         loop.launch()  # what was built must not stay behind as a copy of the cache
         mx.synchronize()
         return chained, alone
@@ -169,6 +180,12 @@ def grid_of(target: Gemma4, drafter: Drafter, specs: Sequence[KVSpec], full: boo
     return found
 
 
+def quick(rows: int) -> Grid:
+    """Returns what a first start measures: rounds of that one of ROWS that is nearest, after a short text."""
+    count = min(ROWS, key=lambda each: distance((each, 0), (rows, 0)))
+    return [((count, 0), (*QUICK, WIDEST) if count == 1 else QUICK)]
+
+
 def _seconds(loop: Speculation, drafts: int) -> float:
     began = time.perf_counter()
     loop.launch()
@@ -188,27 +205,43 @@ def measure(
     drafting: Drafting = DEFAULT_DRAFTING,
     specs: Sequence[KVSpec] | None = None,
 ) -> Timings:
-    """Times every cell `repeats` times after a first pass that warms up, with the widths in turn. One batch is in
-    memory at a time.
+    """Times every cell `repeats` times, as `timed` does.
 
-    prompt: token ids. params: how tokens are drawn. seconds: a budget of round time, without compilation; once it is
-    spent, nothing more begins, but two widths of each place are always timed. progress: called with the rounds timed
-    and all rounds. drafting: whose drafts are timed. specs: of the caches, as Bench takes them. The first pass counts
-    only for cells that have no other repeat.
+    prompt: token ids. params: how tokens are drawn. drafting: whose drafts are timed. specs: of the caches, as Bench
+    takes them.
+    """
+
+    def bench(rows: int, context: int) -> Bench:
+        return Bench(target, drafter, prompt, params, rows, context, drafting, specs)
+
+    return timed(bench, grid, repeats, seconds, progress)
+
+
+def timed(
+    bench: Callable[[int, int], Bench],
+    grid: Grid,
+    repeats: int,
+    seconds: float = math.inf,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Timings:
+    """Times every cell `repeats` times, with the widths in turn. One batch is in memory at a time.
+
+    bench: makes that of some rows and a context. seconds: a budget of round time; once it is spent, nothing more
+    begins, but two widths of each place are always timed. progress: called with the cells timed and all of them.
     """
     timings, spent, done = Timings(), 0.0, 0
-    total = sum(len(widths) for _, widths in grid) * (repeats + 1)
+    total = sum(len(widths) for _, widths in grid) * repeats
     for place, widths in grid:
-        bench = Bench(target, drafter, prompt, params, *place, drafting, specs)
-        for cell in [(repeat, width) for repeat in range(repeats + 1) for width in widths]:
+        batch = bench(*place)
+        for cell in [(repeat, width) for repeat in range(repeats) for width in widths]:
             if spent > seconds and cell not in ((0, width) for width in widths[:2]):
                 break
-            chained, alone = bench.rounds(cell[1])
+            chained, alone = batch.rounds(cell[1])
             timings.add((*place, cell[1]), chained, alone)
-            spent += 2 * (chained + alone)  # each comes after one of its kind
+            spent += sum(chained) + sum(alone) + chained[0]  # one more comes before them
             done += 1
             progress(done, total)
-    return timings.warm()
+    return timings
 
 
 class Costs:
@@ -232,6 +265,7 @@ class Costs:
     ):
         self.kind, self.file, self.notice, self.seconds = kind, file, notice, seconds
         self.drafting, self.specs, self.attention = drafting, specs, attention
+        self._unwritten: tuple[dict[Cell, float], dict[Place, float], set[Cell]] | None = None
 
     @classmethod
     def of_pair(
@@ -251,27 +285,40 @@ class Costs:
         how = {"drafting": drafting, "specs": specs or None, "attention": attention(target, drafter, specs)}
         return {kind: cls(kind, file, notice, **how) for kind, file in files.items()}
 
-    def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int]) -> CostTable:
-        """Returns the table from the file, or measures a short one and writes it.
+    def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int], rows: int = 1) -> CostTable:
+        """Returns the table from the file. Where that says nothing of so many rows, a few of their rounds are timed
+        first, and written to it.
 
         prompt: token ids that rounds are timed after.
         """
-        if (kept := self.kept()) is not None:
+        if (kept := self.kept()) is not None and kept.knows(rows):
             return kept
         began = time.perf_counter()
 
         def told(done: int, total: int) -> None:
             if done == 1 and time.perf_counter() - began > SLOW:
                 self.notice(
-                    "measuring what drafts cost on this machine, once; after long texts it is estimated until "
-                    "`python -m mlx_gemma_mtp.calibrate` measures it"
+                    f"measuring what drafts cost on this machine, once for {rows} row{'s' * (rows > 1)}; after long "
+                    "texts it is estimated until `python -m mlx_gemma_mtp.calibrate` measures it"
                 )
 
         timings = measure(
-            target, drafter, prompt, KINDS[self.kind], QUICK, 3, self.seconds, told, self.drafting, self.specs
+            target,
+            drafter,
+            prompt,
+            KINDS[self.kind],
+            quick(rows),
+            QUICK_REPEATS,
+            self.seconds,
+            told,
+            self.drafting,
+            self.specs,
         )
-        self._write(*timings.parts())
-        return CostTable.of(*timings.parts(), attention=self.attention)
+        verified, drafted = timings.parts()
+        *before, learned = self._known() or ({}, {}, set())
+        known = {**before[0], **verified}, {**before[1], **drafted}, learned
+        self._write(*known)
+        return self._table(*known)
 
     def measured(
         self,
@@ -290,12 +337,12 @@ class Costs:
         verified, drafted = measure(target, drafter, prompt, KINDS[self.kind], cells, repeats, **how).parts()
         known = verified, drafted, {cell for cell in verified if cell[2]}  # as sure as what use has corrected
         self._write(*known)
-        return CostTable.of(*known, self.attention)
+        return self._table(*known)
 
     def kept(self) -> CostTable | None:
         """Returns the table in the file, or None where there is none."""
-        known = self._read()
-        return CostTable.of(*known, self.attention) if known else None
+        known = self._known()
+        return self._table(*known) if known else None
 
     @property
     def where(self) -> str:
@@ -305,10 +352,16 @@ class Costs:
     def learn(self, verified: Verified, drafted: Drafted) -> None:
         """Overwrites cells of the file with times from use. Starts a file where there is none."""
         if verified and self.file is not None:
-            *before, learned = self._read() or ({}, {}, set())
+            *before, learned = self._known() or ({}, {}, set())
             self._write(*updated(*before, verified, drafted), learned | {cell for cell in verified if cell[2]})
 
-    def _read(self) -> tuple[dict[Cell, float], dict[Place, float], set[Cell]] | None:
+    def _table(self, verified: Verified, drafted: Drafted, learned: Iterable[Cell]) -> CostTable:
+        return CostTable.of(verified, drafted, learned, self.attention, verified)
+
+    def _known(self) -> tuple[dict[Cell, float], dict[Place, float], set[Cell]] | None:
+        """Returns what the file has, or where it could not be written, what it would have."""
+        if self._unwritten is not None:
+            return self._unwritten
         try:
             return self.file and self.file.read()
         except ValueError as error:
@@ -316,14 +369,16 @@ class Costs:
             return None
 
     def _write(self, verified: Verified, drafted: Drafted, learned: Iterable[Cell] = ()) -> None:
+        self._unwritten = None
         try:
             if self.file is not None:
-                self.file.write(verified, drafted, learned)
+                return self.file.write(verified, drafted, learned)
         except OSError as error:
             self.notice(
                 f"the costs of rounds cannot be kept in {self.file.path} ({error.strerror}), so that every start "
                 f"measures them; name a folder that can be written: {CACHE}=FOLDER"
             )
+        self._unwritten = dict(verified), dict(drafted), set(learned)
 
 
 def attention(target: Gemma4, drafter: Drafter, specs: Sequence[KVSpec] = ()) -> Attention | None:

@@ -23,10 +23,12 @@ class Tables:
     ):
         self.target, self.drafter, self.costs, self.priors, self.prompt = target, drafter, costs, priors, prompt
 
-    def __call__(self, kind: str, idle: bool) -> CostTable | None:
-        """Returns the table of a kind of text. Where there is none it is measured, if idle; else None stands for it."""
+    def __call__(self, kind: str, rows: int) -> CostTable | None:
+        """Returns the table of a kind of text. What is not known of so many rows is measured; with 0 nothing is, and
+        None stands for a table that is not there.
+        """
         costs = self.costs[kind]
-        return costs.table(self.target, self.drafter, self.prompt) if idle else costs.kept()
+        return costs.table(self.target, self.drafter, self.prompt, rows) if rows else costs.kept()
 
     def measured(self, repeats: int, progress: Callable[[int, int], None], full: bool = False) -> dict[str, CostTable]:
         """Measures the table of every kind anew, writes and returns it (see Costs.measured)."""

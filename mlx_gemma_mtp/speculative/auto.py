@@ -72,19 +72,24 @@ class Auto:
         """
         self.table, self.confident, self.frozen, self.borrowed, self.prior = table, confident, frozen, borrowed, prior
         known = Acceptance() if prior is None else prior.at_most(KNOWN)
-        self.pool, self.trust, self.pause, self.purse = known.history, known.trust, Pause(), Purse()
-        if table.learned and known.rounds:
-            self.purse = Purse(PURSE_KNOWN)
+        self.pool, self.trust, self.pause = known.history, known.trust, Pause()
+        self.purse = Purse(PURSE_KNOWN) if table.timed else Purse()
         self.correction, self._priced, self._untimed = Correction(), Correction(), 0
         self._observed = 0  # rows' rounds, since `accepted`
         self._rounds: Counter[Cell] = Counter()  # timed since `learned`
         self._prices: dict[tuple[int, int, bool], Prices] = {}  # by `_priced`, which says the same as `correction`
 
     def on(self, table: CostTable) -> Auto:
-        """Returns one that begins with this table, its own, and knows of acceptance what this one knows."""
-        auto = Auto(table, self.confident, self.frozen, prior=self.prior)
-        auto.pool, auto.trust = self.pool, self.trust
-        return auto
+        """Returns one that goes by this table, its own, and knows what this one knows: of acceptance alone, where the
+        table that it went by was borrowed.
+        """
+        if self.borrowed:
+            auto = Auto(table, self.confident, self.frozen, prior=self.prior)
+            auto.pool, auto.trust = self.pool, self.trust
+            return auto
+        if table != self.table:
+            self.table, self._prices = table, {}
+        return self
 
     def anew(self) -> Auto:
         """Returns one that knows no more than this one did at first."""

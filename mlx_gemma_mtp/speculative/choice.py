@@ -32,6 +32,7 @@ REASONS = {
     CONFIDENCE: "drafts that the drafter itself doubts were cut before the verify",
 }
 PROBE_FROM, PROBE_TO = 8, 24  # rounds without drafts before a probe; doubled after each failure
+PROBE_SOON = 2  # likewise where little is known, and drafts may pay
 PROBE_SHARE = 0.015  # of the time may go into probes and checks
 CHECK_FROM = 16  # rounds with drafts before plain decoding is timed again
 CHECK_SURE = 8  # checks, before which they come faster
@@ -39,10 +40,9 @@ CHECK_MOST = 4  # plain rounds at the start, where their times do not come
 TRY_AFTER = 4  # rounds with drafts, after which more of them are tried where that may pay; doubled each time
 SHORT = 12  # tokens: a text that has fewer left tries nothing new
 PURSE_FIRST, PURSE_MOST, PURSE_LEAST = 1.0, 12.0, -0.3  # see Purse
-PURSE_KNOWN = 2.5  # at first, where earlier starts say what rounds cost and what is kept
+PURSE_KNOWN = 2.5  # at first, where rounds were timed before
 PURSE_OPEN = -0.1  # below which it stays shut, however well drafts are kept
 PURSE_ROUND = 0.015  # that each round adds
-HOPEFUL = 1.1  # times what is done, at best: more drafts that are worth a look
 MARGIN = 0.03  # drafts that gain less than this are not worth the doubt
 
 
@@ -145,6 +145,18 @@ def _sure(pool: History) -> list[float]:
     return expected(pool.floor(), MAX_DRAFTS)
 
 
+@lru_cache(maxsize=64)
+def _lucky(pool: History) -> list[float]:
+    """Returns the tokens that a row's round emits where what was little tried turns out well, for each draft length."""
+    return expected(pool.hopes(), MAX_DRAFTS)
+
+
+def _at_best(prices: Prices, histories: Sequence[History], pool: History, partners: int) -> list[float]:
+    """Returns tokens a second of each draft length, if rounds cost and keep what they may at best."""
+    tokens = [len(histories) * emitted + partners for emitted in _lucky(pool)]
+    return [emitted / cost for emitted, cost in zip(tokens, prices.hope[: MAX_DRAFTS + 1], strict=True)]
+
+
 def choose(
     prices: Prices,
     histories: Sequence[History],
@@ -172,21 +184,21 @@ def choose(
         return Choice(0, CHECK, rates[0])
     lengths = affordable(prices, pool, max(useful), purse, len(histories) / (len(histories) + partners))
     best = max(lengths, key=rates.__getitem__, default=0)
-    hopes = [emitted / cost for emitted, cost in zip(tokens, prices.hope[: MAX_DRAFTS + 1], strict=True)]
+    hopes = _at_best(prices, histories, pool, partners)
     hope = max(lengths, key=hopes.__getitem__, default=0)
     if best and rates[best] > (1 + MARGIN) * rates[0]:
         every = max(CHECK_FROM, 2 * (rates[best] / rates[0] - 1) / PROBE_SHARE)
         if prices.live and pause.drafting >= every * min((prices.plain + 1) / CHECK_SURE, 1.0):
             return Choice(0, CHECK, rates[0])
-        if hope > prices.tried and pause.tries and hopes[hope] > HOPEFUL * rates[best]:
+        if hope > best and pause.tries and hopes[hope] > rates[best]:
             return Choice(hope, PROBE, rates[0])
         return Choice(best, BEST, rates[best])
     if hope and max(useful) >= SHORT:
         loss = seconds[hope] / seconds[0] - tokens[hope] / tokens[0]  # expected, in plain rounds
         every = min(pause.every, PROBE_FROM) if purse.left > PURSE_MOST / 2 else pause.every
         wait = max(every, loss / PROBE_SHARE)
-        if prices.live and hopes[hope] > (1 + MARGIN) * rates[0]:  # what was timed was little, or late
-            wait = PROBE_FROM if prices.tried else 0
+        if prices.live and hopes[hope] > (1 + MARGIN) * rates[0]:
+            wait = PROBE_SOON if prices.timed else PROBE_FROM if prices.tried else 0
         if pause.rounds >= wait:
             return Choice(hope, PROBE, rates[0])
     return Choice(0, OFF, rates[0])

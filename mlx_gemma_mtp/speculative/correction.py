@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import median_low
 
-from .costs import WIDEST, CostTable, Place, distance, nearest
+from .costs import NEAR, WIDEST, CostTable, Place, distance, nearest
 from .likeliest import NOISE, NONE, Factors, Time, nearer, told
 
 KEEP = 16  # times of a cell, of each kind: with drafts that were made, and without
@@ -24,7 +24,6 @@ LIKE = 1.25  # times within this factor may be equal but for noise
 SAME = 0.005  # of the logarithm of a factor: a change that changes no choice
 PLAIN_FIRST = 3  # plain rounds that are timed before anything is compared with them
 PLAIN_SURE = 8  # plain rounds, from which more of them change little
-NEAR = 1.0  # places that are not farther apart are so alike that a length that was tried there counts as tried here
 GUESS = 0.27  # of a plain round: what each draft costs at least where no length was timed
 DRAFT_GUESS = 0.1  # of a plain round, likewise
 HOPE = 0.4  # of what drafts cost so far: what more of them may cost at best
@@ -47,6 +46,7 @@ class Prices:
     tried: int = WIDEST
     live: bool = False
     plain: int = KEEP
+    timed: bool = False
 
     @property
     def anchored(self) -> bool:
@@ -152,7 +152,7 @@ class Correction:
         """Returns the correction with the factors of a place one step nearer to the likeliest ones."""
         others = {other: each for other, each in self.factors.items() if other != place}
         prior = replace(self, factors=others).at(place)
-        found = nearer(self.at(place), prior, self.rounds[place], table.learned_at(place, NEAR) > 0)
+        found = nearer(self.at(place), prior, self.rounds[place], table.learned_at(place) > 0)
         return replace(self, factors={**self.factors, place: found}, waiting={})
 
     def says_the_same(self, before: Correction, place: Place) -> bool:
@@ -179,8 +179,9 @@ class Correction:
         if more and rounds[0] > LIKE * min(more):  # plain rounds were timed amid noise: less work cannot take longer
             rounds[0] = min(more)
         near = [times for other, times in self.rounds.items() if distance(other, place) <= NEAR]
-        learned = table.learned_at(place, NEAR)
-        tried = max([learned, *(max(times, default=0) for times in near)])
+        learned = table.learned_at(place)
+        timed = table.timed_at(place)
+        tried = max([learned, timed or 0, *(max(times, default=0) for times in near)])
         rounds = list(accumulate(rounds, max))
         known, last = rounds[: tried + 1], rounds[tried]
         slope = (last - rounds[0]) / tried if tried else GUESS * rounds[0]
@@ -188,12 +189,14 @@ class Correction:
         beyond = [max(seconds, last + each) for seconds, each in zip(rounds[tried + 1 :], further, strict=True)]
         hope = (*known, *(last + HOPE * each for each in further))
         plain = KEEP if learned else sum(len(times.get(0, ())) for times in near)
-        return Prices((*known, *beyond), draft, hope, tried, True, plain)
+        if timed is not None and abs(self.at(place)[0]) < math.log(OFF):  # rounds take what was measured
+            plain = max(plain, PLAIN_FIRST)
+        return Prices((*known, *beyond), draft, hope, tried, True, plain, timed is not None)
 
 
 def _draft(table: CostTable, rows: int, context: int) -> float:
     """Returns the table's seconds of a draft; at least DRAFT_GUESS of a plain round where no use has corrected it."""
-    own, known = table.draft_at(rows, context), table.learned_at((rows, nearest(context)), NEAR)
+    own, known = table.draft_at(rows, context), table.learned_at((rows, nearest(context)))
     return own if known else max(own, DRAFT_GUESS * table.rounds_at(rows, context)[0])
 
 

@@ -20,6 +20,8 @@ MAX_DRAFTS = 7  # of the drafter: eight rows a sequence are the most that MLX's 
 WIDEST = 15  # of all sources
 ROWS = (1, 2, 4, 8)
 CONTEXTS = (0, 4096, 16384, 32768)  # tokens, after which rounds are measured; 0 is a short text
+NEAR = 1.0  # places that are not farther apart are so alike that a length that was tried there counts as tried here
+HERE = 0.6  # places that are not farther apart are one: three rows are nearest to four
 FORMAT = 3
 LARGEST = 1 << 31  # of rows and tokens in a file
 
@@ -59,14 +61,15 @@ class CostTable:
     """Measured seconds on a grid.
 
     verify[c][r][w]: a round of ROWS[r] rows that have contexts[c] committed tokens each, which verifies w = 0..WIDEST
-    drafts and makes none. draft[c][r][0]: one draft. learned: cells that use has corrected. estimated: whether the
-    longest context was not measured.
+    drafts and makes none. draft[c][r][0]: one draft. learned: cells that use has corrected. timed: cells that were
+    measured on this machine, learned ones among them. estimated: whether the longest context was not measured.
     """
 
     contexts: tuple[int, ...]
     verify: tuple[Plane, ...]
     draft: tuple[Plane, ...]
     learned: frozenset[Cell] = frozenset()
+    timed: frozenset[Cell] = frozenset()
     estimated: bool = False
 
     @classmethod
@@ -76,10 +79,12 @@ class CostTable:
         drafted: Drafted,
         learned: Iterable[Cell] = (),
         attention: Attention | None = None,
+        timed: Iterable[Cell] = (),
     ) -> CostTable:
         """Makes a table from measured cells, of which some are learned.
 
-        attention: by which its context is estimated, unless so long a one was measured.
+        attention: by which its context is estimated, unless so long a one was measured. timed: cells that were measured
+        on this machine; none where the table is a guess, or of somebody else's.
 
         At the shortest context a missing cell is interpolated by its number of tokens, rows * (w + 1), which decides
         most of a verify's time, from the rows with the most measured widths. Beyond the largest number the last slope
@@ -103,7 +108,7 @@ class CostTable:
         for of_verify, of_draft in added:
             verify.append(_longer(short, of_verify, verify[-1]))
             draft.append(_longer(drafts, of_draft, draft[-1]))
-        return cls(tuple(contexts), tuple(verify), tuple(draft), frozenset(learned), estimated)
+        return cls(tuple(contexts), tuple(verify), tuple(draft), frozenset(learned), frozenset(timed), estimated)
 
     def verify_at(self, rows: int, context: int) -> list[float]:
         """Returns the seconds of verifying w = 0..WIDEST drafts.
@@ -131,14 +136,25 @@ class CostTable:
             self._rounds[rows, context] = tuple(seconds + width * draft for width, seconds in enumerate(verify))
         return self._rounds[rows, context]
 
-    def learned_at(self, place: Place, within: float) -> int:
-        """Returns the largest width that use has corrected no farther from a place, 0 where there is none. It is
+    def learned_at(self, place: Place) -> int:
+        """Returns the largest width that use has corrected in this place or one beside it, 0 where there is none. It is
         remembered, since every round asks.
         """
-        if (place, within) not in self._learned:
-            near = (cell[2] for cell in self.learned if distance(cell[:2], place) <= within)
-            self._learned[place, within] = max(near, default=0)
-        return self._learned[place, within]
+        if place not in self._learned:
+            self._learned[place] = _widest(self.learned, place, NEAR) or 0
+        return self._learned[place]
+
+    def timed_at(self, place: Place) -> int | None:
+        """Returns the largest width that was measured in this very place, None where nothing was. It is remembered,
+        since every round asks.
+        """
+        if place not in self._timed:
+            self._timed[place] = _widest(self.timed, place, HERE)
+        return self._timed[place]
+
+    def knows(self, rows: int) -> bool:
+        """Returns whether rounds of so many rows after a short text were measured or corrected."""
+        return self.timed_at((rows, 0)) is not None or self.learned_at((rows, 0)) > 0
 
     @cached_property
     def _drafts(self) -> dict[Place, float]:
@@ -151,9 +167,19 @@ class CostTable:
         return {}
 
     @cached_property
-    def _learned(self) -> dict[tuple[Place, float], int]:
+    def _learned(self) -> dict[Place, int]:
         """What `learned_at` was asked so far."""
         return {}
+
+    @cached_property
+    def _timed(self) -> dict[Place, int | None]:
+        """What `timed_at` was asked so far."""
+        return {}
+
+
+def _widest(cells: Iterable[Cell], place: Place, within: float) -> int | None:
+    """Returns the largest width of the cells that lie no farther than this from a place; None where there is none."""
+    return max((cell[2] for cell in cells if distance(cell[:2], place) <= within), default=None)
 
 
 Added = dict[int, dict[int, float]]  # rows -> width -> seconds that a longer context adds, a row

@@ -20,9 +20,9 @@ AUTO = "auto"  # what the user says for all of this
 GREEDY, SAMPLED = "greedy", "sampled"  # kinds of text: their rounds differ in cost, and their drafts in acceptance
 NEW = History()
 
-# Gives the cost table of a kind of text. idle: no row is running, so that a table that is not there may be measured
-# now; else None stands for it.
-Tables = Callable[[str, bool], CostTable | None]
+# Gives the cost table of a kind of text. rows: of a batch that begins while none runs, so that what is not known of
+# such a one may be measured now; 0 amid a batch, when None stands for a table that is not there.
+Tables = Callable[[str, int], CostTable | None]
 
 
 class DraftRow(NamedTuple):
@@ -110,7 +110,7 @@ class Depth:
 
         rows: in any order, `useful` as of the verify of these drafts. context: committed tokens of a row, on average. A
         batch begins anew where none of the rows was in the last verify or choice; then a table of costs may be
-        measured, which takes about a second once.
+        measured, which takes about two seconds once.
         """
         if self.tables is None:
             counts = {row.id: 0 for row in rows}
@@ -124,7 +124,7 @@ class Depth:
                 self.autos |= {kind: auto.anew() for kind, auto in self.autos.items()}  # equal calls, equal choices
         auto, choice = None, None
         if automatic:
-            auto = self._auto(SAMPLED if any(row.sampled for row in rows) else GREEDY, begins)
+            auto = self._auto(SAMPLED if any(row.sampled for row in rows) else GREEDY, len(rows) if begins else 0)
             histories = [self._own.get(row.id, NEW) for row in automatic]
             choice = auto.choose(len(rows), context, histories, [row.useful for row in automatic])
         counts = {row.id: max(0, min(choice.drafts if row.drafts == AUTO else row.drafts, row.useful)) for row in rows}
@@ -249,14 +249,14 @@ class Depth:
         found = {kind: auto.accepted() for kind, auto in self.autos.items()}
         return {kind: each for kind, each in found.items() if each is not None}
 
-    def _auto(self, kind: str, begins: bool) -> Auto:
-        """Returns what is known of a kind of text. begins: whether the batch does, so that no row is running.
+    def _auto(self, kind: str, begin: int) -> Auto:
+        """Returns what is known of a kind of text. begin: how many rows begin together while none runs, 0 amid a batch.
 
         A kind whose own table is not there yet goes by another's until a batch begins.
         """
         auto = self.autos.get(kind)
-        if auto is None or (auto.borrowed and begins):
-            table = self.tables(kind, begins)
+        if auto is None or (begin and (auto.borrowed or not (auto.frozen or auto.table.knows(begin)))):
+            table = self.tables(kind, begin)
             if table is not None:
                 auto = self._new(kind, table) if auto is None else auto.on(table)
             elif auto is None:

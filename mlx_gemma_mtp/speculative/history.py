@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from .costs import MAX_DRAFTS
 
-FIRST = 0.75  # acceptance that is assumed before anything is known
+FIRST = 0.8  # acceptance that is assumed before anything is known
 WEIGHT = 3.0  # of what is assumed, in rounds
+ALIKE = 6.0  # likewise of what everybody's last position says of the next one
+LUCK = 4.0  # rounds that go well, which is what a hopeful rate adds to those that were tried
+SHARED = 12.0  # of the rounds at one position, those that tell a hopeful rate of the next one, at most
 RECENT, LASTING = 0.9, 0.98  # what a round keeps of the past: of a request's own, of everybody's
 BINS = 10
 KNOWN = 20.0  # rounds that what is known from other starts counts at most
@@ -47,16 +50,25 @@ class History:
         """Returns the acceptance rate of each position, given that all drafts before it are kept.
 
         assumed: prior rates, which weigh as much as WEIGHT rounds. None assumes at each position the rate of the one
-        before, and FIRST at the first.
+        before, which weighs as much as ALIKE rounds, and FIRST at the first.
         """
         rates: list[float] = []
         for i, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
+            weight = WEIGHT
             if assumed is None:
-                prior = rates[-1] if rates else FIRST
+                prior, weight = (rates[-1], ALIKE) if rates else (FIRST, WEIGHT)
             else:  # as everybody's, as far as this row is like everybody
                 prior = min(assumed[i] * (rates[-1] / max(assumed[i - 1], 1e-3) if rates else 1.0), 0.98)
-            rates.append((kept + WEIGHT * prior) / (tried + WEIGHT))
+            rates.append((kept + weight * prior) / (tried + weight))
         return rates
+
+    def hopes(self) -> list[float]:
+        """Returns hopeful acceptance rates: the higher above the likely ones, the less was tried."""
+        found, known = [], 0.0
+        for rate, tried in zip(self.rates(), self.tried, strict=True):
+            known = tried + min(known, SHARED)
+            found.append(rate + (1 - rate) * LUCK / (known + LUCK))
+        return found
 
     def plus(self, other: History) -> History:
         """Returns the sum of both counts."""

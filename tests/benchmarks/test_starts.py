@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks import replay, starts
+from mlx_gemma_mtp.engine import calibration
+from mlx_gemma_mtp.speculative.costs import ROWS
 
 TEXTS = starts.read_texts(replay.DATA / "traces.npz")
 TABLES = {path.stem: replay.read_table(path) for path in sorted((replay.DATA / "costs").glob("*.json"))}
@@ -11,13 +13,14 @@ TABLES = {path.stem: replay.read_table(path) for path in sorted((replay.DATA / "
 
 def test_a_short_measurement_without_noise_is_the_machines():
     table = TABLES["m4max-26b"]
-    verified, drafted = starts.quick(table, replay.EXACT, np.random.default_rng(0))
-    first = table.contexts[0]
-    assert set(verified) == {(1, 0, width) for width in starts.QUICK}
-    assert [verified[1, 0, width] for width in starts.QUICK] == pytest.approx(
-        [table.verify_at(1, first)[width] for width in starts.QUICK]
-    )
-    assert drafted == {(1, 0): pytest.approx(table.draft_at(1, first))}
+    for rows in ROWS:
+        verified, drafted = starts.quick(table, rows, replay.EXACT, np.random.default_rng(0))
+        [(place, widths)] = calibration.quick(rows)
+        assert place == (rows, 0) and set(verified) == {(rows, 0, width) for width in widths}
+        assert [verified[rows, 0, width] for width in widths] == pytest.approx(
+            [table.verify_at(rows, 0)[width] for width in widths]
+        )
+        assert drafted == {(rows, 0): pytest.approx(table.draft_at(rows, 0))}
 
 
 @pytest.mark.parametrize("machine", ["cpu-openblas", "m2pro-26b"])

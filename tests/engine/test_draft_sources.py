@@ -20,7 +20,7 @@ FREE = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, seed=0)
 @pytest.fixture(scope="module", autouse=True)
 def known_costs():
     """What the machine does besides changes no choice."""
-    with mock.patch.object(Tables, "__call__", lambda self, kind, idle: table(verify=0.1, draft=0.1)):
+    with mock.patch.object(Tables, "__call__", lambda self, kind, rows: table(verify=0.1, draft=0.1)):
         yield
 
 
@@ -84,7 +84,7 @@ def test_partners_of_an_edit_lose_nothing(engine):
 def test_an_editor_among_seven_gains_where_a_wide_verify_pays():
     """It takes half of the passes that the drafter alone leaves it, and no other row takes more."""
     found = []
-    with mock.patch.object(Tables, "__call__", lambda self, kind, idle: table(verify=0.002, draft=0.1)):
+    with mock.patch.object(Tables, "__call__", lambda self, kind, rows: table(verify=0.002, draft=0.1)):
         for sources in ("mtp", "mtp,copy", "mtp,copy,forced"):
             with load(**OF_MOE, dtype="float32", learning=False, draft_sources=sources) as engine:
                 found.append(engine.generate(*EDIT, num_draft_tokens="auto"))

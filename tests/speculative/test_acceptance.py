@@ -91,7 +91,7 @@ def test_it_weighs_as_much_as_some_rounds():
 
 def chosen(prior, accepted, rounds):
     """The draft lengths of a row whose drafts are kept up to `accepted`."""
-    depth = Depth(lambda kind, idle: table(0.02, 0.1), frozen=True, priors={"greedy": prior} if prior else {})
+    depth = Depth(lambda kind, rows: table(0.02, 0.1), frozen=True, priors={"greedy": prior} if prior else {})
     row, found = DraftRow(0, AUTO, 10**6, False), depth.draft([DraftRow(0, AUTO, 10**6, False)], 64)
     for _ in range(rounds):
         made = found[-1]

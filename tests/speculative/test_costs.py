@@ -115,8 +115,17 @@ def test_a_context_stands_for_those_around_it():
 
 def test_what_was_learned_counts_where_it_was():
     learned = CostTable.of(VERIFIED, DRAFTED, [(1, 0, 2), (1, 32768, 5)])
-    assert [learned.learned_at((1, context), 1.0) for context in CONTEXTS] == [2, 2, 5, 5]
-    assert learned.learned_at((8, 0), 1.0) == 0
+    assert [learned.learned_at((1, context)) for context in CONTEXTS] == [2, 2, 5, 5]
+    assert learned.learned_at((8, 0)) == 0 and not learned.knows(8) and learned.knows(1) and learned.knows(2)
+
+
+def test_what_was_timed_counts_in_its_own_place():
+    """Three rows and six are near enough to four; a guess was timed nowhere."""
+    timed = CostTable.of(VERIFIED, DRAFTED, timed=[(1, 0, 0), (1, 0, 4), (4, 0, 0), (4, 0, 1), (4, 4096, 7)])
+    assert [timed.timed_at((rows, 0)) for rows in (1, 2, 3, 4, 6, 8)] == [4, None, 1, 1, 1, None]
+    assert timed.timed_at((4, 4096)) == 7 and timed.timed_at((1, 4096)) is None
+    assert [timed.knows(rows) for rows in (1, 2, 3, 8)] == [True, False, True, False]
+    assert not any(CostTable.of(VERIFIED, DRAFTED).knows(rows) or UNKNOWN.knows(rows) for rows in ROWS)
 
 
 def test_what_is_missing_follows_from_the_number_of_tokens():

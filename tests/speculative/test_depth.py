@@ -15,6 +15,8 @@ from mlx_gemma_mtp.speculative.choice import (
     LIMIT,
     OFF,
     PROBE,
+    PROBE_FROM,
+    PROBE_SOON,
     PURSE_FIRST,
     PURSE_LEAST,
     PURSE_MOST,
@@ -31,14 +33,14 @@ from mlx_gemma_mtp.speculative.choice import (
 from mlx_gemma_mtp.speculative.correction import Correction, Prices
 from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO, Depth, DraftRow
-from mlx_gemma_mtp.speculative.history import History, Trust, expected
+from mlx_gemma_mtp.speculative.history import FIRST, History, Trust, expected
 
 FREE = 10**6  # room for drafts
 ROW = DraftRow(0, AUTO, FREE, False)
 
 
 def by(costs: CostTable, **options) -> Depth:
-    return Depth(lambda kind, idle: costs, **options)
+    return Depth(lambda kind, rows: costs, **options)
 
 
 def known(depth: Depth) -> Auto:
@@ -75,11 +77,47 @@ def test_expected_tokens():
 def test_rates_are_conditional_and_follow_the_recent():
     history = seen(3, 1)  # the first is always kept, the second never, the third is never reached
     first, second, third = history.rates()[:3]
-    assert first > 0.9 and second < 0.25 and third == pytest.approx(second, abs=0.05)
+    assert first > 0.9 and second < 0.4 and third == pytest.approx(second, abs=0.05)
     for _ in range(30):
         history = history.after(3, 3, 0.9)
     assert min(history.rates()[:3]) > 0.85
-    assert History().rates() == [0.75] * MAX_DRAFTS
+    assert History().rates() == pytest.approx([FIRST] * MAX_DRAFTS)
+
+
+def test_hopeful_rates_come_down_to_the_likely_ones():
+    """With what was tried at a position, and, for a part, with what was tried before it."""
+    new, some, many = (History(), seen(1, 1, 3), seen(1, 1, 200))
+    for history in (new, some, many):
+        assert all(hope > rate for hope, rate in zip(history.hopes(), history.rates(), strict=True))
+    off = [history.hopes()[0] - history.rates()[0] for history in (new, some, many)]
+    assert off == sorted(off, reverse=True) and off[0] > 3 * off[2]
+    poor, unknown = seen(1, 0, 200).hopes(), new.hopes()
+    assert poor[0] < 0.45 and poor[3] < 0.5 < unknown[3]  # nothing was tried there, yet it is not hoped for
+
+
+def test_more_drafts_are_looked_at_where_little_is_known_of_them():
+    """One draft pays and four would, but nobody tried them; once they were tried and refused, nobody does."""
+    rounds = (1.0, 1.7, 2.5, 3.1, 3.3, 4.0, 4.7, 5.4, *(6.0 + k for k in range(8)))
+    timed = Prices(rounds, 0.2, rounds, MAX_DRAFTS, True, timed=True)
+    history = seen(1, 1, 12).after(4, 1, 0.98)
+    due = Pause(drafting=7)
+    assert choose(timed, [history], history, [FREE], due, Purse(4.0)).reason == PROBE
+    assert choose(timed, [history], history, [FREE], Pause(drafting=8), Purse(4.0)) == choose(
+        timed, [history], history, [FREE], Pause(drafting=4), Purse(4.0)
+    )
+    known = seen(1, 1, 12)
+    for _ in range(12):
+        known = known.after(4, 1, 0.98)
+    assert choose(timed, [known], known, [FREE], due, Purse(4.0)).reason == BEST
+
+
+def test_where_rounds_were_timed_before_a_look_comes_sooner():
+    """What drafts keep is not known then, but what they cost."""
+    rounds = (1.0, 1.9, *(1.9 + 0.6 * k for k in range(1, 15)))
+    for timed, wait in ((True, PROBE_SOON), (False, PROBE_FROM)):
+        some = Prices(rounds, 0.2, rounds, 4, True, timed=timed)
+        reasons = [choose(some, [History()], History(), [FREE], Pause(n), Purse(9.0)).reason for n in (wait - 1, wait)]
+        assert reasons == [OFF, PROBE]
 
 
 def test_a_new_row_is_taken_to_be_like_the_others():
@@ -499,7 +537,7 @@ def test_when_rounds_with_drafts_change_plain_ones_are_timed_anew():
 
 @pytest.mark.parametrize(("slow", "phase"), [(2.0, 50), (3.0, 35), (0.5, 40)])
 def test_a_machine_that_comes_and_goes(slow, phase):
-    """Busy for a while, then free, and so on: of 32 texts few lose more than 5 %, and most nothing."""
+    """Busy for a while, then free, and so on: of 32 texts few lose more than 5 %, by chance, and most nothing."""
     traces, clock, found = replay.read_traces(), replay.Clock(0.1, 0.05, 4.0, slow, phase), []
     for machine in ("cpu-openblas", "m2pro-26b"):
         truth = replay.read_table(replay.DATA / "costs" / f"{machine}.json")
@@ -507,7 +545,8 @@ def test_a_machine_that_comes_and_goes(slow, phase):
             for rows in (1, 2, 4, 8):
                 rounds = replay.against_plain(trace, truth, AUTO, truth, rows, 300, clock, rows)
                 found.append(sum(plain for plain, _ in rounds) / sum(seconds for _, seconds in rounds))
-    assert sorted(found)[1] > 0.95 and sorted(found)[len(found) // 2] > 0.985, sorted(found)
+    found.sort()
+    assert found[0] > 0.9 and found[3] > 0.95 and found[len(found) // 2] > 0.985, found
 
 
 def test_no_clock_reaches_a_frozen_table():
@@ -544,9 +583,9 @@ def test_the_purse_is_told_what_a_round_earned():
     costs = table(0.1, 0.2)
     depth = by(costs, frozen=True)
     [made] = depth.draft([ROW], 100)
-    assert depth.verify([ROW], 100, [[0.9] * made], [made]) == made == 2
+    assert depth.verify([ROW], 100, [[0.9] * made], [made]) == made > 1
     depth.observe({0: 1})
-    assert known(depth).purse.left == pytest.approx(Purse().after(2 - costs.rounds_at(1, 100)[2]).left)
+    assert known(depth).purse.left == pytest.approx(Purse().after(2 - costs.rounds_at(1, 100)[made]).left)
 
     def left(late: float) -> float:
         depth = by(costs)

@@ -1,5 +1,6 @@
 """The draft lengths of a batch whose rows join, leave and differ in what they ask for."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -31,7 +32,7 @@ FAIR = table(0.01, 0.001)  # so do drafts of which something is hoped
 
 
 def by(costs: CostTable = CHEAP, **options) -> Depth:
-    return Depth(lambda kind, idle: costs, **{"frozen": True} | options)
+    return Depth(lambda kind, rows: costs, **{"frozen": True} | options)
 
 
 def auto(id: int, useful: int = FREE, sampled: bool = False) -> DraftRow:
@@ -88,7 +89,7 @@ def test_without_a_drafter_nothing_is_drafted():
 
 
 def test_a_batch_of_fixed_lengths_asks_for_no_costs():
-    depth = Depth(lambda kind, idle: pytest.fail("nobody wants a table"))
+    depth = Depth(lambda kind, rows: pytest.fail("nobody wants a table"))
     assert decode(depth, [fixed(0, 4), fixed(1, 4, sampled=True)], 9) == [[4, 4]] * 10
     assert not depth.confident and not depth.autos and not depth._own
 
@@ -245,41 +246,67 @@ def test_where_no_confidences_come_nothing_is_cut():
 
 def test_a_table_is_measured_when_no_row_runs():
     """Until then another kind's stands for it, or what nobody measured; then what was learned of texts stays."""
-    asked, file = [], {}
+    asked, file, cheap = [], {}, replace(CHEAP, timed=frozenset([(1, 0, 0)]))
 
-    def tables(kind: str, idle: bool) -> CostTable | None:
-        asked.append((kind, idle))
-        return file.get(kind) or (CHEAP if idle else None)
+    def tables(kind: str, rows: int) -> CostTable | None:
+        asked.append((kind, rows))
+        return file.get(kind) or (cheap if rows else None)
 
     depth = Depth(tables)
     decode(depth, [fixed(0, 2)], 2)
     decode(depth, [fixed(0, 2), auto(1)], 3)  # joins
     depth.forget([0])
     decode(depth, [auto(1)], 20)
-    assert asked == [(GREEDY, False)] and depth.autos[GREEDY].table is UNKNOWN and depth.autos[GREEDY].borrowed
+    assert asked == [(GREEDY, 0)] and depth.autos[GREEDY].table is UNKNOWN and depth.autos[GREEDY].borrowed
     assert depth.learned() == {GREEDY: ({}, {})}
     pool = depth.autos[GREEDY].pool
     depth.forget([1])
     decode(depth, [auto(2)], 0)
-    assert asked[1:] == [(GREEDY, True)] and depth.autos[GREEDY].table is CHEAP and not depth.autos[GREEDY].borrowed
+    assert asked[1:] == [(GREEDY, 1)] and depth.autos[GREEDY].table is cheap and not depth.autos[GREEDY].borrowed
     assert depth.autos[GREEDY].pool == pool != History()
     decode(depth, [auto(2), auto(3, sampled=True)], 3)
-    assert asked[2:] == [(SAMPLED, False)] and depth.autos[SAMPLED].table is CHEAP and depth.autos[SAMPLED].borrowed
+    assert asked[2:] == [(SAMPLED, 0)] and depth.autos[SAMPLED].table is cheap and depth.autos[SAMPLED].borrowed
     depth.forget([2, 3])
     file[SAMPLED] = table(0.2, 0.2)
     decode(depth, [auto(4, sampled=True)], 3)
-    assert asked[3:] == [(SAMPLED, True)] and depth.autos[SAMPLED].table is file[SAMPLED]
+    assert asked[3:] == [(SAMPLED, 1)] and depth.autos[SAMPLED].table is file[SAMPLED]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_batch_of_more_rows_than_were_timed_is_timed_before_it_begins(frozen):
+    """What was learned stays. Without learning the first table stays: equal calls are chosen for alike."""
+    asked = []
+
+    def tables(kind: str, rows: int) -> CostTable | None:
+        asked.append(rows)
+        return replace(FAIR, timed=frozenset((each, 0, 0) for each in {*asked} - {0}))
+
+    depth = Depth(tables, frozen=frozen)
+    decode(depth, [auto(0)], 9)
+    decode(depth, [auto(0), auto(1)], 3)  # joins: nothing is timed while a row runs
+    auto_of, pool, timed = depth.autos[GREEDY], depth.autos[GREEDY].pool, depth.autos[GREEDY].correction
+    depth.forget([0, 1])
+    assert asked == [1] and (frozen or timed.rounds)
+    depth.draft([auto(2), auto(3), auto(4), auto(5)], 100)
+    assert asked == [1] if frozen else asked == [1, 4]
+    if not frozen:
+        assert depth.autos[GREEDY] is auto_of and auto_of.table.knows(4)
+        assert auto_of.pool == pool and auto_of.correction == timed
+    decode(depth, [auto(2), auto(3), auto(4), auto(5)], 2)
+    depth.forget([2, 3, 4, 5])
+    depth.draft([auto(6), auto(7), auto(8)], 100)  # three are near enough to four
+    assert len(asked) == (1 if frozen else 2)
 
 
 def test_rows_that_return_to_an_empty_batch_measure_nothing():
     """Their verify is under way when drafts are chosen."""
     asked = []
-    depth = Depth(lambda kind, idle: asked.append(idle))
+    depth = Depth(lambda kind, rows: asked.append(rows))
     rows = [auto(5)]
     assert verified(depth, rows, [0]) == [0]
     depth.draft(rows, 100)
     depth.observe({5: 0})
-    assert asked == [False]
+    assert asked == [0]
 
 
 def test_new_tables_in_the_middle_of_a_round():
@@ -318,11 +345,11 @@ class Schedule:
         self.waiting: dict[int, int] = {}
         costs = random_table(draws.randrange(99))
         options = {"rejection": draws.random() < 0.3, "frozen": draws.random() < 0.3}
-        self.depth = Depth(lambda kind, idle: self._table(costs, idle), **options)
+        self.depth = Depth(lambda kind, rows: self._table(costs, rows), **options)
 
-    def _table(self, costs: CostTable, idle: bool) -> CostTable | None:
-        assert not idle or not self.running
-        return costs if idle or self.draws.random() < 0.5 else None
+    def _table(self, costs: CostTable, rows: int) -> CostTable | None:
+        assert not rows or not self.running
+        return costs if rows or self.draws.random() < 0.5 else None
 
     def disturb(self) -> None:
         """Ends or saves rows, now and then."""

@@ -6,7 +6,7 @@ from mlx_gemma_mtp.speculative.depth import AUTO, Depth, DraftRow
 
 
 def depth() -> Depth:
-    return Depth(lambda kind, idle: table(0.02, 0.1), frozen=True)
+    return Depth(lambda kind, rows: table(0.02, 0.1), frozen=True)
 
 
 ROWS = [DraftRow(1, AUTO, 50, False), DraftRow(2, AUTO, 50, False)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import replay
+from benchmarks import replay, starts
 from mlx_gemma_mtp.speculative.costs import MAX_DRAFTS, ROWS, Attention, CostTable
 from mlx_gemma_mtp.speculative.depth import AUTO
 
@@ -100,3 +100,51 @@ def test_wrong_tables_of_every_kind():
     assert min(line["first"] for line in lines) >= 0.87 and min(line["then"] for line in lines) >= 0.965
     assert sum(line["first"] < 0.95 or line["then"] < 0.97 for line in lines) <= len(lines) / 100
     assert np.median([line["then"] / line["best"] for line in lines]) >= 0.97
+
+
+BAD = {  # moments in which rounds are measured: a clock, and factors of plain rounds, of what drafts add, of drafts
+    "a busy plain round": (replay.NOISY, 1.5, 1.0, 1.0),
+    "a fast plain round": (replay.NOISY, 0.67, 1.0, 1.0),
+    "cheap drafts": (replay.NOISY, 1.0, 0.5, 0.33),
+    "noise": (replay.Clock(0.3, 0.2), 1.0, 1.0, 1.0),
+    "a machine that comes and goes": (replay.Clock(0.1, 0.05, 4.0, 2.0, 12), 1.0, 1.0, 1.0),
+}
+
+
+def measured_badly(machine: str, text: str, rows: int, moment: str) -> tuple[float, float]:
+    """What a first start reaches that measured its rounds in a bad moment: plain decoding's time over its own, in the
+    first rounds and after them.
+    """
+    clock, plain, more, draft = BAD[moment]
+    truth, seed = TABLES[machine], 100 * rows + len(moment)
+    verified, drafted = starts.quick(truth, rows, clock, np.random.default_rng(seed))
+    least = verified[rows, 0, 0]
+    verified = {cell: least + more * (each - least) if cell[2] else plain * least for cell, each in verified.items()}
+    costs = starts.begins(verified, {place: draft * each for place, each in drafted.items()})
+    found = replay.against_plain(TRACES[text], truth, AUTO, costs, rows, 300, seed=seed)
+    parts = found[: replay.START], found[replay.START :]
+    return tuple(sum(each[0] for each in part) / sum(each[1] for each in part) for part in parts)
+
+
+@pytest.mark.parametrize("moment", BAD)
+def test_a_bad_moment_to_measure_costs_little_and_not_for_long(moment):
+    for machine, rows in (("m4max-26b", 1), ("cpu-openblas", 4)):
+        for text in ("code", "shuffled"):
+            first, then = measured_badly(machine, text, rows, moment)
+            assert first >= 0.9 and then >= 0.965, (machine, text)
+
+
+@pytest.mark.slow
+def test_bad_moments_of_every_kind():
+    found = [
+        (*measured_badly(machine, text, rows, moment), machine, text, rows, moment)
+        for machine in TABLES
+        for text in ("code", "prose", "shuffled")
+        for rows in ROWS
+        for moment in BAD
+    ]
+    early = sorted(found)
+    assert early[0][0] >= 0.78 and early[2][0] >= 0.85, early[:9]
+    assert sum(each[0] < 0.95 for each in early) <= len(early) / 8, early[:9]
+    late = sorted(each[1:] for each in found)
+    assert late[0][0] >= 0.9 and sum(each[0] < 0.97 for each in late) <= len(late) / 50, late[:9]
