@@ -14,6 +14,8 @@ from ..ops.fused import number
 from .config import LayerSpec, RopeSpec
 from .linear import DerivedWeights, Linear, Stack
 
+FEWEST = 64  # positions from which on copies cost less than cosines
+
 
 def rms_norm(x: mx.array, eps: float, size_eps: mx.array, weights: mx.array | None = None) -> mx.array:
     """Returns the RMS norm over the last axis, in x's type.
@@ -105,16 +107,23 @@ class Rotation:
     def __init__(self, spec: RopeSpec):
         exponents = mx.arange(0, 2 * spec.pairs, 2, dtype=mx.float32) / spec.head_dim
         half = spec.head_dim // 2
-        frequencies = mx.concatenate([mx.power(spec.theta, -exponents), mx.zeros((half - spec.pairs,))])
-        self.frequencies = mx.concatenate([frequencies, frequencies])  # of both halves
+        self.turning, self.still = mx.power(spec.theta, -exponents), mx.zeros((half - spec.pairs,))  # of one half
+        self.frequencies = mx.concatenate([self.turning, self.still] * 2)
         self.signs = mx.repeat(mx.array([-1.0, 1.0]), half)
-        mx.eval(self.frequencies, self.signs)
+        mx.eval(self.turning, self.still, self.frequencies, self.signs)
 
     def tables(self, positions: mx.array) -> tuple[mx.array, ...]:
         """Returns what `rotate` needs of the positions, [B, T]: cosines and signed sines, [B, 1, T, head_dim] each. It
         is made once a forward, for all layers of the kind.
+
+        A cosine is dear: of many positions each is computed once, and copied where it stands again.
         """
-        return fused.angles(positions[:, None, :, None], self.frequencies, self.signs)
+        positions = positions[:, None, :, None]
+        if positions.size < FEWEST:
+            return fused.angles(positions, self.frequencies, self.signs)
+        cos, sin = fused.angles(positions, self.turning, number(1.0))
+        ones, zeros = (mx.broadcast_to(number(each), (*cos.shape[:-1], self.still.size)) for each in (1.0, 0.0))
+        return mx.concatenate([cos, ones, cos, ones], axis=-1), mx.concatenate([-sin, zeros, sin, zeros], axis=-1)
 
     def rotate(self, x: mx.array, weight: mx.array, swapped_weight: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         """Returns x * weight rotated, of x's shape. x: [B, heads, T, head_dim]; weight: [heads, 1, head_dim];

@@ -36,8 +36,8 @@ UNCLOSED = re.compile(f"{re.escape(OPEN)}{THOUGHT}(?:\n(.*))?$", re.DOTALL)
 
 
 def are_messages(prompt: Any) -> bool:
-    """Returns whether a prompt is chat messages: neither text nor token ids."""
-    return not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt)
+    """Returns whether a prompt is chat messages: neither text nor token ids, of which there may be many of one type."""
+    return not isinstance(prompt, str) and any(issubclass(kind, Mapping) for kind in set(map(type, prompt)))
 
 
 def normalised(messages: Iterable[Any], thoughts: bool = True) -> list[dict[str, Any]]:

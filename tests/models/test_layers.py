@@ -128,3 +128,13 @@ def test_experts_are_a_loop_over_pairs(tokens, bits):
     np.testing.assert_allclose(np.array(experts(x, chosen, weights)), want, atol=atol)
     if bits is None:
         np.testing.assert_allclose(np.array(experts.run(ExpertPath.TILED, x, chosen, weights)), want, atol=atol)
+
+
+def test_many_positions_have_the_bits_of_few():
+    """Each cosine is computed once there, and copied where it stands again; those that never turn are 1 and 0."""
+    for spec in (RopeSpec(10000.0, 8, 16), RopeSpec(1e6, 4, 32)):
+        rope, positions = layers.Rotation(spec), mx.arange(700, 700 + 2 * layers.FEWEST)[:, None]
+        many = rope.tables(positions)
+        few = [rope.tables(part) for part in mx.split(positions, 2 * layers.FEWEST)]
+        for whole, *parts in zip(many, *few, strict=True):
+            assert mx.array_equal(whole, mx.concatenate(parts)).item()
