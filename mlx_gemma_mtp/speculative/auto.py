@@ -81,13 +81,17 @@ class Auto:
 
     def on(self, table: CostTable) -> Auto:
         """Returns one that goes by this table, its own, and knows what this one knows: of acceptance alone, where the
-        table that it went by was borrowed.
+        table that it went by was borrowed; else of costs, too, but for places where the table says something else.
         """
         if self.borrowed:
             auto = Auto(table, self.confident, self.frozen, prior=self.prior)
             auto.pool, auto.trust = self.pool, self.trust
             return auto
         if table != self.table:
+            old = {place for place in self.correction.rounds if table.rounds_at(*place) != self.table.rounds_at(*place)}
+            if old:
+                self.correction = self._priced = self.correction.without(old)
+            self._rounds = Counter({cell: count for cell, count in self._rounds.items() if cell[:2] not in old})
             self.table, self._prices = table, {}
         return self
 

@@ -8,7 +8,7 @@ counts for the nearest. How the factors follow from times: likeliest.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import median_low
@@ -36,8 +36,9 @@ class Prices:
     """The estimated seconds of rounds with a given number of rows.
 
     rounds[K]: a round that makes and verifies K = 0..WIDEST drafts. draft: one draft. tried: the largest K that was
-    timed. hope[K]: an optimistic time, for K above tried. live: whether rounds are timed. plain: how many plain rounds
-    were timed to compare with, KEEP at least where earlier starts did it.
+    timed, or measured beforehand. hope[K]: an optimistic time, for K above tried. live: whether rounds are timed.
+    plain: how many plain rounds were timed to compare with, KEEP at least where earlier starts did it. timed: whether
+    rounds of this place were measured beforehand.
     """
 
     rounds: tuple[float, ...]
@@ -154,6 +155,13 @@ class Correction:
         prior = replace(self, factors=others).at(place)
         found = nearer(self.at(place), prior, self.rounds[place], table.learned_at(place) > 0)
         return replace(self, factors={**self.factors, place: found}, waiting={})
+
+    def without(self, places: Collection[Place]) -> Correction:
+        """Returns the correction without the times of these places."""
+        rounds, factors = (
+            {place: each for place, each in part.items() if place not in places} for part in (self.rounds, self.factors)
+        )
+        return replace(self, rounds=rounds, factors=factors, waiting={})
 
     def says_the_same(self, before: Correction, place: Place) -> bool:
         """Returns whether prices are nearly those of an earlier correction. place: of the times since."""

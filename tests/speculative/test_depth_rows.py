@@ -432,3 +432,24 @@ def test_the_schedules_meet_everything():
             schedule.round()
             met |= set(schedule.depth._pass.reasons.values()) | set(schedule.depth.autos)
     assert met >= {FIXED, BEST, OFF, LIMIT, JOINED, GRAMMAR, CONFIDENCE, GREEDY, SAMPLED}
+
+
+def test_what_rounds_took_counts_where_the_table_stays():
+    """Two rows took what an interpolated table said of them times some factor; then they are measured."""
+    one = {(1, 0, width): 1 + 0.1 * width for width in (0, 1, 4, 15)}
+    two = {(2, 0, width): 3 + 0.1 * width for width in (0, 1, 4)}
+    drafts = {(1, 0): 0.05}
+    first = CostTable.of(one, drafts, timed=one)
+    then = CostTable.of(one | two, drafts | {(2, 0): 0.1}, timed=one | two)
+    depth = Depth(lambda kind, rows: then if rows == 2 else first)
+    decode(depth, [auto(0)], 20)
+    decode(depth, [auto(0), auto(1)], 20)
+    depth.forget([0, 1])
+    known = depth.autos[GREEDY]
+    assert set(known.correction.rounds) == {(1, 0), (2, 0)} == set(known.correction.factors)
+    timed = known.correction.rounds[1, 0]
+    depth.draft([auto(2), auto(3)], 100)
+    assert known.table is then and set(known.correction.factors) == {(1, 0)}
+    assert known.correction.rounds == {(1, 0): timed} and {cell[:2] for cell in known._rounds} == {(1, 0)}
+    decode(depth, [auto(2), auto(3)], 20)
+    assert set(known.correction.rounds) == {(1, 0), (2, 0)}
