@@ -287,11 +287,11 @@ class Costs:
 
     def table(self, target: Gemma4, drafter: Drafter, prompt: Sequence[int], rows: int = 1) -> CostTable:
         """Returns the table from the file. Where that says nothing of so many rows, a few of their rounds are timed
-        first, and written to it.
+        first, and written to it; but not where even the fewest would take far longer than the budget.
 
         prompt: token ids that rounds are timed after.
         """
-        if (kept := self.kept()) is not None and kept.knows(rows):
+        if (kept := self.kept()) is not None and (kept.knows(rows) or self._too_slow(kept, rows)):
             return kept
         began = time.perf_counter()
 
@@ -354,6 +354,10 @@ class Costs:
         if verified and self.file is not None:
             *before, learned = self._known() or ({}, {}, set())
             self._write(*updated(*before, verified, drafted), learned | {cell for cell in verified if cell[2]})
+
+    def _too_slow(self, kept: CostTable, rows: int) -> bool:
+        """Whether the fewest rounds of so many rows, two widths four times each, would take twice the budget."""
+        return 4 * sum(kept.rounds_at(rows, 0)[:2]) > 2 * self.seconds
 
     def _table(self, verified: Verified, drafted: Drafted, learned: Iterable[Cell]) -> CostTable:
         return CostTable.of(verified, drafted, learned, self.attention, verified)

@@ -209,6 +209,17 @@ def test_rows_are_timed_when_they_come_first(tmp_path, monkeypatch, writable):
     assert costs.kept().knows(8) and costs.kept().learned_at((1, 0)) == 5
 
 
+def test_on_a_slow_machine_one_number_of_rows_must_do(tmp_path, monkeypatch):
+    """The first is measured whatever it takes; a second is estimated where it would take twice the budget."""
+    monkeypatch.setattr(calibration, "Bench", StubBench)
+    for name, milliseconds, known in (("fast", 100, True), ("slow", 400, False)):
+        monkeypatch.setattr(StubBench, "step", milliseconds / 1000)
+        costs = Costs("greedy", CostFile({"a": 1}, tmp_path / name))
+        assert costs.table(None, None, [5]).knows(1)
+        assert costs.table(None, None, [5], 2).knows(2) is known
+        assert costs.table(None, None, [5], 2) == costs.kept()
+
+
 def test_what_is_far_off_does_not_count(monkeypatch):
     """The first pass is slow, as where kernels are compiled; of a single one the faster of two rounds counts."""
 
