@@ -82,13 +82,14 @@ def test_after_a_long_text_copies_lose_nothing(rows):
 @pytest.mark.parametrize("machine", ["cpu-openblas", "m4max-26b"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_sources_cost_nothing_where_they_have_nothing_and_pay_where_they_have(machine, name):
-    """Never far under plain decoding, nor under the drafter alone; an edit and a bound text take far less. Courses of
-    code differ by 5 %: it takes some of them until a mean says something.
+    """Never far under plain decoding, nor under the drafter alone, and under 0.97 of them by no whole interval; an edit
+    and a bound text take far less. Courses of code differ by 5 %: it takes some of them until a mean says something.
     """
     for rows in (1, 4):
-        found = mixtures.ratios(TEXTS[name], Costs(TABLES[machine]), rows, 8 if name == "code" else 2)
-        least = min(found.plain.mean, found.alone.mean)
-        assert least >= 0.97 and (name != "edit" or least > 1.4) and (name not in BOUND or least > 1.2)
+        found = mixtures.ratios(TEXTS[name], Costs(TABLES[machine]), rows, 2 if name in (*BOUND, "edit") else 8)
+        least, high = (min(getattr(each, end) for each in (found.plain, found.alone)) for end in ("mean", "high"))
+        assert least >= 0.95 and high >= 0.97, found
+        assert (name != "edit" or least > 1.4) and (name not in BOUND or least > 1.2), found
 
 
 def test_an_editor_gains_and_its_partners_lose_nothing():
