@@ -66,6 +66,7 @@ KINDS = {
 
 
 Grid = Sequence[tuple[Place, Sequence[int]]]  # places, and the drafts that are verified in each, rising
+Filed = tuple[dict[Cell, float], dict[Place, float], set[Cell]]  # verified, drafted, and which of them use corrected
 
 
 @dataclass
@@ -265,7 +266,7 @@ class Costs:
     ):
         self.kind, self.file, self.notice, self.seconds = kind, file, notice, seconds
         self.drafting, self.specs, self.attention = drafting, specs, attention
-        self._unwritten: tuple[dict[Cell, float], dict[Place, float], set[Cell]] | None = None
+        self._unwritten: Filed | None = None
 
     @classmethod
     def of_pair(
@@ -315,8 +316,8 @@ class Costs:
             self.specs,
         )
         verified, drafted = timings.parts()
-        *before, learned = self._known() or ({}, {}, set())
-        known = {**before[0], **verified}, {**before[1], **drafted}, learned
+        cells, drafts, learned = self._known() or ({}, {}, set())
+        known = cells | verified, drafts | drafted, learned
         self._write(*known)
         return self._table(*known)
 
@@ -362,7 +363,7 @@ class Costs:
     def _table(self, verified: Verified, drafted: Drafted, learned: Iterable[Cell]) -> CostTable:
         return CostTable.of(verified, drafted, learned, self.attention, verified)
 
-    def _known(self) -> tuple[dict[Cell, float], dict[Place, float], set[Cell]] | None:
+    def _known(self) -> Filed | None:
         """Returns what the file has, or where it could not be written, what it would have."""
         if self._unwritten is not None:
             return self._unwritten
